@@ -1,0 +1,48 @@
+// Integer arithmetic shared by host and device code.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define EK_HOST_DEVICE __host__ __device__
+#else
+#define EK_HOST_DEVICE
+#endif
+
+// always inlined: kernels are compiled once per instruction set, and a shared out-of-line copy would be linked from any of them
+#define EK_INLINE EK_HOST_DEVICE inline __attribute__((always_inline))
+
+namespace engram_kernels {
+
+EK_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+EK_INLINE uint64_t mul_high(uint64_t a, uint64_t b) {
+#ifdef __CUDA_ARCH__
+  return __umul64hi(a, b);
+#else
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+#endif
+}
+
+// x mod modulus by one multiply-high, exact for x < 2^63 and 1 <= modulus < 2^31.
+// With r = floor((2^64 - 1) / m), x * r / 2^64 > x/m - x * (m + 1) / (m * 2^64) >= x/m - 1: the quotient is at most one low.
+struct ExactModulus {
+  uint64_t modulus;
+  uint64_t reciprocal;  // floor((2^64 - 1) / modulus)
+
+  EK_INLINE static ExactModulus of(uint64_t modulus) { return {modulus, ~uint64_t{0} / modulus}; }
+
+  EK_INLINE uint32_t operator()(uint64_t x) const {
+    const uint64_t rest = x - mul_high(x, reciprocal) * modulus;
+    return static_cast<uint32_t>(rest >= modulus ? rest - modulus : rest);
+  }
+};
+
+// Remainder in [0, modulus) of a signed value: -(n + 1) mod m = m - 1 - (n mod m), and n = ~x.
+EK_INLINE uint32_t floor_mod(int64_t x, const ExactModulus& m) {
+  const uint64_t sign = static_cast<uint64_t>(x >> 63);
+  const uint32_t rest = m(static_cast<uint64_t>(x) ^ sign);
+  return sign ? static_cast<uint32_t>(m.modulus) - 1 - rest : rest;
+}
+
+}  // namespace engram_kernels

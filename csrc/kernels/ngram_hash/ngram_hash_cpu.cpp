@@ -1,0 +1,254 @@
+// CPU kernel of ngram_hash. Contract and formula: ngram_hash.h.
+//
+// Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order (scalar),
+//          then eight columns at a time with their constants in registers.
+// Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so rounding
+//          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
+//          and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
+// Traffic  reads 4 or 8 B a token, writes 4 B * columns * layers a token, which bounds the kernel.
+#include "kernels/ngram_hash/ngram_hash.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/cpu_isa.h"
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace engram_kernels::EK_ISA {
+namespace {
+
+constexpr int kBlock = 64;             // tokens; mixes of a block stay in L1
+constexpr int kLanes = 8;              // columns at a time
+constexpr int64_t kGrainTokens = 1024;  // a thread is worth starting for about 20 us of work
+constexpr int64_t kMinVectorModulus = 1 << 13;
+
+// Canonical ids of a block and of its lookback: ids[i + kMaxOrder - 1] belongs to token `first + i`.
+struct Block {
+  uint32_t ids[kBlock + kMaxOrder - 1];
+  uint8_t reach[kBlock];  // how many of c[0], c[1], .. are not blocked, at most max_order
+};
+
+struct Mixes {
+  uint64_t mix[kBlock];     // non-negative; ones' complement of the value when it was negative
+  double value[kBlock];     // the same, rounded to 53 bits
+  uint32_t negative[kBlock];  // all ones when the value was negative
+};
+
+// Constants of eight columns.
+struct ColumnGroup {
+  alignas(32) double reciprocal[kLanes];  // 1 / modulus
+  alignas(32) uint32_t modulus[kLanes];
+  alignas(32) uint32_t offset[kLanes];
+  ExactModulus exact[kLanes];
+  int count;  // columns in use
+  bool vectorised;
+};
+
+int64_t sequence_of(const NgramHashParams& p, int64_t t) {
+  const int32_t* end = p.cu_seqlens + p.num_sequences + 1;
+  return std::upper_bound(p.cu_seqlens, end, t) - p.cu_seqlens - 1;
+}
+
+// The id `back` tokens before token t of `sequence`, canonical; false if it is blocked by itself.
+bool lookback(const NgramHashParams& p, int64_t sequence, int64_t t, int back, uint32_t* id) {
+  const int64_t source = t - back;
+  int64_t raw;
+  if (source >= p.cu_seqlens[sequence]) {
+    if (p.dead(source)) return false;
+    raw = p.token_id(source);
+  } else {
+    const int64_t into_history = p.cu_seqlens[sequence] - source;
+    if (p.history == nullptr) return false;
+    raw = p.history_id(sequence, static_cast<int>(into_history));
+    if (raw < 0) return false;
+  }
+  *id = static_cast<uint32_t>(p.canonical(raw));
+  return static_cast<int64_t>(*id) != p.eos_id;
+}
+
+void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int count, Block* block) {
+  const int order = p.max_order;
+  uint32_t* ids = block->ids + kMaxOrder - 1;
+  int run = 0;  // unblocked positions just before the token
+  bool open = true;
+  for (int back = 1; back < order; ++back) {
+    ids[-back] = 0;
+    open = open && lookback(p, sequence, first, back, &ids[-back]);
+    run += open;
+  }
+  for (int i = 0; i < count; ++i) {
+    const bool dead = p.dead(first + i);
+    ids[i] = dead ? 0 : static_cast<uint32_t>(p.canonical(p.token_id(first + i)));
+    block->reach[i] = static_cast<uint8_t>(dead ? 0 : std::min(run + 1, order));
+    run = dead || static_cast<int64_t>(ids[i]) == p.eos_id ? 0 : std::min(run + 1, order - 1);
+  }
+}
+
+void store_mix(int64_t value, int i, Mixes* out) {
+  const int64_t sign = value >> 63;
+  out->mix[i] = static_cast<uint64_t>(value ^ sign);
+  out->value[i] = static_cast<double>(value ^ sign);
+  out->negative[i] = static_cast<uint32_t>(sign);
+}
+
+// mixes[s - 1] for orders s + 1 = 2..N, multipliers [N]
+template <int kOrder>
+void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
+  const int n = kOrder > 0 ? kOrder : order;
+  const uint32_t* ids = block.ids + kMaxOrder - 1;
+  uint64_t boundary[kMaxOrder];
+  for (int s = 0; s < n; ++s) boundary[s] = static_cast<uint64_t>(boundary_id) * static_cast<uint64_t>(multipliers[s]);
+  for (int i = 0; i < count; ++i) {
+    const int reach = block.reach[i];
+    uint64_t mix = 0;
+    for (int s = 0; s < n; ++s) {
+      const uint64_t product = static_cast<uint64_t>(ids[i - s]) * static_cast<uint64_t>(multipliers[s]);
+      mix ^= s < reach ? product : boundary[s];
+      if (s > 0) store_mix(static_cast<int64_t>(mix), i, &mixes[s - 1]);
+    }
+  }
+}
+
+void mix_block_any(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
+  switch (order) {
+    case 2: return mix_block<2>(block, count, multipliers, boundary_id, order, mixes);
+    case 3: return mix_block<3>(block, count, multipliers, boundary_id, order, mixes);
+    case 4: return mix_block<4>(block, count, multipliers, boundary_id, order, mixes);
+    default: return mix_block<0>(block, count, multipliers, boundary_id, order, mixes);
+  }
+}
+
+void reduce_exact(const Mixes& mixes, int count, const ColumnGroup& group, int columns, int32_t* out) {
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < group.count; ++j) {
+      const uint32_t rest = group.exact[j](mixes.mix[i]);
+      const uint32_t residue = mixes.negative[i] ? group.modulus[j] - 1 - rest : rest;
+      out[int64_t{i} * columns + j] = static_cast<int32_t>(residue + group.offset[j]);
+    }
+  }
+}
+
+#ifdef __AVX2__
+// Adding 1.5 * 2^52 leaves round(x) in the low bits of the double.
+constexpr double kRoundToLowBits = 6755399441055744.0;
+
+void reduce_vectorised(const Mixes& mixes, int count, const ColumnGroup& group, int columns, int32_t* out) {
+  // shuffle_ps takes the low words of lanes (0,1 | 4,5) and (2,3 | 6,7) back into column order
+  const __m256d low = _mm256_load_pd(group.reciprocal), high = _mm256_load_pd(group.reciprocal + 4);
+  const __m256d reciprocal_a = _mm256_permute2f128_pd(low, high, 0x20);
+  const __m256d reciprocal_b = _mm256_permute2f128_pd(low, high, 0x31);
+  const __m256d magic = _mm256_set1_pd(kRoundToLowBits);
+  const __m256i modulus = _mm256_load_si256(reinterpret_cast<const __m256i*>(group.modulus));
+  const __m256i offset = _mm256_load_si256(reinterpret_cast<const __m256i*>(group.offset));
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i in_use = _mm256_cmpgt_epi32(_mm256_set1_epi32(group.count), lane);
+  for (int i = 0; i < count; ++i) {
+    const __m256d value = _mm256_broadcast_sd(&mixes.value[i]);
+    const __m256 quotient_a = _mm256_castpd_ps(_mm256_fmadd_pd(value, reciprocal_a, magic));
+    const __m256 quotient_b = _mm256_castpd_ps(_mm256_fmadd_pd(value, reciprocal_b, magic));
+    const __m256i quotient = _mm256_castps_si256(_mm256_shuffle_ps(quotient_a, quotient_b, 0x88));
+    const __m256i mix = _mm256_set1_epi32(static_cast<int>(mixes.mix[i]));
+    __m256i rest = _mm256_sub_epi32(mix, _mm256_mullo_epi32(quotient, modulus));
+    rest = _mm256_min_epu32(rest, _mm256_add_epi32(rest, modulus));  // a negative rest is a huge unsigned one
+    const __m256i negative = _mm256_set1_epi32(static_cast<int>(mixes.negative[i]));
+    rest = _mm256_add_epi32(_mm256_xor_si256(rest, negative), _mm256_and_si256(modulus, negative));
+    const __m256i row = _mm256_add_epi32(rest, offset);
+    int* target = out + int64_t{i} * columns;
+    if (group.count == kLanes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), row);
+    } else {
+      _mm256_maskstore_epi32(target, in_use, row);
+    }
+  }
+}
+#else
+void reduce_vectorised(const Mixes& mixes, int count, const ColumnGroup& group, int columns, int32_t* out) {
+  reduce_exact(mixes, count, group, columns, out);
+}
+#endif
+
+// groups of at most kLanes columns that share an order, all layers
+std::vector<ColumnGroup> make_groups(const NgramHashParams& p) {
+  std::vector<ColumnGroup> groups;
+  groups.reserve(static_cast<size_t>(p.num_layers) * static_cast<size_t>(p.max_order - 1) *
+                 static_cast<size_t>(ceil_div(p.heads, kLanes)));
+  for (int64_t order_start = 0; order_start < int64_t{p.num_layers} * p.columns(); order_start += p.heads) {
+    for (int head = 0; head < p.heads; head += kLanes) {
+      ColumnGroup group{};
+      group.count = std::min(kLanes, p.heads - head);
+      group.vectorised = true;
+      for (int j = 0; j < kLanes; ++j) {
+        const int64_t column = order_start + head + std::min(j, group.count - 1);
+        group.exact[j] = ExactModulus::of(static_cast<uint64_t>(p.moduli[column]));
+        group.modulus[j] = static_cast<uint32_t>(p.moduli[column]);
+        group.reciprocal[j] = 1.0 / static_cast<double>(p.moduli[column]);
+        group.offset[j] = static_cast<uint32_t>(p.offsets[column]);
+        group.vectorised = group.vectorised && p.moduli[column] > kMinVectorModulus;
+      }
+      groups.push_back(group);
+    }
+  }
+  return groups;
+}
+
+void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t column, int order, const ExactModulus& exact,
+                int32_t* out) {
+  const int64_t* multipliers = p.multipliers + column * p.max_order;
+  const uint32_t* ids = block.ids + kMaxOrder - 1;
+  for (int i = 0; i < count; ++i) {
+    uint64_t sum = 0;
+    for (int s = 0; s < order; ++s) {
+      const uint64_t id = s < block.reach[i] ? ids[i - s] : static_cast<uint64_t>(p.boundary_id);
+      sum += id * static_cast<uint64_t>(multipliers[s]);
+    }
+    out[int64_t{i} * p.columns()] = static_cast<int32_t>(exact(sum) + static_cast<uint32_t>(p.offsets[column]));
+  }
+}
+
+void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups, const Block& block, int64_t first, int count) {
+  Mixes mixes[kMaxOrder - 1];
+  const ColumnGroup* group = groups.data();
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    int32_t* out = p.row_ids + (layer * p.num_tokens + first) * p.columns();
+    if (!p.per_column) {
+      mix_block_any(block, count, p.multipliers + layer * p.max_order, p.boundary_id, p.max_order, mixes);
+    }
+    for (int order = 2; order <= p.max_order; ++order) {
+      for (int head = 0; head < p.heads; head += kLanes, ++group) {
+        const int column = (order - 2) * p.heads + head;
+        if (p.per_column) {
+          for (int j = 0; j < group->count; ++j) {
+            sum_column(p, block, count, int64_t{layer} * p.columns() + column + j, order, group->exact[j], out + column + j);
+          }
+        } else if (group->vectorised) {
+          reduce_vectorised(mixes[order - 2], count, *group, p.columns(), out + column);
+        } else {
+          reduce_exact(mixes[order - 2], count, *group, p.columns(), out + column);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
+  const std::vector<ColumnGroup> groups = make_groups(p);
+  parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
+    Block block;
+    int64_t sequence = sequence_of(p, begin);
+    for (int64_t first = begin; first < end;) {
+      while (p.cu_seqlens[sequence + 1] <= first) ++sequence;
+      const int64_t stop = std::min<int64_t>({end, p.cu_seqlens[sequence + 1], first + kBlock});
+      load_block(p, sequence, first, static_cast<int>(stop - first), &block);
+      hash_block(p, groups, block, first, static_cast<int>(stop - first));
+      first = stop;
+    }
+  });
+}
+
+}  // namespace engram_kernels::EK_ISA
+
+EK_DISPATCH_CPU(ngram_hash_cpu, (const NgramHashParams& p, const Parallel& parallel), (p, parallel))

@@ -1,0 +1,47 @@
+"""Argument checks that the ops share. Every message: op, argument, what was expected, what came."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def expect_tensor(op: str, name: str, x: object, dtypes: Sequence[torch.dtype], shape: Sequence[int | str],
+                  device: torch.device | None = None, dense_dims: int = 0) -> None:
+    """Raises unless `x` is such a tensor.
+
+    Args:
+        op: op name, for the message.
+        name: argument name, for the message.
+        x: the argument.
+        dtypes: the dtypes that are allowed.
+        shape: one entry a dimension; a string names a size that may be anything.
+        device: the device it must be on; None: any.
+        dense_dims: how many trailing dimensions must be dense (contiguous among themselves).
+
+    Raises:
+        TypeError: `x` is no tensor.
+        ValueError: dtype, shape, device or strides differ.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{op}: {name} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
+    if x.dim() != len(shape) or any(isinstance(want, int) and got != want for got, want in zip(x.shape, shape, strict=True)):
+        wanted = ", ".join(str(s) for s in shape)
+        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(x.shape)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+    stride = 1
+    for dim in range(x.dim() - 1, x.dim() - 1 - dense_dims, -1):
+        if x.shape[dim] > 1 and x.stride(dim) != stride:
+            raise ValueError(f"{op}: the last {dense_dims} dimensions of {name} must be contiguous, got strides "
+                             f"{list(x.stride())} for shape {list(x.shape)}")
+        stride *= x.shape[dim]
+
+
+def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is {value!r}, expected {' or '.join(repr(c) for c in choices)}")

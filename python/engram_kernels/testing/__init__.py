@@ -1,0 +1,4 @@
+"""Comparison rules and input generators, shipped so that users can check their own machine."""
+from engram_kernels.testing.numeric import assert_as_accurate_as_torch
+
+__all__ = ["assert_as_accurate_as_torch"]

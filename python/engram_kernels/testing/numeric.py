@@ -1,0 +1,34 @@
+"""Comparison rules of the test suite. Exact ops: `torch.testing.assert_close(..., rtol=0, atol=0)`."""
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate_as_torch(got: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
+    """Fails unless each row of `got` is about as close to `exact` as plain PyTorch is.
+
+    The error of a row is its largest absolute error; allowed are `factor` times that of `plain`, plus one unit in the last
+    place of the row's largest value (plain may be exact by luck). The rule is FlashAttention's, held per row, since a
+    global measure hides a wrong row.
+
+    Args:
+        got: kernel output, [..., dim].
+        plain: the reference computed in the dtype of `got`, same shape.
+        exact: the reference computed in float64, same shape.
+        factor: how many times the error of `plain` is allowed, per row.
+
+    Raises:
+        AssertionError: dtype, shape or a row is off; names the first such row. NaN anywhere is off.
+    """
+    if got.dtype != plain.dtype or got.shape != plain.shape or got.shape != exact.shape:
+        raise AssertionError(f"got {got.dtype} {tuple(got.shape)}, expected {plain.dtype} {tuple(plain.shape)}")
+    if got.numel() == 0:
+        return
+    exact = exact.double()
+    one_ulp = torch.finfo(got.dtype).eps * exact.abs().amax(-1)
+    error = (got.double() - exact).abs().amax(-1)
+    allowed = factor * (plain.double() - exact).abs().amax(-1) + one_ulp
+    bad = ~(error <= allowed)  # also true for NaN
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0].item())
+        raise AssertionError(f"{int(bad.sum())} of {bad.numel()} rows are off; first is row {row}: "
+                             f"error {error.flatten()[row]:.3e}, allowed {allowed.flatten()[row]:.3e}")

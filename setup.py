@@ -1,0 +1,48 @@
+"""Builds engram-kernels: Python and, unless ENGRAM_KERNELS_NO_EXT=1, the compiled module through CMake and ninja.
+
+torch is taken as found, so build without isolation: pip install --no-build-isolation .
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NO_EXT = os.environ.get("ENGRAM_KERNELS_NO_EXT") == "1"
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake and ninja; a missing tool is one sentence, not a traceback of its own."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+            import torch
+        except ImportError as err:
+            raise SystemExit(f"engram-kernels: building needs {err.name}: pip install 'torch>=2.10' pybind11, and build "
+                             "with pip install --no-build-isolation") from None
+        if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+            raise SystemExit("engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++) "
+                             "or set ENGRAM_KERNELS_NO_EXT=1 for the pure-Python install")
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool) is None:
+                raise SystemExit(f"engram-kernels: {tool} was not found; pip install {tool}")
+        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(os.environ.get("EK_BUILD_DIR", self.build_temp)).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        subprocess.check_call([
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DEK_SANITIZE={'ON' if os.environ.get('EK_SANITIZE') == '1' else 'OFF'}"])
+        subprocess.check_call(["cmake", "--build", str(build)])
+
+
+setup(
+    ext_modules=[] if NO_EXT else [Extension("engram_kernels._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,53 @@
+"""Fixtures: every op test runs on each backend of its op; uninitialised memory is poisoned."""
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of triton
+
+import engram_kernels  # noqa: E402, F401
+from engram_kernels import backends  # noqa: E402
+from engram_kernels._library import COMPILE_ERROR  # noqa: E402
+
+# the CPU kernels once per instruction set; what the machine cannot run is skipped with that reason
+BACKENDS = ("reference", "cpu_portable", "cpu_avx2", "cpu_avx512", "cuda", "triton")
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Makes at::empty return NaN or the largest integer, in C++ too, so that an unwritten element shows."""
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Name of a backend of the op that the test file is named after."""
+    op = request.path.stem.removeprefix("test_")
+    name, _, isa = request.param.partition("_")
+    if name not in backends.available(op):
+        pytest.skip(backends.explain(op, name))
+    if not isa:
+        yield name
+        return
+    from engram_kernels import _C
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError as err:
+        pytest.skip(str(err))
+    yield name
+    _C.set_cpu_isa(_C.best_cpu_isa())
+
+
+@pytest.fixture
+def compiled():
+    """Skips where the compiled module is missing."""
+    if COMPILE_ERROR:
+        pytest.skip(COMPILE_ERROR)
