@@ -35,7 +35,7 @@ def _windows(token_ids: Tensor, cu_seqlens: Tensor, token_map: Tensor | None, hi
     for sequence, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         before = ids.new_full((reach,), -1) if history is None else history[sequence].flip(0)
         line = torch.cat([before, ids[begin:end]]).long()
-        pieces.append(line.unfold(0, max_order, 1).flip(1))  # [length, max_order], column s is s tokens back
+        pieces.append(torch.stack([line[reach - s:line.numel() - s] for s in range(max_order)], dim=1))  # [length, N]
     raw = torch.cat(pieces) if pieces else torch.empty(0, max_order, dtype=torch.int64, device=token_ids.device)
     blocked = raw < 0
     canonical = raw.clamp_min(0) if token_map is None else token_map[raw.clamp_min(0)].long()
