@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from harness import measure
-from workloads import DEEPSEEK_V41_DECODE, DEEPSEEK_V41_PREFILL
 
 from engram_kernels import _C
 from engram_kernels.ops.ngram_hash import ngram_hash
+from harness import measure
+from workloads import DEEPSEEK_V41_DECODE, DEEPSEEK_V41_PREFILL
 
 
 def inputs(workload):

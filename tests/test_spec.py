@@ -23,8 +23,9 @@ V41_CONFIG = {
         "vocab_size": 129280, "hidden_size": 5120, "hc_mult": 4, "rms_norm_eps": 1e-20, "engram_layer_ids": [1, 14],
         "engram_num_embeddings": [384006168, 384016682], "engram_max_ngram_size": 4, "engram_vocab_size": 16000000,
         "engram_n_heads": 8, "engram_head_dim": 256, "engram_pad_token_id": 2, "engram_compressed_vocab_size": 99092}}
-DEMO_CONFIG = {"engram_vocab_size": [646400, 646400], "max_ngram_size": 3, "n_embed_per_ngram": 512, "n_head_per_ngram": 8,
-               "layer_ids": [1, 15], "pad_id": 2, "seed": 0, "kernel_size": 4, "hidden_size": 1024, "hc_mult": 4}
+DEMO_CONFIG = {"engram_vocab_size": [646400, 646400], "max_ngram_size": 3, "n_embed_per_ngram": 512,
+               "n_head_per_ngram": 8, "layer_ids": [1, 15], "pad_id": 2, "seed": 0, "kernel_size": 4,
+               "hidden_size": 1024, "hc_mult": 4}
 QWEN4_CONFIG = {"text_config": {
     "vocab_size": 248320, "hidden_size": 2560, "hc_count": 4, "eos_token_id": 248044, "ple_layer_ids": [2],
     "ple_embed_dim": 2560, "ple_conv_kernel_size": 4, "ngram_size": 3, "heads_per_ngram": 8, "rms_norm_eps": 1e-6,
@@ -40,9 +41,9 @@ def v41():
 
 def small(**fields):
     """A valid spec of few rows."""
-    return EngramSpec(**{**dict(name="small", hash_family="xor_prime", boundary="pad", vocab_size=50, num_classes=20,
-                                max_order=3, heads=2, head_dim=32, layer_ids=(0, 3), table_sizes=(10, 16), pad_token_id=1,
-                                pad_class=1, hidden_size=64), **fields})
+    base = dict(name="small", hash_family="xor_prime", boundary="pad", vocab_size=50, num_classes=20, pad_token_id=1,
+                pad_class=1, max_order=3, heads=2, head_dim=32, layer_ids=(0, 3), table_sizes=(10, 16), hidden_size=64)
+    return EngramSpec(**{**base, **fields})
 
 
 @st.composite
@@ -181,14 +182,14 @@ def test_spec_json_file_round_trip(name, tmp_path):
 def test_primes_match_sympy():
     for start in (0, 10**4, 2**31 - 200, 2**63 - 400, 10**18):
         assert [n for n in range(start, start + 300) if is_prime(n)] == list(sympy.primerange(start, start + 300))
-    for pseudoprime in (2047, 3215031751, 341550071728321, 3825123056546413051):  # strong, to the first 1, 4, 7, 9 bases
+    for pseudoprime in (2047, 3215031751, 341550071728321, 3825123056546413051):  # to the first 1, 4, 7, 9 bases
         assert not is_prime(pseudoprime)
 
 
 def test_splitmix64_golden():
     # first outputs of the published generator for seed 1234567 (rosettacode.org, Pseudo-random numbers/Splitmix64)
-    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    assert [splitmix64(1234567 + 0x9E3779B97F4A7C15 * i) for i in range(5)] == outputs
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [splitmix64(1234567 + 0x9E3779B97F4A7C15 * i) for i in range(4)] == outputs
 
 
 def test_layout_moves_to_a_device(v41):
@@ -276,8 +277,8 @@ def test_layout_rejects_rows_beyond_int32():
 
 
 def test_layout_rejects_polynomial_overflow():
-    spec = EngramSpec.longcat(vocab_size=2**31 - 1, table_sizes=(2**31 - 1,) * 3)
-    with pytest.raises(ValueError, match="would overflow int64"):
+    spec = EngramSpec.longcat(vocab_size=2**31 - 1, max_order=8, heads=1, table_sizes=(1,) * 6 + (2**31 - 5000,))
+    with pytest.raises(ValueError, match=r"Layout: column 6 .* would overflow int64"):
         spec.layout()
 
 
@@ -304,7 +305,7 @@ def test_spec_json_rejects_damage(v41, tmp_path):
     with pytest.raises(ValueError, match="the text is not JSON"):
         EngramSpec.from_json(v41.to_json()[:50])
     path = tmp_path / "spec.json"
-    for content, message in ((b"[]", "holds a list, expected an object"), (b"", "is not JSON"), (b"\xff{}", "is not JSON")):
+    for content, message in ((b"[]", "holds a list, expected an object"), (b"", "not JSON"), (b"\xff{}", "not JSON")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:
             EngramSpec.from_json(path)
@@ -315,7 +316,8 @@ def test_spec_json_rejects_damage(v41, tmp_path):
 
 def _text(**changes):
     """The V4.1 configuration with fields of its text_config changed; None removes one."""
-    return {**V41_CONFIG, "text_config": {k: v for k, v in {**V41_CONFIG["text_config"], **changes}.items() if v is not None}}
+    text = {**V41_CONFIG["text_config"], **changes}
+    return {**V41_CONFIG, "text_config": {k: v for k, v in text.items() if v is not None}}
 
 
 def test_spec_from_hf_config_deepseek_v41(v41, tmp_path):
@@ -356,12 +358,13 @@ BAD_CONFIGS = {  # name: (configuration, part of the message)
     "two_pads": (_text(engram_pad_id=3), "engram_pad_id is 3, engram_pad_token_id is 2"),
     "pad_missing": (_text(engram_pad_token_id=None), "no field engram_pad_id or engram_pad_token_id"),
     "heads_missing": (_text(engram_n_heads=None), "no field engram_n_heads"),
-    "rows_differ": (_text(engram_num_embeddings=[384006168, 384016680]), r"\[384006168, 384016680\].*\[384006168, 384016682\]"),
-    "pad_class_unknown": (_text(engram_compressed_vocab_size=90000), r"pass|pad_class=int\(token_map.map\[pad\]\)"),
+    "rows_differ": (_text(engram_num_embeddings=[384006168, 384016680]),
+                    r"\[384006168, 384016680\].*\[384006168, 384016682\]"),
+    "pad_class_unknown": (_text(engram_compressed_vocab_size=90000), r"pad_class=int\(token_map\.map\[pad\]\)"),
     "order_text": (_text(engram_max_ngram_size="4"), "wrong type"),
     "order_absurd": (_text(engram_max_ngram_size=10**12), "max_order is 1000000000000"),
-    "row_not_divisible": ({**DEMO_CONFIG, "n_embed_per_ngram": 500}, "n_embed_per_ngram is 500, expected a multiple of"),
-    "heads_zero": ({**DEMO_CONFIG, "n_head_per_ngram": -1}, "n_embed_per_ngram is 512, expected a multiple of"),
+    "row_not_divisible": ({**DEMO_CONFIG, "n_embed_per_ngram": 500}, "n_embed_per_ngram is 500, expected a multiple"),
+    "heads_negative": ({**DEMO_CONFIG, "n_head_per_ngram": -1}, "n_embed_per_ngram is 512, expected a multiple"),
     "longcat_next": ({**LONGCAT_CONFIG, "oe_ignored_token_ids": [2, 3]}, "LongCat-Next"),
 }
 

@@ -1,6 +1,7 @@
 """TokenMap: which token ids count as the same n-gram element (" The", "the", "THE"), built once from a tokenizer."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -53,7 +54,9 @@ class TokenMap:
         """The same map on `device`; itself when it is there already."""
         if self.map.device == torch.device(device):
             return self
-        return dataclasses.replace(self, map=self.map.to(device))
+        moved = copy.copy(self)  # not replace(): the values were checked, do not read them again on a device
+        object.__setattr__(moved, "map", self.map.to(device))
+        return moved
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TokenMap:
