@@ -8,6 +8,9 @@ from engram_kernels.ops.ngram_hash import ngram_hash
 from harness import measure
 from workloads import DEEPSEEK_V41_DECODE, DEEPSEEK_V41_PREFILL
 
+PREFILL = "ngram_hash, deepseek_v41_prefill"
+DECODE = "ngram_hash, deepseek_v41_decode, one token, call included"
+
 
 def inputs(workload):
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +44,7 @@ def test_ours_prefill(benchmark, isa):
         _C.set_cpu_isa(isa)
     except ValueError as err:
         pytest.skip(str(err))
-    measure(benchmark, lambda: ngram_hash(ids, cu, layout, out=out, backend="cpu"), group="ngram_hash, deepseek_v41_prefill",
+    measure(benchmark, lambda: ngram_hash(ids, cu, layout, out=out, backend="cpu"), group=PREFILL,
             contender=f"engram_kernels ({isa})", role="ours" if isa == _C.best_cpu_isa() else "peer",
             units=out.numel(), unit="id", num_bytes=out.nbytes + ids.nbytes)
     _C.set_cpu_isa(_C.best_cpu_isa())
@@ -51,13 +54,13 @@ def test_ours_prefill(benchmark, isa):
 def test_numpy_prefill(benchmark):
     ids, _, layout = inputs(DEEPSEEK_V41_PREFILL)
     array = ids.numpy()
-    measure(benchmark, lambda: numpy_demo(array, layout), group="ngram_hash, deepseek_v41_prefill", contender="numpy (the demo's)",
+    measure(benchmark, lambda: numpy_demo(array, layout), group=PREFILL, contender="numpy (the demo's)",
             units=2 * 24 * ids.numel(), unit="id", num_bytes=2 * 24 * 4 * ids.numel() + ids.nbytes, rounds=5)
 
 
 def test_memset_prefill(benchmark):
     out = torch.empty(2, DEEPSEEK_V41_PREFILL.num_tokens, 24, dtype=torch.int32)
-    measure(benchmark, out.zero_, group="ngram_hash, deepseek_v41_prefill", contender="memset of the output", role="bound",
+    measure(benchmark, out.zero_, group=PREFILL, contender="memset of the output", role="bound",
             units=out.numel(), unit="id", num_bytes=out.nbytes)
 
 
@@ -65,12 +68,12 @@ def test_ours_decode(benchmark):
     ids, cu, layout = inputs(DEEPSEEK_V41_DECODE)
     history = torch.zeros(1, layout.max_order - 1, dtype=torch.int32)
     measure(benchmark, lambda: ngram_hash(ids, cu, layout, history=history, backend="cpu"),
-            group="ngram_hash, deepseek_v41_decode, one token, call included", contender="engram_kernels", role="ours",
+            group=DECODE, contender="engram_kernels", role="ours",
             units=48, unit="id", rounds=2000)
 
 
 def test_numpy_decode(benchmark):
     ids, _, layout = inputs(DEEPSEEK_V41_DECODE)
     window = np.concatenate([np.zeros(layout.max_order - 1, np.int32), ids.numpy()])
-    measure(benchmark, lambda: numpy_demo(window, layout)[:, -1:], group="ngram_hash, deepseek_v41_decode, one token, call included",
+    measure(benchmark, lambda: numpy_demo(window, layout)[:, -1:], group=DECODE,
             contender="numpy (the demo's)", units=48, unit="id", rounds=500)

@@ -22,7 +22,7 @@ BACKENDS = ("reference", "cpu_portable", "cpu_avx2", "cpu_avx512", "cuda", "trit
 def pytest_report_header():
     """Which backends the tests run on, and why not on the others."""
     ops = backends.ops()
-    lines = [f"cpu instruction set: {_C.best_cpu_isa()}" if not COMPILE_ERROR else COMPILE_ERROR]
+    lines = [COMPILE_ERROR if COMPILE_ERROR else f"cpu instruction set: {_C.best_cpu_isa()}"]
     for name in backends.BACKENDS:
         missing = sorted({backends.explain(op, name).partition(": ")[2] for op in ops if name not in backends.available(op)})
         lines.append(f"backend {name}: {'; '.join(missing) or 'available for every op'}")

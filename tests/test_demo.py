@@ -61,7 +61,8 @@ def test_demo_rejects_bad_text(content, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--rows", "0"], "table_rows is 0"), (["--hidden", "-1"], "hidden_size is -1"), (["--tokens-per-step", "0"], "tokens_per_step is 0"),
+    (["--rows", "0"], "table_rows is 0"), (["--hidden", "-1"], "hidden_size is -1"),
+    (["--tokens-per-step", "0"], "tokens_per_step is 0"),
     (["--rows", "400000000"], "expected at most"), (["--spec", "nothing.json"], "nothing.json")])
 def test_demo_rejects_bad_options(arguments, message, capsys):
     assert cli.main(["demo", *arguments]) == 1

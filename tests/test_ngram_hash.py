@@ -1,5 +1,6 @@
 """ngram_hash: every backend against the reference, the reference against an independent restatement and golden values."""
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_ngram_hash_any_chunking_equals_whole(backend, device, data):
     whole = ngram_hash(ids.to(device), packed([length]).to(device), layout.to(device), dead_mask=dead.to(device), backend=backend)
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=6))})
     pieces = [whole[:, :0]]
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in itertools.pairwise(cuts):
         history = torch.tensor([history_of(ids, dead, begin, layout.max_order)], dtype=torch.int32)
         pieces.append(ngram_hash(ids[begin:end].to(device), packed([end - begin]).to(device), layout.to(device),
                                  history=history.to(device), dead_mask=dead[begin:end].to(device), backend=backend))
@@ -160,7 +161,7 @@ def test_ngram_hash_packed_equals_one_by_one(backend, device, lengths, family, b
     ids, cu = make_ids(sum(lengths), 20).to(device), packed(lengths)
     joint = ngram_hash(ids, cu.to(device), layout, backend=backend)
     alone = [ngram_hash(ids[begin:end], packed([end - begin]).to(device), layout, backend=backend)
-             for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)]
+             for begin, end in itertools.pairwise(cu.tolist())]
     torch.testing.assert_close(joint, torch.cat([joint[:, :0], *alone], dim=1), rtol=0, atol=0)
 
 
@@ -248,7 +249,7 @@ def args_of(layout_device="cpu"):
 
 BAD = {  # name: (changed arguments, exception, what the message says)
     "ids_dtype": ({"token_ids": torch.zeros(10)}, ValueError, r"token_ids must be torch.int32 or torch.int64, got torch.float32"),
-    "ids_shape": ({"token_ids": torch.zeros(2, 5, dtype=torch.int32)}, ValueError, r"token_ids must have shape \[T\], got \[2, 5\]"),
+    "ids_shape": ({"token_ids": torch.zeros(2, 5, dtype=torch.int32)}, ValueError, r"token_ids must have shape \[T\], got"),
     "ids_no_tensor": ({"token_ids": [1, 2]}, TypeError, "token_ids must be a tensor, got list"),
     "ids_device": ({"cu_seqlens": torch.zeros(3, dtype=torch.int32, device="meta")}, ValueError, "cu_seqlens must be on cpu"),
     "id_placeholder": ({"token_ids": torch.tensor([0] * 7 + [-1, 0, 0])}, IndexError, r"token_ids\[7\] is -1.*placeholders"),

@@ -12,8 +12,8 @@ def test_packaging_missing_compiler_is_one_sentence(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tools)}
-    run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path / "t", "--build-lib", tmp_path / "l"],
-                         cwd=ROOT, env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path / "t", "--build-lib",
+                          tmp_path / "l"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("engram-kernels: no C++ compiler was found; install one")
@@ -25,8 +25,8 @@ def test_packaging_missing_cmake_is_one_sentence(tmp_path):
     tools.mkdir()
     (tools / "c++").symlink_to(shutil.which("true"))
     env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tools)}
-    run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path / "t", "--build-lib", tmp_path / "l"],
-                         cwd=ROOT, env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path / "t", "--build-lib",
+                          tmp_path / "l"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode != 0
     assert run.stderr.strip().splitlines()[-1] == "engram-kernels: cmake was not found; pip install cmake"
 

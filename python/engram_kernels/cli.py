@@ -24,7 +24,7 @@ PRESETS: dict[str, Callable[[], EngramSpec]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory: hash, gather, gate, prefetch, measure.")
+    parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     args = parser.parse_args(argv)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="the main job on a text: tokenize, hash, gather behind compute, gate, compare, report",
+    demo = commands.add_parser("demo", help="the main job on a text: tokenize, hash, gather behind compute, gate, compare",
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument("text", nargs="?", type=Path, default=SAMPLE, metavar="FILE", help="a UTF-8 text; default: a sample")
     demo.add_argument("--spec", default="deepseek_v41", help=f"{', '.join(PRESETS)}, or a JSON file of EngramSpec.to_json")

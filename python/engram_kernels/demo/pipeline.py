@@ -52,10 +52,10 @@ class Pipeline:
 
         self.embedding = torch.randn(4096, branches, hidden_size, generator=generator).bfloat16()  # by token id mod 4096
         self.blocks = [(weights(2 * hidden_size, hidden_size), weights(hidden_size, 2 * hidden_size)) for _ in tables]
-        with_conv = spec.conv_width is not None
+        conv_width = spec.conv_width
         self.layers = [MemoryLayer(table, weights((branches + 1) * hidden_size, width), norms(), norms(),
-                                   weights(branches, hidden_size, spec.conv_width) if with_conv else None,
-                                   norms() if with_conv else None) for table in tables]
+                                   None if conv_width is None else weights(branches, hidden_size, conv_width),
+                                   None if conv_width is None else norms()) for table in tables]
 
     def num_steps(self, num_tokens: int) -> int:
         """How many steps a text takes; the last one may be shorter."""
@@ -119,7 +119,8 @@ class Pipeline:
                 ids = row_ids[i, steps[number]]
                 with RowPrefetcher(layer.table) as prefetcher:
                     rows = prefetcher.wait(prefetcher.submit(ids))
-                    rows_equal = rows_equal and torch.equal(rows.view(torch.int16), self._reference_rows(layer, ids).view(torch.int16))
+                    expected = self._reference_rows(layer, ids)
+                    rows_equal = rows_equal and torch.equal(rows.view(torch.int16), expected.view(torch.int16))
                     key, value = self._project(layer, rows)
                     got = self._gate(layer, hidden, key, value)
                     worst = max(worst, self._gate_error(layer, hidden, key, value, got))

@@ -15,7 +15,7 @@ def stage_rows(result: dict[str, Any], spec: EngramSpec) -> list[tuple[str, floa
 
     Bytes are the least that the stage must move: inputs once, outputs once, bf16 activations.
     """
-    layers, columns, hidden, branches = spec.num_layers, spec.num_columns, result["hidden_size"], spec.branches
+    layers, columns, hidden, branches = len(spec.layer_ids), spec.num_columns, result["hidden_size"], spec.branches
     activations = 2 * branches * hidden
     tokens, seconds = result["tokens"], result["seconds"]
     stages = [
@@ -38,9 +38,13 @@ def verdict(result: dict[str, Any]) -> tuple[bool, list[str]]:
     fetch_s = sum(p["fetch_s"] for p in result["prefetch"])
     exposed_s = sum(p["exposed_wait_s"] for p in result["prefetch"])
     hidden = 1 - exposed_s / fetch_s
+
+    def agrees(equal: bool) -> str:
+        return "bit-exact with" if equal else "DIFFER FROM"
+
     lines = [
-        f"row ids: {'bit-exact with' if checks['ids_equal'] else 'DIFFER FROM'} the reference over all {result['tokens']:,} tokens",
-        f"rows: {'bit-exact with' if checks['rows_equal'] else 'DIFFER FROM'} the reference over {checks['checked_tokens']:,} tokens",
+        f"row ids: {agrees(checks['ids_equal'])} the reference over all {result['tokens']:,} tokens",
+        f"rows: {agrees(checks['rows_equal'])} the reference over {checks['checked_tokens']:,} tokens",
         f"gate: largest error {checks['gate_error']:.2e} of its row's largest value, "
         f"{'within' if checks['gate_ok'] else 'BEYOND'} {TOLERANCE:.2e} (one unit in the last place of bf16)",
         f"timed run: {'repeats bit for bit' if checks['run_repeats'] else 'DOES NOT REPEAT'}",
@@ -58,13 +62,16 @@ def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool
                   + (f"; token map of {result['classes']:,} classes" if result["classes"] else ""))
     console.print(f"spec {spec.name}: layers {list(spec.layer_ids)}, orders 2..{spec.max_order}, {spec.heads} heads, rows of "
                   f"{result['row_bytes']} bytes ({spec.row_format})")
-    console.print(f"tables: hashed with the true moduli ({', '.join(f'{n:,}' for n in result['true_rows'])} rows), scaled down to "
-                  f"{result['table_rows']:,} rows a layer in a file: stored row = row id mod {result['table_rows']:,}")
+    true_rows = ", ".join(f"{n:,}" for n in result["true_rows"])
+    console.print(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer in a "
+                  f"file: stored row = row id mod {result['table_rows']:,}")
     console.print(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
                   f"{result['tokens_per_step']} tokens a step")
     for layer, distinct in zip(spec.layer_ids, result["distinct_rows"], strict=True):
-        console.print(f"layer {layer}: {requested:,} rows asked for, {distinct:,} distinct: repeat rate {1 - distinct / requested:.1%}")
-    table = Table(title=f"stages, all layers together; memory bandwidth measured by a copy: {result['copy_bandwidth'] / 1e9:.1f} GB/s")
+        console.print(f"layer {layer}: {requested:,} rows asked for, {distinct:,} distinct: "
+                      f"repeat rate {1 - distinct / requested:.1%}")
+    bandwidth = f"{result['copy_bandwidth'] / 1e9:.1f} GB/s"
+    table = Table(title=f"stages, all layers together; memory bandwidth measured by a copy: {bandwidth}")
     for column in ("stage", "tokens/s", "bytes/token", "share of bandwidth"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, rate, num_bytes, share in stage_rows(result, spec):

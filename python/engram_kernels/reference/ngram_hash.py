@@ -1,4 +1,6 @@
 """Reference of ngram_hash: plain PyTorch, written to be read. Contract: `engram_kernels.ngram_hash`."""
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def _windows(token_ids: Tensor, cu_seqlens: Tensor, token_map: Tensor | None, hi
     ids = token_ids if dead_mask is None else torch.where(dead_mask, -2, token_ids)
     # each sequence behind its lookback, oldest first, so that position t - s is s elements before t
     pieces, starts = [], cu_seqlens.tolist()
-    for sequence, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for sequence, (begin, end) in enumerate(itertools.pairwise(starts)):
         before = ids.new_full((reach,), -1) if history is None else history[sequence].flip(0)
         line = torch.cat([before, ids[begin:end]]).long()
         pieces.append(torch.stack([line[reach - s:line.numel() - s] for s in range(max_order)], dim=1))  # [length, N]
