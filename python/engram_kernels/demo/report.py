@@ -63,8 +63,8 @@ def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool
     console.print(f"spec {spec.name}: layers {list(spec.layer_ids)}, orders 2..{spec.max_order}, {spec.heads} heads, rows of "
                   f"{result['row_bytes']} bytes ({spec.row_format})")
     true_rows = ", ".join(f"{n:,}" for n in result["true_rows"])
-    console.print(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer in a "
-                  f"file: stored row = row id mod {result['table_rows']:,}")
+    console.print(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer "
+                  f"in a file: stored row = row id mod {result['table_rows']:,}")
     console.print(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
                   f"{result['tokens_per_step']} tokens a step")
     for layer, distinct in zip(spec.layer_ids, result["distinct_rows"], strict=True):
