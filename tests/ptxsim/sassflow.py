@@ -31,7 +31,7 @@ def expected(ins, p=None, start=0):
     p = p or {}
     idx = {a: i for i, (a, *_r) in enumerate(ins)}
     n = len(ins)
-    np.zeros((n + 1, n + 1)); callee = {}
+    callee = {}
     reach, todo = set(), [idx.get(start, 0)]
     edges = {}
     while todo:
