@@ -39,11 +39,11 @@ bench: $(VENV)/.built $(VENV)/.bench
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py
 	mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs clang-format --dry-run --Werror
+	find csrc tests/cuda_sim -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	ruff check --fix python tests bench setup.py
-	find csrc -name '*.cpp' -o -name '*.h' | xargs clang-format -i
+	find csrc tests/cuda_sim -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
 	rm -rf build build-asan python/*.egg-info python/engram_kernels/_C*.so

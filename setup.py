@@ -1,8 +1,10 @@
 """Builds engram-kernels: Python and, unless ENGRAM_KERNELS_NO_EXT=1, the compiled module through CMake and ninja.
+ENGRAM_KERNELS_CUDA=1 adds the CUDA kernels (nvcc 13, any torch).
 
 torch is taken as found, so build without isolation: pip install --no-build-isolation .
 """
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NO_EXT = os.environ.get("ENGRAM_KERNELS_NO_EXT") == "1"
+CUDA = os.environ.get("ENGRAM_KERNELS_CUDA") == "1"
+
+
+def cuda_options() -> list[str]:
+    """CMake options of the CUDA kernels. nvcc may be a wrapper; CMake wants the one that lies in its toolkit."""
+    if not CUDA:
+        return ["-DEK_CUDA=OFF"]
+    if shutil.which("nvcc") is None:
+        raise SystemExit("engram-kernels: ENGRAM_KERNELS_CUDA=1, but nvcc was not found; put the CUDA 13 toolkit on PATH")
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    where = re.search(r"^#\$ _HERE_=(.*)$", said, re.M)
+    return ["-DEK_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={Path(where[1]) / 'nvcc' if where else shutil.which('nvcc')}"]
 
 
 class CMakeBuild(build_ext):
@@ -37,7 +51,7 @@ class CMakeBuild(build_ext):
         subprocess.check_call([
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}", "-DCMAKE_BUILD_TYPE=Release",
+            *cuda_options(), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}", "-DCMAKE_BUILD_TYPE=Release",
             f"-DEK_SANITIZE={'ON' if os.environ.get('EK_SANITIZE') == '1' else 'OFF'}"])
         subprocess.check_call(["cmake", "--build", str(build)])
 

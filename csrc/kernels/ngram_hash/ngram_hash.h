@@ -43,6 +43,7 @@ struct NgramHashParams {
   int heads;
   bool ids_are_int64;
   bool per_column;
+  uint32_t* error_count;  // CUDA: device memory, counts bad ids (they hash as dead) and bad cu_seqlens; or null
 
   EK_INLINE int columns() const { return (max_order - 1) * heads; }
   EK_INLINE int64_t token_id(int64_t t) const { return load_id(token_ids, t * token_stride); }
@@ -58,13 +59,16 @@ struct NgramHashParams {
   }
 };
 
-// Throws unless sizes and constants are in range (host memory; columns * layers steps). Token data is not inspected.
+// Throws unless the sizes are in range. Looks at no array.
+void check_sizes(const NgramHashParams& p);
+// The same, and the constants (host memory; columns * layers steps). Token data is not inspected.
 void check_params(const NgramHashParams& p);
 // Throws unless cu_seqlens, token_ids and history (host memory) hold what the fields above promise.
 void check_host_data(const NgramHashParams& p);
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel);
 #ifdef EK_WITH_CUDA
+// Every pointer is device memory. Moduli, offsets and multipliers are trusted: check_params, once, is the caller's duty.
 void ngram_hash_cuda(const NgramHashParams& p, void* stream);
 #endif
 

@@ -3,7 +3,7 @@
 
 namespace engram_kernels {
 
-void check_params(const NgramHashParams& p) {
+void check_sizes(const NgramHashParams& p) {
   EK_CHECK(p.max_order >= 2 && p.max_order <= kMaxOrder,
            "ngram_hash: max_order is " << p.max_order << ", expected 2.." << kMaxOrder);
   EK_CHECK(p.heads >= 1 && p.num_layers >= 1, "ngram_hash: heads is " << p.heads << " and layers " << p.num_layers);
@@ -11,6 +11,10 @@ void check_params(const NgramHashParams& p) {
            "ngram_hash: num_ids is " << p.num_ids << ", expected 1..2^31");
   EK_CHECK(p.boundary_id >= 0 && p.boundary_id < p.num_ids,
            "ngram_hash: boundary_id is " << p.boundary_id << ", expected [0, " << p.num_ids << ")");
+}
+
+void check_params(const NgramHashParams& p) {
+  check_sizes(p);
   const int64_t limit = int64_t{1} << 31;
   for (int64_t i = 0; i < int64_t{p.num_layers} * p.columns(); ++i) {
     EK_CHECK(p.moduli[i] >= 1 && p.moduli[i] < limit && p.offsets[i] >= 0 && p.offsets[i] + p.moduli[i] <= limit,

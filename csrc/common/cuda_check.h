@@ -1,0 +1,35 @@
+// What every launcher does around a launch. Included by .cu files only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/error.h"
+
+#define EK_CUDA_CHECK(expr)                                                                                      \
+  do {                                                                                                           \
+    const cudaError_t ek_error = (expr);                                                                         \
+    if (ek_error != cudaSuccess) EK_THROW_AS(std::runtime_error, #expr << ": " << cudaGetErrorString(ek_error)); \
+  } while (0)
+
+namespace engram_kernels {
+
+constexpr int64_t kMaxGridX = 2147483647;  // CUDA limits of gridDim
+constexpr int64_t kMaxGridY = 65535;
+constexpr int64_t kMaxSharedBytes = 48 * 1024;  // what a block may have without asking
+
+// Multiprocessors of the current device.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  EK_CUDA_CHECK(cudaGetDevice(&device));
+  EK_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// A data error found on the device; raised later by whoever owns the counter.
+__device__ inline void count_error(uint32_t* error_count) {
+  if (error_count != nullptr) atomicAdd(error_count, 1U);
+}
+
+}  // namespace engram_kernels

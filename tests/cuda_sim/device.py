@@ -1,0 +1,97 @@
+"""A device of the simulator: arrays at device addresses, launchers called through ctypes."""
+import ctypes
+from dataclasses import dataclass, field
+
+import numpy as np
+import ptxsim
+
+from .build import Build, build
+
+Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint),
+                            ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
+
+
+class LaunchError(Exception):
+    """The launcher threw."""
+
+
+@dataclass
+class Launch:
+    """One kernel launch and what the simulator says of it."""
+    kernel: str  # mangled
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared_bytes: int
+    result: ptxsim.Result
+
+
+@dataclass
+class Device:
+    """Holds arrays; runs launchers on them.
+
+    options: of every simulated launch (cta_order, seed, ..); races are looked for unless race=False.
+    """
+    multiprocessors: int = 132
+    options: dict = field(default_factory=dict)
+    launches: list[Launch] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.build: Build = build()
+        self.library = ctypes.CDLL(str(self.build.library))
+        self.mem = ptxsim.Memory()
+        self.modules, self.kernels, self.failure = {}, {}, None
+        self.callback = Callback(self._launch)
+
+    def address(self, array, name: str = "", readonly: bool = False) -> int:
+        """Maps a numpy array or CPU tensor; None is a null pointer."""
+        if array is None:
+            return 0
+        return self.mem.register(array, name, readonly)
+
+    def run(self, launcher: str, params: ctypes.Structure) -> list[Launch]:
+        """Calls `launcher`, executes what it launches, returns the launches."""
+        call = getattr(self.library, launcher)
+        call.restype = ctypes.c_char_p
+        known = getattr(self.library, launcher + "_params_bytes")
+        known.restype = ctypes.c_long
+        assert known() == ctypes.sizeof(params), f"{type(params).__name__} is not the C++ struct"
+        self._load(launcher)
+        self.library.fake_cudart_set(self.callback, self.multiprocessors)
+        before, self.failure = len(self.launches), None
+        error = call(ctypes.byref(params))
+        if self.failure is not None:
+            raise self.failure
+        if error is not None:
+            raise LaunchError(error.decode())
+        return self.launches[before:]
+
+    def _load(self, op):
+        if op in self.modules:
+            return
+        module = ptxsim.Module(self.build.ptx(op))
+        assert not module.globals, "device variables are not supported here"
+        module.mem = self.mem
+        self.modules[op] = module
+        self.kernels.update({name: module for name in module.kernels()})
+
+    def _launch(self, name, grid, block, args, shared_bytes):
+        try:
+            name = name.decode()
+            module = self.kernels[name]
+            kernel = module.kernel(name)
+            raw = [ctypes.string_at(args[i], p.size) for i, p in enumerate(kernel.params)]
+            grid, block = tuple(grid[:3]), tuple(block[:3])
+            result = kernel.launch(grid, block, raw, shared_bytes, trace=True, **{"race": True, **self.options})
+            self.launches.append(Launch(name, grid, block, shared_bytes, result))
+            assert not result.races, result.races
+            assert not result.conflicts, result.conflicts
+            assert not result.warnings, result.warnings
+        except BaseException as err:  # must not pass through C; `run` raises it
+            self.failure = err
+
+
+def poisoned(shape, dtype=np.int32) -> np.ndarray:
+    """An array whose every byte is 0xAB, for output that must be written whole."""
+    out = np.empty(shape, dtype)
+    out.view(np.uint8)[...] = 0xAB
+    return out

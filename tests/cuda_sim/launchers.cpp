@@ -1,0 +1,20 @@
+// C doors to the launchers, for ctypes: null, or the text of the exception.
+#include <exception>
+#include <string>
+
+#include "kernels/ngram_hash/ngram_hash.h"
+
+#define EK_LAUNCHER(launcher, Params)                                \
+  extern "C" const char* launcher(const engram_kernels::Params* p) { \
+    static std::string error;                                        \
+    try {                                                            \
+      engram_kernels::launcher(*p, nullptr);                         \
+      return nullptr;                                                \
+    } catch (const std::exception& e) {                              \
+      error = e.what();                                              \
+      return error.c_str();                                          \
+    }                                                                \
+  }                                                                  \
+  extern "C" long launcher##_params_bytes() { return sizeof(engram_kernels::Params); }
+
+EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
