@@ -7,6 +7,11 @@ namespace ek = engram_kernels;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "compiled kernels of engram_kernels; importing this registers the CPU ops with torch";
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   m.def("cpu_isa", [] { return ek::cpu_isa_name(ek::cpu_isa()); }, "Instruction set in use: portable, avx2 or avx512.");
   m.def("best_cpu_isa", [] { return ek::cpu_isa_name(ek::best_cpu_isa()); }, "Best instruction set of this machine.");
   m.def(
