@@ -1,10 +1,11 @@
 """Gate: how much of the memory's value enters each branch of the hidden state."""
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from engram_kernels import backends
 from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_tensor
-from engram_kernels._library import LIB
+from engram_kernels._library import COMPILE_ERROR, LIB
 from engram_kernels.reference.gate import gate as _reference
 
 _INPUTS = "Tensor hidden, Tensor key, Tensor value, Tensor w_hidden, Tensor w_key, Tensor? mask"
@@ -67,11 +68,23 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
 
     Source: arXiv 2601.07372 section 2; the copysign rule: the TileKernels library.
     """
+    args = (hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual)
+    if backend in ("auto", "cpu") and runs_compiled(*args[:6], out):
+        try:  # the binding checks all that _check does: at the size of one token, checking twice costs as much as the op
+            return _compiled(*args, out=out)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            pass  # below, in better words
     _check(hidden, key, value, w_hidden, w_key, mask, out)
     check_options("gate", eps, clamp, zero_sign)
-    check_out("gate", out, (hidden, key, value, w_hidden, w_key))
     run = backends.select("gate", hidden.device, backend)
-    return run(hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual, out=out)
+    return run(*args, out=out)
+
+
+def runs_compiled(*tensors: object) -> bool:
+    """Whether the compiled CPU op can take this call as it is: every tensor there is on the CPU, nothing is traced."""
+    if COMPILE_ERROR is not None or is_compiling():
+        return False
+    return all(x is None or getattr(x, "is_cpu", False) for x in tensors)
 
 
 def check_options(op: str, eps: float, clamp: float, zero_sign: str) -> None:
@@ -113,15 +126,17 @@ def _check(hidden, key, value, w_hidden, w_key, mask, out):
 
 def _compiled(*args, out=None):
     if out is not None:
+        check_out("gate", out, args[:5])
         torch.ops.engram_kernels.gate.out(*args, out=out)
         return out
-    if torch.compiler.is_compiling() or wants_grad(*args[:5]):
+    if is_compiling() or wants_grad(*args[:5]):
         return torch.ops.engram_kernels.gate.default(*args)
     with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
         return torch.ops.engram_kernels.gate.default(*args)
 
 
 def _reference_into(*args, out=None):
+    check_out("gate", out, args[:5])
     result = _reference(*args)
     return result if out is None else out.copy_(result)
 
