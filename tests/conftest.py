@@ -12,8 +12,21 @@ import engram_kernels  # noqa: E402, F401
 from engram_kernels import backends  # noqa: E402
 from engram_kernels._library import COMPILE_ERROR  # noqa: E402
 
+if not COMPILE_ERROR:
+    from engram_kernels import _C
+
 # the CPU kernels once per instruction set; what the machine cannot run is skipped with that reason
 BACKENDS = ("reference", "cpu_portable", "cpu_avx2", "cpu_avx512", "cuda", "triton")
+
+
+def pytest_report_header():
+    """Which backends the tests run on, and why not on the others."""
+    ops = backends.ops()
+    lines = [COMPILE_ERROR if COMPILE_ERROR else f"cpu instruction set: {_C.best_cpu_isa()}"]
+    for name in backends.BACKENDS:
+        missing = sorted({backends.explain(op, name).partition(": ")[2] for op in ops if name not in backends.available(op)})
+        lines.append(f"backend {name}: {'; '.join(missing) or 'available for every op'}")
+    return lines
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +50,6 @@ def backend(request):
     if not isa:
         yield name
         return
-    from engram_kernels import _C
     try:
         _C.set_cpu_isa(isa)
     except ValueError as err:

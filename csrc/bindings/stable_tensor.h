@@ -38,6 +38,7 @@ inline void expect_shape(const char* op, const char* name, const Tensor& x, std:
     ++dim;
   }
   EK_CHECK(ok, op << ": " << name << " has the wrong shape");
+  if (x.numel() == 0) return;  // no element, no stride
   int64_t stride = 1;
   for (int64_t d = x.dim() - 1; d >= x.dim() - dense_dims; --d) {
     EK_CHECK(x.size(d) <= 1 || x.stride(d) == stride, op << ": dimension " << d << " of " << name << " is not dense");

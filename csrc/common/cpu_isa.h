@@ -24,21 +24,24 @@ CpuIsa cpu_isa_from_name(const char* name);
 
 // name: kernel; params: its parenthesised parameter list; args: the same names; all in namespace engram_kernels
 #if EK_ISA_PORTABLE && !defined(EK_ONE_ISA)
-#define EK_DISPATCH_CPU(name, params, args)           \
-  namespace engram_kernels {                          \
-  namespace avx2 {                                    \
-  void name params;                                   \
-  }                                                   \
-  namespace avx512 {                                  \
-  void name params;                                   \
-  }                                                   \
-  void name params {                                  \
-    switch (cpu_isa()) {                              \
-      case CpuIsa::kAvx512: return avx512::name args; \
-      case CpuIsa::kAvx2: return avx2::name args;     \
-      default: return portable::name args;            \
-    }                                                 \
-  }                                                   \
+#define EK_DISPATCH_CPU(name, params, args) \
+  namespace engram_kernels {                \
+  namespace avx2 {                          \
+  void name params;                         \
+  }                                         \
+  namespace avx512 {                        \
+  void name params;                         \
+  }                                         \
+  void name params {                        \
+    switch (cpu_isa()) {                    \
+      case CpuIsa::kAvx512:                 \
+        return avx512::name args;           \
+      case CpuIsa::kAvx2:                   \
+        return avx2::name args;             \
+      default:                              \
+        return portable::name args;         \
+    }                                       \
+  }                                         \
   }
 #elif EK_ISA_PORTABLE
 #define EK_DISPATCH_CPU(name, params, args) \

@@ -13,13 +13,13 @@
     throw exception(ek_os.str());   \
   } while (0)
 
-#define EK_CHECK(cond, msg)                                      \
-  do {                                                           \
-    if (!(cond)) EK_THROW_AS(std::invalid_argument, msg);        \
+#define EK_CHECK(cond, msg)                               \
+  do {                                                    \
+    if (!(cond)) EK_THROW_AS(std::invalid_argument, msg); \
   } while (0)
 
 // A data value (an id) outside its range.
-#define EK_CHECK_INDEX(cond, msg)                                \
-  do {                                                           \
-    if (!(cond)) EK_THROW_AS(std::out_of_range, msg);            \
+#define EK_CHECK_INDEX(cond, msg)                     \
+  do {                                                \
+    if (!(cond)) EK_THROW_AS(std::out_of_range, msg); \
   } while (0)

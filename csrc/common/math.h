@@ -9,7 +9,8 @@
 #define EK_HOST_DEVICE
 #endif
 
-// always inlined: kernels are compiled once per instruction set, and a shared out-of-line copy would be linked from any of them
+// always inlined: kernels are compiled once per instruction set, and a shared out-of-line copy would be linked from any
+// of them
 #define EK_INLINE EK_HOST_DEVICE inline __attribute__((always_inline))
 
 namespace engram_kernels {
@@ -25,7 +26,8 @@ EK_INLINE uint64_t mul_high(uint64_t a, uint64_t b) {
 }
 
 // x mod modulus by one multiply-high, exact for x < 2^63 and 1 <= modulus < 2^31.
-// With r = floor((2^64 - 1) / m), x * r / 2^64 > x/m - x * (m + 1) / (m * 2^64) >= x/m - 1: the quotient is at most one low.
+// With r = floor((2^64 - 1) / m), x * r / 2^64 > x/m - x * (m + 1) / (m * 2^64) >= x/m - 1: the quotient is at most one
+// low.
 struct ExactModulus {
   uint64_t modulus;
   uint64_t reciprocal;  // floor((2^64 - 1) / modulus)

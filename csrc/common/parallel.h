@@ -1,4 +1,5 @@
-// The caller's thread pool, handed to the torch-free kernels. The binding passes torch's own, so a process has one pool.
+// The caller's thread pool, handed to the torch-free kernels. The binding passes torch's own, so a process has one
+// pool.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,9 @@ struct Parallel {
       body(int64_t{0}, count);
       return;
     }
-    run(0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+    run(
+        0, count, grain,
+        [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
         const_cast<F*>(&body));
   }
 };

@@ -38,13 +38,20 @@ EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const st
 template <class F>
 EK_LANE void with_row_format(RowFormat format, const F& f) {
   switch (format) {
-    case RowFormat::kF32: return f(std::integral_constant<RowFormat, RowFormat::kF32>{});
-    case RowFormat::kBf16: return f(std::integral_constant<RowFormat, RowFormat::kBf16>{});
-    case RowFormat::kF16: return f(std::integral_constant<RowFormat, RowFormat::kF16>{});
-    case RowFormat::kFp8Block32: return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32>{});
-    case RowFormat::kFp8Block32Packed: return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32Packed>{});
-    case RowFormat::kFp8Tensor: return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
-    case RowFormat::kInt8Group32: return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
+    case RowFormat::kF32:
+      return f(std::integral_constant<RowFormat, RowFormat::kF32>{});
+    case RowFormat::kBf16:
+      return f(std::integral_constant<RowFormat, RowFormat::kBf16>{});
+    case RowFormat::kF16:
+      return f(std::integral_constant<RowFormat, RowFormat::kF16>{});
+    case RowFormat::kFp8Block32:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32>{});
+    case RowFormat::kFp8Block32Packed:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32Packed>{});
+    case RowFormat::kFp8Tensor:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
+    case RowFormat::kInt8Group32:
+      return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
   }
 }
 
@@ -52,9 +59,12 @@ EK_LANE void with_row_format(RowFormat format, const F& f) {
 template <class F>
 EK_LANE void with_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kF32: return f(static_cast<float*>(nullptr));
-    case DType::kBf16: return f(static_cast<Bf16*>(nullptr));
-    case DType::kF16: return f(static_cast<F16*>(nullptr));
+    case DType::kF32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kBf16:
+      return f(static_cast<Bf16*>(nullptr));
+    case DType::kF16:
+      return f(static_cast<F16*>(nullptr));
   }
 }
 

@@ -16,11 +16,12 @@ void check_row_source(const char* op, const RowSource& s) {
   EK_CHECK(!has_blocks(s.format) || s.row_dim % kScaleBlock == 0,
            op << ": row_dim is " << s.row_dim << ", expected a multiple of " << kScaleBlock << " for this row format");
   EK_CHECK(s.num_rows >= 0, op << ": num_rows is " << s.num_rows);
-  EK_CHECK(s.row_stride_bytes >= row_value_bytes(s.format, s.row_dim),
-           op << ": rows are " << s.row_stride_bytes << " bytes apart, expected at least " << row_value_bytes(s.format, s.row_dim));
-  EK_CHECK(s.scale_stride_bytes >= row_scale_bytes(s.format, s.row_dim),
-           op << ": scales are " << s.scale_stride_bytes << " bytes apart, expected at least "
-              << row_scale_bytes(s.format, s.row_dim));
+  EK_CHECK(s.row_stride_bytes >= row_value_bytes(s.format, s.row_dim), op << ": rows are " << s.row_stride_bytes
+                                                                          << " bytes apart, expected at least "
+                                                                          << row_value_bytes(s.format, s.row_dim));
+  EK_CHECK(s.scale_stride_bytes >= row_scale_bytes(s.format, s.row_dim), op << ": scales are " << s.scale_stride_bytes
+                                                                            << " bytes apart, expected at least "
+                                                                            << row_scale_bytes(s.format, s.row_dim));
   const bool wants_scales = row_scale_bytes(s.format, s.row_dim) > 0 || s.format == RowFormat::kFp8Tensor;
   EK_CHECK(!wants_scales || s.scales != nullptr || s.num_rows == 0, op << ": scales are missing");
 }

@@ -14,8 +14,8 @@ enum class DType : int { kF32, kBf16, kF16 };
 
 constexpr int kScaleBlock = 32;  // elements that share a scale in the block and group formats
 constexpr int kNumRowFormats = 7;
-constexpr const char* kRowFormatNames[kNumRowFormats] = {"f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed",
-                                                         "fp8_e4m3_tensor", "int8_group32"};
+constexpr const char* kRowFormatNames[kNumRowFormats] = {
+    "f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32"};
 
 EK_INLINE constexpr int dtype_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -25,15 +25,17 @@ EK_INLINE constexpr bool has_blocks(RowFormat f) {
 
 // Bytes that a row occupies in the row array, without padding; scales only where they are packed behind the values.
 EK_INLINE constexpr int64_t row_value_bytes(RowFormat f, int64_t row_dim) {
-  return f == RowFormat::kF32                             ? row_dim * 4
+  return f == RowFormat::kF32                            ? row_dim * 4
          : f == RowFormat::kBf16 || f == RowFormat::kF16 ? row_dim * 2
          : f == RowFormat::kFp8Block32Packed             ? row_dim + row_dim / kScaleBlock
-                                                          : row_dim;
+                                                         : row_dim;
 }
 
 // Bytes of a row's scales in the scale array.
 EK_INLINE constexpr int64_t row_scale_bytes(RowFormat f, int64_t row_dim) {
-  return f == RowFormat::kFp8Block32 ? row_dim / kScaleBlock : f == RowFormat::kInt8Group32 ? row_dim / kScaleBlock * 4 : 0;
+  return f == RowFormat::kFp8Block32    ? row_dim / kScaleBlock
+         : f == RowFormat::kInt8Group32 ? row_dim / kScaleBlock * 4
+                                        : 0;
 }
 
 // A table as a kernel sees it: raw pointers, byte strides. Shared by every op that reads rows.
@@ -83,8 +85,8 @@ EK_INLINE float fp8_e4m3_to_float(uint8_t byte) {
   const uint32_t sign = static_cast<uint32_t>(byte & 0x80) << 24, magnitude = byte & 0x7F;
   if (magnitude == 0x7F) return float_from_bits(sign | 0x7FC00000);
   // the bits in place of a float's are the value times 2^-120; below 8 they are a subnormal, counted in steps of 2^-9
-  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0.001953125F
-                                    : float_from_bits((magnitude << 20) + (120U << 23));
+  const float value =
+      magnitude < 8 ? static_cast<float>(magnitude) * 0.001953125F : float_from_bits((magnitude << 20) + (120U << 23));
   return float_from_bits(bits_from_float(value) | sign);
 }
 
@@ -117,7 +119,7 @@ EK_INLINE uint16_t float_to_f16(float value) {
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
   if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7C00);  // 65536 and above; 65520.. round up below
-  if (magnitude < 0x38800000) {                                              // under 2^-14: adding 0.5 rounds to steps of 2^-24
+  if (magnitude < 0x38800000) {  // under 2^-14: adding 0.5 rounds to steps of 2^-24
     const float shifted = float_from_bits(magnitude) + 0.5F;
     return static_cast<uint16_t>(sign | (bits_from_float(shifted) - 0x3F000000));
   }

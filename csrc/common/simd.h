@@ -138,12 +138,22 @@ EK_LANE F32 each_lane(const Op& op) {
   for (int i = 0; i < kLanes; ++i) result.lane[i] = op(i);
   return result;
 }
-EK_LANE F32 splat(float x) { return each_lane([&](int) { return x; }); }
+EK_LANE F32 splat(float x) {
+  return each_lane([&](int) { return x; });
+}
 EK_LANE F32 zeros() { return splat(0.0F); }
-EK_LANE F32 add(F32 a, F32 b) { return each_lane([&](int i) { return a.lane[i] + b.lane[i]; }); }
-EK_LANE F32 sub(F32 a, F32 b) { return each_lane([&](int i) { return a.lane[i] - b.lane[i]; }); }
-EK_LANE F32 mul(F32 a, F32 b) { return each_lane([&](int i) { return a.lane[i] * b.lane[i]; }); }
-EK_LANE F32 fma(F32 a, F32 b, F32 c) { return each_lane([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+EK_LANE F32 add(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+EK_LANE F32 sub(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+EK_LANE F32 mul(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+EK_LANE F32 fma(F32 a, F32 b, F32 c) {
+  return each_lane([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
 EK_LANE float sum(F32 a) {
   const float even = (a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6]);
   return even + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));

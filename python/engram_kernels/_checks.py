@@ -24,15 +24,30 @@ def expect_tensor(op: str, name: str, x: object, dtypes: Sequence[torch.dtype], 
         TypeError: `x` is no tensor.
         ValueError: dtype, shape, device or strides differ.
     """
+    if isinstance(x, Tensor) and x.dtype in dtypes and (device is None or x.device == device):
+        sizes = x.shape
+        if len(sizes) == len(shape) and (dense_dims == 0 or x.is_contiguous()):
+            for got, want in zip(sizes, shape, strict=True):
+                if got != want and not isinstance(want, str):
+                    break
+            else:
+                return  # the common case, kept cheap: a decode step calls this a dozen times
+    _explain(op, name, x, dtypes, shape, device, dense_dims)
+
+
+def _explain(op: str, name: str, x: object, dtypes: Sequence[torch.dtype], shape: Sequence[int | str],
+             device: torch.device | None, dense_dims: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise ValueError(f"{op}: {name} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
-    if x.dim() != len(shape) or any(isinstance(want, int) and got != want for got, want in zip(x.shape, shape, strict=True)):
+    if x.dim() != len(shape) or any(not isinstance(want, str) and got != want for got, want in zip(x.shape, shape, strict=True)):
         wanted = ", ".join(str(s) for s in shape)
         raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(x.shape)}")
     if device is not None and x.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+    if x.numel() == 0:
+        return  # no element, no stride
     stride = 1
     for dim in range(x.dim() - 1, x.dim() - 1 - dense_dims, -1):
         if x.shape[dim] > 1 and x.stride(dim) != stride:

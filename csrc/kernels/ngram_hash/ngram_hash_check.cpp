@@ -7,7 +7,8 @@ void check_params(const NgramHashParams& p) {
   EK_CHECK(p.max_order >= 2 && p.max_order <= kMaxOrder,
            "ngram_hash: max_order is " << p.max_order << ", expected 2.." << kMaxOrder);
   EK_CHECK(p.heads >= 1 && p.num_layers >= 1, "ngram_hash: heads is " << p.heads << " and layers " << p.num_layers);
-  EK_CHECK(p.num_ids >= 1 && p.num_ids <= int64_t{1} << 31, "ngram_hash: num_ids is " << p.num_ids << ", expected 1..2^31");
+  EK_CHECK(p.num_ids >= 1 && p.num_ids <= int64_t{1} << 31,
+           "ngram_hash: num_ids is " << p.num_ids << ", expected 1..2^31");
   EK_CHECK(p.boundary_id >= 0 && p.boundary_id < p.num_ids,
            "ngram_hash: boundary_id is " << p.boundary_id << ", expected [0, " << p.num_ids << ")");
   const int64_t limit = int64_t{1} << 31;
@@ -19,7 +20,8 @@ void check_params(const NgramHashParams& p) {
     unsigned __int128 largest = 0;
     for (int s = 0; s < p.max_order; ++s) {
       const int64_t multiplier = p.multipliers[i * p.max_order + s];
-      EK_CHECK(multiplier >= 0, "ngram_hash: multiplier " << s << " of column " << i << " is " << multiplier << ", expected >= 0");
+      EK_CHECK(multiplier >= 0,
+               "ngram_hash: multiplier " << s << " of column " << i << " is " << multiplier << ", expected >= 0");
       largest += static_cast<unsigned __int128>(multiplier) * static_cast<uint64_t>(p.num_ids - 1);
     }
     EK_CHECK(largest >> 63 == 0, "ngram_hash: the sum of column " << i << " can pass 2^63");
@@ -30,24 +32,26 @@ void check_host_data(const NgramHashParams& p) {
   const int32_t* cu = p.cu_seqlens;
   EK_CHECK(cu[0] == 0, "ngram_hash: cu_seqlens[0] is " << cu[0] << ", expected 0");
   for (int64_t b = 0; b < p.num_sequences; ++b) {
-    EK_CHECK(cu[b] <= cu[b + 1], "ngram_hash: cu_seqlens[" << b + 1 << "] is " << cu[b + 1] << ", less than the one before, "
-                                                          << cu[b]);
+    EK_CHECK(cu[b] <= cu[b + 1],
+             "ngram_hash: cu_seqlens[" << b + 1 << "] is " << cu[b + 1] << ", less than the one before, " << cu[b]);
   }
   EK_CHECK(cu[p.num_sequences] == p.num_tokens, "ngram_hash: cu_seqlens ends at " << cu[p.num_sequences]
-                                                    << ", expected the number of tokens, " << p.num_tokens);
+                                                                                  << ", expected the number of tokens, "
+                                                                                  << p.num_tokens);
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     if (p.dead(t)) continue;
     const int64_t id = p.token_id(t);
-    EK_CHECK_INDEX(id >= 0 && id < p.vocab_size, "ngram_hash: token_ids[" << t << "] is " << id << ", expected [0, "
-                                                     << p.vocab_size << "); unresolved placeholders must not be hashed");
+    EK_CHECK_INDEX(id >= 0 && id < p.vocab_size, "ngram_hash: token_ids["
+                                                     << t << "] is " << id << ", expected [0, " << p.vocab_size
+                                                     << "); unresolved placeholders must not be hashed");
   }
   if (p.history == nullptr) return;
   for (int64_t b = 0; b < p.num_sequences; ++b) {
     for (int back = 1; back < p.max_order; ++back) {
       const int64_t id = p.history_id(b, back);
       EK_CHECK_INDEX(id >= kDeadToken && id < p.vocab_size,
-                     "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id << ", expected [0, " << p.vocab_size
-                                            << "), -1 (before the start) or -2 (dead)");
+                     "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id << ", expected [0, "
+                                            << p.vocab_size << "), -1 (before the start) or -2 (dead)");
     }
   }
 }

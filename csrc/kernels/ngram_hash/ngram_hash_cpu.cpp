@@ -1,10 +1,12 @@
 // CPU kernel of ngram_hash. Contract and formula: ngram_hash.h.
 //
-// Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order (scalar),
+// Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order
+// (scalar),
 //          then eight columns at a time with their constants in registers.
-// Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so rounding
-//          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
-//          and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
+// Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so
+// rounding
+//          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix /
+//          m, and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
 // Traffic  reads 4 or 8 B a token, writes 4 B * columns * layers a token, which bounds the kernel.
 #include "kernels/ngram_hash/ngram_hash.h"
 
@@ -19,8 +21,8 @@
 namespace engram_kernels::EK_ISA {
 namespace {
 
-constexpr int kBlock = 64;             // tokens; mixes of a block stay in L1
-constexpr int kLanes = 8;              // columns at a time
+constexpr int kBlock = 64;              // tokens; mixes of a block stay in L1
+constexpr int kLanes = 8;               // columns at a time
 constexpr int64_t kGrainTokens = 1024;  // a thread is worth starting for about 20 us of work
 constexpr int64_t kMinVectorModulus = 1 << 13;
 
@@ -31,8 +33,8 @@ struct Block {
 };
 
 struct Mixes {
-  uint64_t mix[kBlock];     // non-negative; ones' complement of the value when it was negative
-  double value[kBlock];     // the same, rounded to 53 bits
+  uint64_t mix[kBlock];       // non-negative; ones' complement of the value when it was negative
+  double value[kBlock];       // the same, rounded to 53 bits
   uint32_t negative[kBlock];  // all ones when the value was negative
 };
 
@@ -95,7 +97,8 @@ void store_mix(int64_t value, int i, Mixes* out) {
 
 // mixes[s - 1] for orders s + 1 = 2..N, multipliers [N]
 template <int kOrder>
-void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
+void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order,
+               Mixes* mixes) {
   const int n = kOrder > 0 ? kOrder : order;
   const uint32_t* ids = block.ids + kMaxOrder - 1;
   uint64_t boundary[kMaxOrder];
@@ -111,12 +114,17 @@ void mix_block(const Block& block, int count, const int64_t* multipliers, int64_
   }
 }
 
-void mix_block_any(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
+void mix_block_any(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order,
+                   Mixes* mixes) {
   switch (order) {
-    case 2: return mix_block<2>(block, count, multipliers, boundary_id, order, mixes);
-    case 3: return mix_block<3>(block, count, multipliers, boundary_id, order, mixes);
-    case 4: return mix_block<4>(block, count, multipliers, boundary_id, order, mixes);
-    default: return mix_block<0>(block, count, multipliers, boundary_id, order, mixes);
+    case 2:
+      return mix_block<2>(block, count, multipliers, boundary_id, order, mixes);
+    case 3:
+      return mix_block<3>(block, count, multipliers, boundary_id, order, mixes);
+    case 4:
+      return mix_block<4>(block, count, multipliers, boundary_id, order, mixes);
+    default:
+      return mix_block<0>(block, count, multipliers, boundary_id, order, mixes);
   }
 }
 
@@ -193,8 +201,8 @@ std::vector<ColumnGroup> make_groups(const NgramHashParams& p) {
   return groups;
 }
 
-void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t column, int order, const ExactModulus& exact,
-                int32_t* out) {
+void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t column, int order,
+                const ExactModulus& exact, int32_t* out) {
   const int64_t* multipliers = p.multipliers + column * p.max_order;
   const uint32_t* ids = block.ids + kMaxOrder - 1;
   for (int i = 0; i < count; ++i) {
@@ -207,7 +215,8 @@ void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t
   }
 }
 
-void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups, const Block& block, int64_t first, int count) {
+void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups, const Block& block, int64_t first,
+                int count) {
   Mixes mixes[kMaxOrder - 1];
   const ColumnGroup* group = groups.data();
   for (int layer = 0; layer < p.num_layers; ++layer) {
@@ -220,7 +229,8 @@ void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups
         const int column = (order - 2) * p.heads + head;
         if (p.per_column) {
           for (int j = 0; j < group->count; ++j) {
-            sum_column(p, block, count, int64_t{layer} * p.columns() + column + j, order, group->exact[j], out + column + j);
+            sum_column(p, block, count, int64_t{layer} * p.columns() + column + j, order, group->exact[j],
+                       out + column + j);
           }
         } else if (group->vectorised) {
           reduce_vectorised(mixes[order - 2], count, *group, p.columns(), out + column);

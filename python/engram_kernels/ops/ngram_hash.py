@@ -83,6 +83,9 @@ def _check(token_ids, cu_seqlens, layout, token_map, history, dead_mask, out):
         expect_tensor(op, "token_map.map", token_map.map, (torch.int32,), ("vocab",), device, dense_dims=1)
         if token_map.num_classes != layout.num_ids:
             raise ValueError(f"{op}: token_map has {token_map.num_classes} classes, the layout was made for {layout.num_ids}")
+        if token_map.map.shape[0] != layout.spec.vocab_size:
+            raise ValueError(f"{op}: token_map has {token_map.map.shape[0]} token ids, the layout was made for "
+                             f"{layout.spec.vocab_size}")
     if history is not None:
         shape = (cu_seqlens.shape[0] - 1, layout.max_order - 1)
         expect_tensor(op, "history", history, (token_ids.dtype,), shape, device, dense_dims=2)

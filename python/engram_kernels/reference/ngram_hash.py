@@ -1,4 +1,6 @@
 """Reference of ngram_hash: plain PyTorch, written to be read. Contract: `engram_kernels.ngram_hash`."""
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,10 +34,10 @@ def _windows(token_ids: Tensor, cu_seqlens: Tensor, token_map: Tensor | None, hi
     ids = token_ids if dead_mask is None else torch.where(dead_mask, -2, token_ids)
     # each sequence behind its lookback, oldest first, so that position t - s is s elements before t
     pieces, starts = [], cu_seqlens.tolist()
-    for sequence, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for sequence, (begin, end) in enumerate(itertools.pairwise(starts)):
         before = ids.new_full((reach,), -1) if history is None else history[sequence].flip(0)
         line = torch.cat([before, ids[begin:end]]).long()
-        pieces.append(line.unfold(0, max_order, 1).flip(1))  # [length, max_order], column s is s tokens back
+        pieces.append(torch.stack([line[reach - s:line.numel() - s] for s in range(max_order)], dim=1))  # [length, N]
     raw = torch.cat(pieces) if pieces else torch.empty(0, max_order, dtype=torch.int64, device=token_ids.device)
     blocked = raw < 0
     canonical = raw.clamp_min(0) if token_map is None else token_map[raw.clamp_min(0)].long()

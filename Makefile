@@ -1,0 +1,69 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, builds, runs.
+PYTHON ?= python3
+VENV ?= .venv
+# any torch >= 2.10 serves; this one is what CI runs
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# one build folder, so that a second build is incremental
+BUILD_ENV := EK_BUILD_DIR=$(abspath build)
+SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+ASAN_LIBS = $(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)
+
+.PHONY: demo test test-asan bench lint format clean
+
+demo: $(VENV)/.built
+	engram-kernels demo $(ARGS)
+
+test: $(VENV)/.built
+	python -m pytest -q $(ARGS)
+
+# The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
+OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_row_table.py test_gate.py test_gather_gate.py test_short_conv.py)
+test-asan: $(VENV)/.built
+	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
+	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
+	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch, pybind11; print(torch.utils.cmake_prefix_path, pybind11.get_cmake_dir(), sep=";")')" \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build-asan)/python/engram_kernels > build-asan/configure.log
+	cmake --build build-asan/cmake
+	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
+	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  python -m pytest -q $(OP_TESTS) -k "not compiles" $(ARGS)
+
+bench: $(VENV)/.built $(VENV)/.bench
+	python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=build/bench.json $(ARGS)
+	python bench/harness.py build/bench.json
+
+lint: $(VENV)/.built $(VENV)/.lint
+	ruff check python tests bench setup.py
+	mypy
+	find csrc -name '*.cpp' -o -name '*.h' | xargs clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	ruff check --fix python tests bench setup.py
+	find csrc -name '*.cpp' -o -name '*.h' | xargs clang-format -i
+
+clean:
+	rm -rf build build-asan python/*.egg-info python/engram_kernels/_C*.so
+
+$(VENV)/.python:
+	@command -v $(or $(CXX),c++) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	pip install -q $(TORCH) numpy 'setuptools>=77' wheel 'cmake>=3.31' ninja 'pybind11>=2.13'
+	@touch $@
+
+# torch is taken as found, so the build is not isolated
+$(VENV)/.built: $(VENV)/.python pyproject.toml setup.py $(SOURCES)
+	$(BUILD_ENV) pip install -q --no-build-isolation -e '.[demo,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	pip install -q --no-build-isolation 'pytest-benchmark>=4' 
+	pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python
+	pip install -q 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==23.1.5'
+	@touch $@

@@ -1,0 +1,72 @@
+"""What the benchmarks share: how a measurement is taken, and the table that is made of a run.
+
+A benchmark function measures one contender of a group: ours, a peer or a bound (such as a memset of the same output). All
+contenders of a group run in one process one after the other; ratios are between medians of that run.
+
+    python bench/harness.py RUN.json [--markdown FILE]      the table of a run of pytest-benchmark
+"""
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: str, role: str = "peer", num_bytes: int = 0,
+            units: int = 0, unit: str = "", rounds: int = 15) -> None:
+    """Times `run` and files it under `group`.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        run: what is timed; it allocates nothing that is not part of the contender.
+        group: op, workload and conditions.
+        contender: name in the table.
+        role: "ours", "peer" or "bound". Ratios are given to "ours".
+        num_bytes: bytes that the op must move at least, for GB/s; 0: not given.
+        units: how many `unit` one call produces, for ns a unit; 0: not given.
+        rounds: timed calls; one untimed call goes before.
+    """
+    benchmark.group = group
+    benchmark.name = contender
+    benchmark.extra_info.update(contender=contender, role=role, num_bytes=num_bytes, units=units, unit=unit)
+    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=1)
+
+
+def table(run: dict[str, Any]) -> str:
+    """Markdown table of a run: median, ns a unit, GB/s, and the ratio of each contender to ours."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in run["benchmarks"]:
+        groups.setdefault(entry["group"], []).append(entry)
+    cpu = run["machine_info"].get("cpu", {})
+    lines = [f"Measured {datetime.datetime.fromisoformat(run['datetime']).date()} on {cpu.get('brand_raw', platform.machine())}, "
+             f"{cpu.get('count', '?')} cores, Python {run['machine_info']['python_version']}. Medians of one run; "
+             "\"ours is\" is the time of the contender over the time of ours.", "",
+             "| workload | contender | median | per unit | GB/s | ours is |", "|---|---|---|---|---|---|"]
+    for group, entries in groups.items():
+        ours = [e["stats"]["median"] for e in entries if e["extra_info"].get("role") == "ours"]
+        for entry in sorted(entries, key=lambda e: e["stats"]["median"]):
+            info, median = entry["extra_info"], entry["stats"]["median"]
+            per_unit = f"{median / info['units'] * 1e9:.2f} ns / {info['unit']}" if info.get("units") else ""
+            rate = f"{info['num_bytes'] / median / 1e9:.1f}" if info.get("num_bytes") else ""
+            ratio = f"{median / ours[0]:.2f}x faster" if ours and info["role"] == "peer" else \
+                f"{median / ours[0]:.0%} of this bound" if ours and info["role"] == "bound" else ""
+            name = f"**{info['contender']}**" if info["role"] == "ours" else info["contender"]
+            lines.append(f"| {group} | {name} | {median * 1e6:.1f} us | {per_unit} | {rate} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    text = table(json.loads(args.run.read_text()))
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

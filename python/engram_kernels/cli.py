@@ -1,0 +1,88 @@
+"""The `engram-kernels` command. Exit codes: 0 ok, 1 failure, 2 usage."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram_kernels import backends
+from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
+from engram_kernels.spec import EngramSpec
+
+PRESETS: dict[str, Callable[[], EngramSpec]] = {
+    "deepseek_v41": EngramSpec.deepseek_v41, "demo_v1": EngramSpec.demo_v1, "qwen4_ple": EngramSpec.qwen4_ple,
+    "longcat": EngramSpec.longcat}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (DemoError, ValueError, RuntimeError, OSError) as err:
+        print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"engram-kernels {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="the main job on a text: tokenize, hash, gather behind compute, gate, compare",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    demo.add_argument("text", nargs="?", type=Path, default=SAMPLE, metavar="FILE", help="a UTF-8 text; default: a sample")
+    demo.add_argument("--spec", default="deepseek_v41", help=f"{', '.join(PRESETS)}, or a JSON file of EngramSpec.to_json")
+    demo.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS))
+    demo.add_argument("--json", type=Path, metavar="OUT", help="also write every number to this file")
+    demo.add_argument("--rows", type=int, default=DemoOptions.table_rows, help="rows a layer in the scaled-down table")
+    demo.add_argument("--hidden", type=int, default=DemoOptions.hidden_size, help="hidden size of the stand-in backbone")
+    demo.add_argument("--tokens-per-step", type=int, default=DemoOptions.tokens_per_step)
+    demo.add_argument("--table-dir", type=Path, help="where the table files go; default: the system's temporary folder")
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise DemoError("the demo needs rich: pip install 'engram-kernels[demo]'") from None
+    from engram_kernels.demo.report import print_report
+    spec = PRESETS[args.spec]() if args.spec in PRESETS else EngramSpec.from_json(Path(args.spec))
+    options = DemoOptions(args.text, spec, args.backend, args.rows, args.hidden, args.tokens_per_step, args.table_dir)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    result = run_demo(options, _progress)
+    ok = print_report(result, spec, console)
+    if args.json:
+        machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+                   "threads": torch.get_num_threads()}
+        text = json.dumps({"machine": machine, "spec": dataclasses.asdict(spec), "ok": ok, "result": result}, indent=2)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if ok else 1
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; elsewhere nothing, so that logs stay short."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console(stderr=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
+                  disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the demo prints."""
+from __future__ import annotations
+
+from typing import Any
+
+from engram_kernels.demo.pipeline import TOLERANCE
+from engram_kernels.spec import EngramSpec
+
+# a prefetch that is waited for less than this share of its own time counts as hidden
+_HIDDEN_SHARE = 0.9
+
+
+def stage_rows(result: dict[str, Any], spec: EngramSpec) -> list[tuple[str, float, float, float | None]]:
+    """(stage, tokens/s, bytes a token, share of the measured memory bandwidth or None) of every stage, all layers together.
+
+    Bytes are the least that the stage must move: inputs once, outputs once, bf16 activations.
+    """
+    layers, columns, hidden, branches = len(spec.layer_ids), spec.num_columns, result["hidden_size"], spec.branches
+    activations = 2 * branches * hidden
+    tokens, seconds = result["tokens"], result["seconds"]
+    stages = [
+        ("tokenize", result["tokenize_s"], 0),
+        ("hash", result["hash_s"], 4 + layers * columns * 4),
+        ("gather (prefetch thread)", sum(p["fetch_s"] for p in result["prefetch"]),
+         layers * columns * (4 + spec.bytes_per_row + 2 * spec.row_dim)),
+        ("project (torch)", seconds["project"], 0),
+        ("gate", seconds["gate"], layers * (3 * activations + 2 * hidden)),
+        ("short_conv", seconds.get("short_conv", 0.0), layers * 2 * activations),
+        ("backbone (stand-in, torch)", seconds["backbone"], 0),
+    ]
+    return [(name, tokens / s, num_bytes, num_bytes * tokens / s / result["copy_bandwidth"] if num_bytes else None)
+            for name, s, num_bytes in stages if s > 0]
+
+
+def verdict(result: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether everything agreed with the reference, and one sentence a finding."""
+    checks = result["checks"]
+    fetch_s = sum(p["fetch_s"] for p in result["prefetch"])
+    exposed_s = sum(p["exposed_wait_s"] for p in result["prefetch"])
+    hidden = 1 - exposed_s / fetch_s
+
+    def agrees(equal: bool) -> str:
+        return "bit-exact with" if equal else "DIFFER FROM"
+
+    lines = [
+        f"row ids: {agrees(checks['ids_equal'])} the reference over all {result['tokens']:,} tokens",
+        f"rows: {agrees(checks['rows_equal'])} the reference over {checks['checked_tokens']:,} tokens",
+        f"gate: largest error {checks['gate_error']:.2e} of its row's largest value, "
+        f"{'within' if checks['gate_ok'] else 'BEYOND'} {TOLERANCE:.2e} (one unit in the last place of bf16)",
+        f"timed run: {'repeats bit for bit' if checks['run_repeats'] else 'DOES NOT REPEAT'}",
+        f"prefetch: {hidden:.1%} of {fetch_s * 1e3:.0f} ms of gathering hidden, {exposed_s * 1e3:.1f} ms exposed "
+        f"({exposed_s / result['elapsed_s']:.2%} of the run): {'hidden' if hidden >= _HIDDEN_SHARE else 'NOT HIDDEN'}",
+    ]
+    return all(checks[name] for name in ("ids_equal", "rows_equal", "gate_ok", "run_repeats")), lines
+
+
+def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool:
+    """Prints the report on a rich console; returns whether everything agreed."""
+    from rich.table import Table
+    requested = result["requested_rows"]
+    console.print(f"[bold]{result['text']}[/]: {result['tokens']:,} tokens, {result['distinct_tokens']:,} distinct"
+                  + (f"; token map of {result['classes']:,} classes" if result["classes"] else ""))
+    console.print(f"spec {spec.name}: layers {list(spec.layer_ids)}, orders 2..{spec.max_order}, {spec.heads} heads, rows of "
+                  f"{result['row_bytes']} bytes ({spec.row_format})")
+    true_rows = ", ".join(f"{n:,}" for n in result["true_rows"])
+    console.print(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer in a "
+                  f"file: stored row = row id mod {result['table_rows']:,}")
+    console.print(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
+                  f"{result['tokens_per_step']} tokens a step")
+    for layer, distinct in zip(spec.layer_ids, result["distinct_rows"], strict=True):
+        console.print(f"layer {layer}: {requested:,} rows asked for, {distinct:,} distinct: "
+                      f"repeat rate {1 - distinct / requested:.1%}")
+    bandwidth = f"{result['copy_bandwidth'] / 1e9:.1f} GB/s"
+    table = Table(title=f"stages, all layers together; memory bandwidth measured by a copy: {bandwidth}")
+    for column in ("stage", "tokens/s", "bytes/token", "share of bandwidth"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, rate, num_bytes, share in stage_rows(result, spec):
+        table.add_row(name, f"{rate:,.0f}", f"{num_bytes:,}" if num_bytes else "-", "-" if share is None else f"{share:.1%}")
+    table.add_row("whole run", f"{result['tokens'] / result['elapsed_s']:,.0f}", "-", "-")
+    console.print(table)
+    ok, lines = verdict(result)
+    for line in lines:
+        console.print(f"  {line}")
+    console.print(f"[bold]verdict: {'OK' if ok else 'FAILED'}[/]; all numbers measured in this run")
+    return ok

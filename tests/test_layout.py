@@ -1,0 +1,92 @@
+"""The repository's own rules, checked: a rule that no test holds is a rule that rots."""
+import ast
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import engram_kernels
+from engram_kernels import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(p.stem for p in (ROOT / "python/engram_kernels/ops").glob("[!_]*.py"))
+SOURCES = sorted(p for folder in ("csrc", "python", "bench", "tests") for p in (ROOT / folder).rglob("*")
+                 if p.suffix in {".py", ".h", ".cpp", ".cu"} and "__pycache__" not in p.parts)
+ISA_OBJECTS = sorted(p for isa in ("avx2", "avx512") for p in (ROOT / f"build/CMakeFiles/ek_kernels_{isa}.dir").rglob("*.o"))
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 400, 80, 130
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def code_lines(node):
+    """Lines of a function without its docstring, which may be as long as the contract needs."""
+    doc = node.body[0] if ast.get_docstring(node) else None
+    return node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_its_files(op):
+    wanted = [f"csrc/kernels/{op}/{op}.h", f"csrc/kernels/{op}/{op}_check.cpp", f"csrc/kernels/{op}/{op}_cpu.cpp",
+              f"csrc/bindings/{op}_binding.cpp", f"python/engram_kernels/reference/{op}.py", f"tests/test_{op}.py",
+              f"bench/bench_{op}.py"]
+    assert [w for w in wanted if not (ROOT / w).exists()] == []
+
+
+def test_no_kernel_folder_without_an_op():
+    assert sorted(p.name for p in (ROOT / "csrc/kernels").iterdir()) == OPS
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_is_documented_and_registered(op):
+    doc = inspect.getdoc(getattr(engram_kernels, op)) or ""
+    assert [s for s in ("Args:", "Returns:", "Raises:", "Source:") if s not in doc] == []
+    assert "reference" in backends.available(op)
+    for backend in backends.BACKENDS:
+        assert backends.explain(op, backend).startswith(f"{op}/{backend}: ")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_source_file(path):
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE_LINES, "split the file"
+    assert [n for n, line in enumerate(text.splitlines(), 1) if len(line) > MAX_COLUMNS] == []
+    if "csrc" in path.parts and "bindings" not in path.parts:
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10|pybind11)/', text), "torch belongs in csrc/bindings"
+    if path.suffix == ".py":
+        assert [f.name for f in functions(path) if code_lines(f) > MAX_FUNCTION_LINES] == []
+    if path.parent.name == "reference":
+        assert not re.search(r"^(from|import) engram_kernels", text, re.M), "a reference imports torch and nothing of ours"
+
+
+@pytest.mark.skipif(not ISA_OBJECTS, reason="no build folder beside the sources")
+@pytest.mark.parametrize("path", ISA_OBJECTS, ids=lambda p: f"{p.parts[-5]}/{p.name}")
+def test_isa_object_exports_nothing_shared(path):
+    """A weak symbol in an object built for AVX-512 could be the copy that the portable code is linked to."""
+    symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    shared = [line for line in symbols.splitlines() if re.search(r" [WuV] ", line) and "DW.ref" not in line]
+    assert shared == []
+
+
+def test_readme_names_every_op_and_backend():
+    table = (ROOT / "README.md").read_text()
+    for op in OPS:
+        row = next((line for line in table.splitlines() if line.startswith(f"| `{op}`")), None)
+        assert row is not None, f"README has no row for {op}"
+        assert f"tests/test_{op}.py" in row
+
+
+def test_readme_example_runs():
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    assert len(example.strip().splitlines()) <= 15
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_tracked_files_name_no_machine():
+    tracked = subprocess.run(["git", "grep", "-nIE", r"(^|[^a-z_.])/(root|home)/[a-z]|/work/(main|wt)"], cwd=ROOT,
+                             capture_output=True, text=True)
+    hits = [line for line in tracked.stdout.splitlines() if not line.startswith("tests/test_layout.py")]
+    assert hits == []

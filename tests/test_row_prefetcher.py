@@ -1,0 +1,122 @@
+"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs."""
+import threading
+
+import pytest
+import torch
+
+from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels.testing import random_rows
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture(params=["memory", "file"])
+def table(request, tmp_path):
+    rows, scales = random_rows("fp8_e4m3_block32", 500, 64, torch.Generator().manual_seed(0))
+    if request.param == "memory":
+        return RowTable.from_tensor(rows, scales, row_format="fp8_e4m3_block32")
+    return RowTable.create(tmp_path / "table.safetensors", [(rows, scales)], num_rows=500, row_dim=64,
+                           row_format="fp8_e4m3_block32")
+
+
+def make_ids(*shape, seed=0):
+    ids = torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    ids.view(-1)[::7] = -1
+    return ids
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_row_prefetcher_equals_gather_rows(table, depth):
+    requests = [make_ids(n, 3, seed=n) for n in (4, 1, 9, 0, 30, 2, 7)]
+    with RowPrefetcher(table, depth=depth) as prefetcher:
+        tickets, got = [], []
+        for ids in requests:
+            if len(tickets) == depth:
+                got.append(prefetcher.wait(tickets.pop(0), timeout_s=TIMEOUT_S).clone())
+            tickets.append(prefetcher.submit(ids))
+        got += [prefetcher.wait(t, timeout_s=TIMEOUT_S).clone() for t in tickets]
+        stats = prefetcher.stats()
+    for ids, rows in zip(requests, got, strict=True):
+        torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
+    assert stats["requests"] == len(requests) and stats["rows"] == sum(ids.numel() for ids in requests)
+    assert stats["payload_bytes"] == stats["rows"] * table.row_bytes
+    assert stats["in_flight"] == 0 and stats["fetch_s"] > 0
+
+
+def test_row_prefetcher_waits_in_any_order_and_into_out(table):
+    first, second = make_ids(5, 2, seed=1), make_ids(8, 2, seed=2)
+    with RowPrefetcher(table, depth=2, out_dtype=torch.float32) as prefetcher:
+        a, b = prefetcher.submit(first), prefetcher.submit(second)
+        out = torch.empty(8, 2, 64)
+        assert prefetcher.wait(b, out=out, timeout_s=TIMEOUT_S) is out
+        rows = prefetcher.wait(a, timeout_s=TIMEOUT_S)
+        torch.testing.assert_close(rows, gather_rows(table, first, torch.float32), rtol=0, atol=0)
+        torch.testing.assert_close(out, gather_rows(table, second, torch.float32), rtol=0, atol=0)
+
+
+def test_row_prefetcher_rows_stay_until_the_next_wait(table):
+    ids = [make_ids(50, seed=s) for s in range(4)]
+    with RowPrefetcher(table, depth=1) as prefetcher:
+        rows = prefetcher.wait(prefetcher.submit(ids[0]), timeout_s=TIMEOUT_S)
+        ticket = prefetcher.submit(ids[1])  # fetched while `rows` is being read
+        while prefetcher.stats()["requests"] < 2:
+            threading.Event().wait(0.001)
+        torch.testing.assert_close(rows, gather_rows(table, ids[0]), rtol=0, atol=0)
+        torch.testing.assert_close(prefetcher.wait(ticket, timeout_s=TIMEOUT_S), gather_rows(table, ids[1]), rtol=0, atol=0)
+
+
+def test_row_prefetcher_error_reaches_its_own_ticket(table):
+    good, bad = make_ids(5), torch.tensor([3, 500])
+    with RowPrefetcher(table, depth=3) as prefetcher:
+        tickets = [prefetcher.submit(ids) for ids in (good, bad, good)]
+        prefetcher.wait(tickets[0], timeout_s=TIMEOUT_S)
+        with pytest.raises(IndexError, match="500"):
+            prefetcher.wait(tickets[1], timeout_s=TIMEOUT_S)
+        rows = prefetcher.wait(tickets[2], timeout_s=TIMEOUT_S)
+        torch.testing.assert_close(rows, gather_rows(table, good), rtol=0, atol=0)
+
+
+def test_row_prefetcher_full_ring_closed_and_unknown_tickets(table):
+    prefetcher = RowPrefetcher(table, depth=1)
+    ticket = prefetcher.submit(make_ids(3))
+    with pytest.raises(RuntimeError, match="1 requests are in flight, as many as depth allows"):
+        prefetcher.submit(make_ids(3))
+    prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
+    with pytest.raises(KeyError, match="was waited for before"):
+        prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
+    with pytest.raises(KeyError, match="unknown"):
+        prefetcher.wait(99, timeout_s=TIMEOUT_S)
+    prefetcher.close()
+    prefetcher.close()
+    with pytest.raises(RuntimeError, match="submit after close"):
+        prefetcher.submit(make_ids(3))
+
+
+def test_row_prefetcher_timeout_leaves_the_ticket_valid(table, monkeypatch):
+    release = threading.Event()
+    from engram_kernels.memory import row_prefetcher
+    fetch = row_prefetcher.RowPrefetcher._fetch
+
+    def slow_fetch(self, request):
+        release.wait(TIMEOUT_S)
+        fetch(self, request)
+
+    monkeypatch.setattr(row_prefetcher.RowPrefetcher, "_fetch", slow_fetch)
+    with RowPrefetcher(table) as prefetcher:
+        ids = make_ids(6)
+        ticket = prefetcher.submit(ids)
+        with pytest.raises(TimeoutError, match="did not arrive in 0.02 s"):
+            prefetcher.wait(ticket, timeout_s=0.02)
+        release.set()
+        rows = prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
+        torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
+        assert prefetcher.stats()["exposed_wait_s"] >= 0.02
+
+
+def test_row_prefetcher_rejects_bad_arguments(table):
+    with pytest.raises(TypeError, match="table must be a RowTable, got Tensor"):
+        RowPrefetcher(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="depth is 0, expected at least 1"):
+        RowPrefetcher(table, depth=0)
+    with pytest.raises(ValueError, match="device is cuda, expected cpu"):
+        RowPrefetcher(table, device="cuda")
