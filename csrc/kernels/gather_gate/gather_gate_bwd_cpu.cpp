@@ -9,8 +9,8 @@ namespace engram_kernels::EK_ISA {
 namespace {
 
 // Second pass over a row. de (float, pair order) is set by the first branch and added to by the others.
-template <class T>
-void write_grads(const RowGrads<T>& row, const float* e, const float* w, int64_t size, bool first_branch, float* de) {
+template <class T, class K>
+void write_grads(const RowGrads<T>& row, const K* e, const float* w, int64_t size, bool first_branch, float* de) {
   const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.gate);
   const F32 residual = splat(row.residual);
   int64_t i = 0;
@@ -24,7 +24,7 @@ void write_grads(const RowGrads<T>& row, const float* e, const float* w, int64_t
   }
   for (; i < size; i += kLanes) {
     const int64_t left = size - i;
-    const F32 h = load_upto(row.hidden + i, left), k = load(e + i), d = load_upto(row.grad_out + i, left);
+    const F32 h = load_upto(row.hidden + i, left), k = load_upto(e + i, left), d = load_upto(row.grad_out + i, left);
     const F32 aw = mul(load(w + i), a);
     store_upto(row.grad_hidden + i, fma(aw, k, fma(h, b, mul(d, residual))), left);
     store(row.product_sum + i, fma(mul(h, a), k, load(row.product_sum + i)));
@@ -41,11 +41,12 @@ void masked_token(const GatherGateBwdParams& p, int64_t t) {
   std::memset(static_cast<T*>(p.grad_rows) + t * f.hidden_size, 0, static_cast<size_t>(f.hidden_size) * sizeof(T));
 }
 
-template <class T>
-void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float* product_sums, float* e, float* de) {
+template <class T, class K>
+void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float* product_sums, K* e, float* de,
+                 const std::byte* const* lines) {
   const GatherGateParams& f = p.forward;
   const int64_t size = f.hidden_size, stride = padded_size(size);
-  const float sum_kk = decoder<T>(f.table.format)(f, t, e);
+  const float sum_kk = decoder<T>(f.table.format)(f, t, f.hidden.row<const T>(t, 0), w, e, lines).kk;
   for (int64_t m = 0; m < f.branches; ++m) {
     RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m), p.grad_hidden.row<T>(t, m),
                     product_sums + m * stride, f.options.add_residual ? 1.0F : 0.0F, 0, {}};
@@ -57,7 +58,7 @@ void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float*
   store_ordered(de, size, static_cast<T*>(p.grad_rows) + t * size);
 }
 
-template <class T>
+template <class T, class K>
 void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& parallel) {
   const GatherGateParams& f = p.forward;
   const int64_t sums_size = f.branches * padded_size(f.hidden_size);
@@ -66,7 +67,7 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
   multiply_weights<T>(f.weights, f.branches, f.hidden_size, w.data());
   parallel.for_range(chunks.count, 1, [&](int64_t begin, int64_t end) {
     const Scratch e(padded_size(f.hidden_size)), de(padded_size(f.hidden_size));
-    RowLines ahead(f, 0);  // a token takes long enough here for the next one's rows to be asked for at once
+    RowLines ahead(f, f.hidden_size / kPair);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t t = chunks.begin(c); t < chunks.begin(c + 1); ++t) {
         if (f.masked(t)) {
@@ -74,7 +75,8 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
           continue;
         }
         ahead.aim(f, next_token(f, t, chunks.begin(c + 1)));
-        token_grads<T>(p, t, w.data(), product_sums.data() + c * sums_size, e.data(), de.data());
+        token_grads<T, K>(p, t, w.data(), product_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()),
+                          de.data(), ahead.lines());
       }
     }
   });
@@ -85,7 +87,12 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
 }  // namespace
 
 void gather_gate_bwd_cpu(const GatherGateBwdParams& p, const Parallel& parallel) {
-  with_dtype(p.forward.dtype, [&](auto* tag) { gather_gate_bwd_of_type<std::remove_pointer_t<decltype(tag)>>(p, parallel); });
+  with_dtype(p.forward.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    with_kept<T>(p.forward.table.format, [&](auto* kept) {
+      gather_gate_bwd_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel);
+    });
+  });
 }
 
 }  // namespace engram_kernels::EK_ISA

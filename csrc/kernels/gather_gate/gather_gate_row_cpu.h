@@ -6,64 +6,99 @@
 
 namespace engram_kernels::EK_ISA {
 
-// Decodes the rows of token t into e [padded_size] and returns the sum of their squares.
-using DecodeToken = float (*)(const GatherGateParams& p, int64_t t, float* e);
+// How a token's rows are kept between the passes: as they are stored where their element is that of hidden, which takes
+// half the room of floats and no rounding; else as float in the pair order of T.
+template <RowFormat kFormat, class T>
+using Kept = std::conditional_t<(kFormat == RowFormat::kBf16 && std::is_same_v<T, Bf16>) ||
+                                    (kFormat == RowFormat::kF16 && std::is_same_v<T, F16>),
+                                T, float>;
 
-// One row whose elements fill whole pairs, in the pair order of Order; `squares` is added to.
-template <RowFormat kFormat, class Order>
-EK_LANE void decode_row(const RowSource& table, int64_t id, float* out, Pair* squares) {
-  const std::byte *row = table.row(id), *scales = table.row_scales(id);
-  for (int i = 0; i < table.row_dim; i += kPair) {
-    const Pair x = in_pair_order<Order>({decode_lanes<kFormat>(table, row, scales, i, kLanes),
-                                         decode_lanes<kFormat>(table, row, scales, i + kLanes, kLanes)});
-    *squares = fma(x, x, *squares);
-    store_pair(out + i, x);
+// Brings the rows of token t into e [padded_size of Kept], while it computes the sums of one branch (that of h and w).
+// lines[i] is prefetched at pair i.
+using DecodeAndSum = RowSums (*)(const GatherGateParams& p, int64_t t, const void* h, const float* w, void* e,
+                                 const std::byte* const* lines);
+
+// kPair elements of a row, from a multiple of kPair, in the pair order of T; also written to e
+template <RowFormat kFormat, class T>
+EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std::byte* scales, int i, Kept<kFormat, T>* e) {
+  if constexpr (std::is_same_v<Kept<kFormat, T>, T> && !std::is_same_v<T, float>) {
+    std::memcpy(e + i, row + int64_t{i} * sizeof(T), kPair * sizeof(T));
+    return load_pair(e + i);
+  } else {
+    const Pair x = in_pair_order<T>({decode_lanes<kFormat>(table, row, scales, i, kLanes),
+                                     decode_lanes<kFormat>(table, row, scales, i + kLanes, kLanes)});
+    store_pair(e + i, x);
+    return x;
   }
 }
 
-// One row of any length, in memory order.
-template <RowFormat kFormat>
-EK_LANE void decode_odd_row(const RowSource& table, int64_t id, float* out) {
-  const std::byte *row = table.row(id), *scales = table.row_scales(id);
-  for (int i = 0; i < table.row_dim; i += kLanes) {
-    const int left = table.row_dim - i;
-    store_upto(out + i, decode_lanes<kFormat>(table, row, scales, i, left < kLanes ? left : kLanes), left);
-  }
-}
-
-template <RowFormat kFormat, class Order>
-static float decode_token(const GatherGateParams& p, int64_t t, float* e) {
-  const int64_t dim = p.table.row_dim, size = p.hidden_size;
-  const bool whole_pairs = dim % kPair == 0;
-  Pair squares = zero_pair();
+// Rows whose length is no multiple of kPair: all of them first, then their order, then the sums.
+template <RowFormat kFormat, class T>
+static RowSums decode_odd_and_sum(const GatherGateParams& p, int64_t t, const T* h, const float* w, Kept<kFormat, T>* e) {
+  using K = Kept<kFormat, T>;
+  const int dim = p.table.row_dim;
   for (int64_t c = 0; c < p.columns; ++c) {
+    K* out = e + c * dim;
     const int64_t id = p.row_id(t, c);
     if (id == kNoRow) {
-      std::memset(e + c * dim, 0, static_cast<size_t>(dim) * sizeof(float));
-    } else if (whole_pairs) {
-      decode_row<kFormat, Order>(p.table, id, e + c * dim, &squares);
-    } else {
-      decode_odd_row<kFormat>(p.table, id, e + c * dim);
+      std::memset(out, 0, static_cast<size_t>(dim) * sizeof(K));
+      continue;
+    }
+    const std::byte *row = p.table.row(id), *scales = p.table.row_scales(id);
+    for (int i = 0; i < dim; i += kLanes) {
+      const int left = dim - i;
+      store_upto(out + i, decode_lanes<kFormat>(p.table, row, scales, i, left < kLanes ? left : kLanes), left);
     }
   }
-  if (whole_pairs) return sum(squares);
-  // pairs straddle rows: order and square them once all are there; what lies behind `size` stays zero
-  int64_t i = 0;
-  for (; i + kPair <= size; i += kPair) {
-    const Pair x = load_in_order<Order>(e + i);
-    squares = fma(x, x, squares);
-    store_pair(e + i, x);
+  if constexpr (std::is_same_v<K, float>) {
+    for (int64_t i = 0; i + kPair <= p.hidden_size; i += kPair) store_pair(e + i, load_in_order<T>(e + i));
   }
-  for (; i < size; i += kLanes) squares.a = fma(load(e + i), load(e + i), squares.a);
-  return sum(squares);
+  return row_sums<true>(h, e, w, p.hidden_size, [](int64_t) {});
+}
+
+template <RowFormat kFormat, class T>
+static RowSums decode_and_sum(const GatherGateParams& p, int64_t t, const void* hidden, const float* w, void* memory,
+                              const std::byte* const* lines) {
+  using K = Kept<kFormat, T>;
+  const T* h = static_cast<const T*>(hidden);
+  K* e = static_cast<K*>(memory);
+  const int dim = p.table.row_dim;
+  if (dim % kPair != 0) return decode_odd_and_sum<kFormat, T>(p, t, h, w, e);
+  Pair dot = zero_pair(), hh = zero_pair(), kk = zero_pair();
+  for (int64_t c = 0; c < p.columns; ++c, h += dim, w += dim, e += dim) {
+    const int64_t id = p.row_id(t, c);
+    if (id == kNoRow) {
+      std::memset(e, 0, static_cast<size_t>(dim) * sizeof(K));
+      for (int i = 0; i < dim; i += kPair) {
+        const Pair x = load_pair(h + i);
+        hh = fma(x, x, hh);
+        prefetch(*lines++);
+      }
+      continue;
+    }
+    const std::byte *row = p.table.row(id), *scales = p.table.row_scales(id);
+    for (int i = 0; i < dim; i += kPair) {
+      const Pair x = load_pair(h + i), y = decode_pair<kFormat, T>(p.table, row, scales, i, e);
+      dot = fma(mul(x, y), load_pair(w + i), dot);
+      hh = fma(x, x, hh);
+      kk = fma(y, y, kk);
+      prefetch(*lines++);
+    }
+  }
+  return {sum(dot), sum(hh), sum(kk)};
 }
 
 template <class T>
-EK_LANE DecodeToken decoder(RowFormat format) {
-  using Order = std::conditional_t<kIsEvenOdd<T>, Bf16, float>;
-  DecodeToken decode = nullptr;
-  with_row_format(format, [&](auto kFormat) { decode = decode_token<decltype(kFormat)::value, Order>; });
+EK_LANE DecodeAndSum decoder(RowFormat format) {
+  DecodeAndSum decode = nullptr;
+  with_row_format(format, [&](auto kFormat) { decode = decode_and_sum<decltype(kFormat)::value, T>; });
   return decode;
+}
+
+// Calls f with a null pointer of Kept<format, T>.
+template <class T, class F>
+EK_LANE void with_kept(RowFormat format, const F& f) {
+  with_row_format(format, [&](auto kFormat) { f(static_cast<Kept<decltype(kFormat)::value, T>*>(nullptr)); });
 }
 
 // The cache lines of the next token's rows, to be prefetched one by one between the arithmetic of this token.

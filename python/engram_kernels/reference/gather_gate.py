@@ -2,8 +2,8 @@
 import torch
 from torch import Tensor
 
-from engram_kernels.reference.gate import gate
-from engram_kernels.reference.gather_rows import gather_rows
+from .gate import gate
+from .gather_rows import gather_rows
 
 
 def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Tensor, w_hidden: Tensor, w_key: Tensor,
