@@ -12,7 +12,7 @@ using OptionalTensor = std::optional<Tensor>;
 GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
                   const OptionalTensor& mask, const GateOptions& options) {
   GateParams p{};
-  p.dtype = gate_dtype(kOp, "hidden", hidden);
+  p.dtype = float_dtype(kOp, "hidden", hidden);
   expect_shape(kOp, "hidden", hidden, {kAnySize, kAnySize, kAnySize}, 1);
   p.num_tokens = hidden.size(0);
   p.branches = hidden.size(1);

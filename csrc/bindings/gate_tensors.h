@@ -6,13 +6,6 @@
 
 namespace engram_kernels {
 
-inline DType gate_dtype(const char* op, const char* name, const Tensor& x) {
-  expect_dtype(op, name, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
-  return x.scalar_type() == ScalarType::Float      ? DType::kF32
-         : x.scalar_type() == ScalarType::BFloat16 ? DType::kBf16
-                                                   : DType::kF16;
-}
-
 // `x` must be [T, M, H] of the dtype of `like`, its last dimension dense.
 inline BranchRows branch_rows(const char* op, const char* name, const Tensor& x, const Tensor& like, int dense_dims = 1) {
   expect_dtype(op, name, x, {like.scalar_type()});
@@ -25,7 +18,7 @@ inline GateWeights gate_weights(const char* op, const Tensor& w_hidden, const Te
   expect_dtype(op, "w_key", w_key, {w_hidden.scalar_type()});
   expect_shape(op, "w_hidden", w_hidden, {hidden.size(1), hidden.size(2)}, 2);
   expect_shape(op, "w_key", w_key, {hidden.size(1), hidden.size(2)}, 2);
-  return {w_hidden.const_data_ptr(), w_key.const_data_ptr(), gate_dtype(op, "w_hidden", w_hidden)};
+  return {w_hidden.const_data_ptr(), w_key.const_data_ptr(), float_dtype(op, "w_hidden", w_hidden)};
 }
 
 inline const uint8_t* gate_mask(const char* op, const std::optional<Tensor>& mask, int64_t num_tokens) {
@@ -39,27 +32,6 @@ inline GateOptions gate_options(const char* op, double eps, double clamp, const 
   EK_CHECK(zero_sign == "copysign" || zero_sign == "sign",
            op << ": zero_sign is '" << zero_sign << "', expected 'copysign' or 'sign'");
   return {static_cast<float>(eps), static_cast<float>(clamp), zero_sign == "sign", add_residual};
-}
-
-struct ByteRange {
-  uintptr_t begin, end;
-};
-
-inline ByteRange byte_range(const Tensor& x) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) == 0) return {begin, begin};
-    last += (x.size(d) - 1) * x.stride(d);
-  }
-  return {begin, begin + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(x.element_size()))};
-}
-
-// Throws where `out` shares memory with an input that would be read after it is overwritten.
-inline void expect_apart(const char* op, const char* name, const Tensor& x, const Tensor& out) {
-  const ByteRange a = byte_range(x), b = byte_range(out);
-  EK_CHECK(a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end,
-           op << ": out shares memory with " << name);
 }
 
 // `out` may be `hidden` itself: a row is written where it was read. A shifted view is no such case.

@@ -47,7 +47,7 @@ RowSource row_source(const Tensor& rows, const OptionalTensor& scales, const std
 GatherGateParams params(const Tensor& hidden, const RowSource& table, const Tensor& row_ids, const Tensor& w_hidden,
                         const Tensor& w_key, const OptionalTensor& mask, const GateOptions& options) {
   GatherGateParams p{};
-  p.dtype = gate_dtype(kOp, "hidden", hidden);
+  p.dtype = float_dtype(kOp, "hidden", hidden);
   expect_shape(kOp, "hidden", hidden, {kAnySize, kAnySize, kAnySize}, 1);
   p.num_tokens = hidden.size(0);
   p.branches = hidden.size(1);

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_tensor
+from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_tensor, wants_grad
 from engram_kernels._library import COMPILE_ERROR, LIB
 from engram_kernels.reference.gate import gate as _reference
 
@@ -100,11 +100,6 @@ def check_out(op: str, out: Tensor | None, inputs: tuple[Tensor, ...]) -> None:
     """Raises ValueError where `out` is given for a call that autograd would have to follow."""
     if out is not None and wants_grad(*inputs, out):
         raise ValueError(f"{op}: out cannot be given while an input requires grad; leave it away or use torch.no_grad()")
-
-
-def wants_grad(*tensors: Tensor) -> bool:
-    """Whether autograd has to see this call."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _check(hidden, key, value, w_hidden, w_key, mask, out):
