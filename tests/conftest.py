@@ -19,10 +19,15 @@ if not COMPILE_ERROR:
 BACKENDS = ("reference", "cpu_portable", "cpu_avx2", "cpu_avx512", "cuda", "triton")
 
 
+def pytest_configure():
+    if os.environ.get("EK_EXPECT_SANITIZER") == "1" and not (COMPILE_ERROR is None and _C.sanitized):
+        pytest.exit("the module under test was not built with the sanitizers", returncode=1)
+
+
 def pytest_report_header():
     """Which backends the tests run on, and why not on the others."""
     ops = backends.ops()
-    lines = [COMPILE_ERROR if COMPILE_ERROR else f"cpu instruction set: {_C.best_cpu_isa()}"]
+    lines = [COMPILE_ERROR if COMPILE_ERROR else f"cpu instruction set: {_C.best_cpu_isa()}, sanitized: {_C.sanitized}"]
     for name in backends.BACKENDS:
         missing = sorted({backends.explain(op, name).partition(": ")[2] for op in ops if name not in backends.available(op)})
         lines.append(f"backend {name}: {'; '.join(missing) or 'available for every op'}")

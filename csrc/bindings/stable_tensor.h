@@ -14,6 +14,7 @@
 
 #include "common/error.h"
 #include "common/parallel.h"
+#include "common/row_format.h"
 
 namespace engram_kernels {
 
@@ -57,6 +58,34 @@ inline void expect_dtype(const char* op, const char* name, const Tensor& x, std:
 template <class T>
 const T* data_or_null(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& x) {
+  expect_dtype(op, name, x, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
+  return x.scalar_type() == ScalarType::Float      ? DType::kF32
+         : x.scalar_type() == ScalarType::BFloat16 ? DType::kBf16
+                                                   : DType::kF16;
+}
+
+struct ByteRange {
+  uintptr_t begin, end;
+};
+
+inline ByteRange byte_range(const Tensor& x) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) == 0) return {begin, begin};
+    last += (x.size(d) - 1) * x.stride(d);
+  }
+  return {begin, begin + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(x.element_size()))};
+}
+
+// Throws where `out` shares memory with an input that would be read after it is overwritten.
+inline void expect_apart(const char* op, const char* name, const Tensor& x, const Tensor& out) {
+  const ByteRange a = byte_range(x), b = byte_range(out);
+  EK_CHECK(a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end,
+           op << ": out shares memory with " << name);
 }
 
 }  // namespace engram_kernels

@@ -45,6 +45,12 @@ EK_LANE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 EK_LANE F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 EK_LANE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 EK_LANE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+EK_LANE F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+EK_LANE F32 clamp(F32 x, float low, float high) {  // NaN stays
+  return _mm512_min_ps(splat(high), _mm512_max_ps(splat(low), x));
+}
+EK_LANE F32 round_to_int(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+EK_LANE F32 times_power_of_two(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 EK_LANE float sum(F32 a) { return _mm512_reduce_add_ps(a); }
 EK_LANE F32 load(const float* p) { return _mm512_loadu_ps(p); }
 EK_LANE F32 load(const Bf16* p) {
@@ -88,6 +94,15 @@ EK_LANE F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 EK_LANE F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 EK_LANE F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 EK_LANE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+EK_LANE F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+EK_LANE F32 clamp(F32 x, float low, float high) {  // NaN stays
+  return _mm256_min_ps(splat(high), _mm256_max_ps(splat(low), x));
+}
+EK_LANE F32 round_to_int(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+EK_LANE F32 times_power_of_two(F32 x, F32 n) {  // n in [-126, 127]
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
 EK_LANE float sum(F32 a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -154,6 +169,18 @@ EK_LANE F32 mul(F32 a, F32 b) {
 EK_LANE F32 fma(F32 a, F32 b, F32 c) {
   return each_lane([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }
+EK_LANE F32 divide(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+EK_LANE F32 clamp(F32 x, float low, float high) {  // NaN stays
+  return each_lane([&](int i) { return x.lane[i] < low ? low : x.lane[i] > high ? high : x.lane[i]; });
+}
+EK_LANE F32 round_to_int(F32 x) {
+  return each_lane([&](int i) { return __builtin_rintf(x.lane[i]); });
+}
+EK_LANE F32 times_power_of_two(F32 x, F32 n) {
+  return each_lane([&](int i) { return __builtin_ldexpf(x.lane[i], static_cast<int>(n.lane[i])); });
+}
 EK_LANE float sum(F32 a) {
   const float even = (a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6]);
   return even + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
@@ -174,6 +201,24 @@ EK_LANE F32 load_int8(const std::byte* p) {
 }
 
 #endif
+
+// e^x, within two units in the last place where the result is a normal float; held at the ends of [-87, 88]. NaN stays.
+EK_LANE F32 exp(F32 x) {
+  const F32 held = clamp(x, -87.0F, 88.0F);
+  const F32 n = round_to_int(mul(held, splat(1.44269504F)));
+  // x - n ln 2, with ln 2 in two parts so that the product is exact
+  const F32 r = fma(n, splat(2.12194440e-4F), fma(n, splat(-0.693359375F), held));
+  F32 series = splat(1.98412698e-4F);  // Taylor to r^7, |r| <= 0.35: the rest is below 2^-27
+  for (const float term : {1.38888889e-3F, 8.33333333e-3F, 4.16666667e-2F, 1.66666667e-1F, 0.5F, 1.0F, 1.0F}) {
+    series = fma(series, r, splat(term));
+  }
+  return times_power_of_two(series, n);
+}
+
+EK_LANE F32 sigmoid(F32 x) {
+  const F32 one = splat(1.0F);
+  return divide(one, add(one, exp(sub(zeros(), x))));
+}
 
 // The first `count` lanes, the rest zero; nothing behind them is read or written.
 template <class T>

@@ -60,3 +60,8 @@ def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> 
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{op}: {name} is {value!r}, expected {' or '.join(repr(c) for c in choices)}")
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether autograd has to see this call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -1,4 +1,5 @@
 // Checks of ngram_hash on host memory: constants and token data. Compiled once, for the plainest instruction set.
+#include "common/cu_seqlens.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
 namespace engram_kernels {
@@ -33,15 +34,7 @@ void check_params(const NgramHashParams& p) {
 }
 
 void check_host_data(const NgramHashParams& p) {
-  const int32_t* cu = p.cu_seqlens;
-  EK_CHECK(cu[0] == 0, "ngram_hash: cu_seqlens[0] is " << cu[0] << ", expected 0");
-  for (int64_t b = 0; b < p.num_sequences; ++b) {
-    EK_CHECK(cu[b] <= cu[b + 1],
-             "ngram_hash: cu_seqlens[" << b + 1 << "] is " << cu[b + 1] << ", less than the one before, " << cu[b]);
-  }
-  EK_CHECK(cu[p.num_sequences] == p.num_tokens, "ngram_hash: cu_seqlens ends at " << cu[p.num_sequences]
-                                                                                  << ", expected the number of tokens, "
-                                                                                  << p.num_tokens);
+  check_cu_seqlens("ngram_hash", p.cu_seqlens, p.num_sequences, p.num_tokens);
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     if (p.dead(t)) continue;
     const int64_t id = p.token_id(t);

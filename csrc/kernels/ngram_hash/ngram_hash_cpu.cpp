@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/cu_seqlens.h"
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -47,11 +48,6 @@ struct ColumnGroup {
   int count;  // columns in use
   bool vectorised;
 };
-
-int64_t sequence_of(const NgramHashParams& p, int64_t t) {
-  const int32_t* end = p.cu_seqlens + p.num_sequences + 1;
-  return std::upper_bound(p.cu_seqlens, end, t) - p.cu_seqlens - 1;
-}
 
 // The id `back` tokens before token t of `sequence`, canonical; false if it is blocked by itself.
 bool lookback(const NgramHashParams& p, int64_t sequence, int64_t t, int back, uint32_t* id) {
@@ -248,7 +244,7 @@ void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
   const std::vector<ColumnGroup> groups = make_groups(p);
   parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
     Block block;
-    int64_t sequence = sequence_of(p, begin);
+    int64_t sequence = sequence_of(p.cu_seqlens, p.num_sequences, begin);
     for (int64_t first = begin; first < end;) {
       while (p.cu_seqlens[sequence + 1] <= first) ++sequence;
       const int64_t stop = std::min<int64_t>({end, p.cu_seqlens[sequence + 1], first + kBlock});

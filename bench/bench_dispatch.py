@@ -1,0 +1,45 @@
+"""What a call costs beyond its work: every op on zero tokens, through torch.ops (in inference mode and with autograd looking on)
+and through the public function. Bound: allocating an empty tensor."""
+import pytest
+import torch
+from harness import measure
+
+import engram_kernels as ek
+
+LAYOUT = ek.EngramSpec.deepseek_v41().layout()
+CU = torch.zeros(1, dtype=torch.int32)
+HIDDEN, VALUE, WEIGHT = torch.empty(0, 2, 64), torch.empty(0, 64), torch.ones(2, 64)
+TABLE = ek.RowTable.from_tensor(torch.ones(10, 32), row_format="f32")
+IDS = torch.empty(0, 2, dtype=torch.int32)
+CONV = torch.ones(2, 64, 4)
+ROWS = (TABLE.rows, None, IDS)
+GATE = (None, 1e-6, 1e-6, "copysign", True)
+OPS = torch.ops.engram_kernels
+
+CALLS = {
+    "ngram_hash": (lambda: OPS.ngram_hash(IDS[:, 0], CU, LAYOUT.moduli, LAYOUT.offsets, LAYOUT.multipliers, None, None, None,
+                                          LAYOUT.num_ids, LAYOUT.boundary_id, LAYOUT.eos_id),
+                   lambda: ek.ngram_hash(IDS[:, 0], CU, LAYOUT)),
+    "gather_rows": (lambda: OPS.gather_rows(*ROWS, "f32", 32, False, torch.bfloat16), lambda: ek.gather_rows(TABLE, IDS)),
+    "gate": (lambda: OPS.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT, *GATE),
+             lambda: ek.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT)),
+    "gather_gate": (lambda: OPS.gather_gate(HIDDEN, *ROWS, WEIGHT, WEIGHT, None, "f32", 32, False, *GATE[1:]),
+                    lambda: ek.gather_gate(HIDDEN, TABLE, IDS, WEIGHT, WEIGHT)),
+    "short_conv": (lambda: OPS.short_conv(HIDDEN, CONV, WEIGHT, CU, 3, 1e-5),
+                   lambda: ek.short_conv(HIDDEN, CONV, WEIGHT, CU, 3)),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("how", ["torch.ops, inference mode", "torch.ops, grad mode", "public function, inference mode"])
+def test_dispatch(benchmark, op, how):
+    direct, public = CALLS[op]
+    with torch.inference_mode("inference" in how):
+        measure(benchmark, public if "public" in how else direct, group=f"dispatch of {op}, zero tokens", contender=how,
+                role="ours" if how == "torch.ops, inference mode" else "peer", units=1, unit="call", rounds=2000)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_empty(benchmark, op):
+    measure(benchmark, lambda: HIDDEN.new_empty(0, 2, 64), group=f"dispatch of {op}, zero tokens", contender="new_empty", role="bound",
+            units=1, unit="call", rounds=2000)

@@ -1,0 +1,85 @@
+// torch binding of gate: tensors in, GateParams out. No arithmetic here.
+#include "bindings/gate_tensors.h"
+
+#include <tuple>
+
+namespace engram_kernels {
+namespace {
+
+constexpr const char* kOp = "gate";
+using OptionalTensor = std::optional<Tensor>;
+
+GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
+                  const OptionalTensor& mask, const GateOptions& options) {
+  GateParams p{};
+  p.dtype = float_dtype(kOp, "hidden", hidden);
+  expect_shape(kOp, "hidden", hidden, {kAnySize, kAnySize, kAnySize}, 1);
+  p.num_tokens = hidden.size(0);
+  p.branches = hidden.size(1);
+  p.hidden_size = hidden.size(2);
+  p.hidden = branch_rows(kOp, "hidden", hidden, hidden);
+  p.key = branch_rows(kOp, "key", key, hidden);
+  expect_dtype(kOp, "value", value, {hidden.scalar_type()});
+  expect_shape(kOp, "value", value, {p.num_tokens, p.hidden_size}, 1);
+  p.value = value.const_data_ptr();
+  p.value_stride = value.stride(0);
+  p.weights = gate_weights(kOp, w_hidden, w_key, hidden);
+  p.mask = gate_mask(kOp, mask, p.num_tokens);
+  p.options = options;
+  check_params(p);
+  return p;
+}
+
+void run(GateParams p, const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& out) {
+  p.out = branch_rows(kOp, "out", out, hidden, 3);
+  expect_apart_or_same(kOp, hidden, out);
+  expect_apart(kOp, "key", key, out);
+  expect_apart(kOp, "value", value, out);
+  gate_cpu(p, torch_threads());
+}
+
+Tensor gate(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
+            OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual) {
+  const GateParams p =
+      params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+  Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
+  run(p, hidden, key, value, out);
+  return out;
+}
+
+void gate_out(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
+              OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual, const Tensor& out) {
+  run(params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)), hidden, key,
+      value, out);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& key,
+                                                            const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
+                                                            OptionalTensor mask, double eps, double clamp,
+                                                            std::string zero_sign, bool add_residual) {
+  GateBwdParams p{};
+  p.forward = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+  p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
+  const int64_t tokens = p.forward.num_tokens, branches = p.forward.branches, size = p.forward.hidden_size;
+  Tensor grad_hidden = torch::stable::new_empty(hidden, {tokens, branches, size});
+  Tensor grad_key = torch::stable::new_empty(hidden, {tokens, branches, size});
+  Tensor grad_value = torch::stable::new_empty(hidden, {tokens, size});
+  Tensor grad_w_hidden = torch::stable::new_empty(w_hidden, {branches, size});
+  Tensor grad_w_key = torch::stable::new_empty(w_key, {branches, size});
+  p.grad_hidden = branch_rows(kOp, "grad_hidden", grad_hidden, hidden, 3);
+  p.grad_key = branch_rows(kOp, "grad_key", grad_key, hidden, 3);
+  p.grad_value = grad_value.mutable_data_ptr();
+  p.grad_w_hidden = grad_w_hidden.mutable_data_ptr();
+  p.grad_w_key = grad_w_key.mutable_data_ptr();
+  gate_bwd_cpu(p, torch_threads());
+  return {grad_hidden, grad_key, grad_value, grad_w_hidden, grad_w_key};
+}
+
+}  // namespace
+}  // namespace engram_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+  m.impl("gate", TORCH_BOX(&engram_kernels::gate));
+  m.impl("gate.out", TORCH_BOX(&engram_kernels::gate_out));
+  m.impl("gate_bwd", TORCH_BOX(&engram_kernels::gate_bwd));
+}

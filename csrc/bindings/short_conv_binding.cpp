@@ -1,0 +1,118 @@
+// torch binding of short_conv, its backward and its stateful form: tensors in, params out. No arithmetic here.
+#include "bindings/stable_tensor.h"
+#include "kernels/short_conv/short_conv.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr const char* kOp = "short_conv";
+
+ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
+                            int64_t dilation, double eps) {
+  ShortConvParams p{};
+  expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
+  p.dtype = float_dtype(kOp, "x", x);
+  p.num_tokens = x.size(0);
+  p.branches = x.size(1);
+  p.hidden_size = x.size(2);
+  expect_dtype(kOp, "weight", weight, {x.scalar_type(), ScalarType::Float});
+  p.weight_dtype = float_dtype(kOp, "weight", weight);
+  expect_shape(kOp, "weight", weight, {p.branches, p.hidden_size, kAnySize}, 3);
+  expect_dtype(kOp, "norm_weight", norm_weight, {weight.scalar_type()});
+  expect_shape(kOp, "norm_weight", norm_weight, {p.branches, p.hidden_size}, 2);
+  expect_dtype(kOp, "cu_seqlens", cu_seqlens, {ScalarType::Int});
+  expect_shape(kOp, "cu_seqlens", cu_seqlens, {kAnySize}, 1);
+  EK_CHECK(cu_seqlens.numel() >= 1, kOp << ": cu_seqlens is empty");
+  EK_CHECK(dilation >= 1 && dilation <= INT32_MAX / kMaxTaps, kOp << ": dilation is " << dilation << ", expected at least 1");
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.norm_weight = norm_weight.const_data_ptr();
+  p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+  p.num_sequences = cu_seqlens.numel() - 1;
+  p.x_token_stride = x.stride(0);
+  p.x_branch_stride = x.stride(1);
+  p.width = static_cast<int>(weight.size(2));
+  p.dilation = static_cast<int>(dilation);
+  p.eps = static_cast<float>(eps);
+  check_params(p);
+  return p;
+}
+
+void run(ShortConvParams p, const Tensor& x, const Tensor& out) {
+  expect_dtype(kOp, "out", out, {x.scalar_type()});
+  expect_shape(kOp, "out", out, {p.num_tokens, p.branches, p.hidden_size}, 3);
+  expect_apart(kOp, "x", x, out);
+  p.out = out.mutable_data_ptr();
+  check_host_data(p);
+  short_conv_cpu(p, torch_threads());
+}
+
+void short_conv_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
+                    double eps, const Tensor& out) {
+  run(make_params(x, weight, norm_weight, cu_seqlens, dilation, eps), x, out);
+}
+
+Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
+                  double eps) {
+  expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  short_conv_out(x, weight, norm_weight, cu_seqlens, dilation, eps, out);
+  return out;
+}
+
+void short_conv_update_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
+                           const Tensor& positions, int64_t dilation, double eps, const Tensor& state, const Tensor& out) {
+  ShortConvParams p = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
+  expect_dtype(kOp, "positions", positions, {ScalarType::Int});
+  expect_shape(kOp, "positions", positions, {p.num_sequences}, 1);
+  expect_dtype(kOp, "state", state, {x.scalar_type()});
+  expect_shape(kOp, "state", state, {p.num_sequences, p.reach(), p.branches, p.hidden_size}, 3);
+  EK_CHECK(p.num_sequences <= 1 || state.stride(0) >= p.reach() * p.branches * p.hidden_size,
+           kOp << ": the sequences of state share memory");
+  expect_apart(kOp, "state", state, out);
+  expect_apart(kOp, "state, which x shares,", state, x);
+  p.positions = positions.const_data_ptr<int32_t>();
+  p.state = state.mutable_data_ptr();
+  p.state_sequence_stride = state.stride(0);
+  run(p, x, out);
+}
+
+Tensor short_conv_update(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
+                         const Tensor& positions, int64_t dilation, double eps, const Tensor& state) {
+  expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  short_conv_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> short_conv_bwd(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
+                                                  double eps) {
+  ShortConvBwdParams p{};
+  p.forward = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
+  check_host_data(p.forward);
+  expect_dtype(kOp, "grad_out", grad_out, {x.scalar_type()});
+  expect_shape(kOp, "grad_out", grad_out, {x.size(0), x.size(1), x.size(2)}, 1);
+  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor grad_weight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1), weight.size(2)});
+  Tensor grad_norm_weight = torch::stable::new_empty(norm_weight, {weight.size(0), weight.size(1)});
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_token_stride = grad_out.stride(0);
+  p.grad_branch_stride = grad_out.stride(1);
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  p.grad_norm_weight = grad_norm_weight.mutable_data_ptr();
+  short_conv_bwd_cpu(p, torch_threads());
+  return {grad_x, grad_weight, grad_norm_weight};
+}
+
+}  // namespace
+}  // namespace engram_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+  m.impl("short_conv", TORCH_BOX(&engram_kernels::short_conv));
+  m.impl("short_conv.out", TORCH_BOX(&engram_kernels::short_conv_out));
+  m.impl("short_conv_update", TORCH_BOX(&engram_kernels::short_conv_update));
+  m.impl("short_conv_update.out", TORCH_BOX(&engram_kernels::short_conv_update_out));
+  m.impl("short_conv_bwd", TORCH_BOX(&engram_kernels::short_conv_bwd));
+}

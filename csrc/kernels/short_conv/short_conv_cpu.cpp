@@ -1,0 +1,70 @@
+// CPU kernel of short_conv, forward, with or without state. Contract and formula: short_conv.h.
+//
+// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding many
+//          sequences of one token each fills blocks as one long sequence does.
+// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches back
+//          to are read once more. With state, a step reads W - 1 slots and writes one: nothing is shifted.
+#include "common/cu_seqlens.h"
+#include "kernels/short_conv/short_conv_rows_cpu.h"
+
+namespace engram_kernels::EK_ISA {
+namespace {
+
+template <class T>
+void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int64_t branch, int64_t begin, int64_t end) {
+  Taps<T> taps_of_token(p, branch);
+  Tap<T> taps[kMaxTaps];
+  int64_t b = sequence_of(p.cu_seqlens, p.num_sequences, begin);
+  for (int64_t t = begin; t < end; ++t) {
+    while (p.cu_seqlens[b + 1] <= t) ++b;
+    taps_of_token.of(b, t, taps);
+    const T* x = taps[p.width - 1].row;
+    T* out = static_cast<T*>(p.out) + (t * p.branches + branch) * p.hidden_size;
+    for (int64_t i = 0; i < p.hidden_size; i += kLanes) {
+      const int64_t count = p.hidden_size - i;
+      const F32 z = convolve_lanes(p, weights, taps, i, count);
+      store_upto(out + i, fma(z, sigmoid(z), load_upto(x + i, count)), count);
+    }
+  }
+}
+
+// The last inputs of each sequence into its ring. Runs when every output is written: outputs read the slots before.
+template <class T>
+void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = p.cu_seqlens[b], last = p.cu_seqlens[b + 1];
+    for (int64_t t = last - first > p.reach() ? last - p.reach() : first; t < last; ++t) {
+      const int64_t slot = (p.positions[b] + t - first) % p.reach();
+      T* target = static_cast<T*>(p.state) + b * p.state_sequence_stride + slot * p.branches * p.hidden_size;
+      for (int64_t m = 0; m < p.branches; ++m) {
+        std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0), static_cast<size_t>(p.hidden_size) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class T>
+void short_conv_of_type(const ShortConvParams& p, const Parallel& parallel) {
+  parallel.for_range(ceil_div(p.num_tokens, kBlockTokens) * p.branches, 1, [&](int64_t begin, int64_t end) {
+    BranchWeights weights(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t branch = task % p.branches, first = task / p.branches * kBlockTokens;
+      with_weight_dtype<T>(p, [&](auto* tag) { weights.load_branch<std::remove_pointer_t<decltype(tag)>>(p, branch); });
+      convolve_block<T>(p, weights, branch, first, first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
+    }
+  });
+  if (p.state != nullptr && p.reach() > 0) {
+    parallel.for_range(p.num_sequences, 16, [&](int64_t begin, int64_t end) { write_state<T>(p, begin, end); });
+  }
+}
+
+}  // namespace
+
+void short_conv_cpu(const ShortConvParams& p, const Parallel& parallel) {
+  if (p.num_tokens == 0) return;
+  with_dtype(p.dtype, [&](auto* tag) { short_conv_of_type<std::remove_pointer_t<decltype(tag)>>(p, parallel); });
+}
+
+}  // namespace engram_kernels::EK_ISA
+
+EK_DISPATCH_CPU(short_conv_cpu, (const ShortConvParams& p, const Parallel& parallel), (p, parallel))

@@ -1,0 +1,128 @@
+// What the forward and backward CPU kernels of short_conv share: weights in float, and the taps of a token.
+#pragma once
+
+#include "common/row_decode.h"
+#include "common/simd_pair.h"
+#include "kernels/short_conv/short_conv.h"
+
+namespace engram_kernels::EK_ISA {
+
+constexpr int64_t kBlockTokens = 64;  // tokens of a task: the weights that a task converts are used that often
+
+EK_LANE int64_t padded_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
+
+// Weights of one branch in float: taps [width][padded H], then the norm weight [padded H]. What lies behind H is zero.
+class BranchWeights {
+ public:
+  BranchWeights(const ShortConvParams& p) : size_(padded_lanes(p.hidden_size)), data_((p.width + 1) * size_) {}
+
+  template <class W>
+  void load_branch(const ShortConvParams& p, int64_t branch) {
+    const W* weight = static_cast<const W*>(p.weight) + branch * p.hidden_size * p.width;
+    const W* norm = static_cast<const W*>(p.norm_weight) + branch * p.hidden_size;
+    for (int64_t i = 0; i < p.hidden_size; ++i) {
+      for (int j = 0; j < p.width; ++j) data_.data()[j * size_ + i] = to_float(weight[i * p.width + j]);
+      data_.data()[p.width * size_ + i] = to_float(norm[i]);
+    }
+  }
+  const float* tap(int j) const { return data_.data() + j * size_; }
+  const float* norm(const ShortConvParams& p) const { return tap(p.width); }
+
+ private:
+  int64_t size_;
+  Scratch data_;
+};
+
+// An input row and the factor that normalizes it; row is null before the sequence start.
+template <class T>
+struct Tap {
+  const T* row;
+  float rsqrt_mean;
+};
+
+template <class T>
+EK_LANE float rsqrt_mean_square(const T* row, int64_t size, float eps) {
+  F32 sums[4] = {zeros(), zeros(), zeros(), zeros()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+    for (int u = 0; u < 4; ++u) {
+      const F32 x = load(row + i + u * kLanes);
+      sums[u] = fma(x, x, sums[u]);
+    }
+  }
+  for (; i < size; i += kLanes) {
+    const F32 x = load_upto(row + i, size - i);
+    sums[0] = fma(x, x, sums[0]);
+  }
+  const float total = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  return 1.0F / __builtin_sqrtf(total / static_cast<float>(size) + eps);
+}
+
+// Input row of sequence b, branch m, `back` tokens before its token t (which may lie in front of the chunk); null if none.
+template <class T>
+EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64_t t, int64_t back) {
+  const int64_t source = t - back, begin = p.cu_seqlens[b];
+  if (source >= begin) return static_cast<const T*>(p.x) + source * p.x_token_stride + m * p.x_branch_stride;
+  if (p.state == nullptr) return nullptr;
+  const int64_t position = p.positions[b] + source - begin;
+  if (position < 0) return nullptr;
+  const int64_t slot = position % p.reach();
+  return static_cast<const T*>(p.state) + b * p.state_sequence_stride + (slot * p.branches + m) * p.hidden_size;
+}
+
+// The taps of a token. A row's normalizing factor is kept while a token within reach may want it again, so that tokens in
+// order (or in reverse) take each row's sum of squares once, and a token alone those of its own taps.
+template <class T>
+class Taps {
+ public:
+  Taps(const ShortConvParams& p, int64_t branch) : p_(p), branch_(branch), slots_(p.reach() + 1), kept_(slots_ * kWords) {}
+
+  void of(int64_t b, int64_t t, Tap<T>* taps) {
+    for (int j = 0; j < p_.width; ++j) {
+      const T* row = input_row<T>(p_, b, branch_, t, p_.back(j));
+      taps[j] = {row, row == nullptr ? 0.0F : factor(b, t - p_.back(j), row)};
+    }
+  }
+
+ private:
+  struct Kept {
+    int64_t key;
+    float factor;
+  };
+  static constexpr int64_t kWords = sizeof(Kept) / sizeof(float);
+
+  float factor(int64_t b, int64_t source, const T* row) {
+    const int64_t shifted = source + (int64_t{1} << 33);  // a source in front of the chunk is negative
+    const int64_t key = (b << 35) + shifted;               // never 0, what the ring is filled with
+    Kept& kept = reinterpret_cast<Kept*>(kept_.data())[shifted % slots_];
+    if (kept.key != key) kept = {key, rsqrt_mean_square(row, p_.hidden_size, p_.eps)};
+    return kept.factor;
+  }
+
+  const ShortConvParams& p_;
+  int64_t branch_;
+  int64_t slots_;
+  Scratch kept_;
+};
+
+// z of kLanes channels from i on; count: how many channels are left
+template <class T>
+EK_LANE F32 convolve_lanes(const ShortConvParams& p, const BranchWeights& weights, const Tap<T>* taps, int64_t i, int64_t count) {
+  const F32 norm = load(weights.norm(p) + i);
+  F32 z = zeros();
+  for (int j = 0; j < p.width; ++j) {
+    if (taps[j].row == nullptr) continue;  // not a zero: the weight may be Inf
+    const F32 n = mul(mul(load_upto(taps[j].row + i, count), splat(taps[j].rsqrt_mean)), norm);
+    z = fma(load(weights.tap(j) + i), n, z);
+  }
+  return z;
+}
+
+// Calls f(weight element tag) with T or float.
+template <class T, class F>
+EK_LANE void with_weight_dtype(const ShortConvParams& p, const F& f) {
+  if (p.weight_dtype == DType::kF32) return f(static_cast<float*>(nullptr));
+  f(static_cast<T*>(nullptr));
+}
+
+}  // namespace engram_kernels::EK_ISA

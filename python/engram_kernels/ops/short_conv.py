@@ -1,0 +1,168 @@
+"""Short convolution: a causal depthwise convolution over a few tokens, behind a norm, added to its input."""
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from engram_kernels import backends
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
+from engram_kernels._library import LIB
+from engram_kernels.reference.short_conv import short_conv as _reference
+from engram_kernels.reference.short_conv import short_conv_update as _reference_update
+
+_INPUTS = "Tensor x, Tensor weight, Tensor norm_weight, Tensor cu_seqlens"
+_UPDATE = f"{_INPUTS}, Tensor positions, int dilation, float eps, Tensor(a!) state"
+LIB.define(f"short_conv({_INPUTS}, int dilation, float eps) -> Tensor")
+LIB.define(f"short_conv.out({_INPUTS}, int dilation, float eps, *, Tensor(a!) out) -> ()")
+LIB.define(f"short_conv_update({_UPDATE}) -> Tensor")
+LIB.define(f"short_conv_update.out({_UPDATE}, *, Tensor(b!) out) -> ()")
+LIB.define(f"short_conv_bwd(Tensor grad_out, {_INPUTS}, int dilation, float eps) -> (Tensor, Tensor, Tensor)")
+
+MAX_WIDTH = 8
+
+
+@torch.library.register_fake("engram_kernels::short_conv", lib=LIB)
+def _fake(x, weight, norm_weight, cu_seqlens, dilation, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("engram_kernels::short_conv.out", lib=LIB)
+def _fake_out(x, weight, norm_weight, cu_seqlens, dilation, eps, *, out):
+    return None
+
+
+@torch.library.register_fake("engram_kernels::short_conv_update", lib=LIB)
+def _fake_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("engram_kernels::short_conv_update.out", lib=LIB)
+def _fake_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, *, out):
+    return None
+
+
+@torch.library.register_fake("engram_kernels::short_conv_bwd", lib=LIB)
+def _fake_bwd(grad_out, x, weight, norm_weight, cu_seqlens, dilation, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), norm_weight.new_empty(norm_weight.shape)
+
+
+def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float = 1e-5,
+               state: Tensor | None = None, positions: Tensor | None = None, *, out: Tensor | None = None,
+               backend: str = "auto") -> Tensor:
+    """Adds to each input a convolution over its predecessors in the same sequence.
+
+    ``out[t] = x[t] + silu(sum over j of weight[:, :, j] * n[t - (W-1-j) * dilation])`` with
+    ``n = x * rsqrt(mean(x^2) + eps) * norm_weight`` per branch; nothing before the sequence start. In float32 from inputs to
+    output, rounded once.
+
+    With `state`, a sequence may come in chunks (one token a chunk when decoding), and any chunking gives the bits of the
+    whole. `state` is a ring of the last S = (W-1) * dilation raw inputs: that at absolute position q lies in slot q mod S, so
+    that a step writes one slot and moves nothing. Slots before a sequence's first token are never read: a new sequence
+    (position 0) may take over a state as it is.
+
+    Args:
+        x: [T, M, H] bfloat16, float16 or float32, sequences packed back to back; the last dimension dense, strides of the
+            others free.
+        weight: [M, H, W] contiguous, 1 <= W <= 8, of the dtype of `x` or float32; tap W-1 is the token itself. The weight of the
+            published ``nn.Conv1d`` is ``[M*H, 1, W]``: view it.
+        norm_weight: [M, H] contiguous, dtype of `weight`.
+        cu_seqlens: [B+1] int32, first 0, last T, non-decreasing; empty sequences are allowed.
+        dilation: tokens between taps, at least 1.
+        eps: added to the mean square, >= 0.
+        state: [B, S, M, H], dtype of `x`, the last three dimensions dense; updated in place. Not with inputs that require grad.
+        positions: [B] int32, inputs of each sequence before this chunk; given with `state` and only then.
+        out: [T, M, H] of the dtype of `x`, contiguous, apart from `x` and `state`; written instead of a new tensor.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        [T, M, H] contiguous, dtype and device of `x`; `out` when given. T = 0 gives an empty tensor and leaves `state` as it is.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype, device, stride or value is wrong; nothing is written.
+        RuntimeError: the named backend is not available.
+
+    Source: arXiv 2601.07372 section 2; deepseek-ai/Engram `engram_demo_v1.py` (`ShortConv`).
+    """
+    _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out)
+    grad = wants_grad(x, weight, norm_weight)
+    if grad and (out is not None or state is not None):
+        raise ValueError(f"short_conv: {'out' if out is not None else 'state'} cannot be given while an input requires grad; "
+                         "leave it away or use torch.no_grad()")
+    run = backends.select("short_conv", x.device, backend)
+    if state is None:
+        if positions is not None:
+            raise ValueError("short_conv: positions is given without state")
+        return run(x, weight, norm_weight, cu_seqlens, dilation, eps, out=out)
+    slots = (weight.shape[2] - 1) * dilation
+    shape = (cu_seqlens.shape[0] - 1, slots, x.shape[1], x.shape[2])
+    expect_tensor("short_conv", "state", state, (x.dtype,), shape, x.device, dense_dims=3)
+    if positions is None:
+        raise ValueError("short_conv: positions is None, expected a tensor with state")
+    expect_tensor("short_conv", "positions", positions, (torch.int32,), shape[:1], x.device, dense_dims=1)
+    return run(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, out=out)
+
+
+def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
+    op = "short_conv"
+    expect_tensor(op, "x", x, FLOAT_DTYPES, ("T", "M", "H"), dense_dims=1)
+    tokens, branches, size = x.shape
+    if branches == 0 or size == 0:
+        raise ValueError(f"{op}: x must have at least one branch of at least one element, got {list(x.shape)}")
+    expect_tensor(op, "weight", weight, (x.dtype, torch.float32), (branches, size, "W"), x.device, dense_dims=3)
+    if not 1 <= weight.shape[2] <= MAX_WIDTH:
+        raise ValueError(f"{op}: weight has {weight.shape[2]} taps, expected 1..{MAX_WIDTH}")
+    expect_tensor(op, "norm_weight", norm_weight, (weight.dtype,), (branches, size), x.device, dense_dims=2)
+    expect_tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,), ("B+1",), x.device, dense_dims=1)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{op}: cu_seqlens must have at least one entry, got none")
+    if dilation < 1:
+        raise ValueError(f"{op}: dilation is {dilation}, expected at least 1")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
+    if out is not None:
+        expect_tensor(op, "out", out, (x.dtype,), (tokens, branches, size), x.device, dense_dims=3)
+
+
+def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
+    args = (x, weight, norm_weight, cu_seqlens)
+    if state is None:
+        op, args = torch.ops.engram_kernels.short_conv, (*args, dilation, eps)
+    else:
+        op, args = torch.ops.engram_kernels.short_conv_update, (*args, positions, dilation, eps, state)
+    if out is not None:
+        op.out(*args, out=out)
+        return out
+    if is_compiling() or wants_grad(x, weight, norm_weight):
+        return op.default(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
+        return op.default(*args)
+
+
+def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
+    steps = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or (steps < 0).any() or cu_seqlens[-1] != x.shape[0]:
+        raise ValueError(f"short_conv: cu_seqlens must start at 0, not decrease and end at the number of tokens, {x.shape[0]}; "
+                         f"got {cu_seqlens.tolist()}")
+    if state is None:
+        result = _reference(x, weight, norm_weight, cu_seqlens, dilation, eps)
+    else:
+        if (positions < 0).any():
+            raise ValueError(f"short_conv: positions must be at least 0, got {positions.tolist()}")
+        result = _reference_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state)
+    return result if out is None else out.copy_(result)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx, grad_out):
+    if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
+        grad_out = grad_out.contiguous()
+    grads = torch.ops.engram_kernels.short_conv_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None
+
+
+torch.library.register_autograd("engram_kernels::short_conv", _backward, setup_context=_setup_context, lib=LIB)
+backends.register_op("short_conv", _checked_reference, _compiled)

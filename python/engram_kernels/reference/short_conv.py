@@ -1,0 +1,43 @@
+"""Reference of short_conv: plain PyTorch, written to be read. Contract: `engram_kernels.short_conv`."""
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float) -> Tensor:
+    """x + silu(conv(norm(x))) [T, M, H]. See `engram_kernels.short_conv`; float64 inputs are computed in float64."""
+    before = [x[:0] for _ in range(cu_seqlens.shape[0] - 1)]
+    return _convolve(x, weight, norm_weight, cu_seqlens, before, dilation, eps)
+
+
+def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, positions: Tensor, dilation: int,
+                      eps: float, state: Tensor) -> Tensor:
+    """As `short_conv`, for chunks that continue sequences; writes the last inputs into the ring `state`."""
+    slots = state.shape[1]
+    before = []
+    for sequence, position in enumerate(positions.tolist()):
+        ring = [state[sequence, q % slots] for q in range(max(0, position - slots), position)]
+        before.append(torch.stack(ring) if ring else x[:0])
+    out = _convolve(x, weight, norm_weight, cu_seqlens, before, dilation, eps)
+    for sequence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        for t in range(max(begin, end - slots), end):
+            state[sequence, (int(positions[sequence]) + t - begin) % slots] = x[t]
+    return out
+
+
+def _convolve(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, before: list[Tensor], dilation: int,
+              eps: float) -> Tensor:
+    """before[b]: the inputs of sequence b that precede its chunk, oldest first."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    width = weight.shape[2]
+    pieces = [x[:0].to(dtype)]
+    for sequence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        line = torch.cat([before[sequence], x[begin:end]]).to(dtype)
+        normed = line * torch.rsqrt(line.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
+        padded = F.pad(normed, (0, 0, 0, 0, (width - 1) * dilation, 0))  # nothing before the sequence start
+        taps = [weight[:, :, j].to(dtype) * padded[j * dilation:j * dilation + line.shape[0]] for j in range(width)]
+        conv = torch.stack(taps).sum(0)
+        pieces.append((line + F.silu(conv))[line.shape[0] - (end - begin):])
+    return torch.cat(pieces).to(x.dtype)
