@@ -67,6 +67,8 @@ CASES = {  # name: (lengths, family, boundary, max_order, heads, table_size, lay
     "v41_shape": ([130, 1, 67], "xor_prime", "pad", 4, 8, 16_000_000, (1, 14)),
     "one_past_a_tile": ([33], "xor_prime", "pad", 4, 8, 16_000_000, (1, 14)),
     "one_sequence_a_token": ([1] * 70, "xor_prime", "pad", 3, 8, 646_400, (1, 14)),
+    "four_orders_one_head": ([50], "xor_prime", "pad", 4, 1, 646_400, (1, 14)),
+    "polynomial_one_head": ([50], "polynomial", "stop", 4, 1, 646_400, (0,)),
     "bigrams_one_head": ([9, 5], "xor_prime", "pad", 2, 1, 50_000, (1,)),
     "five_orders_odd_heads_three_layers": ([40, 2, 1], "xor_prime", "pad", 5, 11, 30_000, (0, 1, 2)),
     "largest_order": ([30], "xor_prime", "stop", 8, 3, 9_000, (0, 1)),

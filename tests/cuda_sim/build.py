@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,18 +104,20 @@ def build() -> Build:
         return made
     shutil.rmtree(folder.parent, ignore_errors=True)
     flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-DEK_WITH_CUDA", "-Xcompiler", "-fPIC", "--Werror", "all-warnings"]
-    objects = []
-    for kernel in kernels:
-        to = folder / kernel.stem
-        to.mkdir(parents=True)
-        objects.append(to / "kernel.o")
-        done = _run(["nvcc", *flags, "-Xptxas", "-v", "-gencode", f"arch=compute_{ARCH},code=[compute_{ARCH},sm_{ARCH}]",
-                     "--keep", "--keep-dir", to, "-c", kernel, "-o", objects[-1]])
-        (to / "ptxas.log").write_text(done)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda kernel: _compile(kernel, folder / kernel.stem, flags), kernels))
     part = folder / "launchers.part.so"
     _run(["nvcc", *flags, "-shared", "-cudart", "none", *objects, *checks, *shims, "-o", part])
     part.rename(made.library)
     return made
+
+
+def _compile(kernel, to, flags):
+    to.mkdir(parents=True)
+    log = _run(["nvcc", *flags, "-Xptxas", "-v", "-gencode", f"arch=compute_{ARCH},code=[compute_{ARCH},sm_{ARCH}]",
+                "--keep", "--keep-dir", to, "-c", kernel, "-o", to / "kernel.o"])
+    (to / "ptxas.log").write_text(log)
+    return to / "kernel.o"
 
 
 def _run(command):

@@ -1,6 +1,7 @@
 """A device of the simulator: arrays at device addresses, launchers called through ctypes."""
 import ctypes
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import ptxsim
@@ -38,8 +39,7 @@ class Device:
     def __post_init__(self):
         self.build: Build = build()
         self.library = ctypes.CDLL(str(self.build.library))
-        self.mem = ptxsim.Memory()
-        self.modules, self.kernels, self.failure = {}, {}, None
+        self.mem, self.failure = _Simulator.reset(self), None
         self.callback = Callback(self._launch)
 
     def address(self, array, name: str = "", readonly: bool = False) -> int:
@@ -54,8 +54,9 @@ class Device:
         call.restype = ctypes.c_char_p
         known = getattr(self.library, launcher + "_params_bytes")
         known.restype = ctypes.c_long
+        assert _Simulator.device is self, "the arrays of this device went when a newer one was made"
         assert known() == ctypes.sizeof(params), f"{type(params).__name__} is not the C++ struct"
-        self._load(launcher)
+        _Simulator.load(launcher, self.build)
         self.library.fake_cudart_set(self.callback, self.multiprocessors)
         before, self.failure = len(self.launches), None
         error = call(ctypes.byref(params))
@@ -65,20 +66,14 @@ class Device:
             raise LaunchError(error.decode())
         return self.launches[before:]
 
-    def _load(self, op):
-        if op in self.modules:
-            return
-        module = ptxsim.Module(self.build.ptx(op))
-        assert not module.globals, "device variables are not supported here"
-        module.mem = self.mem
-        self.modules[op] = module
-        self.kernels.update({name: module for name in module.kernels()})
+    def kernel(self, name: str) -> ptxsim.Kernel:
+        """The compiled kernel behind a mangled name, of an op that has run."""
+        return _Simulator.kernels[name].kernel(name)
 
     def _launch(self, name, grid, block, args, shared_bytes):
         try:
             name = name.decode()
-            module = self.kernels[name]
-            kernel = module.kernel(name)
+            kernel = self.kernel(name)
             raw = [ctypes.string_at(args[i], p.size) for i, p in enumerate(kernel.params)]
             grid, block = tuple(grid[:3]), tuple(block[:3])
             result = kernel.launch(grid, block, raw, shared_bytes, trace=True, **{"race": True, **self.options})
@@ -88,6 +83,29 @@ class Device:
             assert not result.warnings, result.warnings
         except BaseException as err:  # must not pass through C; `run` raises it
             self.failure = err
+
+
+class _Simulator:
+    """Parsed kernels are kept for the whole session, and so is their memory; its arrays are those of the newest device."""
+    mem = ptxsim.Memory()
+    modules: ClassVar[dict[str, ptxsim.Module]] = {}
+    kernels: ClassVar[dict[str, ptxsim.Module]] = {}
+    device: Device | None = None
+
+    @classmethod
+    def reset(cls, device):
+        cls.mem.release_from(0)
+        cls.device = device
+        return cls.mem
+
+    @classmethod
+    def load(cls, op, build):
+        if op in cls.modules:
+            return
+        module = cls.modules[op] = ptxsim.Module(build.ptx(op))
+        assert not module.globals, "device variables are not supported here"
+        module.mem = cls.mem
+        cls.kernels.update({name: module for name in module.kernels()})
 
 
 def poisoned(shape, dtype=np.int32) -> np.ndarray:

@@ -2,6 +2,7 @@
 #include <exception>
 #include <string>
 
+#include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
 #define EK_LAUNCHER(launcher, Params)                                \
@@ -18,3 +19,4 @@
   extern "C" long launcher##_params_bytes() { return sizeof(engram_kernels::Params); }
 
 EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
+EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)

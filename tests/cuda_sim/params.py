@@ -1,6 +1,8 @@
 """The params structs of csrc/kernels as ctypes; `Device.run` compares their sizes with the C++ ones."""
 from ctypes import Structure, c_bool, c_int, c_int64, c_void_p
 
+import torch
+
 
 class NgramHashParams(Structure):
     _fields_ = [(name, c_void_p) for name in ("token_ids", "history", "dead_mask", "cu_seqlens", "token_map", "multipliers",
@@ -9,3 +11,21 @@ class NgramHashParams(Structure):
                                      "eos_id")] + [
         ("num_layers", c_int), ("max_order", c_int), ("heads", c_int), ("ids_are_int64", c_bool), ("per_column", c_bool),
         ("error_count", c_void_p)]
+
+
+ROW_FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class RowSource(Structure):
+    _fields_ = [("rows", c_void_p), ("scales", c_void_p), ("num_rows", c_int64), ("row_stride_bytes", c_int64),
+                ("scale_stride_bytes", c_int64), ("row_dim", c_int), ("format", c_int), ("zero_scale_is_zero", c_bool)]
+
+
+class RowIds(Structure):
+    _fields_ = [("data", c_void_p), ("count", c_int64), ("are_int64", c_bool)]
+
+
+class GatherRowsParams(Structure):
+    _fields_ = [("source", RowSource), ("row_ids", RowIds), ("out", c_void_p), ("out_dtype", c_int), ("as_stored", c_bool),
+                ("max_blocks", c_int), ("error_count", c_void_p)]

@@ -21,6 +21,10 @@ struct GatherRowsParams {
   RowIds row_ids;  // -1 or [0, source.num_rows): check_row_ids
   std::byte* out;  // [row_ids.count, source.row_dim] of out_dtype, dense; overlaps nothing that is read
   DType out_dtype;
+  // CUDA only
+  bool as_stored = false;           // copy packed rows whole: out is [row_ids.count, row_value_bytes]
+  int max_blocks = 0;               // blocks to run, for a gather in the background; 0: as many as there is work for
+  uint32_t* error_count = nullptr;  // device memory, counts ids out of range, whose rows are zeros; or null
 };
 
 struct GatherRowsBwdParams {
@@ -39,5 +43,9 @@ void check_params(const GatherRowsBwdParams& p);
 
 void gather_rows_cpu(const GatherRowsParams& p, const Parallel& parallel);
 void gather_rows_bwd_cpu(const GatherRowsBwdParams& p, const RowOrder& order, const Parallel& parallel);
+#ifdef EK_WITH_CUDA
+// ids and out are device memory; rows and scales may be host memory that the device can read.
+void gather_rows_cuda(const GatherRowsParams& p, void* stream);
+#endif
 
 }  // namespace engram_kernels

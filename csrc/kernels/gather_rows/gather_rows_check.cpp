@@ -16,7 +16,12 @@ void check_params(const GatherRowsParams& p) {
   const RowSource& s = p.source;
   check_row_source("gather_rows", s);
   EK_CHECK(p.row_ids.count >= 0, "gather_rows: the number of ids is " << p.row_ids.count);
-  const int64_t out_bytes = p.row_ids.count * s.row_dim * dtype_bytes(p.out_dtype);
+  EK_CHECK(!p.as_stored || s.format == RowFormat::kFp8Block32Packed,
+           "gather_rows: only packed rows can be had as stored");
+  EK_CHECK(p.max_blocks >= 0, "gather_rows: max_blocks is " << p.max_blocks << ", expected at least 0");
+  const int64_t out_row_bytes =
+      p.as_stored ? row_value_bytes(s.format, s.row_dim) : s.row_dim * dtype_bytes(p.out_dtype);
+  const int64_t out_bytes = p.row_ids.count * out_row_bytes;
   const int64_t table_bytes =
       s.num_rows == 0 ? 0 : (s.num_rows - 1) * s.row_stride_bytes + row_value_bytes(s.format, s.row_dim);
   EK_CHECK(!overlap(p.out, out_bytes, s.rows, table_bytes), "gather_rows: out overlaps the rows of the table");

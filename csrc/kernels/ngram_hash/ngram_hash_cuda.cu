@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramH
   for (int v = threadIdx.x; v < plan.vectors; v += blockDim.x) {
     const int column = v * kWidth;
     const Columns<kWidth> columns(plan, layer, column);
-    const int order = 2 + static_cast<int>(__umulhi(column, plan.heads_inverse));
+    const int order = 2 + (p.heads == 1 ? column : static_cast<int>(__umulhi(column, plan.heads_inverse)));
     int32_t* out = p.row_ids + ((first_layer + layer) * p.num_tokens + first + slot) * plan.num_columns + column;
     if constexpr (kPerColumn) {
       const uint64_t* multipliers =

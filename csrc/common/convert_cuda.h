@@ -1,0 +1,107 @@
+// Conversions of stored values on a GPU, several at a time. Included by .cu files only.
+#pragma once
+
+#include <cstdint>
+
+#include "common/row_format.h"
+
+namespace engram_kernels {
+
+// Two floats to the nearest even; `low` comes first in memory.
+template <DType kType>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (kType == DType::kBf16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+template <DType kType>
+__device__ __forceinline__ void unpack_pair(uint32_t pair, float* low, float* high) {
+  if constexpr (kType == DType::kBf16) {
+    *low = __uint_as_float(pair << 16);
+    *high = __uint_as_float(pair & 0xFFFF0000);
+  } else {
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(*low), "=f"(*high)
+        : "r"(pair));
+  }
+}
+
+// Four fp8 e4m3 values of one word. Exact; NaN stays NaN.
+__device__ __forceinline__ void unpack_fp8(uint32_t word, float* values) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t low, high;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+  unpack_pair<DType::kF16>(low, values, values + 1);
+  unpack_pair<DType::kF16>(high, values + 2, values + 3);
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = fp8_e4m3_to_float(static_cast<uint8_t>(word >> 8 * i));
+#endif
+}
+
+__device__ __forceinline__ void unpack_int8(uint32_t word, float* values) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = static_cast<float>(static_cast<int8_t>(word >> 8 * i));
+}
+
+// kWords neighbouring words of memory, in accesses of up to 16 bytes.
+template <int kWords, class Pointer>
+__device__ __forceinline__ void load_words(Pointer from, uint32_t* words) {
+  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0);
+  if constexpr (kWords == 1) {
+    words[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (kWords == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 v = reinterpret_cast<const uint4*>(from)[i / 4];
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  }
+}
+
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&w)[4]) {
+  *static_cast<uint4*>(to) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// kCount elements of kType as floats; kCount * size is a multiple of 4 bytes.
+template <DType kType, int kCount, class Pointer>
+__device__ __forceinline__ void load_floats(Pointer from, float* values) {
+  if constexpr (kType == DType::kF32) {
+    uint32_t words[kCount];
+    load_words<kCount>(from, words);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __uint_as_float(words[i]);
+  } else {
+    uint32_t words[kCount / 2];
+    load_words<kCount / 2>(from, words);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) unpack_pair<kType>(words[i], values + 2 * i, values + 2 * i + 1);
+  }
+}
+
+// 16 bytes of kType from floats.
+template <DType kType>
+__device__ __forceinline__ void store_floats(void* to, const float* values) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kType == DType::kF32) {
+      words[i] = __float_as_uint(values[i]);
+    } else {
+      words[i] = pack_pair<kType>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  store_words(to, words);
+}
+
+}  // namespace engram_kernels

@@ -1,0 +1,280 @@
+"""gather_rows on the PTX simulator: the launcher and its kernels against the reference, and what they cost."""
+import re
+
+import numpy as np
+import pytest
+import torch
+from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build, poisoned
+from cuda_sim.params import DTYPES, ROW_FORMATS, GatherRowsParams, RowIds, RowSource
+
+from engram_kernels.reference.gather_rows import gather_rows as reference
+from engram_kernels.testing.inputs import random_rows
+
+pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
+OP = "gather_rows_cuda"
+BYTE_FORMATS = tuple(f for f in ROW_FORMATS if f.startswith(("fp8", "int8")))
+
+
+def every_byte(row_format, row_dim):
+    """A table that holds every byte value as an element under every scale byte (or a few scales where they are floats)."""
+    values = torch.arange(256, dtype=torch.uint8).reshape(-1, 32)  # 8 blocks
+    if row_format == "fp8_e4m3_tensor":
+        return values.reshape(-1, row_dim), torch.tensor([0.3])
+    if row_format == "int8_group32":
+        scales = torch.tensor([1.0, -0.37, 3e38, 1e-40, 0.0, float("inf"), float("nan")])
+        blocks = values.repeat(len(scales), 1).view(torch.int8)
+    else:
+        scales = torch.arange(256, dtype=torch.uint8)
+        blocks = values.repeat(256, 1)
+    scales = scales.repeat_interleave(8)
+    rows, scales = blocks.reshape(-1, row_dim), scales.reshape(-1, row_dim // 32)
+    return (torch.cat([rows.view(torch.uint8), scales], dim=1), None) if row_format.endswith("packed") else (rows, scales)
+
+
+def bytes_of(x):
+    """[R, bytes] uint8 of a contiguous table."""
+    return x.contiguous().view(torch.uint8).reshape(len(x), -1)
+
+
+def random_ids(count, num_rows, seed=0, none=0.1, dtype=torch.int32):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, max(num_rows, 1), (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < none, -1, ids).to(dtype)
+
+
+def simulate(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, zero_scale=False, pitch=None, lead=0,
+             as_stored=False, max_blocks=0, device=None, shift_rows=0, out_lead=0):
+    """(output rows, errors counted, launches). pitch: bytes between rows; lead: bytes before the first."""
+    device = device or Device()
+    raw = bytes_of(rows)
+    pitch = pitch or raw.shape[1]
+    table = np.full(lead + max(len(raw), 1) * pitch, 0xFF, np.uint8)
+    table[lead:lead + len(raw) * pitch].reshape(len(raw), pitch)[:, :raw.shape[1]] = raw.numpy()
+    table = table[:lead + (len(raw) - 1) * pitch + raw.shape[1]] if len(raw) else table[:0]  # nothing behind the last row
+    out = poisoned((len(ids) * (raw.shape[1] if as_stored else row_dim * out_dtype.itemsize) + out_lead,), np.uint8)
+    errors, at = np.zeros(1, np.uint32), device.address
+    per_row = scales is not None and row_format != "fp8_e4m3_tensor"
+    source = RowSource(
+        rows=at(table, "rows", readonly=True) + lead - shift_rows * pitch, scales=at(scales, "scales", readonly=True),
+        num_rows=len(raw) + shift_rows, row_stride_bytes=pitch,
+        scale_stride_bytes=bytes_of(scales).shape[1] if per_row else 0, row_dim=row_dim, format=ROW_FORMATS.index(row_format),
+        zero_scale_is_zero=zero_scale)
+    params = GatherRowsParams(
+        source=source, row_ids=RowIds(at(ids, "ids", readonly=True), len(ids), ids.dtype == torch.int64),
+        out=at(out, "out") + out_lead, out_dtype=DTYPES[out_dtype], as_stored=as_stored, max_blocks=max_blocks,
+        error_count=at(errors, "errors"))
+    launches = device.run(OP, params)
+    got = torch.from_numpy(out[out_lead:].copy())
+    if not len(ids):
+        return torch.empty(0, row_dim, dtype=out_dtype), int(errors[0]), launches
+    got = got.reshape(len(ids), -1) if as_stored else got.view(out_dtype).reshape(len(ids), row_dim)
+    return got, int(errors[0]), launches
+
+
+def check(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, zero_scale=False, **how):
+    got, errors, launches = simulate(rows, scales, ids, row_format, row_dim, out_dtype, zero_scale, **how)
+    want = reference(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(got) & ~got.isnan(), torch.signbit(want) & ~want.isnan())  # -0 is not 0
+    assert errors == 0
+    return launches
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_gather_rows_matches_reference(row_format, out_dtype):
+    for row_dim, count, options in ((256, 133, {"cta_order": "random"}), (64, 65, {}), (32, 1, {})):
+        rows, scales = random_rows(row_format, 50, row_dim, torch.Generator().manual_seed(1))
+        device = Device(options=options)
+        for dtype in (torch.int32, torch.int64):
+            launches = check(rows, scales, random_ids(count, 50, dtype=dtype), row_format, row_dim, out_dtype, device=device)
+            assert "by_element" not in launches[0].kernel or (row_format.endswith("packed") and row_dim < 128)
+
+
+@pytest.mark.parametrize("row_format", BYTE_FORMATS)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row_dim", [256, 32])
+def test_gather_rows_every_byte(row_format, out_dtype, row_dim):
+    rows, scales = every_byte(row_format, row_dim)
+    for zero_scale in (False, True):
+        check(rows, scales, torch.arange(len(rows)), row_format, row_dim, out_dtype, zero_scale)
+
+
+@pytest.mark.parametrize("row_format", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_gather_rows_special_floats(row_format, out_dtype):
+    values = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65504, 65520, 1e-7, -6e-8, 3e38, 1e-45,
+                           1.00390625])
+    rows = values.repeat(8).reshape(2, 48).to({"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[row_format])
+    check(rows, None, torch.tensor([0, 1, -1]), row_format, 48, out_dtype)
+
+
+def test_gather_rows_every_bf16_is_copied_bit_for_bit():
+    rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).reshape(256, 256)
+    got = simulate(rows, None, torch.arange(256), "bf16", 256)[0]
+    assert torch.equal(got.view(torch.int16), rows.view(torch.int16))
+
+
+STRIDES = {"dense": (264, 0), "padded_288": (288, 0), "padded_320": (320, 0), "odd_start": (264, 8), "by_words": (268, 4),
+           "by_bytes": (265, 1)}
+
+
+@pytest.mark.parametrize("pitch, lead", STRIDES.values(), ids=STRIDES.keys())
+def test_gather_rows_packed_strides(pitch, lead):
+    rows, _ = random_rows("fp8_e4m3_block32_packed", 40, 256, torch.Generator().manual_seed(2))
+    ids = random_ids(77, 40, seed=3)
+    check(rows, None, ids, "fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead)
+    got, errors, _ = simulate(rows, None, ids, "fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead, as_stored=True)
+    assert torch.equal(got, torch.where(ids[:, None] < 0, 0, rows[ids.long()])) and errors == 0
+
+
+SHAPES = {  # name: (row_format, row_dim)
+    "odd_bf16": ("bf16", 33), "one_element": ("f32", 1), "odd_fp8": ("fp8_e4m3_tensor", 65), "long_f32": ("f32", 5120),
+    "long_packed": ("fp8_e4m3_block32_packed", 4096), "ple_bf16": ("bf16", 160), "ple_int8": ("int8_group32", 160),
+    "one_word": ("fp8_e4m3_tensor", 4), "longest_staged": ("bf16", 1024)}
+
+
+@pytest.mark.parametrize("row_format, row_dim", SHAPES.values(), ids=SHAPES.keys())
+def test_gather_rows_any_shape(row_format, row_dim):
+    rows, scales = random_rows(row_format, 20, row_dim, torch.Generator().manual_seed(4))
+    for out_dtype in DTYPES:
+        check(rows, scales, random_ids(21, 20, seed=5), row_format, row_dim, out_dtype)
+    check(rows, scales, random_ids(21, 20, seed=5), row_format, row_dim, out_lead=2)
+
+
+def test_gather_rows_no_ids_and_no_rows():
+    rows = torch.zeros(3, 64, dtype=torch.bfloat16)
+    got, _, launches = simulate(rows, None, torch.zeros(0, dtype=torch.int32), "bf16", 64)
+    assert got.shape == (0, 64) and launches == []
+    got, errors, _ = simulate(rows[:0], None, torch.tensor([-1, 0, -1]), "bf16", 64)
+    assert (got == 0).all() and errors == 1
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+@pytest.mark.parametrize("row_dim", [256, 4096], ids=["staged", "by_element"])
+def test_gather_rows_bad_ids_give_zeros_and_are_counted(row_format, row_dim):
+    """-1 reads nothing, and neither does what is out of range: the table has no byte before its first row or behind its last."""
+    rows, scales = random_rows(row_format, 3, row_dim, torch.Generator().manual_seed(6))
+    if row_format == "fp8_e4m3_tensor":
+        scales = torch.tensor([float("nan")])  # must not reach the zeros
+    ids = torch.tensor([-1, 3, -2, 2, 2**31 - 1, -2**31, 0], dtype=torch.int64)
+    for wide in ([], [2**62, -2**63, 2**40]):
+        bad = torch.cat([ids, torch.tensor(wide, dtype=torch.int64)])
+        got, errors, _ = simulate(rows, scales, bad, row_format, row_dim)
+        good = torch.where((bad >= 0) & (bad < 3), bad, -1)
+        want = reference(rows, scales, good, row_format, row_dim, False, torch.bfloat16)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert errors == 4 + len(wide)
+
+
+def test_gather_rows_of_no_ids_at_all_reads_no_row():
+    rows, _ = random_rows("fp8_e4m3_block32_packed", 3, 256, torch.Generator().manual_seed(6))
+    result = simulate(rows, None, torch.full((99,), -1), "fp8_e4m3_block32_packed", 256)[2][0].result
+    assert "rows" not in result.buffers
+
+
+@pytest.mark.parametrize("row_format", ["bf16", "fp8_e4m3_block32_packed"])
+def test_gather_rows_far_behind_four_gib(row_format):
+    rows, _ = random_rows(row_format, 50, 256, torch.Generator().manual_seed(7))
+    shift = 9 * 2**30 // bytes_of(rows).shape[1]
+    ids = random_ids(60, 50, seed=8, none=0)
+    got, errors, _ = simulate(rows, None, ids + shift, row_format, 256, shift_rows=shift)
+    assert torch.equal(got, reference(rows, None, ids, row_format, 256, False, torch.bfloat16)) and errors == 0
+
+
+def test_gather_rows_in_the_background_uses_few_blocks():
+    rows, _ = random_rows("bf16", 50, 256, torch.Generator().manual_seed(9))
+    for as_stored in (False, True):
+        row_format = "fp8_e4m3_block32_packed" if as_stored else "bf16"
+        rows, _ = random_rows(row_format, 50, 256, torch.Generator().manual_seed(9))
+        ids = random_ids(500, 50, seed=10)
+        got, _, launches = simulate(rows, None, ids, row_format, 256, max_blocks=3, as_stored=as_stored)
+        assert launches[0].grid == (3, 1, 1)
+        want = torch.where(ids[:, None] < 0, 0, rows[ids.long()])
+        assert torch.equal(got, want)
+
+
+def test_gather_rows_rejects():
+    rows = torch.zeros(3, 64, dtype=torch.bfloat16)
+    with pytest.raises(LaunchError, match="only packed rows"):
+        simulate(rows, None, torch.tensor([0]), "bf16", 64, as_stored=True)
+    with pytest.raises(LaunchError, match="max_blocks is -1"):
+        simulate(rows, None, torch.tensor([0]), "bf16", 64, max_blocks=-1)
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+COSTS = {  # name: (row_format, row_dim, stored in the output as they are)
+    "256_bytes": ("fp8_e4m3_tensor", 256, False),
+    "512_bytes": ("bf16", 256, False),
+    "264_bytes": ("fp8_e4m3_block32_packed", 256, False),
+    "264_bytes_as_stored": ("fp8_e4m3_block32_packed", 256, True),
+}
+NUM_ROWS = 960
+
+
+@pytest.fixture(scope="module", params=COSTS.values(), ids=COSTS.keys())
+def cost(request):
+    """(launch, bytes of a row, bytes of an output row) for distinct rows in random order."""
+    row_format, row_dim, as_stored = request.param
+    rows, scales = random_rows(row_format, NUM_ROWS, row_dim, torch.Generator().manual_seed(11))
+    ids = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(12)).to(torch.int32)
+    launch = simulate(rows, scales, ids, row_format, row_dim, as_stored=as_stored)[2][0]
+    row_bytes = bytes_of(rows).shape[1]
+    return launch, row_bytes, row_bytes if as_stored else 2 * row_dim
+
+
+def lines(launch, space, kind):
+    return [line for line in launch.result.lines if (line["space"], line["kind"]) == (space, kind)]
+
+
+def row_loads(launch):
+    return [line for line in lines(launch, "global", "load") if "cp.async" in line["text"]]
+
+
+def test_gather_rows_reads_each_sector_once(cost):
+    launch, row_bytes, _ = cost
+    read = launch.result.buffers["rows"]
+    assert read["load_bytes"] == NUM_ROWS * row_bytes
+    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors a row are the least
+    least = NUM_ROWS * (9 if row_bytes == 264 else row_bytes // 32)
+    assert read["load_sectors"] <= 1.02 * least
+
+
+def test_gather_rows_writes_once_and_coalesced(cost):
+    launch, _, out_bytes = cost
+    written = launch.result.buffers["out"]
+    assert written["store_bytes"] == written["unique_bytes_written"] == NUM_ROWS * out_bytes
+    assert written["store_sectors"] <= 1.02 * written["unique_sectors_written"]
+    assert all(line["bytes"] == 16 * line["threads"] for line in lines(launch, "global", "store"))
+
+
+def test_gather_rows_loads_are_wide_and_many(cost):
+    launch, row_bytes, _ = cost
+    loads = row_loads(launch)
+    width = 8 if row_bytes == 264 else 16
+    assert {line["bytes"] // line["threads"] for line in loads} == {width}
+    threads = np.prod(launch.grid) * np.prod(launch.block)
+    # cp.async: nothing waits before the last one of a tile is issued
+    assert sum(line["threads"] for line in loads) / threads >= 8
+    tile_bytes = NUM_ROWS * row_bytes / np.prod(launch.grid)
+    usage = build().usage(OP)[launch.kernel]
+    resident = min(65536 // (usage.registers * 128), 2048 // 128, 227 * 1024 // (launch.shared_bytes + 1024))
+    assert resident * tile_bytes * 132 >= 2e6
+
+
+def test_gather_rows_bank_conflicts(cost):
+    for kind in ("load", "store"):
+        shared = cost[0].result.memory.get(f"shared.{kind}")
+        assert shared is None or shared["waves"] <= 1.1 * shared["ideal_waves"]
+
+
+def test_gather_rows_uses_no_local_memory():
+    for usage in build().usage(OP).values():
+        assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 64
+
+
+@pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
+def test_gather_rows_machine_code():
+    for code in build().sass(OP).values():
+        assert not [op for _, _, op, _ in code if re.match(r"CALL|LDL|STL", op)]
