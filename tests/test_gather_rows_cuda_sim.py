@@ -33,7 +33,7 @@ def every_byte(row_format, row_dim):
 
 def bytes_of(x):
     """[R, bytes] uint8 of a contiguous table."""
-    return x.contiguous().view(torch.uint8).reshape(len(x), -1)
+    return x.contiguous().view(torch.uint8).reshape(len(x), x.shape[1] * x.element_size())
 
 
 def random_ids(count, num_rows, seed=0, none=0.1, dtype=torch.int32):
