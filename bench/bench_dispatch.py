@@ -41,5 +41,5 @@ def test_dispatch(benchmark, op, how):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_empty(benchmark, op):
-    measure(benchmark, lambda: HIDDEN.new_empty(0, 2, 64), group=f"dispatch of {op}, zero tokens", contender="new_empty", role="bound",
-            units=1, unit="call", rounds=2000)
+    measure(benchmark, lambda: HIDDEN.new_empty(0, 2, 64), group=f"dispatch of {op}, zero tokens", contender="new_empty",
+            role="bound", units=1, unit="call", rounds=2000)

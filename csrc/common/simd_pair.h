@@ -1,9 +1,9 @@
 // Two registers of floats at a time, in the order that suits the element type.
 //
-// A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting them
-// back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every other type as
-// (first half, second half). This is the pair order of the type. Sums do not care; a float array that is combined with
-// bf16 rows is brought into their order once (in_pair_order).
+// A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting
+// them back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every
+// other type as (first half, second half). This is the pair order of the type. Sums do not care; a float array that is
+// combined with bf16 rows is brought into their order once (in_pair_order).
 #pragma once
 
 #include <cstring>
@@ -168,8 +168,7 @@ EK_LANE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Zeroed floats of the caller's own, aligned for any instruction set.
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<float*>(::operator new(bytes(count), std::align_val_t{64}))) {
+  explicit Scratch(int64_t count) : data_(static_cast<float*>(::operator new(bytes(count), std::align_val_t{64}))) {
     std::memset(data_, 0, bytes(count));
   }
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }

@@ -20,7 +20,8 @@ using DecodeAndSum = RowSums (*)(const GatherGateParams& p, int64_t t, const voi
 
 // kPair elements of a row, from a multiple of kPair, in the pair order of T; also written to e
 template <RowFormat kFormat, class T>
-EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std::byte* scales, int i, Kept<kFormat, T>* e) {
+EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std::byte* scales, int i,
+                         Kept<kFormat, T>* e) {
   if constexpr (std::is_same_v<Kept<kFormat, T>, T> && !std::is_same_v<T, float>) {
     std::memcpy(e + i, row + int64_t{i} * sizeof(T), kPair * sizeof(T));
     return load_pair(e + i);
@@ -34,7 +35,8 @@ EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std
 
 // Rows whose length is no multiple of kPair: all of them first, then their order, then the sums.
 template <RowFormat kFormat, class T>
-static RowSums decode_odd_and_sum(const GatherGateParams& p, int64_t t, const T* h, const float* w, Kept<kFormat, T>* e) {
+static RowSums decode_odd_and_sum(const GatherGateParams& p, int64_t t, const T* h, const float* w,
+                                  Kept<kFormat, T>* e) {
   using K = Kept<kFormat, T>;
   const int dim = p.table.row_dim;
   for (int64_t c = 0; c < p.columns; ++c) {
@@ -106,7 +108,8 @@ class RowLines {
  public:
   // `steps`: how many lines will be asked for
   RowLines(const GatherGateParams& p, int64_t steps)
-      : steps_(steps), memory_((p.columns * max_lines(p.table) + steps) * static_cast<int64_t>(sizeof(void*) / sizeof(float))),
+      : steps_(steps),
+        memory_((p.columns * max_lines(p.table) + steps) * static_cast<int64_t>(sizeof(void*) / sizeof(float))),
         lines_(reinterpret_cast<const std::byte**>(memory_.data())) {}
 
   // Takes the lines of token t; those that exceed `steps` are prefetched here and now. t < 0: none.

@@ -1,8 +1,10 @@
 // CPU kernel of short_conv, forward, with or without state. Contract and formula: short_conv.h.
 //
-// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding many
+// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding
+// many
 //          sequences of one token each fills blocks as one long sequence does.
-// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches back
+// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches
+// back
 //          to are read once more. With state, a step reads W - 1 slots and writes one: nothing is shifted.
 #include "common/cu_seqlens.h"
 #include "kernels/short_conv/short_conv_rows_cpu.h"
@@ -11,7 +13,8 @@ namespace engram_kernels::EK_ISA {
 namespace {
 
 template <class T>
-void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int64_t branch, int64_t begin, int64_t end) {
+void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int64_t branch, int64_t begin,
+                    int64_t end) {
   Taps<T> taps_of_token(p, branch);
   Tap<T> taps[kMaxTaps];
   int64_t b = sequence_of(p.cu_seqlens, p.num_sequences, begin);
@@ -37,7 +40,8 @@ void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
       const int64_t slot = (p.positions[b] + t - first) % p.reach();
       T* target = static_cast<T*>(p.state) + b * p.state_sequence_stride + slot * p.branches * p.hidden_size;
       for (int64_t m = 0; m < p.branches; ++m) {
-        std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0), static_cast<size_t>(p.hidden_size) * sizeof(T));
+        std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0),
+                    static_cast<size_t>(p.hidden_size) * sizeof(T));
       }
     }
   }
@@ -50,7 +54,8 @@ void short_conv_of_type(const ShortConvParams& p, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t branch = task % p.branches, first = task / p.branches * kBlockTokens;
       with_weight_dtype<T>(p, [&](auto* tag) { weights.load_branch<std::remove_pointer_t<decltype(tag)>>(p, branch); });
-      convolve_block<T>(p, weights, branch, first, first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
+      convolve_block<T>(p, weights, branch, first,
+                        first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
     }
   });
   if (p.state != nullptr && p.reach() > 0) {

@@ -34,7 +34,7 @@ class DemoOptions:
     spec: EngramSpec = dataclasses.field(default_factory=EngramSpec.deepseek_v41)
     backend: str = "auto"
     table_rows: int = 1 << 18  # per layer
-    hidden_size: int = 1280
+    hidden_size: int = 640
     tokens_per_step: int = 512
     table_dir: Path | None = None
 

@@ -19,7 +19,7 @@ from engram_kernels.reference.gather_rows import gather_rows as reference_gather
 from engram_kernels.spec import EngramSpec
 
 # a gate output may be off from float64 by this share of the largest value of its row: one unit in the last place of bf16
-TOLERANCE = 2.0**-8
+TOLERANCE = 2.0**-7
 _CHECKED_STEPS = 4
 
 

@@ -3,10 +3,9 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels._library import LIB
 from engram_kernels.memory.row_table import RowTable
-from engram_kernels._checks import wants_grad
 from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
 from engram_kernels.reference.gather_gate import gather_gate as _reference
 
