@@ -26,28 +26,27 @@ void gate_tokens(const GatherGateParams& p, const float* w, int64_t begin, int64
     }
     const int64_t next = next_token(p, t, end);
     ahead.aim(p, next);
-    const std::byte* const* lines = ahead.lines();
     RowSums sums{};
     for (int64_t m = 0; m < p.branches; ++m) {
       const T* h = p.hidden.row<const T>(t, m);
       const float* w_row = w + m * w_stride;
       if (m == 0) {
-        sums = decode(p, t, h, w_row, e, lines);
+        sums = decode(p, t, h, w_row, e, ahead.from(0));
       } else {
         const float kk = sums.kk;
-        sums = row_sums<false>(h, e, w_row, size, [lines](int64_t i) { prefetch(lines[i / kPair]); });
+        const RowLines::Cursor cursor = ahead.from(2 * m * pairs);
+        sums = row_sums<false>(h, e, w_row, size, [cursor](int64_t i) { cursor.prefetch_at(i / kPair); });
         sums.kk = kk;
       }
-      lines += pairs;
       const float gate = gate_score(p.options, size, sums.dot, sums.hh, sums.kk).gate;
       const T* next_h = m + 1 < p.branches ? p.hidden.row<const T>(t, m + 1)
                         : next >= 0        ? p.hidden.row<const T>(next, 0)
                                            : h;
-      write_row<kStream, kResidual>(h, e, gate, size, p.out.row<T>(t, m), [lines, next_h](int64_t i) {
-        prefetch(lines[i / kPair]);
+      const RowLines::Cursor cursor = ahead.from((2 * m + 1) * pairs);
+      write_row<kStream, kResidual>(h, e, gate, size, p.out.row<T>(t, m), [cursor, next_h](int64_t i) {
+        cursor.prefetch_at(i / kPair);
         prefetch(next_h + i);
       });
-      lines += pairs;
     }
   }
   if constexpr (kStream) finish_streams();
