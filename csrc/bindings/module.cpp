@@ -1,6 +1,7 @@
 // The pybind11 module: importing it registers the CPU ops with torch; it holds what is no tensor op.
 #include <pybind11/pybind11.h>
 
+#include "bindings/memory_binding.h"
 #include "common/cpu_isa.h"
 
 namespace ek = engram_kernels;
@@ -12,4 +13,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const char* name) { ek::set_cpu_isa(ek::cpu_isa_from_name(name)); }, pybind11::arg("name"),
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
+  ek::bind_memory(m);
 }

@@ -1,0 +1,47 @@
+// Row ids of a batch: int32 or int64, -1 where there is no row.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+
+namespace engram_kernels {
+
+constexpr int64_t kNoRow = -1;  // zeros are written, nothing is read
+
+struct RowIds {
+  const void* data;  // [count]
+  int64_t count;
+  bool are_int64;
+
+  EK_INLINE int64_t operator[](int64_t i) const {
+    return are_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// Throws std::out_of_range unless every id is kNoRow or in [0, num_rows). The message names the value and the position
+// in an array of `dims` sizes.
+void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const int64_t* sizes, int dims);
+
+// Positions of a batch in the order of their rows, and of themselves within a row; kNoRow left out. Owns 8 bytes an id.
+class RowOrder {
+ public:
+  RowOrder(const RowIds& ids, int64_t num_rows);  // ids checked; holds another 8 bytes an id while it sorts
+  ~RowOrder();
+  RowOrder(const RowOrder&) = delete;
+  RowOrder& operator=(const RowOrder&) = delete;
+
+  EK_INLINE int64_t count() const { return count_; }
+  EK_INLINE int64_t row(int64_t i) const { return static_cast<int64_t>(entries_[i] >> position_bits_); }
+  EK_INLINE int64_t position(int64_t i) const {
+    return static_cast<int64_t>(entries_[i] & ((uint64_t{1} << position_bits_) - 1));
+  }
+  int64_t first_at_or_after(int64_t row) const;  // in [0, count]
+
+ private:
+  uint64_t* entries_ = nullptr;  // row << position_bits_ | position
+  int64_t count_ = 0;
+  int position_bits_ = 0;
+};
+
+}  // namespace engram_kernels

@@ -1,0 +1,71 @@
+"""How rows are stored: the facts of semantics 5 that tables and files need. The kernels' copy is csrc/common/row_format.h."""
+import dataclasses
+
+import torch
+
+SCALE_BLOCK = 32  # elements that share a scale
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """One row format: dtypes in memory, and the names that the safetensors format has for them."""
+
+    dtype: torch.dtype
+    file_dtypes: tuple[str, ...]  # the first is written, each is read
+    scale_dtype: torch.dtype | None = None  # None: no scales, or packed behind the values
+    scale_file_dtypes: tuple[str, ...] = ()
+    is_float: bool = False
+    has_blocks: bool = False
+
+    def width(self, row_dim: int) -> int:
+        """Elements of a row in the row array, at least; more where packed rows are padded."""
+        return row_dim + row_dim // SCALE_BLOCK if self.is_packed else row_dim
+
+    def scale_shape(self, num_rows: int, row_dim: int) -> tuple[int, ...] | None:
+        """Shape of the scale array; None: there is none."""
+        if self.scale_dtype is None:
+            return None
+        return (num_rows, row_dim // SCALE_BLOCK) if self.has_blocks else (1,)
+
+    def row_bytes(self, row_dim: int) -> int:
+        """Bytes of a row, its scales included and padding not."""
+        scale_bytes = row_dim // SCALE_BLOCK * self.scale_dtype.itemsize if self.scale_dtype and self.has_blocks else 0
+        return self.width(row_dim) * self.dtype.itemsize + scale_bytes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the scales stand behind the values of each row."""
+        return self.has_blocks and self.scale_dtype is None
+
+
+ROW_FORMATS = {
+    "f32": RowFormat(torch.float32, ("F32",), is_float=True),
+    "bf16": RowFormat(torch.bfloat16, ("BF16",), is_float=True),
+    "f16": RowFormat(torch.float16, ("F16",), is_float=True),
+    "fp8_e4m3_block32": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.uint8, ("F8_E8M0", "U8"), has_blocks=True),
+    "fp8_e4m3_block32_packed": RowFormat(torch.uint8, ("U8",), has_blocks=True),
+    "fp8_e4m3_tensor": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",)),
+    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),
+}
+FLOAT_FORMATS = {name: f.dtype for name, f in ROW_FORMATS.items() if f.is_float}
+
+
+def row_format_of(op: str, name: object) -> RowFormat:
+    """The format called `name`. ValueError when there is none."""
+    if not isinstance(name, str) or name not in ROW_FORMATS:
+        raise ValueError(f"{op}: row_format is {name!r}, expected one of {', '.join(ROW_FORMATS)}")
+    return ROW_FORMATS[name]
+
+
+def check_shape(op: str, name: str, row_dim: object, width: int) -> None:
+    """Raises ValueError unless rows of `width` elements can hold `row_dim` values in format `name`."""
+    row_format = row_format_of(op, name)
+    if not isinstance(row_dim, int) or isinstance(row_dim, bool) or not 1 <= row_dim < 2**31:
+        raise ValueError(f"{op}: row_dim is {row_dim!r}, expected an integer of at least 1")
+    if row_format.has_blocks and row_dim % SCALE_BLOCK:
+        raise ValueError(f"{op}: row_dim is {row_dim}, expected a multiple of {SCALE_BLOCK} for row_format {name!r}")
+    wanted = row_format.width(row_dim)
+    if width < wanted or (width > wanted and not row_format.is_packed):
+        least = "at least " if row_format.is_packed else ""
+        raise ValueError(f"{op}: rows are {width} elements wide, expected {least}{wanted} for row_format {name!r} and row_dim "
+                         f"{row_dim}")

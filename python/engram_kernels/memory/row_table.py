@@ -1,0 +1,333 @@
+"""RowTable: the rows of one memory layer, in memory or in a file."""
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_kernels._checks import expect_tensor
+from engram_kernels.memory.file_reader import make_reader
+from engram_kernels.memory.row_format import FLOAT_FORMATS, ROW_FORMATS, check_shape, row_format_of
+from engram_kernels.memory.safetensors_file import open_regular, read_header
+from engram_kernels.memory.table_file import TableFile, find_tensor, metadata_int
+from engram_kernels.memory.table_writer import Chunk, write_table
+
+__all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
+
+_HUGE_PAGE_BYTES = 2 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RowTable:
+    """Rows of one memory layer and how they are stored. Made by `from_tensor`, `create` or `open`.
+
+    Scope: raw storage and its description; `gather_rows` dequantizes. It does not cache rows of a file (the kernel does).
+
+    Attributes:
+        rows: [R, D], or [R, stride] uint8 for the packed format: float32, bfloat16, float16, uint8 (fp8) or int8. The rows
+            of a file table are a tensor on the meta device: shape and dtype, no data.
+        scales: uint8 [R, D/32] (fp8_e4m3_block32), float32 [R, D/32] (int8_group32), float32 [1] (fp8_e4m3_tensor), or None;
+            on the meta device for a file table where there is one a row.
+        row_format: how a row is stored; a name of `spec/semantics.md` section 5.
+        row_dim: D.
+        zero_scale_is_zero: a scale byte of 0 means 0.0, not 2^-127.
+        path: the file of a file table.
+        tier: "host" (in memory; "device" on another device), or "file".
+
+    Ownership: tensors are held, not copied, unless asked for; a file stays open until the table goes. Threads: all methods
+    may be called from several threads at once. Failure: a file that is cut short, resized or written to while it is open
+    is an OSError of the next read, never a crash.
+    """
+
+    rows: Tensor
+    scales: Tensor | None
+    row_format: str
+    row_dim: int
+    zero_scale_is_zero: bool = False
+    path: Path | None = None
+    tier: str = "host"
+    _file: TableFile | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.rows.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its scales, padding not counted."""
+        return ROW_FORMATS[self.row_format].row_bytes(self.row_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows come out: the device of the rows; the CPU for a file table."""
+        return torch.device("cpu") if self.tier == "file" else self.rows.device
+
+    def __repr__(self) -> str:
+        where = f", path={str(self.path)!r}" if self.path else ""
+        return (f"RowTable({self.num_rows} rows of {self.row_dim}, {self.row_format}, {self.row_bytes} bytes a row, "
+                f"tier={self.tier!r}{where})")
+
+    @classmethod
+    def from_tensor(cls, weight: Tensor, scales: Tensor | None = None, row_format: str = "bf16", copy: bool = False,
+                    zero_scale_is_zero: bool = False, row_dim: int | None = None) -> RowTable:
+        """A table over tensors.
+
+        Args:
+            weight: [R, D] of the format's dtype (float8_e4m3fn counts as uint8), or [R, stride] uint8 for the packed format.
+                The rows may lie apart (a sliced view); the elements of a row may not.
+            scales: as `RowTable.scales` (float8_e8m0fnu counts as uint8).
+            row_format: a name of `spec/semantics.md` section 5.
+            copy: True: copy into memory of its own, with huge pages asked for: random rows then cost no TLB miss. Detached.
+            zero_scale_is_zero: what a scale byte of 0 means.
+            row_dim: D; needed for the packed format, else the width of `weight`.
+
+        Returns:
+            The table; without `copy` it shares memory, and gradients, with `weight`.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: dtype, shape, device or stride does not fit the format.
+
+        Source: `spec/semantics.md` section 5.
+        """
+        op = "RowTable.from_tensor"
+        fmt = row_format_of(op, row_format)
+        rows = _as_stored(weight, torch.float8_e4m3fn)
+        scales = _as_stored(scales, torch.float8_e8m0fnu)
+        expect_tensor(op, "weight", rows, (fmt.dtype,), ("R", "stride"), None, 0)
+        if rows.shape[0] > 1 and rows.shape[1] > 1 and rows.stride(1) != 1:
+            raise ValueError(f"{op}: the elements of a row of weight must be contiguous, got strides {list(rows.stride())}")
+        if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+            raise ValueError(f"{op}: the rows of weight overlap: strides {list(rows.stride())} for shape {list(rows.shape)}")
+        if row_dim is None:
+            if fmt.is_packed:
+                raise ValueError(f"{op}: row_dim is needed for row_format {row_format!r}: rows may be padded")
+            row_dim = rows.shape[1]
+        check_shape(op, row_format, row_dim, rows.shape[1])
+        wanted = fmt.scale_shape(rows.shape[0], row_dim)
+        if wanted is None and scales is not None:
+            raise ValueError(f"{op}: row_format {row_format!r} has no scales, got {list(scales.shape)}")
+        if wanted is not None:
+            assert fmt.scale_dtype is not None
+            if scales is None:
+                raise ValueError(f"{op}: row_format {row_format!r} needs scales of shape {list(wanted)}, got none")
+            scales = scales.reshape(1) if wanted == (1,) and scales.dim() == 0 else scales
+            expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, rows.device)
+            if scales.dim() == 2 and scales.shape[0] > 1 and ((scales.shape[1] > 1 and scales.stride(1) != 1)
+                                                              or scales.stride(0) < scales.shape[1]):
+                raise ValueError(f"{op}: the scales of a row must be contiguous, got strides {list(scales.stride())}")
+        if copy:
+            rows = _in_huge_pages(rows)
+            scales = None if scales is None else _in_huge_pages(scales)
+        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, tier="host" if rows.device.type == "cpu" else "device")
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], rows: Tensor | Iterable[Chunk], scales: Tensor | None = None,
+               row_format: str = "bf16", *, num_rows: int | None = None, row_dim: int | None = None,
+               zero_scale_is_zero: bool = False) -> RowTable:
+        """Writes a table file and opens it. The file appears whole or not at all; an old one stays until the last moment.
+
+        Args:
+            path: the file; its directory must exist. A file that is there is replaced.
+            rows: all rows as one tensor (as in `from_tensor`), or an iterable of pieces, for tables larger than memory: each a
+                tensor, or a pair of rows and their scales.
+            scales: of all rows, or the single scale of fp8_e4m3_tensor; not with pieces that bring their own.
+            row_format: a name of `spec/semantics.md` section 5.
+            num_rows: R; needed with pieces.
+            row_dim: D; needed with pieces and for the packed format.
+            zero_scale_is_zero: what a scale byte of 0 means; kept in the file.
+
+        Returns:
+            The table of the new file.
+
+        Raises:
+            TypeError: a piece is no tensor.
+            ValueError: a dtype or shape is wrong, or the pieces are not `num_rows` rows. Nothing is left behind.
+            OSError: the directory is missing or read-only, the disk is full, or a write failed; names the path and the step.
+                Nothing is left behind, an old file is whole.
+
+        Source: the file is safetensors with tensors "rows" and "scales"; the format is in its metadata.
+        """
+        path = Path(path)
+        if isinstance(rows, Tensor):
+            table = cls.from_tensor(rows, scales, row_format, zero_scale_is_zero=zero_scale_is_zero, row_dim=row_dim)
+            if num_rows not in (None, table.num_rows):
+                raise ValueError(f"RowTable.create: num_rows is {num_rows}, rows has {table.num_rows}")
+            num_rows, row_dim, rows = table.num_rows, table.row_dim, [(table.rows, table.scales)]
+            scales = None
+        if num_rows is None or row_dim is None:
+            raise ValueError("RowTable.create: num_rows and row_dim are needed when rows come in pieces")
+        write_table(path, rows, scales, row_format, num_rows, row_dim, zero_scale_is_zero)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], tensor: str | None = None, scales: str | None = None,
+             row_format: str | None = None, *, row_dim: int | None = None, zero_scale_is_zero: bool | None = None) -> RowTable:
+        """A table of a safetensors file: one that `create` wrote, or a checkpoint shard whose tensors are named.
+
+        Only the header is read; rows are read when they are asked for, with pread.
+
+        Args:
+            path: the file.
+            tensor: name of the tensor that holds the rows, such as "layers.1.engram.embed.weight"; None: "rows".
+            scales: name of the tensor with the scales; None: "scales" where `tensor` is None and the format has any.
+            row_format: how rows are stored; None: as the file says, or as the dtypes say.
+            row_dim: D; None: as the file says, or the width of the rows.
+            zero_scale_is_zero: what a scale byte of 0 means; None: as the file says, or False.
+
+        Returns:
+            A table of tier "file".
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+            ValueError: it is no regular file, is empty, truncated or corrupt, lacks a tensor, or dtypes and shapes do not fit;
+                names the path and the numbers that disagree.
+
+        Source: huggingface/safetensors, format; `spec/semantics.md` section 5.
+        """
+        path = Path(path)
+        fd = open_regular(path)
+        try:
+            header = read_header(fd, path)
+            described = header.metadata if tensor is None else {}
+            if scales is None and tensor is None and "scales" in header.extents:
+                scales = "scales"
+            try:
+                rows_extent = find_tensor(header.extents, "rows" if tensor is None else tensor)
+                scales_extent = None if scales is None else find_tensor(header.extents, scales)
+                file = TableFile.described(rows_extent, scales_extent, row_format or described.get("row_format"),
+                                            row_dim or metadata_int(described, "row_dim"))
+            except ValueError as err:
+                raise ValueError(f"RowTable.open: {path}: {err}") from None
+            file.reader = make_reader(fd, str(path))
+        finally:
+            os.close(fd)
+        if zero_scale_is_zero is None:
+            zero_scale_is_zero = described.get("zero_scale_is_zero") == "true"
+        fmt = ROW_FORMATS[file.row_format]
+        meta_rows = torch.empty(rows_extent.shape, dtype=fmt.dtype, device="meta")
+        stored_scales = None
+        if scales_extent is not None and fmt.scale_dtype is not None:
+            stored_scales = torch.empty(scales_extent.shape, dtype=fmt.scale_dtype, device="meta")
+            if not fmt.has_blocks:
+                stored_scales = torch.empty(1, dtype=torch.float32)
+                file.reader.read_rows(scales_extent.offset, 4, 4, 1, torch.zeros(1, dtype=torch.int64).numpy(),
+                                      stored_scales.numpy())
+        return cls(meta_rows, stored_scales, file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file)
+
+    def read_rows(self, row_ids: Tensor, out_rows: Tensor | None = None,
+                  out_scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The rows as stored, in the order of the ids. Each distinct row of a file is read once.
+
+        Args:
+            row_ids: int32 or int64, any shape, contiguous, in [0, R).
+            out_rows: [n, width] of the dtype of `rows`, dense, written instead of a new tensor.
+            out_scales: [n, D/32] likewise, where there are scales per row.
+
+        Returns:
+            rows [n, width] and scales (as `RowTable.scales`, for these rows), n the number of ids.
+
+        Raises:
+            ValueError: an output does not fit.
+            IndexError: an id is outside [0, R).
+            OSError: the file cannot be read, or it changed; names the path and the row.
+        """
+        op = "RowTable.read_rows"
+        expect_row_ids(op, row_ids, self.device)
+        _expect_in_range(op, row_ids, self.num_rows, lowest=0)
+        ids = row_ids.reshape(-1).to(torch.int64)
+        per_row = self.scales is not None and self.scales.dim() == 2
+        out_rows = self._staging(op, "out_rows", self.rows, ids, out_rows)
+        if per_row:
+            assert self.scales is not None
+            out_scales = self._staging(op, "out_scales", self.scales, ids, out_scales)
+        elif out_scales is not None:
+            raise ValueError(f"{op}: row_format {self.row_format!r} has no scales per row, but out_scales was given")
+        if self._file is None:
+            torch.index_select(self.rows.detach(), 0, ids, out=out_rows)
+            if per_row and self.scales is not None:
+                torch.index_select(self.scales, 0, ids, out=out_scales)
+        elif ids.numel() < 2 or bool((ids.diff() > 0).all()):
+            self._file.read(ids, out_rows, out_scales)
+        else:
+            distinct, where = torch.unique(ids, return_inverse=True)
+            rows, scales = self.read_rows(distinct)
+            torch.index_select(rows, 0, where, out=out_rows)
+            if per_row and scales is not None:
+                torch.index_select(scales, 0, where, out=out_scales)
+        return out_rows, out_scales if per_row else self.scales
+
+    def stage(self, row_ids: Tensor) -> tuple[RowTable, Tensor]:
+        """A table in memory that holds the rows of `row_ids`, and the ids into it: what an op gathers from.
+
+        Args:
+            row_ids: int32 or int64, any shape, contiguous; -1 or in [0, R).
+
+        Returns:
+            This table and the ids unchanged, where it is in memory. Else a table of the distinct rows, read from the file, and
+            ids of the same shape and dtype into it; -1 stays -1.
+
+        Raises:
+            IndexError: an id is neither -1 nor in [0, R); nothing is read.
+            OSError: the file cannot be read, or it changed; names the path and the row.
+        """
+        if self._file is None:
+            return self, row_ids
+        op = "gather_rows"
+        expect_row_ids(op, row_ids, self.device)
+        _expect_in_range(op, row_ids, self.num_rows, lowest=-1)
+        present = row_ids != -1
+        distinct, where = torch.unique(row_ids[present], return_inverse=True)
+        rows, scales = self.read_rows(distinct)
+        local_ids = torch.full_like(row_ids, -1).masked_scatter_(present, where.to(row_ids.dtype))
+        return RowTable(rows, scales, self.row_format, self.row_dim, self.zero_scale_is_zero), local_ids
+
+    @staticmethod
+    def _staging(op: str, name: str, like: Tensor, ids: Tensor, out: Tensor | None) -> Tensor:
+        shape = (ids.shape[0], like.shape[1])
+        if out is None:
+            return torch.empty(shape, dtype=like.dtype, device=ids.device)
+        expect_tensor(op, name, out, (like.dtype,), shape, ids.device, dense_dims=2)
+        return out
+
+
+def expect_row_ids(op: str, row_ids: object, device: torch.device) -> None:
+    """Raises unless `row_ids` is a contiguous int32 or int64 tensor on `device`."""
+    if not isinstance(row_ids, Tensor):
+        raise TypeError(f"{op}: row_ids must be a tensor, got {type(row_ids).__name__}")
+    expect_tensor(op, "row_ids", row_ids, (torch.int32, torch.int64), row_ids.shape, device, dense_dims=row_ids.dim())
+
+
+def _expect_in_range(op: str, row_ids: Tensor, num_rows: int, lowest: int) -> None:
+    wrong = (row_ids < lowest) | (row_ids >= num_rows)
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        raise IndexError(f"{op}: row_ids{where} is {row_ids[tuple(where)].item()}, expected [0, {num_rows})"
+                         + (" or -1 (no row)" if lowest == -1 else ""))
+
+
+def _as_stored(x: Any, fp8: torch.dtype) -> Any:
+    return x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == fp8 else x
+
+
+def _in_huge_pages(x: Tensor) -> Tensor:
+    """A dense copy in anonymous memory of its own, on a 2 MiB boundary, with huge pages asked for where the system has them."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return x.detach().clone(memory_format=torch.contiguous_format)
+    # private: shared anonymous memory is a file to the kernel, and gets no huge pages
+    memory = mmap.mmap(-1, x.numel() * x.element_size() + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them: small pages serve, slower
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory alive
+    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
+    return whole[start:start + x.numel() * x.element_size()].view(x.dtype).view(x.shape).copy_(x.detach())

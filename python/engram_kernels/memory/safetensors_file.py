@@ -1,0 +1,234 @@
+"""safetensors files by extents: the header is read and checked, the data is not; and files written whole or not at all.
+
+Format: 8 bytes little-endian header length, a JSON header, the data. Source: huggingface/safetensors README.
+"""
+import dataclasses
+import json
+import math
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
+_ALIGN_BYTES = 4096  # data of files that we write starts on a page, which direct reads want
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+                "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file holds."""
+
+    extents: dict[str, Extent]
+    metadata: dict[str, str]
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file. OSError names the path and why not; a directory or a pipe is refused, not waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as err:
+        raise OSError(err.errno, f"RowTable.open: {err.strerror}", str(path)) from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+        raise ValueError(f"RowTable.open: {path} is {kind}, expected a safetensors file")
+    return fd
+
+
+def read_header(fd: int, path: Path) -> Header:
+    """Reads and checks the header of an open file: every extent inside the file, none overlapping, no byte unaccounted for.
+
+    Raises:
+        ValueError: the file is empty, truncated or corrupt; names the path and the numbers that disagree.
+        OSError: it cannot be read.
+    """
+    file_bytes = os.fstat(fd).st_size
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"RowTable.open: {path} is no whole safetensors file: {why}")
+
+    try:
+        if file_bytes < 8:
+            raise refuse(f"it has {file_bytes} bytes, the header length alone takes 8")
+        header_bytes = int.from_bytes(_read(fd, 0, 8), "little")
+        if header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
+            raise refuse(f"its header should have {header_bytes} bytes, the file has {file_bytes - 8} after the length "
+                         f"(and at most {MAX_HEADER_BYTES} are allowed)")
+        text = _read(fd, 8, header_bytes)
+    except OSError as err:
+        raise OSError(err.errno, f"RowTable.open: {err.strerror}", str(path)) from None
+    if len(text) != header_bytes:
+        raise refuse(f"its header should have {header_bytes} bytes, {len(text)} could be read")
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as err:
+        raise refuse(f"its header of {header_bytes} bytes is not valid: {err}") from None
+    if not isinstance(entries, dict):
+        raise refuse("its header is no JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise refuse("its __metadata__ is no map of strings")
+    data_start = 8 + header_bytes
+    extents = {}
+    for name, entry in entries.items():
+        try:
+            extents[name] = _extent(entry, data_start)
+        except ValueError as err:
+            raise refuse(f"tensor {name!r} {err}") from None
+    _check_cover(extents, data_start, file_bytes, refuse)
+    return Header(extents, metadata)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return result
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _extent(entry: Any, data_start: int) -> Extent:
+    if not isinstance(entry, dict):
+        raise ValueError(f"is described by {entry!r}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(shape, list) and all(_is_size(s) for s in shape)):
+        raise ValueError(f"has shape {shape!r}")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(_is_size(o) for o in offsets) and offsets[0] <= offsets[1]):
+        raise ValueError(f"has data_offsets {offsets!r}, expected [begin, end]")
+    if not isinstance(dtype, str):
+        raise ValueError(f"has dtype {dtype!r}")
+    num_bytes = offsets[1] - offsets[0]
+    # dtypes that we do not know (packed ones exist) are left to whoever asks for such a tensor
+    if dtype in _DTYPE_BYTES and math.prod(shape) * _DTYPE_BYTES[dtype] != num_bytes:
+        raise ValueError(f"has {num_bytes} bytes, expected {math.prod(shape) * _DTYPE_BYTES[dtype]} for {dtype} {shape}")
+    return Extent(dtype, tuple(shape), data_start + offsets[0], num_bytes)
+
+
+def _check_cover(extents: dict[str, Extent], data_start: int, file_bytes: int, refuse: Any) -> None:
+    end, before = data_start, "the header"
+    for name, extent in sorted(extents.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if extent.offset != end:
+            raise refuse(f"tensor {name!r} begins at byte {extent.offset}, {before} ends at {end}: they "
+                         f"{'overlap' if extent.offset < end else 'leave a hole'}")
+        end, before = extent.offset + extent.num_bytes, f"tensor {name!r}"
+    if end != file_bytes:
+        raise refuse(f"its tensors end at byte {end}, the file has {file_bytes} bytes" +
+                     (" (truncated)" if end > file_bytes else ""))
+
+
+def _read(fd: int, at: int, num_bytes: int) -> bytes:
+    pieces = []
+    while num_bytes > 0 and (piece := os.pread(fd, num_bytes, at)):
+        pieces.append(piece)
+        at, num_bytes = at + len(piece), num_bytes - len(piece)
+    return b"".join(pieces)
+
+
+class Writer:
+    """Writes tensors of an open file at their places."""
+
+    def __init__(self, fd: int, extents: dict[str, Extent]):
+        self._fd, self._extents = fd, extents
+
+    def write(self, name: str, at: int, data: Any) -> None:
+        """Writes a dense buffer at byte `at` of tensor `name`."""
+        view, extent = memoryview(data).cast("B"), self._extents[name]
+        if at + len(view) > extent.num_bytes:
+            raise ValueError(f"{name}: bytes {at}..{at + len(view)} are beyond its {extent.num_bytes}")
+        self._write_all(extent.offset + at, view)
+
+    def _write_all(self, at: int, view: memoryview) -> None:
+        while len(view) > 0:
+            written = os.pwrite(self._fd, view, at)
+            at, view = at + written, view[written:]
+
+
+@contextmanager
+def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> Iterator[Writer]:
+    """A file that appears at `path` when the block ends, whole and on disk, or not at all; an old file stays until then.
+
+    The space is reserved before anything is written, so a disk too full fails first. A process that is killed leaves a
+    hidden ``.<name>.<random>.tmp`` beside the path, never a partial file at it.
+
+    Args:
+        path: where the file shall be; its directory must exist.
+        tensors: safetensors dtype and shape by name, in file order.
+        metadata: strings for the header.
+
+    Yields:
+        A `Writer` of the temporary file.
+
+    Raises:
+        OSError: a step failed; names the path and the step. Nothing is left behind.
+    """
+    extents, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        num_bytes = math.prod(shape) * _DTYPE_BYTES[dtype]
+        extents[name] = Extent(dtype, shape, offset, num_bytes)
+        offset += num_bytes
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    for name, e in extents.items():
+        entries[name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.offset, e.offset + e.num_bytes]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGN_BYTES)
+    data_start = 8 + len(text)
+    extents = {name: dataclasses.replace(e, offset=e.offset + data_start) for name, e in extents.items()}
+
+    with _naming_path(path, "cannot be created in its directory"):
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            with _naming_path(path, f"{data_start + offset} bytes cannot be reserved"):
+                os.posix_fallocate(fd, 0, data_start + offset)
+            writer = Writer(fd, extents)
+            with _naming_path(path, "cannot be written"):
+                writer._write_all(0, memoryview(len(text).to_bytes(8, "little") + text))
+            yield writer
+            with _naming_path(path, "cannot be synced"):
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        with _naming_path(path, "cannot be put in place"):
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path)
+
+
+def _sync_directory(path: Path) -> None:
+    with _naming_path(path, "is in place and whole, but its directory cannot be synced"):
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _naming_path(path: Path, step: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise OSError(err.errno, f"RowTable.create: {step}: {err.strerror}", str(path)) from err

@@ -1,0 +1,85 @@
+"""Which parts of a safetensors file are a table, and reading its rows."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_kernels.memory.row_format import ROW_FORMATS, check_shape, row_format_of
+from engram_kernels.memory.safetensors_file import Extent
+
+
+@dataclasses.dataclass
+class TableFile:
+    """The part of an open file that is a table."""
+
+    rows: Extent
+    scales: Extent | None
+    row_format: str
+    row_dim: int
+    reader: Any = None
+
+    @classmethod
+    def described(cls, rows: Extent, scales: Extent | None, row_format: str | None, row_dim: int | None) -> TableFile:
+        """Checks extents against the format, or finds the format that they have."""
+        if len(rows.shape) != 2:
+            raise ValueError(f"the rows have shape {list(rows.shape)}, expected [num_rows, width]")
+        if row_format is None:
+            row_format = _format_of(rows, scales)
+        fmt = row_format_of("rows", row_format)
+        if rows.dtype not in fmt.file_dtypes:
+            raise ValueError(f"the rows are {rows.dtype}, expected {' or '.join(fmt.file_dtypes)} for row_format {row_format!r}")
+        if row_dim is None:
+            if fmt.is_packed:
+                raise ValueError(f"row_dim is needed for row_format {row_format!r}: rows may be padded")
+            row_dim = rows.shape[1]
+        check_shape("rows", row_format, row_dim, rows.shape[1])
+        wanted = fmt.scale_shape(rows.shape[0], row_dim)
+        if wanted is None:
+            if scales is not None:
+                raise ValueError(f"row_format {row_format!r} has no scales, but scales {list(scales.shape)} are named")
+            return cls(rows, None, row_format, row_dim)
+        if scales is None:
+            raise ValueError(f"row_format {row_format!r} needs scales {list(wanted)}, name their tensor")
+        if scales.dtype not in fmt.scale_file_dtypes or (scales.shape != wanted and (wanted != (1,) or scales.shape != ())):
+            raise ValueError(f"the scales are {scales.dtype} {list(scales.shape)}, expected "
+                             f"{' or '.join(fmt.scale_file_dtypes)} {list(wanted)} for rows {list(rows.shape)}")
+        return cls(rows, scales, row_format, row_dim)
+
+    def read(self, ids: Tensor, out_rows: Tensor, out_scales: Tensor | None) -> None:
+        """Fills the outputs with the rows at `ids` (int64, in range) and their scales."""
+        for extent, out in ((self.rows, out_rows), (self.scales, out_scales)):
+            if extent is None or out is None:
+                continue
+            num_rows = extent.shape[0]
+            row_bytes = extent.num_bytes // num_rows if num_rows else 0
+            self.reader.read_rows(extent.offset, row_bytes, row_bytes, num_rows, ids.numpy(), out.view(torch.uint8).numpy())
+
+
+def find_tensor(extents: dict[str, Extent], name: str) -> Extent:
+    """The extent called `name`. ValueError names what there is."""
+    if name not in extents:
+        names = sorted(extents)
+        raise ValueError(f"it has no tensor {name!r}; it has {', '.join(names[:8]) or 'none'}" + (", .." if names[8:] else ""))
+    return extents[name]
+
+
+def metadata_int(metadata: dict[str, str], name: str) -> int | None:
+    """A number of the metadata; None: it is not there."""
+    text = metadata.get(name)
+    if text is not None and not (text.isascii() and text.isdigit()):
+        raise ValueError(f"its metadata says {name} {text!r}, expected a number")
+    return None if text is None else int(text)
+
+
+def _format_of(rows: Extent, scales: Extent | None) -> str:
+    found = [name for name, fmt in ROW_FORMATS.items()
+             if rows.dtype == fmt.file_dtypes[0] and not fmt.is_packed
+             and (fmt.scale_dtype is not None) == (scales is not None)
+             and (scales is None or scales.dtype in fmt.scale_file_dtypes)]
+    if len(found) != 1:
+        raise ValueError(f"row_format is needed: rows of {rows.dtype} with "
+                         f"{'no scales' if scales is None else 'scales of ' + scales.dtype} are no format's own")
+    return found[0]
