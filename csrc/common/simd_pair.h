@@ -45,16 +45,19 @@ EK_LANE Pair load_pair(const Bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))))};
 }
-// to nearest even, in the upper half of each word; NaN becomes the quiet NaN that torch writes
-EK_LANE __m512i round_to_bf16(F32 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
-}
+// To nearest even, 16 bits at a time: the upper halves of all words, one more where the lower half says so. NaN becomes the
+// quiet NaN that torch writes; a NaN that arithmetic gives is quiet, so its upper half shows it.
 EK_LANE __m512i bf16_words(Pair x) {
-  const __m512i upper = _mm512_and_si512(round_to_bf16(x.b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
-  return _mm512_or_si512(_mm512_srli_epi32(round_to_bf16(x.a), 16), upper);
+  const __m512i a = _mm512_castps_si512(x.a), b = _mm512_castps_si512(x.b);
+  const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+  const __m512i lower = _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
+  // up where the lower half is above 0x8000, or equal to it and the upper half is odd
+  const __m512i sum = _mm512_adds_epu16(lower, _mm512_and_si512(upper, _mm512_set1_epi16(1)));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(sum, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+  const __m512i rounded = _mm512_mask_add_epi16(upper, up, upper, _mm512_set1_epi16(1));
+  const __m512i magnitude = _mm512_and_si512(upper, _mm512_set1_epi16(0x7FFF));
+  const __mmask32 nan = _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80));
+  return _mm512_mask_mov_epi16(rounded, nan, _mm512_set1_epi16(0x7FC0));
 }
 EK_LANE void store_pair(Bf16* p, Pair x) { _mm512_storeu_si512(p, bf16_words(x)); }
 
