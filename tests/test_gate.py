@@ -97,6 +97,16 @@ def test_gate_large_outputs_match_reference(backend, device):
     assert_as_accurate_as_torch(got, plain(*inputs), exact(*inputs))
 
 
+def test_gate_rounds_to_nearest_even(backend, device):
+    # x = 0 and zero_sign "sign" make the gate 1/2: out = h + v / 2 is one float32 sum, rounded once. Over all values of v
+    value = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16).view(16, 4096)
+    hidden = torch.randn(16, 1, 4096, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    weight = torch.ones(1, 4096, device=device)
+    got = gate(hidden, torch.zeros_like(hidden), value, weight, weight, zero_sign="sign", backend=backend)
+    want = (hidden.float() + 0.5 * value[:, None].float()).bfloat16()
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_gate_golden(backend, device):
     # by hand: H = 1, eps = 0, so x = sign(h k) and s = x: sigmoid(1) = 0.7310586, sigmoid(-1) = 0.2689414
     hidden = torch.tensor([[[2.0]], [[-2.0]], [[2.0]]], device=device)
