@@ -12,7 +12,7 @@ BUILD_ENV := EK_BUILD_DIR=$(abspath build)
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 ASAN_LIBS = $(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)
 
-.PHONY: demo test test-asan bench lint format clean
+.PHONY: demo test test-asan bench bench-check lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -33,8 +33,12 @@ test-asan: $(VENV)/.built
 	  python -m pytest -q $(OP_TESTS) -k "not compiles" $(ARGS)
 
 bench: $(VENV)/.built $(VENV)/.bench
-	python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=build/bench.json $(ARGS)
+	python -m pytest -q bench --benchmark-json=build/bench.json $(ARGS) > build/bench.log || { cat build/bench.log; exit 1; }
 	python bench/harness.py build/bench.json
+
+# every benchmark once, untimed: that they run
+bench-check: $(VENV)/.built $(VENV)/.bench
+	python -m pytest -q bench --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py

@@ -241,6 +241,7 @@ void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups
 }  // namespace
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
+  if (p.num_tokens == 0) return;
   const std::vector<ColumnGroup> groups = make_groups(p);
   parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
     Block block;
