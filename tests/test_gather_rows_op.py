@@ -83,7 +83,8 @@ def test_gather_rows_gradient_matches_autograd_of_reference(row_format, sparse):
     rows, _ = random_rows(row_format, 17, 24, torch.Generator().manual_seed(0))
     rows.requires_grad_()
     ids, weight = make_ids(5, 6, num_rows=17), torch.randn(5, 6, 24, generator=torch.Generator().manual_seed(2))
-    (gather_rows(RowTable.from_tensor(rows, row_format=row_format), ids, torch.float32, sparse_grad=sparse) * weight).sum().backward()
+    table = RowTable.from_tensor(rows, row_format=row_format)
+    (gather_rows(table, ids, torch.float32, sparse_grad=sparse) * weight).sum().backward()
     exact = rows.detach().double().requires_grad_()
     (reference(exact, None, ids, row_format, 24, False, torch.float64) * weight).sum().backward()
     got = rows.grad.to_dense() if sparse else rows.grad
