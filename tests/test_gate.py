@@ -6,6 +6,7 @@ import torch
 from engram_kernels.ops.gate import gate
 from engram_kernels.reference.gate import gate as reference
 from engram_kernels.testing import assert_as_accurate_as_torch
+from engram_kernels.testing.draws import worst_draw
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 CASES = {  # name: (tokens, branches, hidden_size)
@@ -47,25 +48,7 @@ def gradients(function, inputs, grad_out, **options):
 
 
 def assert_rows_as_accurate(got, function, inputs, want):
-    """assert_as_accurate_as_torch against the worst of several draws of plain PyTorch.
-
-    The square root amplifies what is lost in x where x is small, and in float32 the error of plain PyTorch in one row is a
-    draw from the same distribution as ours, at times a lucky one. So the formula is also computed with the elements of a row
-    in other orders and, in float32, moved by one unit in the last place; each row is held against its worst draw.
-    """
-    worst = [x.clone() for x in function(*inputs)]
-    for draw in range(16 if inputs[0].dtype == torch.float32 else 2):
-        generator = torch.Generator().manual_seed(draw)
-        order = torch.randperm(inputs[0].shape[-1], generator=generator).to(inputs[0].device)
-        moved = [x[..., order] for x in inputs]
-        if inputs[0].dtype == torch.float32:
-            eps = torch.finfo(torch.float32).eps
-            moved = [x * (1 + eps * torch.randint(-1, 2, x.shape, generator=generator).to(x.device)) for x in moved]
-        for kept, x, exact_rows in zip(worst, function(*moved), want, strict=True):
-            x = x[..., order.argsort()]
-            farther = (x - exact_rows).abs().amax(-1) > (kept - exact_rows).abs().amax(-1)
-            kept[farther] = x[farther]
-    for name, a, b, c in zip(GRADS, got, worst, want, strict=False):
+    for name, a, b, c in zip(GRADS, got, worst_draw(function, inputs, want), want, strict=False):
         try:
             assert_as_accurate_as_torch(a, b, c)
         except AssertionError as err:

@@ -8,6 +8,7 @@ from engram_kernels.ops.gather_gate import gather_gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.reference.gather_gate import gather_gate as reference
 from engram_kernels.testing import assert_as_accurate_as_torch
+from engram_kernels.testing.draws import worst_draw
 from engram_kernels.testing.inputs import random_rows
 
 NUM_ROWS = 50
@@ -42,25 +43,19 @@ def exact(hidden, table, row_ids, w_hidden, w_key, mask=None, add_residual=True)
 
 
 def worst_plain(hidden, table, row_ids, w_hidden, w_key, mask, want, add_residual=True):
-    """As ordinary PyTorch computes it, in the dtype of hidden; for each row the worst of several draws (see test_gate.py)."""
-    worst, generator = None, torch.Generator().manual_seed(0)
-    memory = gather_rows(table, row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1), torch.float32,
-                         backend="reference").flatten(1)
-    for _ in range(12):
-        order = torch.randperm(hidden.shape[-1], generator=generator)
-        eps = torch.finfo(torch.float32).eps if hidden.dtype == torch.float32 else 0
-        h, e, w_h, w_k = (x[..., order] * (1 + eps * torch.randint(-1, 2, x.shape, generator=generator).to(x.dtype))
-                          for x in (hidden, memory.to(hidden.dtype), w_hidden, w_key))
+    """The formula as ordinary PyTorch computes it: every step in the dtype of hidden."""
+    ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
+    memory = gather_rows(table, ids, torch.float32, backend="reference").flatten(1).to(hidden.dtype)
+
+    def plain(h, e, w_h, w_k):
         e = e[:, None]
         x = (h * w_h * e * w_k).sum(-1, keepdim=True) * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
         x = x * torch.rsqrt(e.square().mean(-1, keepdim=True) + 1e-6) / hidden.shape[-1] ** 0.5
         g = torch.sigmoid(torch.copysign(x.abs().clamp_min(1e-6).sqrt(), x))
         g = g if mask is None else g.masked_fill(mask[:, None, None], 0)
-        got = (h + g * e if add_residual else g * e)[..., order.argsort()]
-        worst = got.clone() if worst is None else worst
-        farther = (got - want).abs().amax(-1) > (worst - want).abs().amax(-1)
-        worst[farther] = got[farther]
-    return worst
+        return [h + g * e if add_residual else g * e]
+
+    return worst_draw(plain, (hidden, memory, w_hidden, w_key), [want])[0]
 
 
 def gradients(function, leaves, grad_out):
