@@ -38,7 +38,7 @@ bench: $(VENV)/.built $(VENV)/.bench
 
 # every benchmark once, untimed: that they run
 bench-check: $(VENV)/.built $(VENV)/.bench
-	python -m pytest -q bench --benchmark-disable $(ARGS)
+	EK_BENCH_TABLE_GIB=1 python -m pytest -q bench --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py

@@ -2,9 +2,9 @@
 and through the public function. Bound: allocating an empty tensor."""
 import pytest
 import torch
-from harness import measure
 
 import engram_kernels as ek
+from harness import measure
 
 LAYOUT = ek.EngramSpec.deepseek_v41().layout()
 CU = torch.zeros(1, dtype=torch.int32)

@@ -2,9 +2,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import measure
 
 from engram_kernels import short_conv
+from harness import measure
 
 BRANCHES, SIZE, WIDTH, DILATION, EPS = 4, 1024, 4, 3, 1e-5  # the demo's
 PREFILL_TOKENS, DECODE_SEQUENCES = 2048, 64

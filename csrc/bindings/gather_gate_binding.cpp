@@ -45,9 +45,9 @@ void run(GatherGateParams p, const Tensor& hidden, const Tensor& rows, const Opt
   gather_gate_cpu(p, torch_threads());
 }
 
-Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
-                   const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
-                   bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual) {
+Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids, const Tensor& w_hidden,
+                   const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
+                   double eps, double clamp, std::string zero_sign, bool add_residual) {
   const GatherGateParams p = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
                                     w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
@@ -56,20 +56,19 @@ Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scal
 }
 
 void gather_gate_out(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
-                     const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format,
-                     int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign,
-                     bool add_residual, const Tensor& out) {
+                     const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
+                     bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual,
+                     const Tensor& out) {
   run(params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key, mask,
              gate_options(kOp, eps, clamp, zero_sign, add_residual)),
       hidden, rows, scales, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& rows,
-                                                           OptionalTensor scales, const Tensor& row_ids,
-                                                           const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask,
-                                                           std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
-                                                           double eps, double clamp, std::string zero_sign,
-                                                           bool add_residual) {
+                                                           OptionalTensor scales, const Tensor& row_ids, const Tensor& w_hidden,
+                                                           const Tensor& w_key, OptionalTensor mask, std::string row_format,
+                                                           int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp,
+                                                           std::string zero_sign, bool add_residual) {
   GatherGateBwdParams p{};
   p.forward = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key,
                      mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));

@@ -23,8 +23,7 @@ ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor&
   expect_dtype(kOp, "cu_seqlens", cu_seqlens, {ScalarType::Int});
   expect_shape(kOp, "cu_seqlens", cu_seqlens, {kAnySize}, 1);
   EK_CHECK(cu_seqlens.numel() >= 1, kOp << ": cu_seqlens is empty");
-  EK_CHECK(dilation >= 1 && dilation <= INT32_MAX / kMaxTaps,
-           kOp << ": dilation is " << dilation << ", expected at least 1");
+  EK_CHECK(dilation >= 1 && dilation <= INT32_MAX / kMaxTaps, kOp << ": dilation is " << dilation << ", expected at least 1");
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.norm_weight = norm_weight.const_data_ptr();
@@ -48,13 +47,13 @@ void run(ShortConvParams p, const Tensor& x, const Tensor& out) {
   short_conv_cpu(p, torch_threads());
 }
 
-void short_conv_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
-                    int64_t dilation, double eps, const Tensor& out) {
+void short_conv_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
+                    double eps, const Tensor& out) {
   run(make_params(x, weight, norm_weight, cu_seqlens, dilation, eps), x, out);
 }
 
-Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
-                  int64_t dilation, double eps) {
+Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
+                  double eps) {
   expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   short_conv_out(x, weight, norm_weight, cu_seqlens, dilation, eps, out);
@@ -62,8 +61,7 @@ Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weig
 }
 
 void short_conv_update_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
-                           const Tensor& positions, int64_t dilation, double eps, const Tensor& state,
-                           const Tensor& out) {
+                           const Tensor& positions, int64_t dilation, double eps, const Tensor& state, const Tensor& out) {
   ShortConvParams p = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
   expect_dtype(kOp, "positions", positions, {ScalarType::Int});
   expect_shape(kOp, "positions", positions, {p.num_sequences}, 1);

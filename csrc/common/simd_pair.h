@@ -75,8 +75,7 @@ EK_LANE void finish_streams() { _mm_sfence(); }
 
 EK_LANE Pair even_odd(Pair x) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  return {_mm512_permutex2var_ps(x.a, even, x.b),
-          _mm512_permutex2var_ps(x.a, _mm512_or_si512(even, _mm512_set1_epi32(1)), x.b)};
+  return {_mm512_permutex2var_ps(x.a, even, x.b), _mm512_permutex2var_ps(x.a, _mm512_or_si512(even, _mm512_set1_epi32(1)), x.b)};
 }
 constexpr bool kBf16IsEvenOdd = true;
 

@@ -10,8 +10,7 @@ namespace {
 
 // Second pass over a row. dv (float, pair order) is set by the first branch and added to by the others.
 template <class T>
-void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t size, bool first_branch, T* grad_key,
-                 float* dv) {
+void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t size, bool first_branch, T* grad_key, float* dv) {
   const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.gate);
   const F32 residual = splat(row.residual);
   int64_t i = 0;
@@ -85,8 +84,8 @@ void gate_bwd_of_type(const GateBwdParams& p, const Parallel& parallel) {
       }
     }
   });
-  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(),
-                        chunks.count, parallel);
+  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(), chunks.count,
+                        parallel);
 }
 
 }  // namespace

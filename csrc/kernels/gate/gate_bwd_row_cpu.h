@@ -82,8 +82,7 @@ struct WeightGrads {
 
 // Adds the chunks' sums, in order, into the first one, and writes the gradients of both weights.
 template <class T>
-static void write_weight_grads(const WeightGrads& p, float* product_sums, int64_t num_chunks,
-                               const Parallel& parallel) {
+static void write_weight_grads(const WeightGrads& p, float* product_sums, int64_t num_chunks, const Parallel& parallel) {
   const int64_t stride = padded_size(p.hidden_size), total = p.branches * stride;
   parallel.for_range(total / kPair, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kPair; i < end * kPair; i += kPair) {
@@ -109,8 +108,8 @@ static void write_weight_grads(const WeightGrads& p, float* product_sums, int64_
   };
   const GateWeights& w = p.weights;
   if (w.dtype == DType::kF32) {
-    return write(static_cast<const float*>(w.w_hidden), static_cast<const float*>(w.w_key),
-                 static_cast<float*>(p.grad_w_hidden), static_cast<float*>(p.grad_w_key));
+    return write(static_cast<const float*>(w.w_hidden), static_cast<const float*>(w.w_key), static_cast<float*>(p.grad_w_hidden),
+                 static_cast<float*>(p.grad_w_key));
   }
   write(static_cast<const T*>(w.w_hidden), static_cast<const T*>(w.w_key), static_cast<T*>(p.grad_w_hidden),
         static_cast<T*>(p.grad_w_key));

@@ -78,13 +78,12 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
           continue;
         }
         prefetch_rows(f, next_token(f, t, chunks.begin(c + 1)));
-        token_grads<T, K>(p, t, w.data(), product_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()),
-                          de.data());
+        token_grads<T, K>(p, t, w.data(), product_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()), de.data());
       }
     }
   });
-  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(),
-                        chunks.count, parallel);
+  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(), chunks.count,
+                        parallel);
 }
 
 }  // namespace

@@ -37,9 +37,7 @@ void gate_tokens(const GatherGateParams& p, const float* w, int64_t begin, int64
         sums.kk = kk;
       }
       const float gate = gate_score(p.options, size, sums.dot, sums.hh, sums.kk).gate;
-      const T* next_h = m + 1 < p.branches ? p.hidden.row<const T>(t, m + 1)
-                        : next >= 0        ? p.hidden.row<const T>(next, 0)
-                                           : h;
+      const T* next_h = m + 1 < p.branches ? p.hidden.row<const T>(t, m + 1) : next >= 0 ? p.hidden.row<const T>(next, 0) : h;
       write_row<kStream, kResidual>(h, e, gate, size, p.out.row<T>(t, m), [=](int64_t i) { prefetch(next_h + i); });
     }
   }
@@ -51,9 +49,8 @@ void gather_gate_of_type(const GatherGateParams& p, const Parallel& parallel) {
   const Scratch w(p.branches * padded_size(p.hidden_size));
   multiply_weights<T>(p.weights, p.branches, p.hidden_size, w.data());
   const bool stream = streams<T>(p.out, p.hidden, p.num_tokens * p.branches, p.hidden_size);
-  const auto tokens = p.options.add_residual
-                          ? (stream ? gate_tokens<T, K, true, true> : gate_tokens<T, K, false, true>)
-                          : (stream ? gate_tokens<T, K, true, false> : gate_tokens<T, K, false, false>);
+  const auto tokens = p.options.add_residual ? (stream ? gate_tokens<T, K, true, true> : gate_tokens<T, K, false, true>)
+                                             : (stream ? gate_tokens<T, K, true, false> : gate_tokens<T, K, false, false>);
   parallel.for_range(p.num_tokens, ceil_div(kGrainElements, p.hidden_size * p.branches),
                      [&](int64_t begin, int64_t end) { tokens(p, w.data(), begin, end); });
 }
@@ -64,9 +61,7 @@ void gather_gate_cpu(const GatherGateParams& p, const Parallel& parallel) {
   if (p.num_tokens == 0) return;
   with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    with_kept<T>(p.table.format, [&](auto* kept) {
-      gather_gate_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel);
-    });
+    with_kept<T>(p.table.format, [&](auto* kept) { gather_gate_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel); });
   });
 }
 

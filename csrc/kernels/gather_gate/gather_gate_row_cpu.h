@@ -41,9 +41,8 @@ EK_LANE int64_t next_token(const GatherGateParams& p, int64_t t, int64_t end) {
 // How a token's rows are kept between the passes: as they are stored where their element is that of hidden, which takes
 // half the room of floats and no rounding; else as float in the pair order of T.
 template <RowFormat kFormat, class T>
-using Kept = std::conditional_t<(kFormat == RowFormat::kBf16 && std::is_same_v<T, Bf16>) ||
-                                    (kFormat == RowFormat::kF16 && std::is_same_v<T, F16>),
-                                T, float>;
+using Kept = std::conditional_t<
+    (kFormat == RowFormat::kBf16 && std::is_same_v<T, Bf16>) || (kFormat == RowFormat::kF16 && std::is_same_v<T, F16>), T, float>;
 
 // Brings the rows of token t into e [padded_size of Kept], while it computes the sums of one branch (that of h and w).
 using DecodeAndSum = RowSums (*)(const GatherGateParams& p, int64_t t, const void* h, const float* w, void* e);
@@ -55,8 +54,8 @@ EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std
     std::memcpy(e + i, row + int64_t{i} * sizeof(T), kPair * sizeof(T));
     return load_pair(e + i);
   } else {
-    const Pair x = in_pair_order<T>({decode_lanes<kFormat>(table, row, scales, i, kLanes),
-                                     decode_lanes<kFormat>(table, row, scales, i + kLanes, kLanes)});
+    const Pair x = in_pair_order<T>(
+        {decode_lanes<kFormat>(table, row, scales, i, kLanes), decode_lanes<kFormat>(table, row, scales, i + kLanes, kLanes)});
     store_pair(e + i, x);
     return x;
   }

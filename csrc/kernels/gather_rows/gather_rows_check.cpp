@@ -17,12 +17,11 @@ void check_params(const GatherRowsParams& p) {
   check_row_source("gather_rows", s);
   EK_CHECK(p.row_ids.count >= 0, "gather_rows: the number of ids is " << p.row_ids.count);
   const int64_t out_bytes = p.row_ids.count * s.row_dim * dtype_bytes(p.out_dtype);
-  const int64_t table_bytes =
-      s.num_rows == 0 ? 0 : (s.num_rows - 1) * s.row_stride_bytes + row_value_bytes(s.format, s.row_dim);
+  const int64_t table_bytes = s.num_rows == 0 ? 0 : (s.num_rows - 1) * s.row_stride_bytes + row_value_bytes(s.format, s.row_dim);
   EK_CHECK(!overlap(p.out, out_bytes, s.rows, table_bytes), "gather_rows: out overlaps the rows of the table");
-  EK_CHECK(!overlap(p.out, out_bytes, static_cast<const std::byte*>(p.row_ids.data),
-                    p.row_ids.count * (p.row_ids.are_int64 ? 8 : 4)),
-           "gather_rows: out overlaps row_ids");
+  EK_CHECK(
+      !overlap(p.out, out_bytes, static_cast<const std::byte*>(p.row_ids.data), p.row_ids.count * (p.row_ids.are_int64 ? 8 : 4)),
+      "gather_rows: out overlaps row_ids");
 }
 
 void check_params(const GatherRowsBwdParams& p) {

@@ -34,8 +34,7 @@ class GroupBackward {
         taps_of_token_(p_, branch),
         dz_(slots_ * size_),
         dxh_(size_) {
-    with_weight_dtype<T>(
-        p_, [&](auto* tag) { weights_.template load_branch<std::remove_pointer_t<decltype(tag)>>(p_, branch); });
+    with_weight_dtype<T>(p_, [&](auto* tag) { weights_.template load_branch<std::remove_pointer_t<decltype(tag)>>(p_, branch); });
   }
 
   void run(int64_t first, int64_t last) {
@@ -142,19 +141,17 @@ void short_conv_bwd_of_type(const ShortConvBwdParams& b, const Parallel& paralle
   parallel.for_range(groups * p.branches, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / p.branches * group_tokens;
-      GroupBackward<T>(b, task % p.branches, sums.data() + task * stride)
-          .run(first, min_of(first + group_tokens, p.num_tokens));
+      GroupBackward<T>(b, task % p.branches, sums.data() + task * stride).run(first, min_of(first + group_tokens, p.num_tokens));
     }
   });
-  with_weight_dtype<T>(
-      p, [&](auto* tag) { write_weight_grads<T, std::remove_pointer_t<decltype(tag)>>(b, sums.data(), groups); });
+  with_weight_dtype<T>(p,
+                       [&](auto* tag) { write_weight_grads<T, std::remove_pointer_t<decltype(tag)>>(b, sums.data(), groups); });
 }
 
 }  // namespace
 
 void short_conv_bwd_cpu(const ShortConvBwdParams& p, const Parallel& parallel) {
-  with_dtype(p.forward.dtype,
-             [&](auto* tag) { short_conv_bwd_of_type<std::remove_pointer_t<decltype(tag)>>(p, parallel); });
+  with_dtype(p.forward.dtype, [&](auto* tag) { short_conv_bwd_of_type<std::remove_pointer_t<decltype(tag)>>(p, parallel); });
 }
 
 }  // namespace engram_kernels::EK_ISA

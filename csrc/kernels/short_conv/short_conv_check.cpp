@@ -15,8 +15,7 @@ void check_params(const ShortConvParams& p) {
 void check_host_data(const ShortConvParams& p) {
   check_cu_seqlens("short_conv", p.cu_seqlens, p.num_sequences, p.num_tokens);
   for (int64_t b = 0; p.positions != nullptr && b < p.num_sequences; ++b) {
-    EK_CHECK(p.positions[b] >= 0,
-             "short_conv: positions[" << b << "] is " << p.positions[b] << ", expected at least 0");
+    EK_CHECK(p.positions[b] >= 0, "short_conv: positions[" << b << "] is " << p.positions[b] << ", expected at least 0");
   }
 }
 

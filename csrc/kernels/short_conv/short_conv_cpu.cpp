@@ -13,8 +13,7 @@ namespace engram_kernels::EK_ISA {
 namespace {
 
 template <class T>
-void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int64_t branch, int64_t begin,
-                    int64_t end) {
+void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int64_t branch, int64_t begin, int64_t end) {
   Taps<T> taps_of_token(p, branch);
   Tap<T> taps[kMaxTaps];
   int64_t b = sequence_of(p.cu_seqlens, p.num_sequences, begin);
@@ -40,8 +39,7 @@ void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
       const int64_t slot = (p.positions[b] + t - first) % p.reach();
       T* target = static_cast<T*>(p.state) + b * p.state_sequence_stride + slot * p.branches * p.hidden_size;
       for (int64_t m = 0; m < p.branches; ++m) {
-        std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0),
-                    static_cast<size_t>(p.hidden_size) * sizeof(T));
+        std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0), static_cast<size_t>(p.hidden_size) * sizeof(T));
       }
     }
   }
@@ -54,8 +52,7 @@ void short_conv_of_type(const ShortConvParams& p, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t branch = task % p.branches, first = task / p.branches * kBlockTokens;
       with_weight_dtype<T>(p, [&](auto* tag) { weights.load_branch<std::remove_pointer_t<decltype(tag)>>(p, branch); });
-      convolve_block<T>(p, weights, branch, first,
-                        first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
+      convolve_block<T>(p, weights, branch, first, first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
     }
   });
   if (p.state != nullptr && p.reach() > 0) {

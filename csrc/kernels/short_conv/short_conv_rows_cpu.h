@@ -76,8 +76,7 @@ EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64
 template <class T>
 class Taps {
  public:
-  Taps(const ShortConvParams& p, int64_t branch)
-      : p_(p), branch_(branch), slots_(p.reach() + 1), kept_(slots_ * kWords) {}
+  Taps(const ShortConvParams& p, int64_t branch) : p_(p), branch_(branch), slots_(p.reach() + 1), kept_(slots_ * kWords) {}
 
   void of(int64_t b, int64_t t, Tap<T>* taps) {
     for (int j = 0; j < p_.width; ++j) {
@@ -109,8 +108,7 @@ class Taps {
 
 // z of kLanes channels from i on; count: how many channels are left
 template <class T>
-EK_LANE F32 convolve_lanes(const ShortConvParams& p, const BranchWeights& weights, const Tap<T>* taps, int64_t i,
-                           int64_t count) {
+EK_LANE F32 convolve_lanes(const ShortConvParams& p, const BranchWeights& weights, const Tap<T>* taps, int64_t i, int64_t count) {
   const F32 norm = load(weights.norm(p) + i);
   F32 z = zeros();
   for (int j = 0; j < p.width; ++j) {
