@@ -113,9 +113,8 @@ def test_fbgemm_table_batched_embedding(benchmark, table_bytes, ids, precision):
         [(64, dim, common.EmbeddingLocation.HOST, ops.ComputeDevice.CPU)], weights_precision=sparse_type(precision),
         output_dtype=sparse_type(precision), pooling_mode=common.PoolingMode.NONE, device=torch.device("cpu"))
     # the table of the other contenders, not one of its own
-    kernel.host_dev = None
     kernel.weights_host = torch.nn.Parameter(table_bytes[0].view(dtype), requires_grad=False)
-    kernel.rows_per_table[0] = NUM_ROWS
+    kernel.rows_per_table[0] = kernel.hash_size_cumsum[1] = NUM_ROWS
     offsets = torch.arange(NUM_IDS + 1)
     with torch.no_grad():
         got = kernel(ids, offsets)
