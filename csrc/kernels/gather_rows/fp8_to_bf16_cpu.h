@@ -62,8 +62,9 @@ EK_LANE void fp8_block_to_bf16(const std::byte* p, std::byte scale, Bf16* out) {
     const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
     const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(words, 4), _mm256_set1_epi16(0x7F0));
     // the table entry of m is bytes 2m and 2m + 1
+    const __m256i entry = _mm256_and_si256(words, _mm256_set1_epi16(7));
     const __m256i index =
-        _mm256_add_epi16(_mm256_mullo_epi16(words, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+        _mm256_add_epi16(_mm256_mullo_epi16(entry, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
     const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(0x80), magnitude);
     const __m256i value =
         _mm256_blendv_epi8(_mm256_add_epi16(magnitude, bias), _mm256_shuffle_epi8(subnormals, index), small);
