@@ -62,5 +62,7 @@ def test_bench_gather_gate(benchmark, row_format, branches, fused):
 @pytest.mark.parametrize("fused", [True, False], ids=["gather_gate", "gather_rows_then_gate"])
 def test_bench_gather_gate_decode(benchmark, fused):
     run = steps(make_table("bf16"), 1, 4, fused)
-    measure(benchmark, lambda: [run() for _ in range(100)], group=f"gather_gate, 100 calls of 1 token, M 4, H {HIDDEN_SIZE}, bf16 rows",
-            contender="gather_gate" if fused else "gather_rows then gate", role="ours" if fused else "peer", units=100, unit="call")
+    measure(benchmark, lambda: [run() for _ in range(100)],
+            group=f"gather_gate, 100 calls of 1 token, M 4, H {HIDDEN_SIZE}, bf16 rows",
+            contender="gather_gate" if fused else "gather_rows then gate", role="ours" if fused else "peer",
+            units=100, unit="call")

@@ -263,7 +263,8 @@ def test_gather_gate_threads_give_the_same_bits(backend):
 
 def test_gather_gate_gradcheck():
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((3, 2, 6), (5, 3), (2, 6), (2, 6))]
+    shapes = ((3, 2, 6), (5, 3), (2, 6), (2, 6))
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     row_ids, mask = torch.tensor([[0, 4], [2, 2], [-1, 1]]), torch.tensor([False, True, False])
 
     def run(hidden, rows, w_hidden, w_key):

@@ -9,8 +9,8 @@ namespace {
 constexpr const char* kOp = "gate";
 using OptionalTensor = std::optional<Tensor>;
 
-GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
-                  const OptionalTensor& mask, const GateOptions& options) {
+GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden,
+                  const Tensor& w_key, const OptionalTensor& mask, const GateOptions& options) {
   GateParams p{};
   p.dtype = gate_dtype(kOp, "hidden", hidden);
   expect_shape(kOp, "hidden", hidden, {kAnySize, kAnySize, kAnySize}, 1);
@@ -48,13 +48,15 @@ Tensor gate(const Tensor& hidden, const Tensor& key, const Tensor& value, const 
 }
 
 void gate_out(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
-              OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual, const Tensor& out) {
-  run(params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)), hidden, key,
-      value, out);
+              OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual,
+              const Tensor& out) {
+  run(params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)), hidden,
+      key, value, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& key,
-                                                            const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_out, const Tensor& hidden,
+                                                            const Tensor& key, const Tensor& value,
+                                                            const Tensor& w_hidden, const Tensor& w_key,
                                                             OptionalTensor mask, double eps, double clamp,
                                                             std::string zero_sign, bool add_residual) {
   GateBwdParams p{};

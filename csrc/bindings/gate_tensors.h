@@ -14,7 +14,8 @@ inline DType gate_dtype(const char* op, const char* name, const Tensor& x) {
 }
 
 // `x` must be [T, M, H] of the dtype of `like`, its last dimension dense.
-inline BranchRows branch_rows(const char* op, const char* name, const Tensor& x, const Tensor& like, int dense_dims = 1) {
+inline BranchRows branch_rows(const char* op, const char* name, const Tensor& x, const Tensor& like,
+                              int dense_dims = 1) {
   expect_dtype(op, name, x, {like.scalar_type()});
   expect_shape(op, name, x, {like.size(0), like.size(1), like.size(2)}, dense_dims);
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
@@ -35,7 +36,8 @@ inline const uint8_t* gate_mask(const char* op, const std::optional<Tensor>& mas
   return static_cast<const uint8_t*>(mask->const_data_ptr());
 }
 
-inline GateOptions gate_options(const char* op, double eps, double clamp, const std::string& zero_sign, bool add_residual) {
+inline GateOptions gate_options(const char* op, double eps, double clamp, const std::string& zero_sign,
+                                bool add_residual) {
   EK_CHECK(zero_sign == "copysign" || zero_sign == "sign",
            op << ": zero_sign is '" << zero_sign << "', expected 'copysign' or 'sign'");
   return {static_cast<float>(eps), static_cast<float>(clamp), zero_sign == "sign", add_residual};

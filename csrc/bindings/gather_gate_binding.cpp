@@ -37,7 +37,8 @@ GatherGateParams params(const Tensor& hidden, const RowSource& table, const Tens
   return p;
 }
 
-void run(GatherGateParams p, const Tensor& hidden, const Tensor& rows, const OptionalTensor& scales, const Tensor& out) {
+void run(GatherGateParams p, const Tensor& hidden, const Tensor& rows, const OptionalTensor& scales,
+         const Tensor& out) {
   p.out = branch_rows(kOp, "out", out, hidden, 3);
   expect_apart_or_same(kOp, hidden, out);
   expect_apart(kOp, "rows", rows, out);
@@ -46,10 +47,12 @@ void run(GatherGateParams p, const Tensor& hidden, const Tensor& rows, const Opt
 }
 
 Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
-                   const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
-                   bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual) {
-  const GatherGateParams p = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
-                                    w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+                   const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format,
+                   int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign,
+                   bool add_residual) {
+  const GatherGateParams p =
+      params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden,
+             w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, hidden, rows, scales, out);
   return out;
@@ -59,20 +62,18 @@ void gather_gate_out(const Tensor& hidden, const Tensor& rows, OptionalTensor sc
                      const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format,
                      int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign,
                      bool add_residual, const Tensor& out) {
-  run(params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key, mask,
-             gate_options(kOp, eps, clamp, zero_sign, add_residual)),
+  run(params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden,
+             w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)),
       hidden, rows, scales, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& rows,
-                                                           OptionalTensor scales, const Tensor& row_ids,
-                                                           const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask,
-                                                           std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
-                                                           double eps, double clamp, std::string zero_sign,
-                                                           bool add_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(
+    const Tensor& grad_out, const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
+    const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
+    bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual) {
   GatherGateBwdParams p{};
-  p.forward = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key,
-                     mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+  p.forward = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
+                     w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
   const int64_t tokens = p.forward.num_tokens, branches = p.forward.branches, size = p.forward.hidden_size;
   Tensor grad_hidden = torch::stable::new_empty(hidden, {tokens, branches, size});

@@ -1,9 +1,9 @@
 // Two registers of floats at a time, in the order that suits the element type.
 //
-// A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting them
-// back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every other type as
-// (first half, second half). This is the pair order of the type. Sums do not care; a float array that is combined with
-// bf16 rows is brought into their order once (in_pair_order).
+// A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting
+// them back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every
+// other type as (first half, second half). This is the pair order of the type. Sums do not care; a float array that is
+// combined with bf16 rows is brought into their order once (in_pair_order).
 #pragma once
 
 #include <cstring>
@@ -45,8 +45,8 @@ EK_LANE Pair load_pair(const Bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))))};
 }
-// To nearest even, 16 bits at a time: the upper halves of all words, one more where the lower half says so. NaN becomes the
-// quiet NaN that torch writes; a NaN that arithmetic gives is quiet, so its upper half shows it.
+// To nearest even, 16 bits at a time: the upper halves of all words, one more where the lower half says so. NaN becomes
+// the quiet NaN that torch writes; a NaN that arithmetic gives is quiet, so its upper half shows it.
 EK_LANE __m512i bf16_words(Pair x) {
   const __m512i a = _mm512_castps_si512(x.a), b = _mm512_castps_si512(x.b);
   const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
@@ -171,8 +171,7 @@ EK_LANE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Zeroed floats of the caller's own, aligned for any instruction set.
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<float*>(::operator new(bytes(count), std::align_val_t{64}))) {
+  explicit Scratch(int64_t count) : data_(static_cast<float*>(::operator new(bytes(count), std::align_val_t{64}))) {
     std::memset(data_, 0, bytes(count));
   }
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }

@@ -10,7 +10,8 @@ namespace {
 
 // Second pass over a row. dv (float, pair order) is set by the first branch and added to by the others.
 template <class T>
-void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t size, bool first_branch, T* grad_key, float* dv) {
+void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t size, bool first_branch, T* grad_key,
+                 float* dv) {
   const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.gate);
   const F32 residual = splat(row.residual);
   int64_t i = 0;
@@ -51,8 +52,13 @@ void token_grads(const GateBwdParams& p, int64_t t, const float* w, float* produ
   const T* v = static_cast<const T*>(f.value) + t * f.value_stride;
   for (int64_t m = 0; m < f.branches; ++m) {
     const T* k = f.key.row<const T>(t, m);
-    RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m), p.grad_hidden.row<T>(t, m),
-                    product_sums + m * stride, f.options.add_residual ? 1.0F : 0.0F, 0, {}};
+    RowGrads<T> row{f.hidden.row<const T>(t, m),
+                    p.grad_out.row<const T>(t, m),
+                    p.grad_hidden.row<T>(t, m),
+                    product_sums + m * stride,
+                    f.options.add_residual ? 1.0F : 0.0F,
+                    0,
+                    {}};
     const BwdSums sums = bwd_sums<true>(row.hidden, k, v, row.grad_out, w + m * stride, size);
     set_slopes(f.options, size, sums, &row);
     write_grads(row, k, w + m * stride, size, m == 0, p.grad_key.row<T>(t, m), dv);

@@ -7,7 +7,7 @@ namespace engram_kernels::EK_ISA {
 
 // A fixed partition of the tokens, by their number alone.
 struct TokenChunks {
-  static constexpr int64_t kMaxCount = 64;    // bounds both the threads in use and the memory for partial sums
+  static constexpr int64_t kMaxCount = 64;  // bounds both the threads in use and the memory for partial sums
   static constexpr int64_t kMinTokens = 16;
   int64_t count;
   int64_t num_tokens;
@@ -82,7 +82,8 @@ struct WeightGrads {
 
 // Adds the chunks' sums, in order, into the first one, and writes the gradients of both weights.
 template <class T>
-static void write_weight_grads(const WeightGrads& p, float* product_sums, int64_t num_chunks, const Parallel& parallel) {
+static void write_weight_grads(const WeightGrads& p, float* product_sums, int64_t num_chunks,
+                               const Parallel& parallel) {
   const int64_t stride = padded_size(p.hidden_size), total = p.branches * stride;
   parallel.for_range(total / kPair, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kPair; i < end * kPair; i += kPair) {

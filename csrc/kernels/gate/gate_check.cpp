@@ -10,8 +10,9 @@ void check_gate_options(const char* op, const GateOptions& o) {
 }
 
 void check_params(const GateParams& p) {
-  EK_CHECK(p.branches >= 1 && p.hidden_size >= 1,
-           "gate: hidden has " << p.branches << " branches of size " << p.hidden_size << ", expected at least 1 of each");
+  EK_CHECK(p.branches >= 1 && p.hidden_size >= 1, "gate: hidden has " << p.branches << " branches of size "
+                                                                      << p.hidden_size
+                                                                      << ", expected at least 1 of each");
   check_gate_options("gate", p.options);
 }
 

@@ -47,8 +47,13 @@ void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float*
   const int64_t size = f.hidden_size, stride = padded_size(size);
   const float sum_kk = decoder<T>(f.table.format)(f, t, f.hidden.row<const T>(t, 0), w, e).kk;
   for (int64_t m = 0; m < f.branches; ++m) {
-    RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m), p.grad_hidden.row<T>(t, m),
-                    product_sums + m * stride, f.options.add_residual ? 1.0F : 0.0F, 0, {}};
+    RowGrads<T> row{f.hidden.row<const T>(t, m),
+                    p.grad_out.row<const T>(t, m),
+                    p.grad_hidden.row<T>(t, m),
+                    product_sums + m * stride,
+                    f.options.add_residual ? 1.0F : 0.0F,
+                    0,
+                    {}};
     BwdSums sums = bwd_sums<false>(row.hidden, e, e, row.grad_out, w + m * stride, size);
     sums.kk = sum_kk;
     set_slopes(f.options, size, sums, &row);
@@ -87,9 +92,8 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
 void gather_gate_bwd_cpu(const GatherGateBwdParams& p, const Parallel& parallel) {
   with_dtype(p.forward.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    with_kept<T>(p.forward.table.format, [&](auto* kept) {
-      gather_gate_bwd_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel);
-    });
+    with_kept<T>(p.forward.table.format,
+                 [&](auto* kept) { gather_gate_bwd_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel); });
   });
 }
 

@@ -1,6 +1,7 @@
 // CPU kernel of gather_gate. Contract: gather_gate.h, gate.h.
 //
-// Mapping  threads share the tokens. A token's rows are decoded into a scratch of the thread's own (L1, L2) together with the
+// Mapping  threads share the tokens. A token's rows are decoded into a scratch of the thread's own (L1, L2) together
+// with the
 //          sums of the first branch; the other branches read them there. The rows of the next token, which lie anywhere
 //          in the table, are prefetched before.
 // Traffic  reads the rows and hidden and writes out once.
@@ -64,9 +65,8 @@ void gather_gate_cpu(const GatherGateParams& p, const Parallel& parallel) {
   if (p.num_tokens == 0) return;
   with_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    with_kept<T>(p.table.format, [&](auto* kept) {
-      gather_gate_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel);
-    });
+    with_kept<T>(p.table.format,
+                 [&](auto* kept) { gather_gate_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel); });
   });
 }
 
