@@ -1,4 +1,5 @@
 """gate: semantics 7, on every backend."""
+
 import numpy as np
 import pytest
 import torch
@@ -115,10 +116,8 @@ def test_gate_masked_token_passes_bit_for_bit(dtype, backend, device):
     hidden, key, value, w_hidden, w_key = make_inputs(4, 3, 70, dtype, device)
     words = torch.int32 if dtype == torch.float32 else torch.int16
     # NaN with a payload, signalling NaN, -0, Inf and a subnormal survive
-    odd_bits = [0x7FC5, 0x7F81, -(2**15), 0x7C00, 1]
-    if words == torch.int32:
-        odd_bits = [0x7FC12345, 0x7F800001, -(2**31), 0x7F800000, 1]
-    hidden.view(words)[1, :, :5] = torch.tensor(odd_bits, dtype=words, device=device)
+    odd_bits = {torch.int32: [0x7FC12345, 0x7F800001, -(2**31), 0x7F800000, 1], torch.int16: [0x7FC5, 0x7F81, -(2**15), 0x7C00, 1]}
+    hidden.view(words)[1, :, :5] = torch.tensor(odd_bits[words], dtype=words, device=device)
     value[1, 0], value[1, 1], key[1, 0, 0] = float("nan"), float("inf"), float("nan")
     mask = torch.tensor([False, True, False, False], device=device)
     got = gate(hidden, key, value, w_hidden, w_key, mask, backend=backend)
@@ -216,9 +215,9 @@ def test_gate_rejects(case):
 
 def test_gate_rejects_what_is_no_tensor():
     hidden, key, value, w_hidden, w_key = make_inputs(3, 2, 8, torch.bfloat16)
-    for args in ((None, key, value, w_hidden, w_key), (hidden, key.tolist(), value, w_hidden, w_key)):
+    for changed in ((None, key), (hidden, key.tolist())):
         with pytest.raises(TypeError, match="must be a tensor"):
-            gate(*args)
+            gate(*changed, value, w_hidden, w_key)
 
 
 def test_gate_rejects_overlapping_out(compiled):
@@ -370,16 +369,12 @@ def test_gate_compiles(compiled):
 
 
 def test_gate_allocates_only_its_output(compiled):
-    def allocated(tokens, function):
-        inputs = make_inputs(tokens, 2, 512, torch.bfloat16)
+    inputs = make_inputs(64, 2, 512, torch.bfloat16)
+
+    def allocated(run):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            function(inputs)
+            run()
         return sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)
 
-    bytes_out = 64 * 2 * 512 * 2
-    assert allocated(64, gate_of) == bytes_out
-    assert allocated(64, lambda x: gate(*x, out=x[0])) == 0
-
-
-def gate_of(inputs):
-    return gate(*inputs)
+    assert allocated(lambda: gate(*inputs)) == inputs[0].numel() * 2
+    assert allocated(lambda: gate(*inputs, out=inputs[0])) == 0

@@ -45,8 +45,8 @@ EK_LANE Pair load_pair(const Bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))))};
 }
-// To nearest even, 16 bits at a time: the upper halves of all words, one more where the lower half says so. NaN becomes the
-// quiet NaN that torch writes; a NaN that arithmetic gives is quiet, so its upper half shows it.
+// To nearest even, 16 bits at a time: the upper halves of all words, one more where the lower half says so. NaN becomes
+// the quiet NaN that torch writes; a NaN that arithmetic gives is quiet, so its upper half shows it.
 EK_LANE __m512i bf16_words(Pair x) {
   const __m512i a = _mm512_castps_si512(x.a), b = _mm512_castps_si512(x.b);
   const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);

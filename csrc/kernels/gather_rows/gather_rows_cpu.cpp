@@ -137,9 +137,8 @@ EK_LANE void decode_piece(const RowSource& s, int64_t id, int first, int count, 
 template <bool kStream>
 void copy_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   const int64_t bytes = row_value_bytes(p.source.format, p.source.row_dim);
-  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
-    copy_bytes<kStream>(out, p.source.row(id), bytes);
-  });
+  for_rows(p, begin, end,
+           [&](int64_t id, std::byte* out) __attribute__((always_inline)) { copy_bytes<kStream>(out, p.source.row(id), bytes); });
 }
 
 template <RowFormat kFormat, class Out, bool kStream>
