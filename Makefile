@@ -12,7 +12,7 @@ BUILD_ENV := EK_BUILD_DIR=$(abspath build)
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 ASAN_LIBS = $(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)
 
-.PHONY: demo test test-asan bench lint format clean
+.PHONY: demo test test-asan bench bench-check lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -21,7 +21,7 @@ test: $(VENV)/.built
 	python -m pytest -q $(ARGS)
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
-OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_row_table.py test_gate.py test_gather_gate.py test_short_conv.py)
+OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py)
 test-asan: $(VENV)/.built
 	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
 	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
@@ -33,8 +33,12 @@ test-asan: $(VENV)/.built
 	  python -m pytest -q $(OP_TESTS) -k "not compiles" $(ARGS)
 
 bench: $(VENV)/.built $(VENV)/.bench
-	python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=build/bench.json $(ARGS)
+	python -m pytest -q bench --benchmark-json=build/bench.json $(ARGS) > build/bench.log || { cat build/bench.log; exit 1; }
 	python bench/harness.py build/bench.json
+
+# every benchmark once, untimed: that they run
+bench-check: $(VENV)/.built $(VENV)/.bench
+	EK_BENCH_TABLE_GIB=1 python -m pytest -q bench --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py

@@ -2,9 +2,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import measure
 
 from engram_kernels import short_conv
+from harness import measure
 
 BRANCHES, SIZE, WIDTH, DILATION, EPS = 4, 1024, 4, 3, 1e-5  # the demo's
 PREFILL_TOKENS, DECODE_SEQUENCES = 2048, 64
@@ -41,7 +41,10 @@ def test_prefill(benchmark, contender):
     x, weight, norm_weight = inputs(PREFILL_TOKENS)
     cu, out = torch.tensor([0, PREFILL_TOKENS], dtype=torch.int32), torch.empty_like(x)
     ours = contender == "engram_kernels"
-    run = (lambda: short_conv(x, weight, norm_weight, cu, DILATION, EPS, out=out)) if ours else (lambda: eager(x, weight, norm_weight))
+
+    def run():
+        short_conv(x, weight, norm_weight, cu, DILATION, EPS, out=out) if ours else eager(x, weight, norm_weight)
+
     measure(benchmark, run, group=PREFILL, contender=contender, role="ours" if ours else "peer", num_bytes=2 * x.nbytes,
             units=PREFILL_TOKENS, unit="token", rounds=7)
 
@@ -56,8 +59,8 @@ def test_forward_and_backward(benchmark, contender):
         out = short_conv(*leaves, cu, DILATION, EPS) if ours else eager(*leaves)
         torch.autograd.grad(out, leaves, upstream)
 
-    measure(benchmark, run, group=BACKWARD, contender=contender, role="ours" if ours else "peer", units=PREFILL_TOKENS, unit="token",
-            num_bytes=5 * upstream.nbytes, rounds=5)
+    measure(benchmark, run, group=BACKWARD, contender=contender, role="ours" if ours else "peer", units=PREFILL_TOKENS,
+            unit="token", num_bytes=5 * upstream.nbytes, rounds=5)
 
 
 @pytest.mark.parametrize("contender", ["engram_kernels", "eager torch, shifted state"])

@@ -3,7 +3,7 @@
 A benchmark function measures one contender of a group: ours, a peer or a bound (such as a memset of the same output). All
 contenders of a group run in one process one after the other; ratios are between medians of that run.
 
-    python bench/harness.py RUN.json [--markdown FILE]      the table of a run of pytest-benchmark
+    python bench/harness.py RUN.json [--readme README.md]      the table of a run of pytest-benchmark; into the README
 """
 import argparse
 import datetime
@@ -60,12 +60,16 @@ def table(run: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--readme", type=Path)
     args = parser.parse_args()
     text = table(json.loads(args.run.read_text()))
     print(text)
-    if args.markdown:
-        args.markdown.write_text(text)
+    if args.readme:
+        before, _, rest = args.readme.read_text().partition("<!-- bench -->\n")
+        _, marker, after = rest.partition("<!-- /bench -->")
+        if not marker:
+            raise SystemExit(f"{args.readme} has no <!-- bench --> ... <!-- /bench --> block")
+        args.readme.write_text(f"{before}<!-- bench -->\n{text}{marker}{after}")
 
 
 if __name__ == "__main__":

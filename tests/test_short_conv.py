@@ -32,7 +32,7 @@ def make_inputs(lengths, branches=2, size=40, width=4, dtype=torch.bfloat16, wei
 
 def plain_torch(x, weight, norm_weight, cu_seqlens, dilation, eps):
     """The published formulation, every step in the dtype of x."""
-    tokens, branches, size = x.shape
+    _, branches, size = x.shape
     width = weight.shape[2]
     normed = torch.stack([F.rms_norm(x[:, m], (size,), norm_weight[m].to(x.dtype), eps) for m in range(branches)], dim=1)
     kernel, pieces = weight.to(x.dtype).reshape(branches * size, 1, width), [x[:0].flatten(1)]

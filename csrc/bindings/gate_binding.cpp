@@ -40,8 +40,7 @@ void run(GateParams p, const Tensor& hidden, const Tensor& key, const Tensor& va
 
 Tensor gate(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
             OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual) {
-  const GateParams p =
-      params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+  const GateParams p = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, hidden, key, value, out);
   return out;
@@ -55,8 +54,8 @@ void gate_out(const Tensor& hidden, const Tensor& key, const Tensor& value, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& key,
                                                             const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
-                                                            OptionalTensor mask, double eps, double clamp,
-                                                            std::string zero_sign, bool add_residual) {
+                                                            OptionalTensor mask, double eps, double clamp, std::string zero_sign,
+                                                            bool add_residual) {
   GateBwdParams p{};
   p.forward = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);

@@ -1,5 +1,6 @@
 // torch binding of gather_gate: tensors in, GatherGateParams out. No arithmetic here.
 #include "bindings/gate_tensors.h"
+#include "bindings/row_source.h"
 
 #include <tuple>
 
@@ -10,39 +11,6 @@ namespace {
 
 constexpr const char* kOp = "gather_gate";
 using OptionalTensor = std::optional<Tensor>;
-
-// The table of gather_rows: `rows` is [num_rows, ...] with dense rows, `scales` [num_rows, ...] likewise, or one float.
-RowSource row_source(const Tensor& rows, const OptionalTensor& scales, const std::string& row_format, int64_t row_dim,
-                     bool zero_scale_is_zero) {
-  RowSource s{};
-  s.format = row_format_from_name(kOp, row_format.c_str());
-  EK_CHECK(row_dim >= 1 && row_dim <= int64_t{1} << 24, kOp << ": row_dim is " << row_dim << ", expected 1..2^24");
-  s.row_dim = static_cast<int>(row_dim);
-  expect_shape(kOp, "rows", rows, {kAnySize, kAnySize}, 1);
-  s.rows = static_cast<const std::byte*>(rows.const_data_ptr());
-  s.num_rows = rows.size(0);
-  const int64_t element_bytes = static_cast<int64_t>(rows.element_size());
-  EK_CHECK(s.num_rows == 0 || rows.size(1) * element_bytes >= row_value_bytes(s.format, row_dim),
-           kOp << ": rows hold " << rows.size(1) * element_bytes << " bytes each, expected at least "
-               << row_value_bytes(s.format, row_dim));
-  s.row_stride_bytes = s.num_rows > 1 ? rows.stride(0) * element_bytes : rows.size(1) * element_bytes;
-  s.zero_scale_is_zero = zero_scale_is_zero;
-  const int64_t scale_bytes = row_scale_bytes(s.format, row_dim);
-  if (scales.has_value()) {
-    s.scales = static_cast<const std::byte*>(scales->const_data_ptr());
-    const int64_t scale_element_bytes = static_cast<int64_t>(scales->element_size());
-    if (scale_bytes > 0) {
-      expect_shape(kOp, "scales", *scales, {s.num_rows, kAnySize}, 1);
-      EK_CHECK(s.num_rows == 0 || scales->size(1) * scale_element_bytes >= scale_bytes,
-               kOp << ": scales hold " << scales->size(1) * scale_element_bytes << " bytes a row, expected " << scale_bytes);
-      s.scale_stride_bytes = s.num_rows > 1 ? scales->stride(0) * scale_element_bytes : scale_bytes;
-    } else {
-      EK_CHECK(s.format != RowFormat::kFp8Tensor || (scales->numel() == 1 && scale_element_bytes == 4),
-               kOp << ": scales must be one float32 for fp8_e4m3_tensor");
-    }
-  }
-  return s;
-}
 
 GatherGateParams params(const Tensor& hidden, const RowSource& table, const Tensor& row_ids, const Tensor& w_hidden,
                         const Tensor& w_key, const OptionalTensor& mask, const GateOptions& options) {
@@ -77,10 +45,10 @@ void run(GatherGateParams p, const Tensor& hidden, const Tensor& rows, const Opt
   gather_gate_cpu(p, torch_threads());
 }
 
-Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
-                   const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
-                   bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual) {
-  const GatherGateParams p = params(hidden, row_source(rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
+Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids, const Tensor& w_hidden,
+                   const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
+                   double eps, double clamp, std::string zero_sign, bool add_residual) {
+  const GatherGateParams p = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
                                     w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, hidden, rows, scales, out);
@@ -88,22 +56,21 @@ Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scal
 }
 
 void gather_gate_out(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
-                     const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format,
-                     int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign,
-                     bool add_residual, const Tensor& out) {
-  run(params(hidden, row_source(rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key, mask,
+                     const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
+                     bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual,
+                     const Tensor& out) {
+  run(params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key, mask,
              gate_options(kOp, eps, clamp, zero_sign, add_residual)),
       hidden, rows, scales, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& rows,
-                                                           OptionalTensor scales, const Tensor& row_ids,
-                                                           const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask,
-                                                           std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
-                                                           double eps, double clamp, std::string zero_sign,
-                                                           bool add_residual) {
+                                                           OptionalTensor scales, const Tensor& row_ids, const Tensor& w_hidden,
+                                                           const Tensor& w_key, OptionalTensor mask, std::string row_format,
+                                                           int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp,
+                                                           std::string zero_sign, bool add_residual) {
   GatherGateBwdParams p{};
-  p.forward = params(hidden, row_source(rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key,
+  p.forward = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key,
                      mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
   const int64_t tokens = p.forward.num_tokens, branches = p.forward.branches, size = p.forward.hidden_size;

@@ -42,7 +42,8 @@ void run(const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& 
 
 Tensor gather_rows(const Tensor& rows, std::optional<Tensor> scales, const Tensor& row_ids, std::string row_format,
                    int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype) {
-  EK_CHECK(row_dim >= 1, kOp << ": row_dim is " << row_dim);
+  EK_CHECK(row_dim >= 1 && row_dim <= std::numeric_limits<int>::max(), kOp << ": row_dim is " << row_dim);
+  dtype_of(kOp, "out_dtype", out_dtype);
   Tensor out = torch::stable::new_empty(rows, with_row_dim(row_ids, row_dim), out_dtype);
   run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out);
   return out;

@@ -9,8 +9,7 @@ constexpr const char* kOp = "ngram_hash";
 
 void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
          const Tensor& multipliers, const std::optional<Tensor>& token_map, const std::optional<Tensor>& history,
-         const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id,
-         const Tensor& out) {
+         const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
   NgramHashParams p{};
   p.num_tokens = token_ids.numel();
   p.num_sequences = cu_seqlens.numel() - 1;
@@ -72,19 +71,15 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
 Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
                   const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
                   std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
-  Tensor out =
-      torch::stable::new_empty(token_ids, {moduli.size(0), token_ids.numel(), moduli.size(1)}, ScalarType::Int);
-  run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id,
-      out);
+  Tensor out = torch::stable::new_empty(token_ids, {moduli.size(0), token_ids.numel(), moduli.size(1)}, ScalarType::Int);
+  run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id, out);
   return out;
 }
 
 void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
                     const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
-                    std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id,
-                    const Tensor& out) {
-  run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id,
-      out);
+                    std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+  run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id, out);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ inline DType dtype_of(const char* op, const char* name, ScalarType type) {
     case ScalarType::Half:
       return DType::kF16;
     default:
-      EK_THROW_AS(std::invalid_argument, op << ": " << name << " is " << torch::headeronly::toString(type)
-                                            << ", expected Float, BFloat16 or Half");
+      EK_THROW_AS(std::invalid_argument,
+                  op << ": " << name << " is " << torch::headeronly::toString(type) << ", expected Float, BFloat16 or Half");
   }
 }
 
@@ -40,9 +40,8 @@ inline RowSource row_source_of(const char* op, const Tensor& rows, const std::op
   const int64_t element = is_float ? (s.format == RowFormat::kF32 ? 4 : 2) : 1;
   const bool packed = s.format == RowFormat::kFp8Block32Packed;
   expect_shape(op, "rows", rows, {kAnySize, packed ? kAnySize : row_dim}, 1);
-  EK_CHECK(!packed || rows.size(1) >= row_value_bytes(s.format, row_dim), op << ": rows are " << rows.size(1)
-                                                                             << " bytes wide, expected at least "
-                                                                             << row_value_bytes(s.format, row_dim));
+  EK_CHECK(!packed || rows.size(1) >= row_value_bytes(s.format, row_dim),
+           op << ": rows are " << rows.size(1) << " bytes wide, expected at least " << row_value_bytes(s.format, row_dim));
   s.rows = static_cast<const std::byte*>(rows.const_data_ptr());
   s.num_rows = rows.size(0);
   // the stride of a single row means nothing

@@ -51,8 +51,8 @@ inline void expect_dtype(const char* op, const char* name, const Tensor& x, std:
   for (const ScalarType dtype : dtypes) {
     if (x.scalar_type() == dtype) return;
   }
-  EK_THROW_AS(std::invalid_argument, op << ": " << name << " is " << torch::headeronly::toString(x.scalar_type())
-                                        << ", expected " << torch::headeronly::toString(*dtypes.begin()));
+  EK_THROW_AS(std::invalid_argument, op << ": " << name << " is " << torch::headeronly::toString(x.scalar_type()) << ", expected "
+                                        << torch::headeronly::toString(*dtypes.begin()));
 }
 
 template <class T>

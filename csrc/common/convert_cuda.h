@@ -25,9 +25,7 @@ __device__ __forceinline__ void unpack_pair(uint32_t pair, float* low, float* hi
     *low = __uint_as_float(pair << 16);
     *high = __uint_as_float(pair & 0xFFFF0000);
   } else {
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-        : "=f"(*low), "=f"(*high)
-        : "r"(pair));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(*low), "=f"(*high) : "r"(pair));
   }
 }
 

@@ -31,8 +31,8 @@ CpuIsa best_cpu_isa() {
 CpuIsa cpu_isa() { return chosen().load(std::memory_order_relaxed); }
 
 void set_cpu_isa(CpuIsa isa) {
-  EK_CHECK(isa <= best_cpu_isa(), "cpu_isa is " << cpu_isa_name(isa) << ", but the best that this machine runs is "
-                                                << cpu_isa_name(best_cpu_isa()));
+  EK_CHECK(isa <= best_cpu_isa(),
+           "cpu_isa is " << cpu_isa_name(isa) << ", but the best that this machine runs is " << cpu_isa_name(best_cpu_isa()));
   chosen().store(isa, std::memory_order_relaxed);
 }
 

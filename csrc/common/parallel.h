@@ -22,8 +22,7 @@ struct Parallel {
       return;
     }
     run(
-        0, count, grain,
-        [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+        0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
         const_cast<F*>(&body));
   }
 };

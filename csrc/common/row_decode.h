@@ -14,8 +14,8 @@ namespace engram_kernels::EK_ISA {
 template <RowFormat kFormat>
 EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const std::byte* scales, int i, int count) {
   if constexpr (kFormat == RowFormat::kF32 || kFormat == RowFormat::kBf16 || kFormat == RowFormat::kF16) {
-    using Element = std::conditional_t<kFormat == RowFormat::kF32, float,
-                                       std::conditional_t<kFormat == RowFormat::kBf16, Bf16, F16>>;
+    using Element =
+        std::conditional_t<kFormat == RowFormat::kF32, float, std::conditional_t<kFormat == RowFormat::kBf16, Bf16, F16>>;
     const Element* p = reinterpret_cast<const Element*>(row) + i;
     return count == kLanes ? load(p) : load_first(p, count);
   } else if constexpr (kFormat == RowFormat::kFp8Tensor) {

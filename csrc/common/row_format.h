@@ -33,9 +33,7 @@ EK_INLINE constexpr int64_t row_value_bytes(RowFormat f, int64_t row_dim) {
 
 // Bytes of a row's scales in the scale array.
 EK_INLINE constexpr int64_t row_scale_bytes(RowFormat f, int64_t row_dim) {
-  return f == RowFormat::kFp8Block32    ? row_dim / kScaleBlock
-         : f == RowFormat::kInt8Group32 ? row_dim / kScaleBlock * 4
-                                        : 0;
+  return f == RowFormat::kFp8Block32 ? row_dim / kScaleBlock : f == RowFormat::kInt8Group32 ? row_dim / kScaleBlock * 4 : 0;
 }
 
 // A table as a kernel sees it: raw pointers, byte strides. Shared by every op that reads rows.
@@ -107,19 +105,20 @@ EK_INLINE uint16_t float_to_bf16(float value) {
 
 EK_INLINE float f16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7FFF;
-  if (magnitude >= 0x7C00) return float_from_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+  if (magnitude > 0x7C00) return float_from_bits(sign | 0x7FC00000 | (magnitude & 0x3FF) << 13);  // quiet, as in hardware
+  if (magnitude == 0x7C00) return float_from_bits(sign | 0x7F800000);
   const float value = magnitude < 0x400 ? static_cast<float>(magnitude) * 5.9604644775390625e-08F  // steps of 2^-24
                                         : float_from_bits((magnitude << 13) + (112U << 23));
   return float_from_bits(bits_from_float(value) | sign);
 }
 
-// To nearest even, subnormals included.
+// To nearest even, subnormals included; NaN becomes quiet and keeps the upper bits of its payload, as in hardware.
 EK_INLINE uint16_t float_to_f16(float value) {
   const uint32_t bits = bits_from_float(value), magnitude = bits & 0x7FFFFFFF;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00 | ((magnitude >> 13) & 0x3FF));
   if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7C00);  // 65536 and above; 65520.. round up below
-  if (magnitude < 0x38800000) {  // under 2^-14: adding 0.5 rounds to steps of 2^-24
+  if (magnitude < 0x38800000) {                                              // under 2^-14: adding 0.5 rounds to steps of 2^-24
     const float shifted = float_from_bits(magnitude) + 0.5F;
     return static_cast<uint16_t>(sign | (bits_from_float(shifted) - 0x3F000000));
   }

@@ -44,15 +44,14 @@ void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const in
     inner /= sizes[d];
     where << (d > 0 ? ", " : "") << bad / inner % sizes[d];
   }
-  EK_THROW_AS(std::out_of_range, op << ": row_ids[" << where.str() << "] is " << ids[bad] << ", expected [0, "
-                                    << num_rows << ") or -1 (no row)");
+  EK_THROW_AS(std::out_of_range,
+              op << ": row_ids[" << where.str() << "] is " << ids[bad] << ", expected [0, " << num_rows << ") or -1 (no row)");
 }
 
 RowOrder::RowOrder(const RowIds& ids, int64_t num_rows)
     : position_bits_(std::bit_width(static_cast<uint64_t>(std::max<int64_t>(ids.count, 1) - 1))) {
   const int row_bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(num_rows, 1) - 1));
-  EK_CHECK(row_bits + position_bits_ <= 64,
-           "row ids: " << ids.count << " ids into " << num_rows << " rows are too many");
+  EK_CHECK(row_bits + position_bits_ <= 64, "row ids: " << ids.count << " ids into " << num_rows << " rows are too many");
   auto entries = std::make_unique_for_overwrite<uint64_t[]>(static_cast<size_t>(ids.count));
   for (int64_t i = 0; i < ids.count; ++i) {
     entries[static_cast<size_t>(count_)] = static_cast<uint64_t>(ids[i]) << position_bits_ | static_cast<uint64_t>(i);

@@ -75,8 +75,8 @@ EK_LANE F32 load_fp8_e4m3(const std::byte* p) {
   const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7F));
   const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
   const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7F));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
-                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
+  const __m256i half = _mm256_xor_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
+                                        _mm256_and_si256(nan, _mm256_set1_epi16(0x4180)));  // 0x3F80 -> 0x7E00
   return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0F));
 }
 EK_LANE F32 load_int8(const std::byte* p) {
@@ -132,8 +132,8 @@ EK_LANE F32 load_fp8_e4m3(const std::byte* p) {
   const __m128i magnitude = _mm_and_si128(bytes, _mm_set1_epi16(0x7F));
   const __m128i sign = _mm_slli_epi16(_mm_and_si128(bytes, _mm_set1_epi16(0x80)), 8);
   const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7F));
-  const __m128i half =
-      _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign), _mm_and_si128(nan, _mm_set1_epi16(0x7E00)));
+  const __m128i half = _mm_xor_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign),
+                                     _mm_and_si128(nan, _mm_set1_epi16(0x4180)));  // 0x3F80 -> 0x7E00
   return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0F));
 }
 EK_LANE F32 load_int8(const std::byte* p) {

@@ -1,9 +1,9 @@
 // Two registers of floats at a time, in the order that suits the element type.
 //
-// A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting them
-// back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every other type as
-// (first half, second half). This is the pair order of the type. Sums do not care; a float array that is combined with
-// bf16 rows is brought into their order once (in_pair_order).
+// A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting
+// them back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every
+// other type as (first half, second half). This is the pair order of the type. Sums do not care; a float array that is
+// combined with bf16 rows is brought into their order once (in_pair_order).
 #pragma once
 
 #include <cstring>
@@ -45,16 +45,19 @@ EK_LANE Pair load_pair(const Bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))))};
 }
-// to nearest even, in the upper half of each word; NaN becomes the quiet NaN that torch writes
-EK_LANE __m512i round_to_bf16(F32 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
-}
+// To nearest even, 16 bits at a time: the upper halves of all words, one more where the lower half says so. NaN becomes
+// the quiet NaN that torch writes; a NaN that arithmetic gives is quiet, so its upper half shows it.
 EK_LANE __m512i bf16_words(Pair x) {
-  const __m512i upper = _mm512_and_si512(round_to_bf16(x.b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
-  return _mm512_or_si512(_mm512_srli_epi32(round_to_bf16(x.a), 16), upper);
+  const __m512i a = _mm512_castps_si512(x.a), b = _mm512_castps_si512(x.b);
+  const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+  const __m512i lower = _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
+  // up where the lower half is above 0x8000, or equal to it and the upper half is odd
+  const __m512i sum = _mm512_adds_epu16(lower, _mm512_and_si512(upper, _mm512_set1_epi16(1)));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(sum, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+  const __m512i rounded = _mm512_mask_add_epi16(upper, up, upper, _mm512_set1_epi16(1));
+  const __m512i magnitude = _mm512_and_si512(upper, _mm512_set1_epi16(0x7FFF));
+  const __mmask32 nan = _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80));
+  return _mm512_mask_mov_epi16(rounded, nan, _mm512_set1_epi16(0x7FC0));
 }
 EK_LANE void store_pair(Bf16* p, Pair x) { _mm512_storeu_si512(p, bf16_words(x)); }
 
@@ -72,8 +75,7 @@ EK_LANE void finish_streams() { _mm_sfence(); }
 
 EK_LANE Pair even_odd(Pair x) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  return {_mm512_permutex2var_ps(x.a, even, x.b),
-          _mm512_permutex2var_ps(x.a, _mm512_or_si512(even, _mm512_set1_epi32(1)), x.b)};
+  return {_mm512_permutex2var_ps(x.a, even, x.b), _mm512_permutex2var_ps(x.a, _mm512_or_si512(even, _mm512_set1_epi32(1)), x.b)};
 }
 constexpr bool kBf16IsEvenOdd = true;
 
@@ -168,8 +170,7 @@ EK_LANE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Zeroed floats of the caller's own, aligned for any instruction set.
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<float*>(::operator new(bytes(count), std::align_val_t{64}))) {
+  explicit Scratch(int64_t count) : data_(static_cast<float*>(::operator new(bytes(count), std::align_val_t{64}))) {
     std::memset(data_, 0, bytes(count));
   }
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }

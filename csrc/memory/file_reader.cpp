@@ -88,16 +88,12 @@ void FileReader::read_rows(const FileRows& rows, const int64_t* row_ids, int64_t
   check_unchanged();
 }
 
-void FileReader::read_range(const FileRows& rows, const int64_t* row_ids, int64_t begin, int64_t end,
-                            std::byte* out) const {
+void FileReader::read_range(const FileRows& rows, const int64_t* row_ids, int64_t begin, int64_t end, std::byte* out) const {
   const bool dense = rows.stride_bytes == rows.row_bytes && rows.row_bytes > 0;
   for (int64_t i = begin; i < end;) {
     int64_t run = 1;
-    while (dense && i + run < end && row_ids[i + run] == row_ids[i] + run &&
-           (run + 1) * rows.row_bytes <= kMaxReadBytes)
-      ++run;
-    read_exactly(out + i * rows.row_bytes, run * rows.row_bytes, rows.offset + row_ids[i] * rows.stride_bytes,
-                 row_ids[i]);
+    while (dense && i + run < end && row_ids[i + run] == row_ids[i] + run && (run + 1) * rows.row_bytes <= kMaxReadBytes) ++run;
+    read_exactly(out + i * rows.row_bytes, run * rows.row_bytes, rows.offset + row_ids[i] * rows.stride_bytes, row_ids[i]);
     i += run;
   }
 }
@@ -113,8 +109,7 @@ void FileReader::read_exactly(std::byte* to, int64_t bytes, int64_t at, int64_t 
                                << " bytes; it had " << size_ << " when it was opened");
     } else if (errno != EINTR) {
       const int error = errno;
-      EK_THROW_READ(error,
-                    path_ << ": row " << row << " at byte " << at << " cannot be read: " << std::strerror(error));
+      EK_THROW_READ(error, path_ << ": row " << row << " at byte " << at << " cannot be read: " << std::strerror(error));
     }
   }
 }

@@ -8,8 +8,7 @@
 
 namespace {
 
-using Launch = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** args,
-                        size_t shared_bytes);
+using Launch = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** args, size_t shared_bytes);
 
 struct Configuration {
   dim3 grid, block;
@@ -42,8 +41,7 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void**, const char* host_function, char*, const char* name, int, uint3*, uint3*, dim3*,
-                            dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host_function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
   kernels()[host_function] = name;
 }
 
@@ -64,8 +62,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host_function));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared_bytes,
-                               cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared_bytes, cudaStream_t) {
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
   launch_callback(kernels().at(kernel).c_str(), g, b, args, shared_bytes);
   return cudaSuccess;

@@ -51,8 +51,13 @@ void token_grads(const GateBwdParams& p, int64_t t, const float* w, float* produ
   const T* v = static_cast<const T*>(f.value) + t * f.value_stride;
   for (int64_t m = 0; m < f.branches; ++m) {
     const T* k = f.key.row<const T>(t, m);
-    RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m), p.grad_hidden.row<T>(t, m),
-                    product_sums + m * stride, f.options.add_residual ? 1.0F : 0.0F, 0, {}};
+    RowGrads<T> row{f.hidden.row<const T>(t, m),
+                    p.grad_out.row<const T>(t, m),
+                    p.grad_hidden.row<T>(t, m),
+                    product_sums + m * stride,
+                    f.options.add_residual ? 1.0F : 0.0F,
+                    0,
+                    {}};
     const BwdSums sums = bwd_sums<true>(row.hidden, k, v, row.grad_out, w + m * stride, size);
     set_slopes(f.options, size, sums, &row);
     write_grads(row, k, w + m * stride, size, m == 0, p.grad_key.row<T>(t, m), dv);
@@ -79,8 +84,8 @@ void gate_bwd_of_type(const GateBwdParams& p, const Parallel& parallel) {
       }
     }
   });
-  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(),
-                        chunks.count, parallel);
+  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(), chunks.count,
+                        parallel);
 }
 
 }  // namespace

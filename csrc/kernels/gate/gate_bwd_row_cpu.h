@@ -7,7 +7,7 @@ namespace engram_kernels::EK_ISA {
 
 // A fixed partition of the tokens, by their number alone.
 struct TokenChunks {
-  static constexpr int64_t kMaxCount = 64;    // bounds both the threads in use and the memory for partial sums
+  static constexpr int64_t kMaxCount = 64;  // bounds both the threads in use and the memory for partial sums
   static constexpr int64_t kMinTokens = 16;
   int64_t count;
   int64_t num_tokens;
@@ -108,8 +108,8 @@ static void write_weight_grads(const WeightGrads& p, float* product_sums, int64_
   };
   const GateWeights& w = p.weights;
   if (w.dtype == DType::kF32) {
-    return write(static_cast<const float*>(w.w_hidden), static_cast<const float*>(w.w_key),
-                 static_cast<float*>(p.grad_w_hidden), static_cast<float*>(p.grad_w_key));
+    return write(static_cast<const float*>(w.w_hidden), static_cast<const float*>(w.w_key), static_cast<float*>(p.grad_w_hidden),
+                 static_cast<float*>(p.grad_w_key));
   }
   write(static_cast<const T*>(w.w_hidden), static_cast<const T*>(w.w_key), static_cast<T*>(p.grad_w_hidden),
         static_cast<T*>(p.grad_w_key));

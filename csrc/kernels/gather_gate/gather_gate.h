@@ -10,11 +10,10 @@
 #include <cstdint>
 
 #include "common/row_format.h"
+#include "common/row_ids.h"
 #include "kernels/gate/gate.h"
 
 namespace engram_kernels {
-
-constexpr int64_t kNoRow = -1;
 
 struct GatherGateParams {
   BranchRows hidden;

@@ -42,14 +42,18 @@ void masked_token(const GatherGateBwdParams& p, int64_t t) {
 }
 
 template <class T, class K>
-void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float* product_sums, K* e, float* de,
-                 const std::byte* const* lines) {
+void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float* product_sums, K* e, float* de) {
   const GatherGateParams& f = p.forward;
   const int64_t size = f.hidden_size, stride = padded_size(size);
-  const float sum_kk = decoder<T>(f.table.format)(f, t, f.hidden.row<const T>(t, 0), w, e, lines).kk;
+  const float sum_kk = decoder<T>(f.table.format)(f, t, f.hidden.row<const T>(t, 0), w, e).kk;
   for (int64_t m = 0; m < f.branches; ++m) {
-    RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m), p.grad_hidden.row<T>(t, m),
-                    product_sums + m * stride, f.options.add_residual ? 1.0F : 0.0F, 0, {}};
+    RowGrads<T> row{f.hidden.row<const T>(t, m),
+                    p.grad_out.row<const T>(t, m),
+                    p.grad_hidden.row<T>(t, m),
+                    product_sums + m * stride,
+                    f.options.add_residual ? 1.0F : 0.0F,
+                    0,
+                    {}};
     BwdSums sums = bwd_sums<false>(row.hidden, e, e, row.grad_out, w + m * stride, size);
     sums.kk = sum_kk;
     set_slopes(f.options, size, sums, &row);
@@ -67,21 +71,19 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
   multiply_weights<T>(f.weights, f.branches, f.hidden_size, w.data());
   parallel.for_range(chunks.count, 1, [&](int64_t begin, int64_t end) {
     const Scratch e(padded_size(f.hidden_size)), de(padded_size(f.hidden_size));
-    RowLines ahead(f, f.hidden_size / kPair);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t t = chunks.begin(c); t < chunks.begin(c + 1); ++t) {
         if (f.masked(t)) {
           masked_token<T>(p, t);
           continue;
         }
-        ahead.aim(f, next_token(f, t, chunks.begin(c + 1)));
-        token_grads<T, K>(p, t, w.data(), product_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()),
-                          de.data(), ahead.lines());
+        prefetch_rows(f, next_token(f, t, chunks.begin(c + 1)));
+        token_grads<T, K>(p, t, w.data(), product_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()), de.data());
       }
     }
   });
-  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(),
-                        chunks.count, parallel);
+  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(), chunks.count,
+                        parallel);
 }
 
 }  // namespace
@@ -89,9 +91,8 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
 void gather_gate_bwd_cpu(const GatherGateBwdParams& p, const Parallel& parallel) {
   with_dtype(p.forward.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    with_kept<T>(p.forward.table.format, [&](auto* kept) {
-      gather_gate_bwd_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel);
-    });
+    with_kept<T>(p.forward.table.format,
+                 [&](auto* kept) { gather_gate_bwd_of_type<T, std::remove_pointer_t<decltype(kept)>>(p, parallel); });
   });
 }
 

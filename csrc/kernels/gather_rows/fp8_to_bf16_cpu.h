@@ -23,19 +23,16 @@ constexpr bool kHasFp8Shift = true;
 template <bool kStream>
 EK_LANE void fp8_block_to_bf16(const std::byte* p, std::byte scale, Bf16* out) {
   static_assert(kScaleBlock == 32);
-  const __m512i table =
-      _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60));
+  const __m512i table = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60));
   const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((static_cast<int>(scale) - 127) * 128));
   const __m512i subnormals = _mm512_mask_add_epi16(table, 0xFE, table, shift);  // entry 0 stays 0
   const __m512i bias = _mm512_add_epi16(shift, _mm512_set1_epi16(120 * 128));
   const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   const __m512i magnitude = _mm512_and_si512(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x7F0));
   __m512i bits = _mm512_add_epi16(magnitude, bias);
-  bits = _mm512_mask_permutexvar_epi16(bits, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x80)), words,
-                                       subnormals);
+  bits = _mm512_mask_permutexvar_epi16(bits, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x80)), words, subnormals);
   // bits | (words << 8 & 0x8000)
-  bits = _mm512_ternarylogic_epi32(bits, _mm512_slli_epi16(words, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)),
-                                   0xF8);
+  bits = _mm512_ternarylogic_epi32(bits, _mm512_slli_epi16(words, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)), 0xF8);
   const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F0));
   bits = _mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7FC0));
   if constexpr (kStream) {
@@ -62,11 +59,10 @@ EK_LANE void fp8_block_to_bf16(const std::byte* p, std::byte scale, Bf16* out) {
     const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
     const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(words, 4), _mm256_set1_epi16(0x7F0));
     // the table entry of m is bytes 2m and 2m + 1
-    const __m256i index =
-        _mm256_add_epi16(_mm256_mullo_epi16(words, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+    const __m256i entry = _mm256_and_si256(words, _mm256_set1_epi16(7));
+    const __m256i index = _mm256_add_epi16(_mm256_mullo_epi16(entry, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
     const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(0x80), magnitude);
-    const __m256i value =
-        _mm256_blendv_epi8(_mm256_add_epi16(magnitude, bias), _mm256_shuffle_epi8(subnormals, index), small);
+    const __m256i value = _mm256_blendv_epi8(_mm256_add_epi16(magnitude, bias), _mm256_shuffle_epi8(subnormals, index), small);
     const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(words, 8), _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
     const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7F0));
     const __m256i bits = _mm256_blendv_epi8(_mm256_or_si256(value, sign), _mm256_set1_epi16(0x7FC0), nan);

@@ -20,8 +20,8 @@ constexpr int64_t kPrefetchPositions = 8;
 
 // out[0, count) = sum over entries [begin, end) of grad[position, column ..], count <= kColumns
 template <class Grad, class Out>
-EK_LANE void sum_columns(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin, int64_t end, int column,
-                         int count, Out* out) {
+EK_LANE void sum_columns(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin, int64_t end, int column, int count,
+                         Out* out) {
   const Grad* grad = reinterpret_cast<const Grad*>(p.grad) + column;
   F32 sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = zeros();
@@ -39,16 +39,14 @@ EK_LANE void sum_columns(const GatherRowsBwdParams& p, const RowOrder& order, in
       sums[v] = add(sums[v], load_first(from + v * kLanes, std::min(rest, kLanes)));
     }
   }
-  for (int v = 0, rest = count; rest > 0; ++v, rest -= kLanes)
-    store_first(out + v * kLanes, sums[v], std::min(rest, kLanes));
+  for (int v = 0, rest = count; rest > 0; ++v, rest -= kLanes) store_first(out + v * kLanes, sums[v], std::min(rest, kLanes));
 }
 
 template <class Grad, class Out>
 void sum_rows(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin, int64_t end) {
   Out* out = reinterpret_cast<Out*>(p.grad_rows);
   const auto zero_rows = [&](int64_t first, int64_t last) __attribute__((always_inline)) {
-    std::memset(static_cast<void*>(out + first * p.row_dim), 0,
-                static_cast<size_t>((last - first) * p.row_dim) * sizeof(Out));
+    std::memset(static_cast<void*>(out + first * p.row_dim), 0, static_cast<size_t>((last - first) * p.row_dim) * sizeof(Out));
   };
   int64_t next = begin;  // rows before it are written
   const int64_t stop = order.first_at_or_after(end);
@@ -57,14 +55,12 @@ void sum_rows(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin
     int64_t last = e + 1;
     while (last < stop && order.row(last) == row) ++last;
     if (last + kPrefetchPositions < stop) {
-      const Grad* ahead =
-          reinterpret_cast<const Grad*>(p.grad) + order.position(last + kPrefetchPositions - 1) * p.row_dim;
+      const Grad* ahead = reinterpret_cast<const Grad*>(p.grad) + order.position(last + kPrefetchPositions - 1) * p.row_dim;
       for (int i = 0; i < p.row_dim; i += 64 / static_cast<int>(sizeof(Grad))) __builtin_prefetch(ahead + i);
     }
     zero_rows(next, row);
     for (int column = 0; column < p.row_dim; column += kColumns) {
-      sum_columns<Grad>(p, order, e, last, column, std::min(kColumns, p.row_dim - column),
-                        out + row * p.row_dim + column);
+      sum_columns<Grad>(p, order, e, last, column, std::min(kColumns, p.row_dim - column), out + row * p.row_dim + column);
     }
     next = row + 1;
     e = last;

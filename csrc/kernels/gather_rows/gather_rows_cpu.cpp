@@ -80,36 +80,47 @@ EK_LANE void copy_bytes(std::byte* to, const std::byte* from, int64_t bytes) {
   if (i < bytes) std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 }
 
-EK_LANE void prefetch(const std::byte* begin, int64_t bytes) {
-  const auto first = reinterpret_cast<uintptr_t>(begin) & ~uintptr_t{kCacheLine - 1};
-  const uintptr_t end =
-      reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(std::min(bytes, kMaxPrefetchLines * kCacheLine));
-  for (uintptr_t line = first; line < end; line += kCacheLine)
-    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+EK_LANE void request(const std::byte* begin, int64_t skip_lines, int64_t bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t end = first + static_cast<uintptr_t>(std::min(bytes, kMaxPrefetchLines * kCacheLine));
+  uintptr_t line = (first & ~uintptr_t{kCacheLine - 1}) + static_cast<uintptr_t>(skip_lines * kCacheLine);
+  for (; line < end; line += kCacheLine) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
 }
 
-// Calls emit(row id, output row) for rows [begin, end), their lines requested ahead.
-template <class Emit>
-EK_LANE void for_rows(const GatherRowsParams& p, int64_t begin, int64_t end, const Emit& emit) {
+// Requests the lines of rows [begin, end). First one line of every row: a request waits for its page to be translated, and
+// only requests that stand close together have their translations overlap.
+EK_LANE void request_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   const RowSource& s = p.source;
   const int64_t value_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
-  const int64_t out_bytes = int64_t{s.row_dim} * dtype_bytes(p.out_dtype);
-  const int64_t ahead = std::clamp<int64_t>(kPrefetchBytes / (value_bytes + scale_bytes), 2, kMaxPrefetchRows);
-  const auto request = [&](int64_t i) __attribute__((always_inline)) {
-    const int64_t id = p.row_ids[i];
-    if (id == kNoRow) return;
-    prefetch(s.row(id), value_bytes);
-    if (scale_bytes > 0) prefetch(s.row_scales(id), scale_bytes);
-  };
-  for (int64_t i = begin; i < std::min(end, begin + ahead); ++i) request(i);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + ahead < end) request(i + ahead);
-    const int64_t id = p.row_ids[i];
-    std::byte* out = p.out + i * out_bytes;
-    if (id == kNoRow) {
-      std::memset(out, 0, static_cast<size_t>(out_bytes));
-    } else {
-      emit(id, out);
+    if (p.row_ids[i] != kNoRow) __builtin_prefetch(s.row(p.row_ids[i]), 0, 2);
+  }
+  for (int64_t i = begin; scale_bytes > 0 && i < end; ++i) {
+    if (p.row_ids[i] != kNoRow) request(s.row_scales(p.row_ids[i]), 0, scale_bytes);
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    if (p.row_ids[i] != kNoRow) request(s.row(p.row_ids[i]), 1, value_bytes);
+  }
+}
+
+// Calls emit(row id, output row) for rows [begin, end), their lines requested a group ahead.
+template <class Emit>
+EK_LANE void for_rows(const GatherRowsParams& p, int64_t begin, int64_t end, const Emit& emit) {
+  const int64_t row_bytes = row_value_bytes(p.source.format, p.source.row_dim);
+  const int64_t out_bytes = int64_t{p.source.row_dim} * dtype_bytes(p.out_dtype);
+  const int64_t group = std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, kMaxPrefetchRows);
+  request_rows(p, begin, std::min(end, begin + group));
+  for (int64_t first = begin; first < end; first += group) {
+    const int64_t next = std::min(end, first + group);
+    request_rows(p, next, std::min(end, next + group));
+    for (int64_t i = first; i < next; ++i) {
+      const int64_t id = p.row_ids[i];
+      std::byte* out = p.out + i * out_bytes;
+      if (id == kNoRow) {
+        std::memset(out, 0, static_cast<size_t>(out_bytes));
+      } else {
+        emit(id, out);
+      }
     }
   }
 }
@@ -126,9 +137,8 @@ EK_LANE void decode_piece(const RowSource& s, int64_t id, int first, int count, 
 template <bool kStream>
 void copy_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   const int64_t bytes = row_value_bytes(p.source.format, p.source.row_dim);
-  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
-    copy_bytes<kStream>(out, p.source.row(id), bytes);
-  });
+  for_rows(p, begin, end,
+           [&](int64_t id, std::byte* out) __attribute__((always_inline)) { copy_bytes<kStream>(out, p.source.row(id), bytes); });
 }
 
 template <RowFormat kFormat, class Out, bool kStream>

@@ -24,8 +24,8 @@ constexpr int64_t kOutVectorBytes = 16;
 
 // kCount elements from `element` on of a row in shared memory, decoded to float.
 template <RowFormat kFormat, int kCount>
-__device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales,
-                                       int element, float tensor_scale, float* values) {
+__device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales, int element,
+                                       float tensor_scale, float* values) {
   if constexpr (kFormat == RowFormat::kF32) {
     load_floats<DType::kF32, kCount>(row + 4 * element, values);
   } else if constexpr (kFormat == RowFormat::kBf16) {
@@ -36,8 +36,7 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
     uint32_t words[kCount / 4];
     load_words<kCount / 4>(row + element, words);
     float scale = tensor_scale;
-    if constexpr (kFormat == RowFormat::kInt8Group32)
-      scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
+    if constexpr (kFormat == RowFormat::kInt8Group32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
     if constexpr (kFormat == RowFormat::kFp8Block32 || kFormat == RowFormat::kFp8Block32Packed) {
       scale = ue8m0_to_float(scales[element / kScaleBlock], s.zero_scale_is_zero);
     }
@@ -83,8 +82,8 @@ __device__ __forceinline__ void write_decoded(const GatherRowsParams& p, const P
       float values[kCount];
       // a scale of NaN or below zero must not touch the zeros of a row that is not there
       const bool absent = kFormat == RowFormat::kFp8Tensor && staged_ids(plan)[r] == kNoRow;
-      decode<kFormat, kCount>(p.source, row, shared + scales_at + r * scale_pitch, vector * kCount,
-                              absent ? 0.0F : tensor_scale, values);
+      decode<kFormat, kCount>(p.source, row, shared + scales_at + r * scale_pitch, vector * kCount, absent ? 0.0F : tensor_scale,
+                              values);
       store_floats<kOut>(out + i * 16, values);
     }
   }
@@ -163,13 +162,11 @@ __device__ float decode_element(const RowSource& s, int64_t id, int element) {
     case RowFormat::kFp8Tensor:
       return fp8_e4m3_to_float(byte(row + element)) * load_bytes<float>(s.scales);
     case RowFormat::kInt8Group32:
-      return static_cast<float>(static_cast<int8_t>(byte(row + element))) *
-             load_bytes<float>(scales + element / kScaleBlock * 4);
+      return static_cast<float>(static_cast<int8_t>(byte(row + element))) * load_bytes<float>(scales + element / kScaleBlock * 4);
     default:
       break;
   }
-  return fp8_e4m3_to_float(byte(row + element)) *
-         ue8m0_to_float(byte(scales + element / kScaleBlock), s.zero_scale_is_zero);
+  return fp8_e4m3_to_float(byte(row + element)) * ue8m0_to_float(byte(scales + element / kScaleBlock), s.zero_scale_is_zero);
 }
 
 template <DType kOut>
@@ -245,8 +242,7 @@ bool make_plan(const GatherRowsParams& p, Plan* plan) {
   plan->row_pitch = p.as_stored ? plan->row_bytes : static_cast<int>(ceil_div(row_bytes, 16) * 16);
   plan->scale_pitch = static_cast<int>(ceil_div(plan->scale_bytes, 4) * 4);
   plan->vectors = static_cast<int>(out_bytes / kOutVectorBytes);
-  if (!p.as_stored)
-    plan->vectors_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + plan->vectors - 1) / plan->vectors);
+  if (!p.as_stored) plan->vectors_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + plan->vectors - 1) / plan->vectors);
   for (place(groups * rows_a_thread, plan); plan->shared_bytes > kMaxSharedBytes && rows_a_thread > 1;) {
     place(groups * (rows_a_thread /= 2), plan);
   }

@@ -47,12 +47,12 @@ __device__ __forceinline__ uint32_t shared_address() {
 template <int kBytes>
 __device__ __forceinline__ void copy_async(uint32_t to, const std::byte* from, int at, int end) {
   if constexpr (kBytes == 16) {
-    asm volatile("{.reg .pred p; setp.lt.u32 p, %2, %3; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to),
-                 "l"(from), "r"(at), "r"(end)
+    asm volatile("{.reg .pred p; setp.lt.u32 p, %2, %3; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to), "l"(from),
+                 "r"(at), "r"(end)
                  : "memory");
   } else {
-    asm volatile("{.reg .pred p; setp.lt.u32 p, %2, %3; @p cp.async.ca.shared.global [%0], [%1], %4;}" ::"r"(to),
-                 "l"(from), "r"(at), "r"(end), "n"(kBytes)
+    asm volatile("{.reg .pred p; setp.lt.u32 p, %2, %3; @p cp.async.ca.shared.global [%0], [%1], %4;}" ::"r"(to), "l"(from),
+                 "r"(at), "r"(end), "n"(kBytes)
                  : "memory");
   }
 }
@@ -70,9 +70,7 @@ constexpr int kAbsent = 1 << 30;
 __device__ __forceinline__ StagedRow* staged_rows(const Plan& plan) {
   return reinterpret_cast<StagedRow*>(shared + plan.staged_at);
 }
-__device__ __forceinline__ int64_t* staged_ids(const Plan& plan) {
-  return reinterpret_cast<int64_t*>(shared + plan.ids_at);
-}
+__device__ __forceinline__ int64_t* staged_ids(const Plan& plan) { return reinterpret_cast<int64_t*>(shared + plan.ids_at); }
 
 // Looks the tile's ids up. Returns whether this thread met one without a row.
 __device__ __forceinline__ bool stage_ids(const GatherRowsParams& p, const Plan& plan, int64_t first, int count) {
@@ -138,10 +136,8 @@ __device__ __forceinline__ void clear_absent(const Plan& plan, int count) {
   for (int r = 0; r < count; ++r) {
     if (staged_rows(plan)[r].into_line != kAbsent) continue;
 #pragma unroll 1
-    for (int at = threadIdx.x * 4; at < plan.row_bytes; at += kThreads * 4)
-      clear_word(shared + r * plan.row_pitch + at);
-    for (int at = threadIdx.x; at < plan.scale_bytes; at += kThreads)
-      shared[plan.scales_at + r * plan.scale_pitch + at] = 0;
+    for (int at = threadIdx.x * 4; at < plan.row_bytes; at += kThreads * 4) clear_word(shared + r * plan.row_pitch + at);
+    for (int at = threadIdx.x; at < plan.scale_bytes; at += kThreads) shared[plan.scales_at + r * plan.scale_pitch + at] = 0;
   }
 }
 

@@ -21,12 +21,11 @@ constexpr int64_t kBeforeStart = -1;  // history values
 constexpr int64_t kDeadToken = -2;
 
 struct NgramHashParams {
-  const void* token_ids;      // [num_tokens], int32 or int64
-  const void* history;        // [num_sequences, max_order - 1] of the same type, column 0 the nearest; or null
-  const uint8_t* dead_mask;   // [num_tokens], nonzero = dead, its id is not looked at; or null
-  const int32_t* cu_seqlens;  // [num_sequences + 1], first 0, last num_tokens, non-decreasing
-  const int32_t*
-      token_map;  // [vocab_size], token id -> canonical id (caller's duty: < num_ids); null: already canonical
+  const void* token_ids;       // [num_tokens], int32 or int64
+  const void* history;         // [num_sequences, max_order - 1] of the same type, column 0 the nearest; or null
+  const uint8_t* dead_mask;    // [num_tokens], nonzero = dead, its id is not looked at; or null
+  const int32_t* cu_seqlens;   // [num_sequences + 1], first 0, last num_tokens, non-decreasing
+  const int32_t* token_map;    // [vocab_size], token id -> canonical id (caller's duty: < num_ids); null: already canonical
   const int64_t* multipliers;  // [num_layers, max_order], or [num_layers, columns, max_order] if per_column
   const int64_t* moduli;       // [num_layers, columns], 1 <= m < 2^31
   const int64_t* offsets;      // [num_layers, columns], offset + modulus <= 2^31

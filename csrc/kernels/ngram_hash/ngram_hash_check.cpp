@@ -8,8 +8,7 @@ void check_sizes(const NgramHashParams& p) {
   EK_CHECK(p.max_order >= 2 && p.max_order <= kMaxOrder,
            "ngram_hash: max_order is " << p.max_order << ", expected 2.." << kMaxOrder);
   EK_CHECK(p.heads >= 1 && p.num_layers >= 1, "ngram_hash: heads is " << p.heads << " and layers " << p.num_layers);
-  EK_CHECK(p.num_ids >= 1 && p.num_ids <= int64_t{1} << 31,
-           "ngram_hash: num_ids is " << p.num_ids << ", expected 1..2^31");
+  EK_CHECK(p.num_ids >= 1 && p.num_ids <= int64_t{1} << 31, "ngram_hash: num_ids is " << p.num_ids << ", expected 1..2^31");
   EK_CHECK(p.boundary_id >= 0 && p.boundary_id < p.num_ids,
            "ngram_hash: boundary_id is " << p.boundary_id << ", expected [0, " << p.num_ids << ")");
 }
@@ -38,17 +37,17 @@ void check_host_data(const NgramHashParams& p) {
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     if (p.dead(t)) continue;
     const int64_t id = p.token_id(t);
-    EK_CHECK_INDEX(id >= 0 && id < p.vocab_size, "ngram_hash: token_ids["
-                                                     << t << "] is " << id << ", expected [0, " << p.vocab_size
-                                                     << "); unresolved placeholders must not be hashed");
+    EK_CHECK_INDEX(id >= 0 && id < p.vocab_size, "ngram_hash: token_ids[" << t << "] is " << id << ", expected [0, "
+                                                                          << p.vocab_size
+                                                                          << "); unresolved placeholders must not be hashed");
   }
   if (p.history == nullptr) return;
   for (int64_t b = 0; b < p.num_sequences; ++b) {
     for (int back = 1; back < p.max_order; ++back) {
       const int64_t id = p.history_id(b, back);
-      EK_CHECK_INDEX(id >= kDeadToken && id < p.vocab_size,
-                     "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id << ", expected [0, "
-                                            << p.vocab_size << "), -1 (before the start) or -2 (dead)");
+      EK_CHECK_INDEX(id >= kDeadToken && id < p.vocab_size, "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id
+                                                                                   << ", expected [0, " << p.vocab_size
+                                                                                   << "), -1 (before the start) or -2 (dead)");
     }
   }
 }

@@ -93,8 +93,7 @@ void store_mix(int64_t value, int i, Mixes* out) {
 
 // mixes[s - 1] for orders s + 1 = 2..N, multipliers [N]
 template <int kOrder>
-void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order,
-               Mixes* mixes) {
+void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
   const int n = kOrder > 0 ? kOrder : order;
   const uint32_t* ids = block.ids + kMaxOrder - 1;
   uint64_t boundary[kMaxOrder];
@@ -110,8 +109,7 @@ void mix_block(const Block& block, int count, const int64_t* multipliers, int64_
   }
 }
 
-void mix_block_any(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order,
-                   Mixes* mixes) {
+void mix_block_any(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
   switch (order) {
     case 2:
       return mix_block<2>(block, count, multipliers, boundary_id, order, mixes);
@@ -197,8 +195,8 @@ std::vector<ColumnGroup> make_groups(const NgramHashParams& p) {
   return groups;
 }
 
-void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t column, int order,
-                const ExactModulus& exact, int32_t* out) {
+void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t column, int order, const ExactModulus& exact,
+                int32_t* out) {
   const int64_t* multipliers = p.multipliers + column * p.max_order;
   const uint32_t* ids = block.ids + kMaxOrder - 1;
   for (int i = 0; i < count; ++i) {
@@ -211,8 +209,7 @@ void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t
   }
 }
 
-void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups, const Block& block, int64_t first,
-                int count) {
+void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups, const Block& block, int64_t first, int count) {
   Mixes mixes[kMaxOrder - 1];
   const ColumnGroup* group = groups.data();
   for (int layer = 0; layer < p.num_layers; ++layer) {
@@ -225,8 +222,7 @@ void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups
         const int column = (order - 2) * p.heads + head;
         if (p.per_column) {
           for (int j = 0; j < group->count; ++j) {
-            sum_column(p, block, count, int64_t{layer} * p.columns() + column + j, order, group->exact[j],
-                       out + column + j);
+            sum_column(p, block, count, int64_t{layer} * p.columns() + column + j, order, group->exact[j], out + column + j);
           }
         } else if (group->vectorised) {
           reduce_vectorised(mixes[order - 2], count, *group, p.columns(), out + column);
@@ -241,6 +237,7 @@ void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups
 }  // namespace
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
+  if (p.num_tokens == 0) return;
   const std::vector<ColumnGroup> groups = make_groups(p);
   parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
     Block block;

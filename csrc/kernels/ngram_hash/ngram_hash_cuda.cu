@@ -37,8 +37,7 @@ struct Columns {
   Column column[kWidth];
 
   __device__ __forceinline__ Columns(const Plan& plan, int layer, int first_column) {
-    const uint32_t* words =
-        shared_at<uint32_t>(plan.columns_at) + layer * kColumnWords * plan.num_columns + first_column;
+    const uint32_t* words = shared_at<uint32_t>(plan.columns_at) + layer * kColumnWords * plan.num_columns + first_column;
     uint32_t part[kColumnWords][kWidth];
 #pragma unroll
     for (int i = 0; i < kColumnWords; ++i) load(words + i * plan.num_columns, part[i]);
@@ -50,8 +49,8 @@ struct Columns {
 
 // Row ids of kWidth columns from the mixes of their order, one token a call.
 template <int kWidth, bool kSigned>
-__device__ __forceinline__ void reduce_mix(const Columns<kWidth>& columns, const uint32_t (&last_row)[kWidth],
-                                           uint64_t mix, int32_t* out) {
+__device__ __forceinline__ void reduce_mix(const Columns<kWidth>& columns, const uint32_t (&last_row)[kWidth], uint64_t mix,
+                                           int32_t* out) {
   const uint64_t sign = kSigned ? static_cast<uint64_t>(static_cast<int64_t>(mix) >> 63) : 0;
   uint32_t xl, xh, rows[kWidth];
   split(mix ^ sign, &xl, &xh);
@@ -67,8 +66,8 @@ __device__ __forceinline__ void reduce_mix(const Columns<kWidth>& columns, const
 // down.
 template <int kWidth, bool kSigned>
 __device__ __forceinline__ void reduce_mixes(const Columns<kWidth>& columns, const uint32_t (&last_row)[kWidth],
-                                             const uint64_t* mixes, int mix_step, int32_t* out, int out_step, int j,
-                                             int step, int count) {
+                                             const uint64_t* mixes, int mix_step, int32_t* out, int out_step, int j, int step,
+                                             int count) {
   for (; j + 3 * step < count; j += 4 * step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -86,9 +85,8 @@ __device__ __forceinline__ void reduce_mixes(const Columns<kWidth>& columns, con
 }
 
 template <int kWidth>
-__device__ void reduce_windows(const Plan& plan, const Columns<kWidth>& columns, const uint32_t* ids,
-                               const uint64_t* multipliers, int order, int32_t* out, int out_step, int j, int step,
-                               int count) {
+__device__ void reduce_windows(const Plan& plan, const Columns<kWidth>& columns, const uint32_t* ids, const uint64_t* multipliers,
+                               int order, int32_t* out, int out_step, int j, int step, int count) {
 #pragma unroll 1
   for (; j < count; j += step) {
     uint64_t sums[kWidth] = {};
@@ -121,8 +119,7 @@ __device__ __forceinline__ bool stage_constants(const NgramHashParams& p, const 
     uint64_t* multipliers = shared_at<uint64_t>(plan.multipliers_at) + layer * p.max_order * plan.num_columns;
 #pragma unroll 1
     for (int c = thread; c < plan.num_columns; c += threads) {
-      const Column column =
-          make_column(static_cast<uint32_t>(p.moduli[base + c]), static_cast<uint32_t>(p.offsets[base + c]));
+      const Column column = make_column(static_cast<uint32_t>(p.moduli[base + c]), static_cast<uint32_t>(p.offsets[base + c]));
       words[c] = static_cast<uint32_t>(column.low);
       words[plan.num_columns + c] = static_cast<uint32_t>(column.high);
       words[2 * plan.num_columns + c] = column.minus_modulus;
@@ -136,8 +133,7 @@ __device__ __forceinline__ bool stage_constants(const NgramHashParams& p, const 
   if (!kPerColumn && thread < kMaxLayers * kMaxOrder) {
     const int layer = thread % kMaxLayers, s = thread / kMaxLayers;
     const bool there = layer < layers && s < p.max_order;
-    const uint64_t multiplier =
-        there ? static_cast<uint64_t>(p.multipliers[(first_layer + layer) * p.max_order + s]) : 0;
+    const uint64_t multiplier = there ? static_cast<uint64_t>(p.multipliers[(first_layer + layer) * p.max_order + s]) : 0;
     const uint64_t largest = static_cast<uint64_t>(p.num_ids - 1);
     shared_at<uint64_t>(plan.multipliers_at)[thread] = multiplier;
     return (__umul64hi(multiplier, largest) | (multiplier * largest) >> 63) != 0;
@@ -197,23 +193,19 @@ __global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramH
     const int order = 2 + (p.heads == 1 ? column : static_cast<int>(__umulhi(column, plan.heads_inverse)));
     int32_t* out = p.row_ids + ((first_layer + layer) * p.num_tokens + first + slot) * plan.num_columns + column;
     if constexpr (kPerColumn) {
-      const uint64_t* multipliers =
-          shared_at<uint64_t>(plan.multipliers_at) + layer * p.max_order * plan.num_columns + column;
+      const uint64_t* multipliers = shared_at<uint64_t>(plan.multipliers_at) + layer * p.max_order * plan.num_columns + column;
       const uint32_t* ids = shared_at<uint32_t>(plan.windows_at) + slot * plan.window_stride;
       reduce_windows(plan, columns, ids, multipliers, order, out, out_step, slot, slots, count);
     } else {
-      const uint64_t* mixes =
-          shared_at<uint64_t>(plan.mixes_at) + layer * plan.layer_mixes + slot * plan.mix_stride + order - 2;
+      const uint64_t* mixes = shared_at<uint64_t>(plan.mixes_at) + layer * plan.layer_mixes + slot * plan.mix_stride + order - 2;
       uint32_t last_row[kWidth] = {};
       if (is_signed) {
         const int64_t* moduli = p.moduli + static_cast<int64_t>(first_layer + layer) * plan.num_columns + column;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) last_row[i] = columns.column[i].offset + static_cast<uint32_t>(moduli[i]) - 1;
-        reduce_mixes<kWidth, true>(columns, last_row, mixes, slots * plan.mix_stride, out, out_step, slot, slots,
-                                   count);
+        reduce_mixes<kWidth, true>(columns, last_row, mixes, slots * plan.mix_stride, out, out_step, slot, slots, count);
       } else {
-        reduce_mixes<kWidth, false>(columns, last_row, mixes, slots * plan.mix_stride, out, out_step, slot, slots,
-                                    count);
+        reduce_mixes<kWidth, false>(columns, last_row, mixes, slots * plan.mix_stride, out, out_step, slot, slots, count);
       }
     }
   }
@@ -246,8 +238,7 @@ Plan make_plan(const NgramHashParams& p, int width) {
   plan.layers = p.num_layers < kMaxLayers ? p.num_layers : kMaxLayers;
   plan.num_columns = p.columns();
   plan.vectors = p.columns() / width;
-  plan.heads_inverse =
-      static_cast<uint32_t>(((uint64_t{1} << 32) + p.heads - 1) / p.heads);  // exact below 2^16 columns
+  plan.heads_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + p.heads - 1) / p.heads);  // exact below 2^16 columns
   plan.mix_stride = p.per_column ? 0 : (p.max_order - 1) | 1;
   plan.window_stride = p.per_column ? p.max_order | 1 : 0;
   place(p, &plan);
@@ -255,9 +246,9 @@ Plan make_plan(const NgramHashParams& p, int width) {
     plan.tile > kMinTile ? plan.tile /= 2 : plan.layers = 1;
     place(p, &plan);
   }
-  EK_CHECK(plan.shared_bytes <= kMaxSharedBytes,
-           "ngram_hash: " << p.columns() << " columns of order " << p.max_order << " need " << plan.shared_bytes
-                          << " bytes of shared memory, a block has " << kMaxSharedBytes);
+  EK_CHECK(plan.shared_bytes <= kMaxSharedBytes, "ngram_hash: " << p.columns() << " columns of order " << p.max_order << " need "
+                                                                << plan.shared_bytes << " bytes of shared memory, a block has "
+                                                                << kMaxSharedBytes);
   return plan;
 }
 
@@ -276,8 +267,7 @@ void launch(const NgramHashParams& p, const Plan& plan, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.num_tokens, plan.tile), groups = ceil_div(p.num_layers, plan.layers);
   EK_CHECK(groups <= kMaxGridY, "ngram_hash: " << p.num_layers << " layers are too many for one launch");
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(groups));
-  ngram_hash_kernel<kWidth, kPerColumn, kLayers>
-      <<<grid, make_block(plan, kWidth), plan.shared_bytes, stream>>>(p, plan);
+  ngram_hash_kernel<kWidth, kPerColumn, kLayers><<<grid, make_block(plan, kWidth), plan.shared_bytes, stream>>>(p, plan);
   EK_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -86,8 +86,7 @@ __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan,
   for (int j = 4 * lane; j < plan.tile; j += 128) *reinterpret_cast<int4*>(sequences + j) = make_int4(-1, -1, -1, -1);
   __syncwarp();
   for (int64_t b = find_sequence(p, first, lane) + lane; b < p.num_sequences; b += 32) {
-    const int64_t begin = int64_t{p.cu_seqlens[b]} - first,
-                  end = min(int64_t{p.cu_seqlens[b + 1]} - first, int64_t{count});
+    const int64_t begin = int64_t{p.cu_seqlens[b]} - first, end = min(int64_t{p.cu_seqlens[b + 1]} - first, int64_t{count});
     if (begin >= count) break;
     const int stop = static_cast<int>(min(end, begin + p.max_order - 1));
     for (int j = static_cast<int>(max(begin, int64_t{0})); j < stop; ++j) sequences[j] = static_cast<int32_t>(b);
@@ -95,16 +94,15 @@ __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan,
   if (blockIdx.y != 0) return;
   for (int64_t b = int64_t{blockIdx.x} * 32 + lane; b < p.num_sequences; b += int64_t{gridDim.x} * 32) {
     const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
-    if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens))
-      count_error(p.error_count);
+    if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens)) count_error(p.error_count);
   }
 }
 
 // Calls use(s, c) with the canonical id c of the s-th lookback of token j, s = 0 .. max_order - 1, boundary_id where
 // blocked.
 template <class F>
-__device__ __forceinline__ void for_each_lookback(const NgramHashParams& p, const Plan& plan, const Reader& reader,
-                                                  int first, int j, const F& use) {
+__device__ __forceinline__ void for_each_lookback(const NgramHashParams& p, const Plan& plan, const Reader& reader, int first,
+                                                  int j, const F& use) {
   const int32_t* word = shared_at<int32_t>(plan.words_at) + j + kMaxOrder;
   const int32_t boundary = static_cast<int32_t>(p.boundary_id), sequence = shared_at<int32_t>(plan.sequences_at)[j];
   const int32_t own = word[0];

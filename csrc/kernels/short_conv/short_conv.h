@@ -5,8 +5,9 @@
 //   z[t] = sum over j of weight[j] * n[t - back(j)]                 nothing before the sequence start
 //   out[t] = x[t] + z[t] * sigmoid(z[t])                            rounded once
 // Decoding keeps raw inputs, so that any chunking gives the bits of the whole: state[b] is a ring of the last
-// S = (W - 1) * dilation inputs of sequence b, the input at absolute position q in slot q mod S. positions[b] is how many
-// inputs came before this chunk; slots of positions that never were (q < 0) are not read, so a new sequence needs no zeroing.
+// S = (W - 1) * dilation inputs of sequence b, the input at absolute position q in slot q mod S. positions[b] is how
+// many inputs came before this chunk; slots of positions that never were (q < 0) are not read, so a new sequence needs
+// no zeroing.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,11 @@
 //   grad_x[t] = grad_out[t] + rsqrt(..) * (dn * w - xh * mean(dn * w * xh))     w: norm_weight
 //   grad_weight[j] = sum over t of dz[t] * xh[t - back(j)] * w,  grad_norm_weight = sum over t of dn[t] * xh[t]
 //
-// Mapping  tokens in at most kGroups groups, a task is a group and a branch; a group walks its sequences from their ends, so
+// Mapping  tokens in at most kGroups groups, a task is a group and a branch; a group walks its sequences from their
+// ends, so
 //          that dz of the tokens within reach lies in a ring of S + 1 rows. Nothing is saved by the forward pass.
-// Order    the groups depend on the number of tokens alone and their sums are added in order: the same bits at any number of
+// Order    the groups depend on the number of tokens alone and their sums are added in order: the same bits at any
+// number of
 //          threads. Extra memory: kGroups * branches * (width + 1) rows of floats, whatever the number of tokens.
 #include "common/cu_seqlens.h"
 #include "kernels/short_conv/short_conv_rows_cpu.h"
@@ -22,8 +24,16 @@ template <class T>
 class GroupBackward {
  public:
   GroupBackward(const ShortConvBwdParams& p, int64_t branch, float* sums)
-      : b_(p), p_(p.forward), branch_(branch), size_(padded_lanes(p_.hidden_size)), slots_(p_.reach() + 1), sums_(sums),
-        weights_(p_), taps_of_token_(p_, branch), dz_(slots_ * size_), dxh_(size_) {
+      : b_(p),
+        p_(p.forward),
+        branch_(branch),
+        size_(padded_lanes(p_.hidden_size)),
+        slots_(p_.reach() + 1),
+        sums_(sums),
+        weights_(p_),
+        taps_of_token_(p_, branch),
+        dz_(slots_ * size_),
+        dxh_(size_) {
     with_weight_dtype<T>(p_, [&](auto* tag) { weights_.template load_branch<std::remove_pointer_t<decltype(tag)>>(p_, branch); });
   }
 
@@ -134,7 +144,8 @@ void short_conv_bwd_of_type(const ShortConvBwdParams& b, const Parallel& paralle
       GroupBackward<T>(b, task % p.branches, sums.data() + task * stride).run(first, min_of(first + group_tokens, p.num_tokens));
     }
   });
-  with_weight_dtype<T>(p, [&](auto* tag) { write_weight_grads<T, std::remove_pointer_t<decltype(tag)>>(b, sums.data(), groups); });
+  with_weight_dtype<T>(p,
+                       [&](auto* tag) { write_weight_grads<T, std::remove_pointer_t<decltype(tag)>>(b, sums.data(), groups); });
 }
 
 }  // namespace

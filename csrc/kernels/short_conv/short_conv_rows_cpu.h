@@ -58,7 +58,8 @@ EK_LANE float rsqrt_mean_square(const T* row, int64_t size, float eps) {
   return 1.0F / __builtin_sqrtf(total / static_cast<float>(size) + eps);
 }
 
-// Input row of sequence b, branch m, `back` tokens before its token t (which may lie in front of the chunk); null if none.
+// Input row of sequence b, branch m, `back` tokens before its token t (which may lie in front of the chunk); null if
+// none.
 template <class T>
 EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64_t t, int64_t back) {
   const int64_t source = t - back, begin = p.cu_seqlens[b];
@@ -70,8 +71,8 @@ EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64
   return static_cast<const T*>(p.state) + b * p.state_sequence_stride + (slot * p.branches + m) * p.hidden_size;
 }
 
-// The taps of a token. A row's normalizing factor is kept while a token within reach may want it again, so that tokens in
-// order (or in reverse) take each row's sum of squares once, and a token alone those of its own taps.
+// The taps of a token. A row's normalizing factor is kept while a token within reach may want it again, so that tokens
+// in order (or in reverse) take each row's sum of squares once, and a token alone those of its own taps.
 template <class T>
 class Taps {
  public:
@@ -93,7 +94,7 @@ class Taps {
 
   float factor(int64_t b, int64_t source, const T* row) {
     const int64_t shifted = source + (int64_t{1} << 33);  // a source in front of the chunk is negative
-    const int64_t key = (b << 35) + shifted;               // never 0, what the ring is filled with
+    const int64_t key = (b << 35) + shifted;              // never 0, what the ring is filled with
     Kept& kept = reinterpret_cast<Kept*>(kept_.data())[shifted % slots_];
     if (kept.key != key) kept = {key, rsqrt_mean_square(row, p_.hidden_size, p_.eps)};
     return kept.factor;

@@ -174,7 +174,7 @@ class Pipeline:
 
     def _gate_error(self, layer: MemoryLayer, hidden: Tensor, key: Tensor, value: Tensor, got: Tensor) -> float:
         spec = self.spec
-        exact = reference_gate(*(x.double() for x in (hidden, key, value, layer.w_hidden, layer.w_key)), None, spec.gate_eps,
-                               spec.gate_clamp, spec.zero_sign, spec.add_residual)
+        exact = reference_gate(hidden.double(), key.double(), value.double(), layer.w_hidden.double(), layer.w_key.double(), None,
+                               spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
         error = (got.double() - exact).abs().amax(-1) / exact.abs().amax(-1).clamp_min(1e-30)
         return float(error.max())

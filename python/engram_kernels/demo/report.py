@@ -1,6 +1,7 @@
 """What the demo prints."""
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from engram_kernels.demo.pipeline import TOLERANCE
@@ -57,19 +58,22 @@ def verdict(result: dict[str, Any]) -> tuple[bool, list[str]]:
 def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool:
     """Prints the report on a rich console; returns whether everything agreed."""
     from rich.table import Table
+    say = functools.partial(console.print, soft_wrap=True)  # a sentence stays a line, whatever the width of a log
     requested = result["requested_rows"]
-    console.print(f"[bold]{result['text']}[/]: {result['tokens']:,} tokens, {result['distinct_tokens']:,} distinct"
-                  + (f"; token map of {result['classes']:,} classes" if result["classes"] else ""))
-    console.print(f"spec {spec.name}: layers {list(spec.layer_ids)}, orders 2..{spec.max_order}, {spec.heads} heads, rows of "
-                  f"{result['row_bytes']} bytes ({spec.row_format})")
+    say(f"[bold]{result['text']}[/]: {result['tokens']:,} tokens, {result['distinct_tokens']:,} distinct"
+        + (f"; token map of {result['classes']:,} classes" if result["classes"] else ""))
+    say(f"spec {spec.name}: layers {list(spec.layer_ids)}, orders 2..{spec.max_order}, {spec.heads} heads, rows of "
+        f"{result['row_bytes']} bytes ({spec.row_format})")
     true_rows = ", ".join(f"{n:,}" for n in result["true_rows"])
-    console.print(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer "
-                  f"in a file: stored row = row id mod {result['table_rows']:,}")
-    console.print(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
-                  f"{result['tokens_per_step']} tokens a step")
+    say(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer "
+        f"in a file: stored row = row id mod {result['table_rows']:,}")
+    say(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
+        f"{result['tokens_per_step']} tokens a step")
+    if spec.variant == "none":
+        say("this spec has no gate of the kind: projection and gate are the stand-in's")
     for layer, distinct in zip(spec.layer_ids, result["distinct_rows"], strict=True):
-        console.print(f"layer {layer}: {requested:,} rows asked for, {distinct:,} distinct: "
-                      f"repeat rate {1 - distinct / requested:.1%}")
+        say(f"layer {layer}: {requested:,} rows asked for, {distinct:,} distinct: "
+            f"repeat rate {1 - distinct / requested:.1%}")
     bandwidth = f"{result['copy_bandwidth'] / 1e9:.1f} GB/s"
     table = Table(title=f"stages, all layers together; memory bandwidth measured by a copy: {bandwidth}")
     for column in ("stage", "tokens/s", "bytes/token", "share of bandwidth"):
@@ -80,6 +84,6 @@ def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool
     console.print(table)
     ok, lines = verdict(result)
     for line in lines:
-        console.print(f"  {line}")
-    console.print(f"[bold]verdict: {'OK' if ok else 'FAILED'}[/]; all numbers measured in this run")
+        say(f"  {line}")
+    say(f"[bold]verdict: {'OK' if ok else 'FAILED'}[/]; all numbers measured in this run")
     return ok

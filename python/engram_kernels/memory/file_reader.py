@@ -32,7 +32,7 @@ class PythonFileReader:
         if offset < 0 or row_bytes > stride_bytes or offset + num_rows * stride_bytes > self._size:
             raise ValueError(f"FileReader: {num_rows} rows of {stride_bytes} bytes from byte {offset} are not inside "
                              f"{self._path} of {self._size} bytes")
-        view = memoryview(out).cast("B")
+        view = np.asarray(out).reshape(-1).view(np.uint8).data  # a memoryview of no bytes cannot be cast
         if len(view) != ids.size * row_bytes:
             raise ValueError(f"FileReader: out has {len(view)} bytes, expected {ids.size * row_bytes}")
         wrong = np.flatnonzero((ids < 0) | (ids >= num_rows))

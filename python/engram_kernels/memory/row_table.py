@@ -1,6 +1,7 @@
 """RowTable: the rows of one memory layer, in memory or in a file."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import os
@@ -324,10 +325,8 @@ def _in_huge_pages(x: Tensor) -> Tensor:
     # private: shared anonymous memory is a file to the kernel, and gets no huge pages
     memory = mmap.mmap(-1, x.numel() * x.element_size() + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them: small pages serve, slower
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them: small pages serve, slower
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory alive
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
     return whole[start:start + x.numel() * x.element_size()].view(x.dtype).view(x.shape).copy_(x.detach())

@@ -151,8 +151,8 @@ class Writer:
         self._fd, self._extents = fd, extents
 
     def write(self, name: str, at: int, data: Any) -> None:
-        """Writes a dense buffer at byte `at` of tensor `name`."""
-        view, extent = memoryview(data).cast("B"), self._extents[name]
+        """Writes a vector of bytes at byte `at` of tensor `name`."""
+        view, extent = memoryview(data), self._extents[name]
         if at + len(view) > extent.num_bytes:
             raise ValueError(f"{name}: bytes {at}..{at + len(view)} are beyond its {extent.num_bytes}")
         self._write_all(extent.offset + at, view)

@@ -3,10 +3,9 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels._library import LIB
-from engram_kernels.memory.row_table import RowTable
-from engram_kernels._checks import wants_grad
+from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
 from engram_kernels.reference.gather_gate import gather_gate as _reference
 
@@ -15,9 +14,6 @@ _INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w
 LIB.define(f"gather_gate({_INPUTS}) -> Tensor")
 LIB.define(f"gather_gate.out({_INPUTS}, *, Tensor(a!) out) -> ()")
 LIB.define(f"gather_gate_bwd(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-
-TRAINABLE_FORMATS = ("f32", "bf16", "f16")
-
 
 @torch.library.register_fake("engram_kernels::gather_gate", lib=LIB)
 def _fake(hidden, *args):
@@ -76,7 +72,7 @@ def gather_gate(hidden: Tensor, table: RowTable, row_ids: Tensor, w_hidden: Tens
     if not isinstance(table, RowTable):
         raise TypeError(f"gather_gate: table must be a RowTable, got {type(table).__name__}")
     options = (eps, clamp, zero_sign, add_residual)
-    if backend in ("auto", "cpu") and table.tier != "disk" and runs_compiled(hidden, table.rows, row_ids, w_hidden, w_key, mask):
+    if backend in ("auto", "cpu") and table.tier != "file" and runs_compiled(hidden, table.rows, row_ids, w_hidden, w_key, mask):
         try:  # the binding checks all that _check does
             return _compiled(*_op_args(hidden, table, row_ids, w_hidden, w_key, mask), *options, out=out)
         except (AttributeError, TypeError, ValueError, RuntimeError):
@@ -84,15 +80,15 @@ def gather_gate(hidden: Tensor, table: RowTable, row_ids: Tensor, w_hidden: Tens
     _check(hidden, table, row_ids, w_hidden, w_key, mask, out)
     check_options("gather_gate", eps, clamp, zero_sign)
     run = backends.select("gather_gate", hidden.device, backend)
-    if table.tier == "disk" and mask is not None:
+    if table.tier == "file" and mask is not None:
         row_ids = row_ids.masked_fill(mask[:, None], -1)
-    table, row_ids = table.stage(row_ids)
+    table, row_ids = table.stage(row_ids.contiguous())
     return run(*_op_args(hidden, table, row_ids, w_hidden, w_key, mask), *options, out=out)
 
 
 def _op_args(hidden, table, row_ids, w_hidden, w_key, mask):
     rows = table.rows
-    if rows.requires_grad and table.row_format not in TRAINABLE_FORMATS:
+    if rows.requires_grad and table.row_format not in FLOAT_FORMATS:
         raise ValueError(f"gather_gate: rows of format {table.row_format} have no gradient, but table.rows requires it")
     return (hidden, rows, table.scales, row_ids, w_hidden, w_key, mask, table.row_format, table.row_dim,
             table.zero_scale_is_zero)
@@ -158,7 +154,7 @@ def _backward(ctx, grad_out):
     grad_table = None
     if ctx.needs_input_grad[1]:
         ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
-        grad_table = ops.gather_rows_bwd(grad_rows, ids, rows.shape[0], rows.dtype)
+        grad_table = ops.gather_rows_bwd.default(grad_rows, ids.contiguous(), rows.shape[0], rows.dtype)
     return (grad_hidden, grad_table, None, None, grad_w_hidden, grad_w_key, *(None,) * 8)
 
 

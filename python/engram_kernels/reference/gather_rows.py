@@ -8,8 +8,9 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     """Rows [*row_ids.shape, row_dim]; zeros for id -1. See `engram_kernels.gather_rows`; same result bit for bit."""
     present = row_ids != -1
     ids = row_ids[present].long()
-    per_row = scales is not None and row_format != "fp8_e4m3_tensor"
-    values = decode(rows[ids], scales[ids] if per_row else scales, row_format, row_dim, zero_scale_is_zero)
+    if scales is not None and row_format != "fp8_e4m3_tensor":
+        scales = scales[ids]
+    values = decode(rows[ids], scales, row_format, row_dim, zero_scale_is_zero)
     out = values.new_zeros((*row_ids.shape, row_dim), dtype=out_dtype)
     return out.masked_scatter(present.unsqueeze(-1), values.to(out_dtype))
 

@@ -1,0 +1,84 @@
+"""Peak extra memory of every op is its output plus a constant: measured as resident memory of a fresh process, since torch does
+not see what a kernel allocates for itself. Inputs are expanded from one row, so that a hidden copy of them would show."""
+import subprocess
+import sys
+
+import pytest
+
+HEAD = """
+import resource, torch, engram_kernels as ek
+ops, bf16 = torch.ops.engram_kernels, torch.bfloat16
+def peak_kib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def touched(*shape, dtype=bf16):
+    return torch.empty(shape, dtype=dtype).fill_(1)
+def cu(*ends):
+    return torch.tensor([0, *ends], dtype=torch.int32)
+row, weight = torch.ones(1, 4, 5120, dtype=bf16), torch.ones(4, 5120)
+def rows_of(tokens):
+    return row.expand(tokens, -1, -1)
+"""
+OPS = {  # name: what prepares `run(tokens)` with outputs that are there already, and how many tokens
+    "ngram_hash": ("""
+layout = ek.EngramSpec.deepseek_v41().layout()
+ids, out = torch.ones(1, dtype=torch.int32).expand(600_000), touched(2 * 600_000 * 24, dtype=torch.int32)
+def run(tokens):
+    ek.ngram_hash(ids[:tokens], cu(tokens), layout, out=out[:2 * tokens * 24].view(2, tokens, 24))
+""", 600_000),
+    "gather_rows": ("""
+table, out = ek.RowTable.from_tensor(touched(1000, 256), row_format="bf16"), touched(600_000, 256)
+ids = torch.arange(600_000, dtype=torch.int32) % 1000
+def run(tokens):
+    ek.gather_rows(table, ids[:tokens], out=out[:tokens])
+""", 600_000),
+    "gate": ("""
+out = touched(4000, 4, 5120)
+def run(tokens):
+    x = rows_of(tokens)
+    ek.gate(x, x, x[:, 0], weight, weight, out=out[:tokens])
+""", 4000),
+    "gather_gate": ("""
+table, out = ek.RowTable.from_tensor(touched(1000, 256), row_format="bf16"), touched(4000, 4, 5120)
+ids = torch.arange(4000 * 20, dtype=torch.int32).view(4000, 20) % 1000
+def run(tokens):
+    ek.gather_gate(rows_of(tokens), table, ids[:tokens], weight, weight, out=out[:tokens])
+""", 4000),
+    "short_conv": ("""
+out, taps = touched(4000, 4, 5120), torch.ones(4, 5120, 4)
+def run(tokens):
+    ek.short_conv(rows_of(tokens), taps, weight, cu(tokens), 3, out=out[:tokens])
+""", 4000),
+}
+# backward allocates its gradients, which are counted and taken off: (op, bytes of gradients a token)
+BACKWARD = {
+    "gate_bwd": ("""
+def run(tokens):
+    x = rows_of(tokens)
+    ops.gate_bwd(x, x, x, x[:, 0], weight, weight, None, 1e-6, 1e-6, "copysign", True)
+""", 4000, 9 * 5120 * 2),
+    "short_conv_bwd": ("""
+taps = torch.ones(4, 5120, 4)
+def run(tokens):
+    x = rows_of(tokens)
+    ops.short_conv_bwd(x, x, taps, weight, cu(tokens), 3, 1e-5)
+""", 4000, 4 * 5120 * 2),
+}
+CONSTANT_KIB = 8 << 10
+
+
+def growth_kib(setup, tokens, warm_tokens):
+    script = f"{HEAD}{setup}\nrun({warm_tokens})\nbefore = peak_kib()\nrun({tokens})\nprint(peak_kib() - before)\n"
+    return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_peak_memory_of_forward_is_constant(op, compiled):
+    setup, tokens = OPS[op]
+    assert growth_kib(setup, tokens, 16) < CONSTANT_KIB  # the outputs alone are 160 MiB and more
+
+
+@pytest.mark.parametrize("op", BACKWARD)
+def test_peak_memory_of_backward_is_its_gradients(op, compiled):
+    setup, tokens, grad_bytes = BACKWARD[op]
+    warm = 1100  # past the fixed number of partial sums
+    assert growth_kib(setup, tokens, warm) < (tokens - warm) * grad_bytes // 1024 + CONSTANT_KIB
