@@ -73,6 +73,12 @@ def test_ours(benchmark, table_bytes, ids, out, isa):
     assert torch.equal(out[::999], table.rows[ids[::999]])
 
 
+def test_ours_allocating(benchmark, table_bytes, ids):
+    """What peers without out= do: a fresh output a call, whose pages the kernel must clear first."""
+    table = RowTable.from_tensor(bf16_rows(table_bytes[0]))
+    gather(benchmark, table_bytes[1], "engram_kernels bf16, output allocated", lambda: gather_rows(table, ids), 512)
+
+
 def test_ours_fp8_block32(benchmark, table_bytes, ids, out):
     rows = table_bytes[0][:NUM_ROWS * 256].view(NUM_ROWS, 256)
     table = RowTable.from_tensor(rows, table_bytes[0][-NUM_ROWS * 8:].view(NUM_ROWS, 8), "fp8_e4m3_block32")

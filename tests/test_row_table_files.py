@@ -205,6 +205,20 @@ def test_row_table_create_full_disk_after_some_rows(target, monkeypatch):
     check()
 
 
+def test_row_table_create_whose_directory_cannot_be_synced(tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def fail_for_the_directory(fd):
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", fail_for_the_directory)
+    with pytest.raises(OSError, match="is in place and whole, but its directory cannot be synced"):
+        RowTable.create(tmp_path / "t", OLD, row_format="f32")
+    assert os.listdir(tmp_path) == ["t"] and RowTable.open(tmp_path / "t").num_rows == 3
+
+
 def test_row_table_create_goes_on_after_short_writes(tmp_path, monkeypatch):
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:1000], at))

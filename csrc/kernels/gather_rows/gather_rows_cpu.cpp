@@ -87,8 +87,8 @@ EK_LANE void request(const std::byte* begin, int64_t skip_lines, int64_t bytes) 
   for (; line < end; line += kCacheLine) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
 }
 
-// Requests the lines of rows [begin, end). First one line of every row: a request waits for its page to be translated, and
-// only requests that stand close together have their translations overlap.
+// Requests the lines of rows [begin, end). First one line of every row: a request waits for its page to be translated,
+// and only requests that stand close together have their translations overlap.
 EK_LANE void request_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   const RowSource& s = p.source;
   const int64_t value_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);

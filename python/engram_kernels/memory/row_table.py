@@ -22,6 +22,7 @@ from engram_kernels.memory.table_writer import Chunk, write_table
 __all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
 
 _HUGE_PAGE_BYTES = 2 << 20
+_ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -303,7 +304,9 @@ def expect_row_ids(op: str, row_ids: object, device: torch.device) -> None:
     """Raises unless `row_ids` is a contiguous int32 or int64 tensor on `device`."""
     if not isinstance(row_ids, Tensor):
         raise TypeError(f"{op}: row_ids must be a tensor, got {type(row_ids).__name__}")
-    expect_tensor(op, "row_ids", row_ids, (torch.int32, torch.int64), row_ids.shape, device, dense_dims=row_ids.dim())
+    if row_ids.dtype in _ID_DTYPES and row_ids.device == device and row_ids.is_contiguous():
+        return  # the common case, kept cheap
+    expect_tensor(op, "row_ids", row_ids, _ID_DTYPES, row_ids.shape, device, dense_dims=row_ids.dim())
 
 
 def _expect_in_range(op: str, row_ids: Tensor, num_rows: int, lowest: int) -> None:

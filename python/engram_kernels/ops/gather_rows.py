@@ -105,16 +105,12 @@ class _SparseGrad(torch.autograd.Function):
 
 
 def _compiled(*args, out=None):
-    rows = args[0]
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and rows.requires_grad):
-        return _run_compiled(args, out)
-    with torch._C._AutoDispatchBelowAutograd():  # the Python autograd layer costs as much as the whole call
-        return _run_compiled(args, out)
-
-
-def _run_compiled(args, out):
+    rows, _, row_ids, _, row_dim, _, out_dtype = args
     if out is None:
-        return torch.ops.engram_kernels.gather_rows.default(*args)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and rows.requires_grad):
+            return torch.ops.engram_kernels.gather_rows.default(*args)
+        # the Python autograd layer and an allocation through the stable ABI cost more than a decode step's rows
+        out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=rows.device)
     torch.ops.engram_kernels.gather_rows.out(*args, out=out)
     return out
 
