@@ -118,7 +118,7 @@ def test_gate_masked_token_passes_bit_for_bit(dtype, backend, device):
     hidden, key, value, w_hidden, w_key = make_inputs(4, 3, 70, dtype, device)
     words = torch.int32 if dtype == torch.float32 else torch.int16
     # NaN with a payload, signalling NaN, -0, Inf and a subnormal survive
-    odd_bits = {torch.int32: [0x7FC12345, 0x7F800001, -(2**31), 0x7F800000, 1], torch.int16: [0x7FC5, 0x7F81, -(2**15), 0x7C00, 1]}
+    odd_bits = {torch.int32: [0x7FC12345, 0x7F800001, -2**31, 0x7F800000, 1], torch.int16: [0x7FC5, 0x7F81, -2**15, 0x7C00, 1]}
     hidden.view(words)[1, :, :5] = torch.tensor(odd_bits[words], dtype=words, device=device)
     value[1, 0], value[1, 1], key[1, 0, 0] = float("nan"), float("inf"), float("nan")
     mask = torch.tensor([False, True, False, False], device=device)
