@@ -3,7 +3,8 @@
 // A 32-bit word of bf16 memory holds two elements: one shift gives the even ones, one mask the odd ones, and putting
 // them back needs no shuffle either. So a pair of registers holds 2 * kLanes elements of bf16 as (even, odd), of every
 // other type as (first half, second half). This is the pair order of the type. Sums do not care; a float array that is
-// combined with bf16 rows is brought into their order once (in_pair_order).
+// combined with bf16 rows is brought into their order once (in_pair_order). Without vector instructions (kHasPairs
+// false) the order is that of memory, and nothing is streamed.
 #pragma once
 
 #include <cstring>
@@ -77,7 +78,7 @@ EK_LANE Pair even_odd(Pair x) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   return {_mm512_permutex2var_ps(x.a, even, x.b), _mm512_permutex2var_ps(x.a, _mm512_or_si512(even, _mm512_set1_epi32(1)), x.b)};
 }
-constexpr bool kBf16IsEvenOdd = true;
+constexpr bool kHasPairs = true;
 
 #elif defined(__AVX2__)
 
@@ -115,22 +116,18 @@ EK_LANE Pair even_odd(Pair x) {  // shuffle_ps takes 0 2 8 10 | 4 6 12 14
   const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(x.a, x.b, 0xDD));
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xD8)), _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8))};
 }
-constexpr bool kBf16IsEvenOdd = true;
+constexpr bool kHasPairs = true;
 
 #else
 
-template <class T>
-EK_LANE void stream_pair(T* p, Pair x) {
-  store_pair(p, x);
-}
 EK_LANE void finish_streams() {}
 EK_LANE Pair even_odd(Pair x) { return x; }
-constexpr bool kBf16IsEvenOdd = false;
+constexpr bool kHasPairs = false;
 
 #endif
 
 template <class T>
-constexpr bool kIsEvenOdd = kBf16IsEvenOdd && std::is_same_v<T, Bf16>;
+constexpr bool kIsEvenOdd = kHasPairs && std::is_same_v<T, Bf16>;
 
 // kPair consecutive elements, (first half, second half), in the pair order of T
 template <class T>

@@ -9,7 +9,7 @@
 namespace engram_kernels::EK_ISA {
 namespace {
 
-template <class T, bool kStream, bool kResidual>
+template <class T, bool kStream>
 void gate_rows(const GateParams& p, const float* w, int64_t begin, int64_t end) {
   const int64_t size = p.hidden_size, w_stride = padded_size(size);
   int64_t t = begin / p.branches, m = begin % p.branches;
@@ -22,7 +22,7 @@ void gate_rows(const GateParams& p, const float* w, int64_t begin, int64_t end) 
       ++t;
     }
     if (p.masked(token)) {
-      pass_row(h, kResidual, size, out);
+      pass_row(h, p.options.add_residual, size, out);
       continue;
     }
     const T* k = p.key.row<const T>(token, branch);
@@ -32,7 +32,7 @@ void gate_rows(const GateParams& p, const float* w, int64_t begin, int64_t end) 
     // the last row prefetches itself
     const T* next_h = r + 1 < end ? p.hidden.row<const T>(t, m) : h;
     const T* next_k = r + 1 < end ? p.key.row<const T>(t, m) : k;
-    write_row<kStream, kResidual>(h, v, gate, size, out, [=](int64_t i) {
+    write_row<kStream>(h, v, gate, p.options.add_residual, size, out, [=](int64_t i) {
       prefetch(next_h + i);
       prefetch(next_k + i);
     });
@@ -45,8 +45,7 @@ void gate_of_type(const GateParams& p, const Parallel& parallel) {
   const Scratch w(p.branches * padded_size(p.hidden_size));
   multiply_weights<T>(p.weights, p.branches, p.hidden_size, w.data());
   const bool stream = streams<T>(p.out, p.hidden, p.num_tokens * p.branches, p.hidden_size);
-  const auto rows = p.options.add_residual ? (stream ? gate_rows<T, true, true> : gate_rows<T, false, true>)
-                                           : (stream ? gate_rows<T, true, false> : gate_rows<T, false, false>);
+  const auto rows = stream ? gate_rows<T, kHasPairs> : gate_rows<T, false>;
   parallel.for_range(p.num_tokens * p.branches, ceil_div(kGrainElements, p.hidden_size),
                      [&](int64_t begin, int64_t end) { rows(p, w.data(), begin, end); });
 }

@@ -64,18 +64,13 @@ static RowSums row_sums(const T* h, const K* k, const float* w, int64_t hidden_s
 }
 
 // out = h + gate * v, or gate * v; out may be h. kStream: `out` and its rows are 64-byte aligned.
-template <bool kStream, bool kResidual, class T, class K, class Ahead>
-static void write_row(const T* h, const K* v, float gate, int64_t hidden_size, T* out, const Ahead& ahead) {
+template <bool kStream, class T, class K, class Ahead>
+static void write_row(const T* h, const K* v, float gate, bool residual, int64_t hidden_size, T* out, const Ahead& ahead) {
   const F32 g = splat(gate);
   int64_t i = 0;
   for (; i + kPair <= hidden_size; i += kPair) {
     const Pair y = load_pair(v + i);
-    Pair result;
-    if constexpr (kResidual) {
-      result = fma(y, g, load_pair(h + i));
-    } else {
-      result = mul(y, g);
-    }
+    const Pair result = residual ? fma(y, g, load_pair(h + i)) : mul(y, g);
     if constexpr (kStream) {
       stream_pair(out + i, result);
     } else {
@@ -85,7 +80,7 @@ static void write_row(const T* h, const K* v, float gate, int64_t hidden_size, T
   }
   for (; i < hidden_size; i += kLanes) {
     const F32 y = load_upto(v + i, hidden_size - i);
-    const F32 result = kResidual ? fma(y, g, load_upto(h + i, hidden_size - i)) : mul(y, g);
+    const F32 result = residual ? fma(y, g, load_upto(h + i, hidden_size - i)) : mul(y, g);
     store_upto(out + i, result, hidden_size - i);
   }
 }
@@ -105,8 +100,8 @@ EK_LANE void pass_row(const T* h, bool residual, int64_t hidden_size, T* out) {
 template <class T>
 EK_LANE bool streams(const BranchRows& out, const BranchRows& hidden, int64_t rows, int64_t hidden_size) {
   const int64_t row_bytes = hidden_size * static_cast<int64_t>(sizeof(T));
-  return rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-         out.data != hidden.data;
+  return kHasPairs && rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && out.data != hidden.data;
 }
 
 }  // namespace engram_kernels::EK_ISA

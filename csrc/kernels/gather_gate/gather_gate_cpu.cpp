@@ -11,16 +11,17 @@ namespace engram_kernels::EK_ISA {
 namespace {
 
 // K: see Kept
-template <class T, class K, bool kStream, bool kResidual>
+template <class T, class K, bool kStream>
 void gate_tokens(const GatherGateParams& p, const float* w, int64_t begin, int64_t end) {
   const int64_t size = p.hidden_size, w_stride = padded_size(size);
+  const bool residual = p.options.add_residual;
   const DecodeAndSum decode = decoder<T>(p.table.format);
   const Scratch memory(padded_size(size));
   K* e = reinterpret_cast<K*>(memory.data());
   for (int64_t t = begin; t < end; ++t) {
     if (p.masked(t)) {
       for (int64_t m = 0; m < p.branches; ++m) {
-        pass_row(p.hidden.row<const T>(t, m), kResidual, size, p.out.row<T>(t, m));
+        pass_row(p.hidden.row<const T>(t, m), residual, size, p.out.row<T>(t, m));
       }
       continue;
     }
@@ -39,7 +40,7 @@ void gate_tokens(const GatherGateParams& p, const float* w, int64_t begin, int64
       }
       const float gate = gate_score(p.options, size, sums.dot, sums.hh, sums.kk).gate;
       const T* next_h = m + 1 < p.branches ? p.hidden.row<const T>(t, m + 1) : next >= 0 ? p.hidden.row<const T>(next, 0) : h;
-      write_row<kStream, kResidual>(h, e, gate, size, p.out.row<T>(t, m), [=](int64_t i) { prefetch(next_h + i); });
+      write_row<kStream>(h, e, gate, residual, size, p.out.row<T>(t, m), [=](int64_t i) { prefetch(next_h + i); });
     }
   }
   if constexpr (kStream) finish_streams();
@@ -50,8 +51,7 @@ void gather_gate_of_type(const GatherGateParams& p, const Parallel& parallel) {
   const Scratch w(p.branches * padded_size(p.hidden_size));
   multiply_weights<T>(p.weights, p.branches, p.hidden_size, w.data());
   const bool stream = streams<T>(p.out, p.hidden, p.num_tokens * p.branches, p.hidden_size);
-  const auto tokens = p.options.add_residual ? (stream ? gate_tokens<T, K, true, true> : gate_tokens<T, K, false, true>)
-                                             : (stream ? gate_tokens<T, K, true, false> : gate_tokens<T, K, false, false>);
+  const auto tokens = stream ? gate_tokens<T, K, kHasPairs> : gate_tokens<T, K, false>;
   parallel.for_range(p.num_tokens, ceil_div(kGrainElements, p.hidden_size * p.branches),
                      [&](int64_t begin, int64_t end) { tokens(p, w.data(), begin, end); });
 }

@@ -90,42 +90,44 @@ EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std
   }
 }
 
-// Rows whose length is no multiple of kPair: all of them first, then their order, then the sums.
-template <RowFormat kFormat, class T>
-static RowSums decode_odd_and_sum(const GatherGateParams& p, int64_t t, const T* h, const float* w, Kept<kFormat, T>* e) {
-  using K = Kept<kFormat, T>;
+// The rows of token t, of any length, in memory order.
+template <RowFormat kFormat, class K>
+__attribute__((noinline)) static void decode_rows(const GatherGateParams& p, int64_t t, K* e) {
   const int dim = p.table.row_dim;
-  for (int64_t c = 0; c < p.columns; ++c) {
-    K* out = e + c * dim;
+  for (int64_t c = 0; c < p.columns; ++c, e += dim) {
     const int64_t id = p.row_id(t, c);
     if (id == kNoRow) {
-      std::memset(out, 0, static_cast<size_t>(dim) * sizeof(K));
-      continue;
-    }
-    const std::byte *row = p.table.row(id), *scales = p.table.row_scales(id);
-    for (int i = 0; i < dim; i += kLanes) {
-      const int left = dim - i;
-      store_upto(out + i, decode_lanes<kFormat>(p.table, row, scales, i, left < kLanes ? left : kLanes), left);
+      std::memset(e, 0, static_cast<size_t>(dim) * sizeof(K));
+    } else if constexpr (!std::is_same_v<K, float>) {
+      std::memcpy(e, p.table.row(id), static_cast<size_t>(dim) * sizeof(K));
+    } else {
+      const std::byte *row = p.table.row(id), *scales = p.table.row_scales(id);
+      for (int i = 0; i < dim; i += kLanes) {
+        const int left = dim - i;
+        store_upto(e + i, decode_lanes<kFormat>(p.table, row, scales, i, left < kLanes ? left : kLanes), left);
+      }
     }
   }
-  if constexpr (std::is_same_v<K, float>) {
-    for (int64_t i = 0; i + kPair <= p.hidden_size; i += kPair) store_pair(e + i, load_in_order<T>(e + i));
-  }
-  return row_sums<true>(h, e, w, p.hidden_size, [](int64_t) {});
 }
 
+// The sums of rows that decode_rows brought, which are put into the pair order of T first.
+template <class T, class K>
+__attribute__((noinline)) static RowSums order_and_sum(const T* h, const float* w, K* e, int64_t size) {
+  if constexpr (std::is_same_v<K, float> && kIsEvenOdd<T>) {
+    for (int64_t i = 0; i + kPair <= size; i += kPair) store_pair(e + i, load_in_order<T>(e + i));
+  }
+  return row_sums<true>(h, e, w, size, [](int64_t) {});
+}
+
+// decode_rows and order_and_sum in one pass, for rows that fill whole pairs.
 template <RowFormat kFormat, class T>
-static RowSums decode_and_sum(const GatherGateParams& p, int64_t t, const void* hidden, const float* w, void* memory) {
-  using K = Kept<kFormat, T>;
-  const T* h = static_cast<const T*>(hidden);
-  K* e = static_cast<K*>(memory);
+EK_LANE RowSums decode_and_sum_pairs(const GatherGateParams& p, int64_t t, const T* h, const float* w, Kept<kFormat, T>* e) {
   const int dim = p.table.row_dim;
-  if (dim % kPair != 0) return decode_odd_and_sum<kFormat, T>(p, t, h, w, e);
   Pair dot = zero_pair(), hh = zero_pair(), kk = zero_pair();
   for (int64_t c = 0; c < p.columns; ++c, h += dim, w += dim, e += dim) {
     const int64_t id = p.row_id(t, c);
     if (id == kNoRow) {
-      std::memset(e, 0, static_cast<size_t>(dim) * sizeof(K));
+      std::memset(e, 0, static_cast<size_t>(dim) * sizeof(*e));
       for (int i = 0; i < dim; i += kPair) {
         const Pair x = load_pair(h + i);
         hh = fma(x, x, hh);
@@ -141,6 +143,18 @@ static RowSums decode_and_sum(const GatherGateParams& p, int64_t t, const void* 
     }
   }
   return {sum(dot), sum(hh), sum(kk)};
+}
+
+template <RowFormat kFormat, class T>
+static RowSums decode_and_sum(const GatherGateParams& p, int64_t t, const void* hidden, const float* w, void* memory) {
+  using K = Kept<kFormat, T>;
+  const T* h = static_cast<const T*>(hidden);
+  K* e = static_cast<K*>(memory);
+  if constexpr (kHasPairs) {  // elsewhere one pass saves nothing, and 21 instantiations cost a compiler minutes
+    if (p.table.row_dim % kPair == 0) return decode_and_sum_pairs<kFormat, T>(p, t, h, w, e);
+  }
+  decode_rows<kFormat, K>(p, t, e);
+  return order_and_sum(h, w, e, p.hidden_size);
 }
 
 template <class T>
