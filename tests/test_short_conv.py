@@ -144,6 +144,21 @@ def test_short_conv_special_values(value, backend, device):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("width", [3, 4])
+def test_short_conv_inf_weight_meets_nothing_before_the_start(width, backend, device):
+    """The first tokens have no input that the Inf tap could multiply, so they stay finite; the others do not."""
+    x, weight, norm_weight, cu = make_inputs([4, 9], 2, 24, width, torch.float32)
+    weight[:, :, 0] = float("inf")
+    got = short_conv(*(a.to(device) for a in (x, weight, norm_weight, cu)), 2, EPS, backend=backend).cpu()
+    reach = (width - 1) * 2
+    reached = torch.tensor([t >= reach for n in (4, 9) for t in range(n)])
+    assert got[~reached].isfinite().all() and not got[reached].isfinite().any()
+    rest = weight.clone()
+    rest[:, :, 0] = 0
+    want = reference(x, rest, norm_weight, cu, 2, EPS)
+    torch.testing.assert_close(got[~reached], want[~reached], rtol=1e-5, atol=1e-5)
+
+
 def test_short_conv_threads_give_the_same_bits(backend, device):
     args = tuple(a.to(device) for a in make_inputs([300, 1, 99], 4, 64))
     threads = torch.get_num_threads()

@@ -112,24 +112,27 @@ class GroupBackward {
 
 // Adds the groups' sums in order and writes the weights' gradients.
 template <class T, class W>
-void write_weight_grads(const ShortConvBwdParams& b, const float* sums, int64_t groups) {
+void write_weight_grads(const ShortConvBwdParams& b, const float* sums, int64_t groups, const Parallel& parallel) {
   const ShortConvParams& p = b.forward;
   const int64_t size = padded_lanes(p.hidden_size), stride = (p.width + 1) * size;
-  const W* norm_weight = static_cast<const W*>(p.norm_weight);
-  for (int64_t m = 0; m < p.branches; ++m) {
-    for (int64_t i = 0; i < p.hidden_size; ++i) {
-      const int64_t channel = m * p.hidden_size + i;
-      for (int j = 0; j <= p.width; ++j) {
-        float total = 0.0F;
-        for (int64_t g = 0; g < groups; ++g) total += sums[(g * p.branches + m) * stride + j * size + i];
-        if (j < p.width) {
-          from_float(total * to_float(norm_weight[channel]), static_cast<W*>(b.grad_weight) + channel * p.width + j);
-        } else {
-          from_float(total, static_cast<W*>(b.grad_norm_weight) + channel);
+  parallel.for_range(p.branches, 1, [&](int64_t begin, int64_t end) {
+    const Scratch totals(stride);
+    for (int64_t m = begin; m < end; ++m) {
+      std::memset(totals.data(), 0, static_cast<size_t>(stride) * sizeof(float));
+      for (int64_t g = 0; g < groups; ++g) {
+        const float* group = sums + (g * p.branches + m) * stride;
+        for (int64_t i = 0; i < stride; i += kLanes) store(totals.data() + i, add(load(totals.data() + i), load(group + i)));
+      }
+      for (int64_t i = 0; i < p.hidden_size; ++i) {
+        const int64_t channel = m * p.hidden_size + i;
+        const float norm_weight = to_float(static_cast<const W*>(p.norm_weight)[channel]);
+        for (int j = 0; j < p.width; ++j) {
+          from_float(totals.data()[j * size + i] * norm_weight, static_cast<W*>(b.grad_weight) + channel * p.width + j);
         }
+        from_float(totals.data()[p.width * size + i], static_cast<W*>(b.grad_norm_weight) + channel);
       }
     }
-  }
+  });
 }
 
 template <class T>
@@ -144,8 +147,8 @@ void short_conv_bwd_of_type(const ShortConvBwdParams& b, const Parallel& paralle
       GroupBackward<T>(b, task % p.branches, sums.data() + task * stride).run(first, min_of(first + group_tokens, p.num_tokens));
     }
   });
-  with_weight_dtype<T>(p,
-                       [&](auto* tag) { write_weight_grads<T, std::remove_pointer_t<decltype(tag)>>(b, sums.data(), groups); });
+  with_weight_dtype<T>(
+      p, [&](auto* tag) { write_weight_grads<T, std::remove_pointer_t<decltype(tag)>>(b, sums.data(), groups, parallel); });
 }
 
 }  // namespace

@@ -12,6 +12,31 @@
 namespace engram_kernels::EK_ISA {
 namespace {
 
+// out = x + silu(z) over the channels; weights have the norm's folded in. kTaps rows, all of them there, or 0: as many as the
+// params say, some of them null. Both add the taps in the same order, so that they give the same bits.
+template <int kTaps, class T>
+EK_LANE void convolve_row(const ShortConvParams& p, const BranchWeights& weights, const Tap<T>* taps, T* out) {
+  const int width = kTaps > 0 ? kTaps : p.width;
+  const T* x = taps[width - 1].row;
+  F32 factors[kMaxTaps];
+  for (int j = 0; j < width; ++j) factors[j] = splat(taps[j].rsqrt_mean);
+  const auto lanes = [&](int64_t i, auto load_row) __attribute__((always_inline)) {
+    F32 z = zeros();
+    for (int j = 0; j < width; ++j) {
+      if (kTaps == 0 && taps[j].row == nullptr) continue;  // not a zero: the weight may be Inf
+      z = fma(load(weights.tap(j) + i), mul(load_row(taps[j].row + i), factors[j]), z);
+    }
+    return fma(z, sigmoid(z), load_row(x + i));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= p.hidden_size; i += kLanes) {
+    store(out + i, lanes(i, [](const T* row) __attribute__((always_inline)) { return load(row); }));
+  }
+  const int rest = static_cast<int>(p.hidden_size - i);
+  if (rest == 0) return;
+  store_first(out + i, lanes(i, [rest](const T* row) __attribute__((always_inline)) { return load_first(row, rest); }), rest);
+}
+
 template <class T>
 void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int64_t branch, int64_t begin, int64_t end) {
   Taps<T> taps_of_token(p, branch);
@@ -20,12 +45,12 @@ void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int6
   for (int64_t t = begin; t < end; ++t) {
     while (p.cu_seqlens[b + 1] <= t) ++b;
     taps_of_token.of(b, t, taps);
-    const T* x = taps[p.width - 1].row;
     T* out = static_cast<T*>(p.out) + (t * p.branches + branch) * p.hidden_size;
-    for (int64_t i = 0; i < p.hidden_size; i += kLanes) {
-      const int64_t count = p.hidden_size - i;
-      const F32 z = convolve_lanes(p, weights, taps, i, count);
-      store_upto(out + i, fma(z, sigmoid(z), load_upto(x + i, count)), count);
+    // taps reach further back the lower they are: where the first has a row, all have
+    if (p.width == kUnrolledTaps && taps[0].row != nullptr) {
+      convolve_row<kUnrolledTaps>(p, weights, taps, out);
+    } else {
+      convolve_row<0>(p, weights, taps, out);
     }
   }
 }
@@ -52,6 +77,7 @@ void short_conv_of_type(const ShortConvParams& p, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t branch = task % p.branches, first = task / p.branches * kBlockTokens;
       with_weight_dtype<T>(p, [&](auto* tag) { weights.load_branch<std::remove_pointer_t<decltype(tag)>>(p, branch); });
+      weights.fold_norm(p);
       convolve_block<T>(p, weights, branch, first, first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
     }
   });

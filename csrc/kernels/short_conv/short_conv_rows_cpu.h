@@ -8,6 +8,7 @@
 namespace engram_kernels::EK_ISA {
 
 constexpr int64_t kBlockTokens = 64;  // tokens of a task: the weights that a task converts are used that often
+constexpr int kUnrolledTaps = 4;      // the published width has loops of its own
 
 EK_LANE int64_t padded_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
 
@@ -20,15 +21,34 @@ class BranchWeights {
   void load_branch(const ShortConvParams& p, int64_t branch) {
     const W* weight = static_cast<const W*>(p.weight) + branch * p.hidden_size * p.width;
     const W* norm = static_cast<const W*>(p.norm_weight) + branch * p.hidden_size;
-    for (int64_t i = 0; i < p.hidden_size; ++i) {
-      for (int j = 0; j < p.width; ++j) data_.data()[j * size_ + i] = to_float(weight[i * p.width + j]);
-      data_.data()[p.width * size_ + i] = to_float(norm[i]);
+    if (p.width == kUnrolledTaps) {
+      load_taps<W, kUnrolledTaps>(weight, p.hidden_size, kUnrolledTaps);
+    } else {
+      load_taps<W, 0>(weight, p.hidden_size, p.width);
+    }
+    for (int64_t i = 0; i < p.hidden_size; ++i) data_.data()[p.width * size_ + i] = to_float(norm[i]);
+  }
+  // Multiplies the norm weight into the taps, for a caller that only convolves.
+  void fold_norm(const ShortConvParams& p) {
+    for (int j = 0; j < p.width; ++j) {
+      float* taps = data_.data() + j * size_;
+      for (int64_t i = 0; i < size_; i += kLanes) store(taps + i, mul(load(taps + i), load(norm(p) + i)));
     }
   }
   const float* tap(int j) const { return data_.data() + j * size_; }
   const float* norm(const ShortConvParams& p) const { return tap(p.width); }
 
  private:
+  // A decode step of one sequence is little more than this transposition: with the width known it becomes shuffles.
+  template <class W, int kWidth>
+  void load_taps(const W* __restrict weight, int64_t hidden_size, int width) {
+    const int taps = kWidth > 0 ? kWidth : width;
+    for (int j = 0; j < taps; ++j) {
+      float* __restrict tap = data_.data() + j * size_;
+      for (int64_t i = 0; i < hidden_size; ++i) tap[i] = to_float(weight[i * taps + j]);
+    }
+  }
+
   int64_t size_;
   Scratch data_;
 };

@@ -36,8 +36,11 @@ def _convolve(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor
     for sequence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         line = torch.cat([before[sequence], x[begin:end]]).to(dtype)
         normed = line * torch.rsqrt(line.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
-        padded = F.pad(normed, (0, 0, 0, 0, (width - 1) * dilation, 0))  # nothing before the sequence start
-        taps = [weight[:, :, j].to(dtype) * padded[j * dilation:j * dilation + line.shape[0]] for j in range(width)]
-        conv = torch.stack(taps).sum(0)
+        conv = torch.zeros_like(normed)
+        for j in range(width):
+            back = min((width - 1 - j) * dilation, line.shape[0])
+            # nothing before the sequence start: not a zero times the weight, which may be Inf
+            reached = weight[:, :, j].to(dtype) * normed[:line.shape[0] - back]
+            conv = conv + F.pad(reached, (0, 0, 0, 0, back, 0))
         pieces.append((line + F.silu(conv))[line.shape[0] - (end - begin):])
     return torch.cat(pieces).to(x.dtype)
