@@ -1,10 +1,8 @@
 // CPU kernel of short_conv, forward, with or without state. Contract and formula: short_conv.h.
 //
-// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding
-// many
+// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding many
 //          sequences of one token each fills blocks as one long sequence does.
-// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches
-// back
+// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches back
 //          to are read once more. With state, a step reads W - 1 slots and writes one: nothing is shifted.
 #include "common/cu_seqlens.h"
 #include "kernels/short_conv/short_conv_rows_cpu.h"

@@ -7,7 +7,8 @@
 
 namespace engram_kernels::EK_ISA {
 
-constexpr int64_t kBlockTokens = 64;  // tokens of a task: the weights that a task converts are used that often
+constexpr int64_t kKeptFactors = 4096;  // a longer reach takes some sums of squares again
+constexpr int64_t kBlockTokens = 64;    // tokens of a task: the weights that a task converts are used that often
 
 EK_LANE int64_t padded_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
 
@@ -76,7 +77,8 @@ EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64
 template <class T>
 class Taps {
  public:
-  Taps(const ShortConvParams& p, int64_t branch) : p_(p), branch_(branch), slots_(p.reach() + 1), kept_(slots_ * kWords) {}
+  Taps(const ShortConvParams& p, int64_t branch)
+      : p_(p), branch_(branch), slots_(p.reach() < kKeptFactors ? p.reach() + 1 : kKeptFactors), kept_(slots_ * kWords) {}
 
   void of(int64_t b, int64_t t, Tap<T>* taps) {
     for (int j = 0; j < p_.width; ++j) {
