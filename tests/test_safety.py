@@ -37,16 +37,16 @@ def calls(dtype=torch.float32):
     int8 = dict(rows=torch.ones(9, 32, dtype=torch.int8), scales=torch.ones(9, 1))
     state = dict(state=torch.zeros(1, 9, M, C * D), positions=torch.zeros(1, dtype=torch.int32))
     return {
-        "gate": (ek.gate, dict(hidden=hidden, key=hidden.clone(), value=hidden[:, 0].clone(), w_hidden=weight, w_key=weight.clone(),
-                               mask=dead), torch.empty_like(hidden), {"hidden"}),
+        "gate": (ek.gate, dict(hidden=hidden, key=hidden.clone(), value=hidden[:, 0].clone(), w_hidden=weight,
+                               w_key=weight.clone(), mask=dead), torch.empty_like(hidden), {"hidden"}),
         "gather_gate": (gather_gate, dict(hidden=hidden, **int8, row_ids=ids[:, :4].contiguous(), w_hidden=weight,
                                           w_key=weight.clone(), mask=dead), torch.empty_like(hidden), {"hidden"}),
         "gather_rows": (gather_rows, dict(**int8, row_ids=ids), torch.empty(T, C, 32), set()),
         "ngram_hash": (ngram_hash, dict(token_ids=ids[:, 0].contiguous(), cu_seqlens=cu, dead_mask=dead,
                                         history=torch.zeros(1, 3, dtype=torch.int64), token_map=torch.arange(500).int()),
                        torch.empty(2, T, 24, dtype=torch.int32), set()),
-        "short_conv": (ek.short_conv, dict(x=hidden, weight=torch.ones(M, C * D, 4), norm_weight=weight, cu_seqlens=cu, dilation=3,
-                                           **state), torch.empty_like(hidden), set()),
+        "short_conv": (ek.short_conv, dict(x=hidden, weight=torch.ones(M, C * D, 4), norm_weight=weight, cu_seqlens=cu,
+                                           dilation=3, **state), torch.empty_like(hidden), set()),
     }
 
 
