@@ -6,7 +6,7 @@ import torch
 
 from engram_kernels.ops.gate import gate
 from engram_kernels.reference.gate import gate as reference
-from engram_kernels.testing import assert_as_accurate_as_torch
+from engram_kernels.testing import assert_as_accurate_as_torch, assert_rounded_once
 from engram_kernels.testing.draws import worst_draw
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -379,3 +379,12 @@ def test_gate_allocates_only_its_output(compiled):
 
     assert allocated(lambda: gate(*inputs)) == inputs[0].numel() * 2
     assert allocated(lambda: gate(*inputs, out=inputs[0])) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_gate_rounds_once(dtype, eps, backend, device):
+    hidden, key, value, w_hidden, w_key = make_inputs(6, 4, 512, dtype, device)
+    key = key * 0.1  # so that eps counts
+    got = gate(hidden, key, value, w_hidden, w_key, eps=eps, backend=backend)
+    assert_rounded_once(got.cpu(), exact(*(x.cpu() for x in (hidden, key, value, w_hidden, w_key)), eps=eps))

@@ -21,16 +21,16 @@ def rows_of(tokens):
 OPS = {  # name: what prepares `run(tokens)` with outputs that are there already, and how many tokens
     "ngram_hash": ("""
 layout = ek.EngramSpec.deepseek_v41().layout()
-ids, out = torch.ones(1, dtype=torch.int32).expand(600_000), touched(2 * 600_000 * 24, dtype=torch.int32)
+ids, out = torch.ones(1, dtype=torch.int32).expand(2_400_000), touched(2 * 2_400_000 * 24, dtype=torch.int32)
 def run(tokens):
     ek.ngram_hash(ids[:tokens], cu(tokens), layout, out=out[:2 * tokens * 24].view(2, tokens, 24))
-""", 600_000),
+""", 2_400_000),
     "gather_rows": ("""
-table, out = ek.RowTable.from_tensor(touched(1000, 256), row_format="bf16"), touched(600_000, 256)
-ids = torch.arange(600_000, dtype=torch.int32) % 1000
+table, out = ek.RowTable.from_tensor(touched(1000, 256), row_format="bf16"), touched(2_400_000, 256)
+ids = torch.arange(2_400_000, dtype=torch.int32) % 1000
 def run(tokens):
     ek.gather_rows(table, ids[:tokens], out=out[:tokens])
-""", 600_000),
+""", 2_400_000),
     "gate": ("""
 out = touched(4000, 4, 5120)
 def run(tokens):

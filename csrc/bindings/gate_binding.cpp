@@ -30,11 +30,9 @@ GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, 
   return p;
 }
 
-void run(GateParams p, const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& out) {
+void run(GateParams p, const Tensor& hidden, const Tensor& out) {
   p.out = branch_rows(kOp, "out", out, hidden, 3);
   expect_apart_or_same(kOp, hidden, out);
-  expect_apart(kOp, "key", key, out);
-  expect_apart(kOp, "value", value, out);
   gate_cpu(p, torch_threads());
 }
 
@@ -42,14 +40,15 @@ Tensor gate(const Tensor& hidden, const Tensor& key, const Tensor& value, const 
             OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual) {
   const GateParams p = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
-  run(p, hidden, key, value, out);
+  run(p, hidden, out);
   return out;
 }
 
 void gate_out(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
               OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual, const Tensor& out) {
-  run(params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)), hidden, key,
-      value, out);
+  expect_apart_from(kOp, out,
+                    {{"key", &key}, {"value", &value}, {"w_hidden", &w_hidden}, {"w_key", &w_key}, {"mask", or_null(mask)}});
+  run(params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)), hidden, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& key,

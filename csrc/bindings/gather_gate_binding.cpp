@@ -37,11 +37,9 @@ GatherGateParams params(const Tensor& hidden, const RowSource& table, const Tens
   return p;
 }
 
-void run(GatherGateParams p, const Tensor& hidden, const Tensor& rows, const OptionalTensor& scales, const Tensor& out) {
+void run(GatherGateParams p, const Tensor& hidden, const Tensor& out) {
   p.out = branch_rows(kOp, "out", out, hidden, 3);
   expect_apart_or_same(kOp, hidden, out);
-  expect_apart(kOp, "rows", rows, out);
-  if (scales.has_value()) expect_apart(kOp, "scales", *scales, out);
   gather_gate_cpu(p, torch_threads());
 }
 
@@ -51,7 +49,7 @@ Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scal
   const GatherGateParams p = params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
                                     w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
-  run(p, hidden, rows, scales, out);
+  run(p, hidden, out);
   return out;
 }
 
@@ -59,9 +57,16 @@ void gather_gate_out(const Tensor& hidden, const Tensor& rows, OptionalTensor sc
                      const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
                      bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual,
                      const Tensor& out) {
+  expect_apart_from(kOp, out,
+                    {{"rows", &rows},
+                     {"scales", or_null(scales)},
+                     {"row_ids", &row_ids},
+                     {"w_hidden", &w_hidden},
+                     {"w_key", &w_key},
+                     {"mask", or_null(mask)}});
   run(params(hidden, row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key, mask,
              gate_options(kOp, eps, clamp, zero_sign, add_residual)),
-      hidden, rows, scales, out);
+      hidden, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(const Tensor& grad_out, const Tensor& hidden, const Tensor& rows,

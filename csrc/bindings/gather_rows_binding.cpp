@@ -51,6 +51,7 @@ Tensor gather_rows(const Tensor& rows, std::optional<Tensor> scales, const Tenso
 
 void gather_rows_out(const Tensor& rows, std::optional<Tensor> scales, const Tensor& row_ids, std::string row_format,
                      int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, const Tensor& out) {
+  expect_apart_from(kOp, out, {{"rows", &rows}, {"scales", or_null(scales)}, {"row_ids", &row_ids}});
   run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out);
 }
 

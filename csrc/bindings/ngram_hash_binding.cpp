@@ -14,6 +14,7 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
   p.num_tokens = token_ids.numel();
   p.num_sequences = cu_seqlens.numel() - 1;
   p.per_column = multipliers.dim() == 3;
+  EK_CHECK(moduli.dim() == 2 && (multipliers.dim() == 2 || p.per_column), kOp << ": moduli and multipliers disagree");
   p.num_layers = static_cast<int>(moduli.size(0));
   p.max_order = static_cast<int>(multipliers.size(multipliers.dim() - 1));
   EK_CHECK(p.max_order >= 2 && p.max_order <= kMaxOrder && moduli.dim() == 2 && moduli.size(1) % (p.max_order - 1) == 0,
@@ -79,6 +80,15 @@ Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tenso
 void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
                     const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
                     std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+  expect_apart_from(kOp, out,
+                    {{"token_ids", &token_ids},
+                     {"cu_seqlens", &cu_seqlens},
+                     {"moduli", &moduli},
+                     {"offsets", &offsets},
+                     {"multipliers", &multipliers},
+                     {"token_map", or_null(token_map)},
+                     {"history", or_null(history)},
+                     {"dead_mask", or_null(dead_mask)}});
   run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id, out);
 }
 

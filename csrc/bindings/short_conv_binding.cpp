@@ -23,7 +23,8 @@ ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor&
   expect_dtype(kOp, "cu_seqlens", cu_seqlens, {ScalarType::Int});
   expect_shape(kOp, "cu_seqlens", cu_seqlens, {kAnySize}, 1);
   EK_CHECK(cu_seqlens.numel() >= 1, kOp << ": cu_seqlens is empty");
-  EK_CHECK(dilation >= 1 && dilation <= INT32_MAX / kMaxTaps, kOp << ": dilation is " << dilation << ", expected at least 1");
+  EK_CHECK(dilation >= 1 && dilation <= INT32_MAX / kMaxTaps,
+           kOp << ": dilation is " << dilation << ", expected 1.." << INT32_MAX / kMaxTaps);
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.norm_weight = norm_weight.const_data_ptr();
@@ -41,7 +42,6 @@ ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor&
 void run(ShortConvParams p, const Tensor& x, const Tensor& out) {
   expect_dtype(kOp, "out", out, {x.scalar_type()});
   expect_shape(kOp, "out", out, {p.num_tokens, p.branches, p.hidden_size}, 3);
-  expect_apart(kOp, "x", x, out);
   p.out = out.mutable_data_ptr();
   check_host_data(p);
   short_conv_cpu(p, torch_threads());
@@ -49,6 +49,7 @@ void run(ShortConvParams p, const Tensor& x, const Tensor& out) {
 
 void short_conv_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
                     double eps, const Tensor& out) {
+  expect_apart_from(kOp, out, {{"x", &x}, {"weight", &weight}, {"norm_weight", &norm_weight}, {"cu_seqlens", &cu_seqlens}});
   run(make_params(x, weight, norm_weight, cu_seqlens, dilation, eps), x, out);
 }
 
@@ -63,15 +64,20 @@ Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weig
 void short_conv_update_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
                            const Tensor& positions, int64_t dilation, double eps, const Tensor& state, const Tensor& out) {
   ShortConvParams p = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
-  expect_dtype(kOp, "positions", positions, {ScalarType::Int});
+  expect_dtype(kOp, "positions", positions, {ScalarType::Int, ScalarType::Long});
   expect_shape(kOp, "positions", positions, {p.num_sequences}, 1);
   expect_dtype(kOp, "state", state, {x.scalar_type()});
   expect_shape(kOp, "state", state, {p.num_sequences, p.reach(), p.branches, p.hidden_size}, 3);
   EK_CHECK(p.num_sequences <= 1 || state.stride(0) >= p.reach() * p.branches * p.hidden_size,
            kOp << ": the sequences of state share memory");
+  for (const Tensor* written : {&out, &state}) {
+    expect_apart_from(
+        kOp, *written,
+        {{"x", &x}, {"weight", &weight}, {"norm_weight", &norm_weight}, {"cu_seqlens", &cu_seqlens}, {"positions", &positions}});
+  }
   expect_apart(kOp, "state", state, out);
-  expect_apart(kOp, "state, which x shares,", state, x);
-  p.positions = positions.const_data_ptr<int32_t>();
+  p.positions = positions.const_data_ptr();
+  p.positions_are_64 = positions.scalar_type() == ScalarType::Long;
   p.state = state.mutable_data_ptr();
   p.state_sequence_stride = state.stride(0);
   run(p, x, out);

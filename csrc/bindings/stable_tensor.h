@@ -1,7 +1,7 @@
 // What the bindings share: shape checks that keep a direct torch.ops call memory-safe, and torch's thread pool.
 //
-// The public Python function has already checked everything with better words; these checks are for a caller that
-// goes to torch.ops.engram_kernels directly.
+// A caller may go to torch.ops.engram_kernels directly, so these checks alone must do; the public Python function checks the same
+// with better words.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "common/error.h"
 #include "common/parallel.h"
@@ -86,6 +87,18 @@ inline void expect_apart(const char* op, const char* name, const Tensor& x, cons
   const ByteRange a = byte_range(x), b = byte_range(out);
   EK_CHECK(a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end,
            op << ": out shares memory with " << name);
+}
+
+using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
+
+inline const Tensor* or_null(const std::optional<Tensor>& x) { return x.has_value() ? &*x : nullptr; }
+
+// Throws where `out` shares memory with any of the inputs (null: not given): ids and offsets are checked, then read again while
+// `out` is being written.
+inline void expect_apart_from(const char* op, const Tensor& out, NamedTensors inputs) {
+  for (const auto& [name, x] : inputs) {
+    if (x != nullptr) expect_apart(op, name, *x, out);
+  }
 }
 
 }  // namespace engram_kernels

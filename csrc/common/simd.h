@@ -69,7 +69,7 @@ EK_LANE void store(Bf16* p, F32 x) {
 EK_LANE void store(F16* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-// kLanes values times 2^-8, NaN kept: an fp8 e4m3 moved into a half's place
+// kLanes fp8 e4m3 values, NaN kept: moved into a half's place, where they are 2^-8 of themselves
 EK_LANE F32 load_fp8_e4m3(const std::byte* p) {
   const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7F));
@@ -99,7 +99,7 @@ EK_LANE F32 clamp(F32 x, float low, float high) {  // NaN stays
   return _mm256_min_ps(splat(high), _mm256_max_ps(splat(low), x));
 }
 EK_LANE F32 round_to_int(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-EK_LANE F32 times_power_of_two(F32 x, F32 n) {  // n in [-126, 127]
+EK_LANE F32 times_power_of_two(F32 x, F32 n) {  // n in [-126, 128], 128 gives Inf
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
@@ -179,7 +179,8 @@ EK_LANE F32 round_to_int(F32 x) {
   return each_lane([&](int i) { return __builtin_rintf(x.lane[i]); });
 }
 EK_LANE F32 times_power_of_two(F32 x, F32 n) {
-  return each_lane([&](int i) { return __builtin_ldexpf(x.lane[i], static_cast<int>(n.lane[i])); });
+  return each_lane(
+      [&](int i) { return __builtin_ldexpf(x.lane[i], static_cast<int>(n.lane[i] == n.lane[i] ? n.lane[i] : 0.0F)); });
 }
 EK_LANE float sum(F32 a) {
   const float even = (a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6]);
@@ -202,9 +203,9 @@ EK_LANE F32 load_int8(const std::byte* p) {
 
 #endif
 
-// e^x, within two units in the last place where the result is a normal float; held at the ends of [-87, 88]. NaN stays.
+// e^x, within two units in the last place where the result is a normal float; Inf from 88.7 on, held below -87. NaN stays.
 EK_LANE F32 exp(F32 x) {
-  const F32 held = clamp(x, -87.0F, 88.0F);
+  const F32 held = clamp(x, -87.0F, 89.0F);
   const F32 n = round_to_int(mul(held, splat(1.44269504F)));
   // x - n ln 2, with ln 2 in two parts so that the product is exact
   const F32 r = fma(n, splat(2.12194440e-4F), fma(n, splat(-0.693359375F), held));

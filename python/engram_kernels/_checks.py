@@ -3,6 +3,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,3 +67,25 @@ def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> 
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd has to see this call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def refuse_forward_ad(op: str) -> None:
+    """Raises NotImplementedError inside a forward-mode AD level: the compiled op would drop the tangents in silence."""
+    if not is_compiling() and forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{op}: the compiled op has no forward-mode derivative; use backend='reference'")
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tells autograd that the compiled op wrote these, so that a backward pass that saved one of them raises."""
+    if is_compiling():
+        return  # functionalization sees the mutation in the schema
+    for x in tensors:
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
+def no_second_derivative(op: str):
+    """A backward for the registration of `<op>_bwd`, which is not differentiable itself."""
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{op}: there is no second derivative; use backend='reference'")
+    return backward

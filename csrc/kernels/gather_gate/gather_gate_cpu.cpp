@@ -1,8 +1,7 @@
 // CPU kernel of gather_gate. Contract: gather_gate.h, gate.h.
 //
-// Mapping  threads share the tokens. A token's rows are decoded into a scratch of the thread's own (L1, L2) together
-// with the
-//          sums of the first branch; the other branches read them there. The rows of the next token, which lie anywhere
+// Mapping  threads share the tokens. A token's rows are decoded into a scratch of the thread's own (L1, L2) together with
+//          the sums of the first branch; the other branches read them there. The rows of the next token, which lie anywhere
 //          in the table, are prefetched before.
 // Traffic  reads the rows and hidden and writes out once.
 #include "kernels/gather_gate/gather_gate_row_cpu.h"

@@ -1,11 +1,9 @@
 // CPU kernel of gather_rows. Contract: gather_rows.h.
 //
-// Mapping   consecutive ids to each thread; a row is decoded kLanes elements at a time, or copied where the dtype
-// stays. Latency   a random row is a DRAM access away (and a TLB miss, which huge pages make cheap), so the cache lines
-// of rows
+// Mapping   consecutive ids to each thread; a row is decoded kLanes elements at a time, or copied where the dtype stays.
+// Latency   a random row is a DRAM access away (and a TLB miss, which huge pages make cheap), so the cache lines of rows
 //           some kPrefetchBytes ahead are requested while this one is copied.
-// Traffic   reads each row once, writes the output once. A large output goes past the cache: an ordinary store would
-// read
+// Traffic   reads each row once, writes the output once. A large output goes past the cache: an ordinary store would read
 //           the line first.
 #include <algorithm>
 #include <cstring>

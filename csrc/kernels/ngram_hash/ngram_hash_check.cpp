@@ -17,7 +17,7 @@ void check_params(const NgramHashParams& p) {
   check_sizes(p);
   const int64_t limit = int64_t{1} << 31;
   for (int64_t i = 0; i < int64_t{p.num_layers} * p.columns(); ++i) {
-    EK_CHECK(p.moduli[i] >= 1 && p.moduli[i] < limit && p.offsets[i] >= 0 && p.offsets[i] + p.moduli[i] <= limit,
+    EK_CHECK(p.moduli[i] >= 1 && p.moduli[i] < limit && p.offsets[i] >= 0 && p.offsets[i] <= limit - p.moduli[i],
              "ngram_hash: column " << i << " has modulus " << p.moduli[i] << " and offset " << p.offsets[i]
                                    << "; row ids must fit int32");
     if (!p.per_column) continue;

@@ -1,12 +1,10 @@
 // CPU kernel of ngram_hash. Contract and formula: ngram_hash.h.
 //
-// Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order
-// (scalar),
+// Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order (scalar),
 //          then eight columns at a time with their constants in registers.
-// Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so
-// rounding
-//          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix /
-//          m, and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
+// Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so rounding
+//          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
+//          and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
 // Traffic  reads 4 or 8 B a token, writes 4 B * columns * layers a token, which bounds the kernel.
 #include "kernels/ngram_hash/ngram_hash.h"
 

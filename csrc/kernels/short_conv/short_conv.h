@@ -26,7 +26,7 @@ struct ShortConvParams {
   const void* weight;         // [branches, hidden_size, width] of weight_dtype
   const void* norm_weight;    // [branches, hidden_size] of weight_dtype
   const int32_t* cu_seqlens;  // [num_sequences + 1], first 0, last num_tokens, non-decreasing
-  const int32_t* positions;   // [num_sequences], >= 0; null without state
+  const void* positions;      // [num_sequences] int32, or int64 where positions_are_64; >= 0; null without state
   void* state;                // [num_sequences, S, branches, hidden_size] of dtype, the last three dense; or null
   void* out;                  // [num_tokens, branches, hidden_size] of dtype, dense
   int64_t num_tokens;
@@ -41,7 +41,11 @@ struct ShortConvParams {
   float eps;
   DType dtype;
   DType weight_dtype;  // dtype, or float
+  bool positions_are_64;
 
+  EK_INLINE int64_t position(int64_t b) const {
+    return positions_are_64 ? static_cast<const int64_t*>(positions)[b] : static_cast<const int32_t*>(positions)[b];
+  }
   EK_INLINE int64_t reach() const { return int64_t{width - 1} * dilation; }
   EK_INLINE int64_t back(int tap) const { return int64_t{width - 1 - tap} * dilation; }
 };

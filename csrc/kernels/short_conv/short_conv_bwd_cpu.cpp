@@ -4,12 +4,10 @@
 //   grad_x[t] = grad_out[t] + rsqrt(..) * (dn * w - xh * mean(dn * w * xh))     w: norm_weight
 //   grad_weight[j] = sum over t of dz[t] * xh[t - back(j)] * w,  grad_norm_weight = sum over t of dn[t] * xh[t]
 //
-// Mapping  tokens in at most kGroups groups, a task is a group and a branch; a group walks its sequences from their
-// ends, so
+// Mapping  tokens in at most kGroups groups, a task is a group and a branch; a group walks its sequences from their ends, so
 //          that dz of the tokens within reach lies in a ring of S + 1 rows. Nothing is saved by the forward pass.
-// Order    the groups depend on the number of tokens alone and their sums are added in order: the same bits at any
-// number of
-//          threads. Extra memory: kGroups * branches * (width + 1) rows of floats, whatever the number of tokens.
+// Order    the groups depend on the number of tokens alone and their sums are added in order: the same bits at any number of
+//          threads. Extra memory: kGroups * branches * (width + 1) rows of floats, and the ring of every thread.
 #include "common/cu_seqlens.h"
 #include "kernels/short_conv/short_conv_rows_cpu.h"
 
@@ -28,7 +26,7 @@ class GroupBackward {
         p_(p.forward),
         branch_(branch),
         size_(padded_lanes(p_.hidden_size)),
-        slots_(p_.reach() + 1),
+        slots_(min_of(p_.reach() + 1, p_.num_tokens)),
         sums_(sums),
         weights_(p_),
         taps_of_token_(p_, branch),
@@ -106,7 +104,7 @@ class GroupBackward {
   float* sums_;  // [width + 1][padded H]: of dz * xh for each tap, then of dn * xh
   BranchWeights weights_;
   Taps<T> taps_of_token_;
-  Scratch dz_;   // [S + 1][padded H], by token mod S + 1
+  Scratch dz_;   // [min(S + 1, T)][padded H], a ring by token
   Scratch dxh_;  // [padded H]
 };
 

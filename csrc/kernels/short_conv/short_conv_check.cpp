@@ -14,8 +14,12 @@ void check_params(const ShortConvParams& p) {
 
 void check_host_data(const ShortConvParams& p) {
   check_cu_seqlens("short_conv", p.cu_seqlens, p.num_sequences, p.num_tokens);
-  for (int64_t b = 0; p.positions != nullptr && b < p.num_sequences; ++b) {
-    EK_CHECK(p.positions[b] >= 0, "short_conv: positions[" << b << "] is " << p.positions[b] << ", expected at least 0");
+  if (p.state == nullptr) return;
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    const int64_t position = p.position(b), chunk = p.cu_seqlens[b + 1] - p.cu_seqlens[b];
+    EK_CHECK(position >= 0 && position <= INT64_MAX - chunk,
+             "short_conv: positions[" << b << "] is " << position << ", expected at least 0, and room for the " << chunk
+                                      << " tokens of the chunk");
   }
 }
 

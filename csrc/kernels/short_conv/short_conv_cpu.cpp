@@ -1,10 +1,8 @@
 // CPU kernel of short_conv, forward, with or without state. Contract and formula: short_conv.h.
 //
-// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding
-// many
+// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding many
 //          sequences of one token each fills blocks as one long sequence does.
-// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches
-// back
+// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches back
 //          to are read once more. With state, a step reads W - 1 slots and writes one: nothing is shifted.
 #include "common/cu_seqlens.h"
 #include "kernels/short_conv/short_conv_rows_cpu.h"
@@ -61,7 +59,7 @@ void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = p.cu_seqlens[b], last = p.cu_seqlens[b + 1];
     for (int64_t t = last - first > p.reach() ? last - p.reach() : first; t < last; ++t) {
-      const int64_t slot = (p.positions[b] + t - first) % p.reach();
+      const int64_t slot = (p.position(b) + t - first) % p.reach();
       T* target = static_cast<T*>(p.state) + b * p.state_sequence_stride + slot * p.branches * p.hidden_size;
       for (int64_t m = 0; m < p.branches; ++m) {
         std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0), static_cast<size_t>(p.hidden_size) * sizeof(T));

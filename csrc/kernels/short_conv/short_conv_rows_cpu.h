@@ -7,8 +7,9 @@
 
 namespace engram_kernels::EK_ISA {
 
-constexpr int64_t kBlockTokens = 64;  // tokens of a task: the weights that a task converts are used that often
-constexpr int kUnrolledTaps = 4;      // the published width has loops of its own
+constexpr int64_t kKeptFactors = 4096;  // a longer reach takes some sums of squares again
+constexpr int64_t kBlockTokens = 64;    // tokens of a task: the weights that a task converts are used that often
+constexpr int kUnrolledTaps = 4;        // the published width has loops of its own
 
 EK_LANE int64_t padded_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
 
@@ -85,7 +86,7 @@ EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64
   const int64_t source = t - back, begin = p.cu_seqlens[b];
   if (source >= begin) return static_cast<const T*>(p.x) + source * p.x_token_stride + m * p.x_branch_stride;
   if (p.state == nullptr) return nullptr;
-  const int64_t position = p.positions[b] + source - begin;
+  const int64_t position = p.position(b) + source - begin;
   if (position < 0) return nullptr;
   const int64_t slot = position % p.reach();
   return static_cast<const T*>(p.state) + b * p.state_sequence_stride + (slot * p.branches + m) * p.hidden_size;
@@ -96,7 +97,8 @@ EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64
 template <class T>
 class Taps {
  public:
-  Taps(const ShortConvParams& p, int64_t branch) : p_(p), branch_(branch), slots_(p.reach() + 1), kept_(slots_ * kWords) {}
+  Taps(const ShortConvParams& p, int64_t branch)
+      : p_(p), branch_(branch), slots_(p.reach() < kKeptFactors ? p.reach() + 1 : kKeptFactors), kept_(slots_ * kWords) {}
 
   void of(int64_t b, int64_t t, Tap<T>* taps) {
     for (int j = 0; j < p_.width; ++j) {

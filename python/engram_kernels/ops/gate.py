@@ -4,7 +4,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_tensor, wants_grad
+from engram_kernels._checks import (
+    FLOAT_DTYPES,
+    expect_choice,
+    expect_tensor,
+    mark_written,
+    no_second_derivative,
+    refuse_forward_ad,
+    wants_grad,
+)
 from engram_kernels._library import COMPILE_ERROR, LIB
 from engram_kernels.reference.gate import gate as _reference
 
@@ -15,6 +23,7 @@ LIB.define(f"gate.out({_INPUTS}, {_OPTIONS}, *, Tensor(a!) out) -> ()")
 LIB.define(f"gate_bwd(Tensor grad_out, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 ZERO_SIGNS = ("copysign", "sign")
+_FLOAT_TINY, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels take float32
 
 
 @torch.library.register_fake("engram_kernels::gate", lib=LIB)
@@ -65,6 +74,7 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device, stride or option is wrong, or `out` overlaps an input.
         RuntimeError: the named backend is not available.
+        NotImplementedError: forward-mode or second derivatives of a compiled backend; the reference has both.
 
     Source: arXiv 2601.07372 section 2; the copysign rule: the TileKernels library.
     """
@@ -89,10 +99,10 @@ def runs_compiled(*tensors: object) -> bool:
 
 def check_options(op: str, eps: float, clamp: float, zero_sign: str) -> None:
     """Raises ValueError unless the options of gate and gather_gate are in range."""
-    if not 0 <= eps < float("inf"):
+    if not 0 <= eps <= _FLOAT_MAX:
         raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
-    if not 0 < clamp < float("inf"):
-        raise ValueError(f"{op}: clamp is {clamp}, expected a finite number > 0")
+    if not _FLOAT_TINY <= clamp <= _FLOAT_MAX:
+        raise ValueError(f"{op}: clamp is {clamp}, expected a number from {_FLOAT_TINY} to {_FLOAT_MAX}")
     expect_choice(op, "zero_sign", zero_sign, ZERO_SIGNS)
 
 
@@ -120,9 +130,11 @@ def _check(hidden, key, value, w_hidden, w_key, mask, out):
 
 
 def _compiled(*args, out=None):
+    refuse_forward_ad("gate")
     if out is not None:
         check_out("gate", out, args[:5])
         torch.ops.engram_kernels.gate.out(*args, out=out)
+        mark_written(out)
         return out
     if is_compiling() or wants_grad(*args[:5]):
         return torch.ops.engram_kernels.gate.default(*args)
@@ -149,4 +161,5 @@ def _backward(ctx, grad_out):
 
 
 torch.library.register_autograd("engram_kernels::gate", _backward, setup_context=_setup_context, lib=LIB)
+torch.library.register_autograd("engram_kernels::gate_bwd", no_second_derivative("gate"), lib=LIB)
 backends.register_op("gate", _reference_into, _compiled)

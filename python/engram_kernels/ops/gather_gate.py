@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, mark_written, no_second_derivative, refuse_forward_ad, wants_grad
 from engram_kernels._library import LIB
 from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
@@ -66,6 +66,7 @@ def gather_gate(hidden: Tensor, table: RowTable, row_ids: Tensor, w_hidden: Tens
         ValueError: a shape, dtype, device, stride or option is wrong, or `out` overlaps an input.
         IndexError: a row id is out of range; names the position and the value, nothing is written.
         RuntimeError: the named backend is not available.
+        NotImplementedError: forward-mode or second derivatives of a compiled backend; the reference has both.
 
     Source: arXiv 2601.07372 section 2.
     """
@@ -117,9 +118,11 @@ def _check(hidden, table, row_ids, w_hidden, w_key, mask, out):
 
 def _compiled(*args, out=None):
     inputs = (args[0], args[1], args[4], args[5])
+    refuse_forward_ad("gather_gate")
     if out is not None:
         check_out("gather_gate", out, inputs)
         torch.ops.engram_kernels.gather_gate.out(*args, out=out)
+        mark_written(out)
         return out
     if is_compiling() or wants_grad(*inputs):
         return torch.ops.engram_kernels.gather_gate.default(*args)
@@ -159,4 +162,5 @@ def _backward(ctx, grad_out):
 
 
 torch.library.register_autograd("engram_kernels::gather_gate", _backward, setup_context=_setup_context, lib=LIB)
+torch.library.register_autograd("engram_kernels::gather_gate_bwd", no_second_derivative("gather_gate"), lib=LIB)
 backends.register_op("gather_gate", _checked_reference, _compiled)

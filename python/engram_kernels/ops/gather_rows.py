@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, mark_written, refuse_forward_ad
 from engram_kernels._library import LIB
 from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable, expect_row_ids
 from engram_kernels.reference.gather_rows import gather_rows as _reference
@@ -106,12 +106,14 @@ class _SparseGrad(torch.autograd.Function):
 
 def _compiled(*args, out=None):
     rows, _, row_ids, _, row_dim, _, out_dtype = args
+    refuse_forward_ad("gather_rows")
     if out is None:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and rows.requires_grad):
             return torch.ops.engram_kernels.gather_rows.default(*args)
         # the Python autograd layer and an allocation through the stable ABI cost more than a decode step's rows
         out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=rows.device)
     torch.ops.engram_kernels.gather_rows.out(*args, out=out)
+    mark_written(out)
     return out
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import expect_tensor
+from engram_kernels._checks import expect_tensor, mark_written
 from engram_kernels._library import LIB
 from engram_kernels.layout import Layout
 from engram_kernels.reference.ngram_hash import ngram_hash as _reference
@@ -103,6 +103,7 @@ def _compiled(*args, out=None):
     if out is None:
         return torch.ops.engram_kernels.ngram_hash.default(*args)
     torch.ops.engram_kernels.ngram_hash.out(*args, out=out)
+    mark_written(out)
     return out
 
 

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, mark_written, no_second_derivative, refuse_forward_ad, wants_grad
 from engram_kernels._library import LIB
 from engram_kernels.reference.short_conv import short_conv as _reference
 from engram_kernels.reference.short_conv import short_conv_update as _reference_update
@@ -69,7 +69,7 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
         dilation: tokens between taps, at least 1.
         eps: added to the mean square, >= 0.
         state: [B, S, M, H], dtype of `x`, the last three dimensions dense; updated in place. Not with inputs that require grad.
-        positions: [B] int32, inputs of each sequence before this chunk; given with `state` and only then.
+        positions: [B] int32 or int64, inputs of each sequence before this chunk; given with `state` and only then.
         out: [T, M, H] of the dtype of `x`, contiguous, apart from `x` and `state`; written instead of a new tensor.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
@@ -80,11 +80,12 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device, stride or value is wrong; nothing is written.
         RuntimeError: the named backend is not available.
+        NotImplementedError: forward-mode or second derivatives of a compiled backend; the reference has both.
 
     Source: arXiv 2601.07372 section 2; deepseek-ai/Engram `engram_demo_v1.py` (`ShortConv`).
     """
     _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out)
-    grad = wants_grad(x, weight, norm_weight)
+    grad = wants_grad(x, weight, norm_weight, *(t for t in (out, state) if t is not None))
     if grad and (out is not None or state is not None):
         raise ValueError(f"short_conv: {'out' if out is not None else 'state'} cannot be given while an input requires grad; "
                          "leave it away or use torch.no_grad()")
@@ -98,7 +99,7 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
     expect_tensor("short_conv", "state", state, (x.dtype,), shape, x.device, dense_dims=3)
     if positions is None:
         raise ValueError("short_conv: positions is None, expected a tensor with state")
-    expect_tensor("short_conv", "positions", positions, (torch.int32,), shape[:1], x.device, dense_dims=1)
+    expect_tensor("short_conv", "positions", positions, (torch.int32, torch.int64), shape[:1], x.device, dense_dims=1)
     return run(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, out=out)
 
 
@@ -124,6 +125,7 @@ def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
 
 
 def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
+    refuse_forward_ad("short_conv")
     args = (x, weight, norm_weight, cu_seqlens)
     if state is None:
         op, args = torch.ops.engram_kernels.short_conv, (*args, dilation, eps)
@@ -131,11 +133,14 @@ def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None,
         op, args = torch.ops.engram_kernels.short_conv_update, (*args, positions, dilation, eps, state)
     if out is not None:
         op.out(*args, out=out)
+        mark_written(out, state)
         return out
     if is_compiling() or wants_grad(x, weight, norm_weight):
         return op.default(*args)
     with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
-        return op.default(*args)
+        result = op.default(*args)
+    mark_written(state)
+    return result
 
 
 def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
@@ -165,4 +170,5 @@ def _backward(ctx, grad_out):
 
 
 torch.library.register_autograd("engram_kernels::short_conv", _backward, setup_context=_setup_context, lib=LIB)
+torch.library.register_autograd("engram_kernels::short_conv_bwd", no_second_derivative("short_conv"), lib=LIB)
 backends.register_op("short_conv", _checked_reference, _compiled)

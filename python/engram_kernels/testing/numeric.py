@@ -32,3 +32,22 @@ def assert_as_accurate_as_torch(got: Tensor, plain: Tensor, exact: Tensor, facto
         row = int(bad.flatten().nonzero()[0].item())
         raise AssertionError(f"{int(bad.sum())} of {bad.numel()} rows are off; first is row {row}: "
                              f"error {error.flatten()[row]:.3e}, allowed {allowed.flatten()[row]:.3e}")
+
+
+def assert_rounded_once(got: Tensor, exact: Tensor, share: float = 0.01) -> None:
+    """Fails unless `got` (bfloat16 or float16) is `exact` (float64) rounded once, but for a `share` of elements next to a tie.
+
+    Those may be one unit in the last place off: float32 sums move a value across the middle between two neighbours now and
+    then. A second rounding in between, truncation, or a wrong factor shows as a share far larger.
+
+    Raises:
+        AssertionError: too many elements differ from the rounded float64 value, or one by more than a unit.
+    """
+    rounded = exact.to(got.dtype)
+    differ = got != rounded
+    unit = torch.finfo(got.dtype).eps * rounded.double().abs().clamp_min(torch.finfo(got.dtype).tiny)
+    unit = unit + 2.0**-20 * exact.abs().amax(-1, keepdim=True)  # what float32 leaves where large terms cancel
+    far = (got.double() - rounded.double()).abs() > unit
+    if far.any() or differ.double().mean() > share:
+        raise AssertionError(f"{int(differ.sum())} of {differ.numel()} elements are not the value rounded once, "
+                             f"{int(far.sum())} by more than a unit in the last place")
