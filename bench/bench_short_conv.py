@@ -1,4 +1,5 @@
-"""short_conv against the published eager formulation (RMSNorm, conv1d, SiLU), and the decode step against a shifted state."""
+"""short_conv against the published eager formulation (RMSNorm, conv1d, SiLU) and a sum of shifted inputs, and the decode step
+against a shifted state. A step must not depend on how far the convolution reaches: one contender has a hundred times the state."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +8,10 @@ from engram_kernels import short_conv
 from harness import measure
 
 BRANCHES, SIZE, WIDTH, DILATION, EPS = 4, 1024, 4, 3, 1e-5  # the demo's
-PREFILL_TOKENS, DECODE_SEQUENCES = 2048, 64
+PREFILL_TOKENS, LONG_DILATION = 2048, 300
 PREFILL = f"short_conv, demo_v1 ({BRANCHES}x{SIZE}, bf16), {PREFILL_TOKENS} tokens"
 BACKWARD = f"short_conv forward and backward, demo_v1 ({BRANCHES}x{SIZE}, bf16), {PREFILL_TOKENS} tokens"
-DECODE = f"short_conv, demo_v1 ({BRANCHES}x{SIZE}, bf16), decode step of {DECODE_SEQUENCES} sequences"
+DECODE = f"short_conv, demo_v1 ({BRANCHES}x{SIZE}, bf16), decode step of {{}} sequence(s)"
 
 
 def inputs(tokens):
@@ -27,6 +28,18 @@ def eager(x, weight, norm_weight):
     return x + F.silu(conv[0].T).view_as(x)
 
 
+def shifted_sum(x, weight, norm_weight):
+    """One sequence, tap by tap: what conv1d does, without its transpositions."""
+    normed = F.rms_norm(x, (SIZE,), None, EPS) * norm_weight
+    conv = normed * weight[:, :, -1]
+    for back in range(1, WIDTH):
+        conv[back * DILATION:] += normed[:-back * DILATION] * weight[:, :, WIDTH - 1 - back]
+    return x + F.silu(conv)
+
+
+PEERS = {"eager torch": eager, "eager torch, shifted sum": shifted_sum}
+
+
 def eager_step(x, weight, norm_weight, state):
     """One token of each sequence; the state is shifted by one."""
     normed = F.rms_norm(x, (SIZE,), None, EPS) * norm_weight
@@ -36,46 +49,56 @@ def eager_step(x, weight, norm_weight, state):
     return x + F.silu(conv)
 
 
-@pytest.mark.parametrize("contender", ["engram_kernels", "eager torch"])
+@pytest.mark.parametrize("contender", ["engram_kernels", *PEERS])
 def test_prefill(benchmark, contender):
     x, weight, norm_weight = inputs(PREFILL_TOKENS)
     cu, out = torch.tensor([0, PREFILL_TOKENS], dtype=torch.int32), torch.empty_like(x)
     ours = contender == "engram_kernels"
 
     def run():
-        short_conv(x, weight, norm_weight, cu, DILATION, EPS, out=out) if ours else eager(x, weight, norm_weight)
+        short_conv(x, weight, norm_weight, cu, DILATION, EPS, out=out) if ours else PEERS[contender](x, weight, norm_weight)
 
     measure(benchmark, run, group=PREFILL, contender=contender, role="ours" if ours else "peer", num_bytes=2 * x.nbytes,
             units=PREFILL_TOKENS, unit="token", rounds=7)
 
 
-@pytest.mark.parametrize("contender", ["engram_kernels", "eager torch"])
+@pytest.mark.parametrize("contender", ["engram_kernels", *PEERS])
 def test_forward_and_backward(benchmark, contender):
     leaves = [a.requires_grad_() for a in inputs(PREFILL_TOKENS)]
     cu, upstream = torch.tensor([0, PREFILL_TOKENS], dtype=torch.int32), torch.ones_like(leaves[0])
     ours = contender == "engram_kernels"
 
     def run():
-        out = short_conv(*leaves, cu, DILATION, EPS) if ours else eager(*leaves)
+        out = short_conv(*leaves, cu, DILATION, EPS) if ours else PEERS[contender](*leaves)
         torch.autograd.grad(out, leaves, upstream)
 
     measure(benchmark, run, group=BACKWARD, contender=contender, role="ours" if ours else "peer", units=PREFILL_TOKENS,
             unit="token", num_bytes=5 * upstream.nbytes, rounds=5)
 
 
-@pytest.mark.parametrize("contender", ["engram_kernels", "eager torch, shifted state"])
-def test_decode(benchmark, contender):
-    x, weight, norm_weight = inputs(DECODE_SEQUENCES)
-    state = torch.zeros(DECODE_SEQUENCES, (WIDTH - 1) * DILATION, BRANCHES, SIZE, dtype=torch.bfloat16)
-    cu = torch.arange(DECODE_SEQUENCES + 1, dtype=torch.int32)
-    positions, out = torch.full((DECODE_SEQUENCES,), 100, dtype=torch.int32), torch.empty_like(x)
-    ours = contender == "engram_kernels"
+@pytest.mark.parametrize("sequences", [1, 64])
+@pytest.mark.parametrize("contender", ["engram_kernels", f"engram_kernels, dilation {LONG_DILATION}", "eager torch, shifted state"])
+def test_decode(benchmark, contender, sequences):
+    x, weight, norm_weight = inputs(sequences)
+    dilation = LONG_DILATION if "dilation" in contender else DILATION
+    state = torch.zeros(sequences, (WIDTH - 1) * dilation, BRANCHES, SIZE, dtype=torch.bfloat16)
+    cu = torch.arange(sequences + 1, dtype=torch.int32)
+    positions, out = torch.full((sequences,), 1000, dtype=torch.int32), torch.empty_like(x)
+    ours = "engram_kernels" in contender
 
     def run():
         if ours:
-            short_conv(x, weight, norm_weight, cu, DILATION, EPS, state, positions, out=out)
+            short_conv(x, weight, norm_weight, cu, dilation, EPS, state, positions, out=out)
         else:
             eager_step(x, weight, norm_weight, state)
 
-    measure(benchmark, run, group=DECODE, contender=contender, role="ours" if ours else "peer", units=DECODE_SEQUENCES,
-            unit="token", num_bytes=6 * x.nbytes, rounds=50)
+    measure(benchmark, run, group=DECODE.format(sequences), contender=contender,
+            role="ours" if contender == "engram_kernels" else "peer", units=sequences, unit="token", num_bytes=6 * x.nbytes,
+            rounds=50)
+
+
+def test_peers_agree():
+    x, weight, norm_weight = (a.float() for a in inputs(50))
+    want = short_conv(x, weight, norm_weight, torch.tensor([0, 50], dtype=torch.int32), DILATION, EPS)
+    for peer in PEERS.values():
+        torch.testing.assert_close(peer(x, weight, norm_weight), want, rtol=1e-4, atol=1e-4)

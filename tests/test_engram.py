@@ -1,4 +1,5 @@
 """The module Engram: both variants against straight-line restatements of the published formulas, in float64."""
+import copy
 import math
 
 import pytest
@@ -114,6 +115,94 @@ def test_engram_trains(variant):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+def test_engram_dead_rows_reach_no_gradient(variant):
+    """A dead token's rows may be anything, NaN too; all gradients are those of zeros in their place."""
+    layer, ids, hidden = make_layer(variant)
+    rows = gather_rows(layer.table, ngram_hash(ids, CU, layer.spec.layout())[0], torch.float32)
+    dead = torch.zeros(T, dtype=torch.bool)
+    dead[[2, 11]] = True
+    grads = []
+    for filler in (0.0, float("nan")):
+        leaf = rows.masked_fill(dead[:, None, None], filler).requires_grad_()
+        layer(hidden, rows=leaf, cu_seqlens=CU, dead_mask=dead).square().sum().backward()
+        grads.append([leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+        layer.zero_grad()
+    assert grads[0][0][dead].eq(0).all() and grads[0][0][~dead].ne(0).any()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_engram_trained_rows_follow_the_module():
+    """To another dtype, through deepcopy and into load_state_dict, also with assign=True: the table is always the parameter."""
+    layer, ids, hidden = make_layer("deepseek_v41", trained_rows=True)
+    zeros = {name: torch.zeros_like(value) for name, value in layer.state_dict().items() if name == "rows"}
+    twin = copy.deepcopy(layer)
+    assert twin.table.rows is twin.rows and twin.rows is not layer.rows
+    for assign in (False, True):
+        loaded = copy.deepcopy(layer)
+        loaded.load_state_dict(zeros, strict=False, assign=assign)
+        assert loaded.table.rows is loaded.rows and not loaded.table.rows.any()
+        torch.testing.assert_close(loaded(hidden, ids, CU), hidden)  # a value of zeros
+    twin.to(torch.bfloat16)
+    assert twin.table.row_format == "bf16"
+    twin(hidden.bfloat16(), ids, CU).sum().backward()
+    assert twin.rows.grad.dtype == torch.bfloat16 and twin.rows.grad.any()
+    with pytest.raises(ValueError, match="rows is torch.float64"):
+        twin.double()
+
+
+@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+def test_engram_compiles_and_runs_in_bf16(variant):
+    layer, ids, hidden = make_layer(variant, dtype=torch.bfloat16)
+    rows = gather_rows(layer.table, ngram_hash(ids, CU, layer.spec.layout())[0], torch.bfloat16)
+    want = layer(hidden, ids, CU)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(hidden, ids, CU), want)
+    exact = restated(layer, hidden, rows)
+    # the rounding of keys and value to bf16 between projection and gate, 2^-9 each; their sums are a few units large
+    torch.testing.assert_close(want.double(), exact, rtol=2**-6, atol=2**-6 * exact.abs().max().item())
+
+
+def test_engram_runs_under_autocast():
+    layer, ids, hidden = make_layer("demo_v1")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(hidden.bfloat16(), ids, CU)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(hidden, ids, CU), rtol=0.05, atol=0.05)
+
+
+def test_engram_loads_fp8_projection_with_its_scales():
+    """A scale to each block of 32 x 32, as published; without scales the weights would be wrong in silence."""
+    layer, _, _ = make_layer("deepseek_v41")
+    weight = torch.randn(4 * H, 768).to(torch.float8_e4m3fn)
+    exponents = torch.randint(120, 134, (4 * H // 32, 768 // 32), dtype=torch.uint8)
+    want = weight.float()
+    for i in range(exponents.shape[0]):
+        for j in range(exponents.shape[1]):
+            want[32 * i:32 * i + 32, 32 * j:32 * j + 32] *= 2.0 ** (int(exponents[i, j]) - 127)
+    rest = {"q_weight": torch.randn(M, H), "k_weight": torch.randn(M, H)}
+    scales = {"wkv.scale": exponents.view(torch.float8_e8m0fnu), "wkv.weight_scale_inv": (exponents.float() - 127).exp2()}
+    for name, scale in (*scales.items(), ("wkv.scale", exponents)):
+        layer.wkv.weight.data.zero_()
+        layer.load_published({"wkv.weight": weight, name: scale, **rest})
+        torch.testing.assert_close(layer.wkv.weight, want, rtol=0, atol=0)
+    with pytest.raises(KeyError, match="neither wkv.scale nor wkv.weight_scale_inv"):
+        layer.load_published({"wkv.weight": weight, **rest})
+    with pytest.raises(ValueError, match=r"wkv.scale has shape \[5, 24\]"):
+        layer.load_published({"wkv.weight": weight, "wkv.scale": torch.ones(5, 24), **rest})
+
+
+def test_engram_loads_all_published_tensors_or_none():
+    layer, _, _ = make_layer("deepseek_v41")
+    before = copy.deepcopy(layer.state_dict())
+    good = {"wkv.weight": torch.randn(4 * H, 768), "q_weight": torch.randn(M, H), "k_weight": torch.randn(M, H)}
+    for change in ({"k_weight": torch.randn(M, H - 1)}, {"k_weight": torch.ones(M, H, dtype=torch.uint8)}):
+        with pytest.raises(ValueError, match="w_key"):
+            layer.load_published(good | change)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name])
+
+
 def test_engram_loads_published_names():
     demo, _, _ = make_layer("demo_v1")
     weights = {"value_proj.weight": torch.randn(H, 512), "value_proj.bias": torch.randn(H),
@@ -154,6 +243,30 @@ def test_engram_rejects_what_does_not_belong():
         layer(hidden)
     with pytest.raises(ValueError, match="cu_seqlens is None"):
         layer(hidden, ids)
-    bare = Engram(spec, 1)
+    bare = Engram(spec, 1, dtype=torch.float32)
     with pytest.raises(ValueError, match="token_ids needs a table"):
         bare(hidden, ids, CU)
+
+
+BAD = {  # name: (variant, changed arguments, what the message says)
+    "state_unused": ("deepseek_v41", dict(state=torch.zeros(3, 9, M, H)), "state is given, but variant 'deepseek_v41' has no"),
+    "positions_unused": ("deepseek_v41", dict(positions=torch.zeros(3)), "positions is given, but variant"),
+    "positions_alone": ("demo_v1", dict(positions=torch.zeros(3, dtype=torch.int32)), "positions is given without state"),
+    "history_unused": ("demo_v1", dict(token_ids=None, rows=torch.zeros(T, 16, 32), history=torch.zeros(3, 2)),
+                       "history is given"),
+    "rows_columns": ("demo_v1", dict(token_ids=None, rows=torch.zeros(T, 15, 32)), r"rows must have shape \[23, 16, 32\]"),
+    "rows_flat": ("demo_v1", dict(token_ids=None, rows=torch.zeros(T, 511)), r"rows must have shape \[23, 512\]"),
+    "rows_tokens": ("demo_v1", dict(token_ids=None, rows=torch.zeros(T - 1, 16, 32)), r"rows must have shape \[23, 16, 32\]"),
+    "rows_dtype": ("demo_v1", dict(token_ids=None, rows=torch.zeros(T, 16, 32).half()), "rows must be torch.float32"),
+    "hidden_dtype": ("demo_v1", dict(hidden=torch.zeros(T, M, H).half()), "hidden must be torch.float32"),
+    "hidden_shape": ("demo_v1", dict(hidden=torch.zeros(T, M + 1, H)), r"hidden must have shape \[T, 3, 32\]"),
+    "dead_mask_shape": ("demo_v1", dict(dead_mask=torch.zeros(T - 1, dtype=torch.bool)), r"dead_mask must have shape \[23\]"),
+    "two_sources": ("demo_v1", dict(rows=torch.zeros(T, 16, 32)), "exactly one of token_ids, row_ids and rows is wanted, got"),
+}
+
+
+@pytest.mark.parametrize("variant, change, message", BAD.values(), ids=BAD.keys())
+def test_engram_rejects(variant, change, message):
+    layer, ids, hidden = make_layer(variant)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        layer(**{**dict(hidden=hidden, token_ids=ids, cu_seqlens=CU), **change})

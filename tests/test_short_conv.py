@@ -285,6 +285,34 @@ def test_short_conv_rejects_out_that_shares_memory(compiled):
         short_conv(**args, out=args["x"], backend="cpu")
 
 
+@pytest.mark.parametrize("which", ["x", "weight", "state"])
+def test_short_conv_update_has_no_derivative_in_silence(which, compiled):
+    args = {**good(), **with_state()}
+    args[which] = args[which].clone().requires_grad_()
+    call = [args[name] for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "dilation")] + [EPS, args["state"]]
+    op = torch.ops.engram_kernels.short_conv_update
+    with pytest.raises(RuntimeError, match="short_conv_update: an input requires grad"):
+        op(*call)
+    with torch.no_grad():
+        op(*call)
+
+
+def test_short_conv_decode_step_compiles(compiled):
+    x, weight, norm_weight, cu = make_inputs([1, 1], dtype=torch.float32)
+    positions = torch.tensor([20, 3])
+
+    def step(x, state):
+        return short_conv(x * 2, weight, norm_weight, cu, 3, EPS, state, positions) + 1
+
+    ring = torch.randn(2, 9, 2, 40)
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        state = ring.clone()
+        results.append((run(x, state), state))
+    torch.testing.assert_close(results[1], results[0])
+    assert not torch.equal(results[0][1], ring)
+
+
 def test_short_conv_opcheck(compiled):
     x, weight, norm_weight, cu = make_inputs([6, 4], dtype=torch.float32)
     leaves = tuple(a.requires_grad_() for a in (x, weight, norm_weight))

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels.layout import Layout
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
@@ -24,9 +25,10 @@ class Engram(nn.Module):
     `deepseek_v41` has no bias and no convolution, and the output is the new hidden state; `demo_v1` has biases and a short
     convolution, and the output is the update that the caller adds.
 
-    Parameters: `wkv` (Linear, C*D -> (M+1)*H: the M keys, then the value), `w_hidden` and `w_key` [M, H] (norm weights of
-    hidden state and key), and for `demo_v1` `conv_weight` [M, H, W] and `conv_norm` [M, H]. A table made of an
-    ``nn.Parameter`` is registered as `rows` and trained.
+    Parameters, which are the names in the state dict: `wkv` (Linear, C*D -> (M+1)*H: the M keys, then the value), `w_hidden`
+    and `w_key` [M, H] (norm weights of hidden state and key), and for `demo_v1` `conv_weight` [M, H, W] and `conv_norm`
+    [M, H]. A table made of an ``nn.Parameter`` is registered as `rows`, trained, and follows the module to another dtype or
+    device; any other table stays where it is. `load_published` reads the published names.
 
     Args:
         spec: the descriptor; its `variant` must be "deepseek_v41" or "demo_v1".
@@ -60,6 +62,7 @@ class Engram(nn.Module):
         self.table, self.token_map = _checked(spec, self.layout, table, token_map)
         if table is not None and isinstance(table.rows, nn.Parameter):
             self.register_parameter("rows", table.rows)
+            self.register_load_state_dict_post_hook(_after_load)
         is_demo = spec.variant == "demo_v1"
         shape = (self.branches, self.hidden_size)
         self.wkv = nn.Linear(spec.num_columns * spec.row_dim, (self.branches + 1) * self.hidden_size, bias=is_demo, dtype=dtype,
@@ -84,24 +87,32 @@ class Engram(nn.Module):
             token_ids: [T] int32 or int64, hashed here. Exactly one of `token_ids`, `row_ids` and `rows` is given.
             cu_seqlens: [B+1] int32; needed to hash and for the convolution.
             row_ids: [T, C] rows of this layer's table, gathered here.
-            rows: [T, C, D] or [T, C*D], gathered before, as by `RowPrefetcher`.
-            history: [B, N-1], as `ngram_hash` takes it.
-            dead_mask: [T] bool, True = the memory leaves the token alone: its hidden state stays, its update is 0.
-            state: [B, (W-1)*dilation, M, H], convolution state, as `short_conv` takes it.
-            positions: [B], as `short_conv` takes it.
+            rows: [T, C, D] or [T, C*D] of the dtype of `hidden`, gathered before, as by `RowPrefetcher`.
+            history: [B, N-1], as `ngram_hash` takes it; only with `token_ids`.
+            dead_mask: [T] bool, True = the memory leaves the token alone: its hidden state stays, its update is 0, and what its
+                rows hold reaches no gradient.
+            state: [B, (W-1)*dilation, M, H], convolution state, as `short_conv` takes it; only for `demo_v1`.
+            positions: [B], as `short_conv` takes it; given with `state` and only then.
             backend: of every op.
 
         Returns:
             [T, M, H] in the dtype of `hidden`.
 
         Raises:
-            ValueError: not exactly one source of rows, or what it needs is missing; and what the ops raise.
+            TypeError: an argument is no tensor.
+            ValueError: not exactly one source of rows, what it needs is missing, an argument that would not be used, or a wrong
+                shape, dtype or device; and what the ops raise.
 
         Source: semantics 10.
         """
+        self._check_hidden(hidden, state, positions)
+        if dead_mask is not None:
+            expect_tensor("Engram", "dead_mask", dead_mask, (torch.bool,), hidden.shape[:1], hidden.device, dense_dims=1)
         rows = self._rows(hidden, token_ids, cu_seqlens, row_ids, rows, history, dead_mask, backend)
         spec = self.spec
-        keys_and_value = self.wkv(rows.flatten(1)).unflatten(1, (self.branches + 1, self.hidden_size))
+        if dead_mask is not None and wants_grad(rows, *self.wkv.parameters()):
+            rows = rows.masked_fill(dead_mask[:, None], 0)  # its gradient is 0, but 0 * NaN in that of wkv is not
+        keys_and_value = self.wkv(rows).unflatten(1, (self.branches + 1, self.hidden_size))
         out = gate(hidden, keys_and_value[:, :-1], keys_and_value[:, -1], self.w_hidden, self.w_key, dead_mask, eps=spec.gate_eps,
                    clamp=spec.gate_clamp, zero_sign=spec.zero_sign, add_residual=spec.add_residual, backend=backend)
         if spec.variant == "deepseek_v41":
@@ -118,38 +129,70 @@ class Engram(nn.Module):
         given = [name for name, x in (("token_ids", token_ids), ("row_ids", row_ids), ("rows", rows)) if x is not None]
         if len(given) != 1:
             raise ValueError(f"Engram: exactly one of token_ids, row_ids and rows is wanted, got {given or 'none'}")
-        if rows is not None:
-            return rows
-        if self.table is None:
-            raise ValueError(f"Engram: {given[0]} needs a table, and the module was made without one")
-        if token_ids is not None:
-            if cu_seqlens is None:
-                raise ValueError("Engram: cu_seqlens is None, but hashing needs it")
-            row_ids = ngram_hash(token_ids, cu_seqlens, self.layout, self.token_map, history, dead_mask, backend=backend)[0]
-        assert row_ids is not None
-        return gather_rows(self.table, row_ids, hidden.dtype, backend=backend)
+        if history is not None and token_ids is None:
+            raise ValueError(f"Engram: history is given, but {given[0]} are not hashed here")
+        if rows is None:
+            if self.table is None:
+                raise ValueError(f"Engram: {given[0]} needs a table, and the module was made without one")
+            if token_ids is not None:
+                if cu_seqlens is None:
+                    raise ValueError("Engram: cu_seqlens is None, but hashing needs it")
+                row_ids = ngram_hash(token_ids, cu_seqlens, self.layout, self.token_map, history, dead_mask, backend=backend)[0]
+            assert row_ids is not None
+            rows = gather_rows(self.table, row_ids, hidden.dtype, backend=backend)
+        columns, row_dim = self.spec.num_columns, self.spec.row_dim
+        flat = isinstance(rows, Tensor) and rows.dim() == 2
+        shape = (hidden.shape[0], columns * row_dim) if flat else (hidden.shape[0], columns, row_dim)
+        expect_tensor("Engram", "rows", rows, (hidden.dtype,), shape, hidden.device)
+        return rows if flat else rows.flatten(1)
+
+    def _check_hidden(self, hidden: Tensor, state: Tensor | None, positions: Tensor | None) -> None:
+        weight = self.wkv.weight
+        # under autocast torch brings the projection's operands together
+        dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(weight.device.type) else (weight.dtype,)
+        expect_tensor("Engram", "hidden", hidden, dtypes, ("T", self.branches, self.hidden_size), weight.device)
+        if self.spec.variant == "deepseek_v41" and (state is not None or positions is not None):
+            name = "positions" if state is None else "state"
+            raise ValueError(f"Engram: {name} is given, but variant 'deepseek_v41' has no convolution")
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._follow_rows()
+        return self
+
+    def _follow_rows(self) -> None:
+        """Makes the table of the parameter `rows`, which may be another tensor, or of another dtype, than it was."""
+        rows = self._parameters.get("rows")
+        if rows is None:
+            return
+        formats = {dtype: name for name, dtype in FLOAT_FORMATS.items()}
+        if rows.dtype not in formats:
+            raise ValueError(f"Engram: rows is {rows.dtype} now, expected {', '.join(str(d) for d in formats)}")
+        self.table = RowTable.from_tensor(rows, row_format=formats[rows.dtype])
 
     @torch.no_grad()
     def load_published(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
         """Copies the projections, norms and convolution out of a published checkpoint's tensors.
 
-        `deepseek_v41`: wkv.weight (dequantized), q_weight, k_weight. `demo_v1`: key_projs.{m}, value_proj, norm1.{m} (key),
-        norm2.{m} (hidden state), short_conv.conv.weight, short_conv.norms.{m}.
+        `deepseek_v41`: wkv.weight, q_weight, k_weight; where wkv.weight is float8_e4m3fn also its block scales, as wkv.scale or
+        wkv.weight_scale_inv. `demo_v1`: key_projs.{m}, value_proj, norm1.{m} (key), norm2.{m} (hidden state),
+        short_conv.conv.weight, short_conv.norms.{m}. Rows are not loaded: open the file as a `RowTable` and name the tensors
+        (embed.weight and embed.scale in V4.1).
 
         Args:
             weights: name -> tensor.
             prefix: what the names begin with, such as "layers.1.engram.".
 
         Raises:
-            KeyError: a tensor is missing.
-            ValueError: a tensor has the wrong shape.
+            KeyError: a tensor is missing; nothing is written.
+            ValueError: a tensor has the wrong shape or is no float tensor; nothing is written.
         """
         def get(name: str) -> Tensor:
             return weights[prefix + name]
 
         each = range(self.branches)
         if self.spec.variant == "deepseek_v41":
-            found = {"wkv.weight": get("wkv.weight"), "w_hidden": get("q_weight"), "w_key": get("k_weight")}
+            found = {"wkv.weight": _dequantized(weights, prefix + "wkv"), "w_hidden": get("q_weight"), "w_key": get("k_weight")}
         else:
             projections = [f"key_projs.{m}" for m in each] + ["value_proj"]
             found = {"wkv.weight": torch.cat([get(f"{p}.weight") for p in projections]),
@@ -162,7 +205,31 @@ class Engram(nn.Module):
             target = self.get_parameter(name)
             if target.shape != value.shape:
                 raise ValueError(f"Engram: {name} has shape {list(target.shape)}, the published one {list(value.shape)}")
-            target.copy_(value)
+            if value.dtype not in (*FLOAT_DTYPES, torch.float64):
+                raise ValueError(f"Engram: the published {name} is {value.dtype}, expected a float tensor")
+        for name, value in found.items():
+            self.get_parameter(name).copy_(value)
+
+
+def _after_load(module: nn.Module, _keys: object) -> None:
+    assert isinstance(module, Engram)
+    module._follow_rows()  # load_state_dict(assign=True) puts another tensor in its place
+
+
+def _dequantized(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """weights[name.weight], times its block scales where it is fp8 (32 x 32 elements share one in the published checkpoint)."""
+    weight = weights[f"{name}.weight"]
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight
+    key = next((k for k in (f"{name}.scale", f"{name}.weight_scale_inv") if k in weights), None)
+    if key is None:
+        raise KeyError(f"Engram: {name}.weight is float8_e4m3fn, but there is neither {name}.scale nor {name}.weight_scale_inv")
+    scale = weights[key].view(torch.float8_e8m0fnu) if weights[key].dtype == torch.uint8 else weights[key]
+    if scale.dim() != 2 or 0 in scale.shape or any(n % blocks for n, blocks in zip(weight.shape, scale.shape, strict=True)):
+        raise ValueError(f"Engram: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
+    (rows, columns), (row_blocks, column_blocks) = weight.shape, scale.shape
+    blocks = weight.float().view(row_blocks, rows // row_blocks, column_blocks, columns // column_blocks)
+    return blocks.mul_(scale.float()[:, None, :, None]).view(rows, columns)
 
 
 def _layout_of_layer(spec: EngramSpec, layer_id: int) -> Layout:

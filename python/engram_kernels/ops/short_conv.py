@@ -169,6 +169,18 @@ def _backward(ctx, grad_out):
     return *grads, None, None, None
 
 
+def _refuse_grad(overload):
+    """A kernel for autograd's place in the dispatch: an op that writes `state` has no derivative, and says so."""
+    def kernel(*args, **kwargs):
+        if wants_grad(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))):
+            raise RuntimeError("short_conv_update: an input requires grad, but the op has no derivative; use torch.no_grad()")
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+    return kernel
+
+
+LIB.impl("short_conv_update", _refuse_grad(torch.ops.engram_kernels.short_conv_update.default), "Autograd")
+LIB.impl("short_conv_update.out", _refuse_grad(torch.ops.engram_kernels.short_conv_update.out), "Autograd")
 torch.library.register_autograd("engram_kernels::short_conv", _backward, setup_context=_setup_context, lib=LIB)
 torch.library.register_autograd("engram_kernels::short_conv_bwd", no_second_derivative("short_conv"), lib=LIB)
 backends.register_op("short_conv", _checked_reference, _compiled)
