@@ -10,6 +10,9 @@
 namespace engram_kernels::EK_ISA {
 namespace {
 
+constexpr int64_t kGrainElements = 32768;  // about 25 us of work: less is done before a second thread has woken
+constexpr int64_t kWeightTokens = 4;       // bringing in a branch's weights takes as long as this many tokens
+
 // out = x + silu(z) over the channels; weights have the norm's folded in. kTaps rows, all of them there, or 0: as many as the
 // params say, some of them null. Both add the taps in the same order, so that they give the same bits.
 template <int kTaps, class T>
@@ -70,7 +73,9 @@ void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
 
 template <class T>
 void short_conv_of_type(const ShortConvParams& p, const Parallel& parallel) {
-  parallel.for_range(ceil_div(p.num_tokens, kBlockTokens) * p.branches, 1, [&](int64_t begin, int64_t end) {
+  const int64_t task_tokens = p.num_tokens < kBlockTokens ? p.num_tokens : kBlockTokens;
+  const int64_t grain = ceil_div(kGrainElements, (task_tokens + kWeightTokens) * p.hidden_size);
+  parallel.for_range(ceil_div(p.num_tokens, kBlockTokens) * p.branches, grain, [&](int64_t begin, int64_t end) {
     BranchWeights weights(p);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t branch = task % p.branches, first = task / p.branches * kBlockTokens;
