@@ -131,15 +131,18 @@ def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None,
         op, args = torch.ops.engram_kernels.short_conv, (*args, dilation, eps)
     else:
         op, args = torch.ops.engram_kernels.short_conv_update, (*args, positions, dilation, eps, state)
-    if out is not None:
+    if is_compiling() or (out is None and wants_grad(x, weight, norm_weight)):
+        if out is None:
+            return op.default(*args)
         op.out(*args, out=out)
-        mark_written(out, state)
         return out
-    if is_compiling() or wants_grad(x, weight, norm_weight):
-        return op.default(*args)
     with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
-        result = op.default(*args)
-    mark_written(state)
+        if out is None:
+            result = op.default(*args)
+        else:
+            op.out(*args, out=out)
+            result = out
+    mark_written(out, state)
     return result
 
 
