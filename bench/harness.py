@@ -89,7 +89,8 @@ def main() -> None:
         if not marker:
             raise SystemExit(f"{args.readme} has no <!-- bench --> ... <!-- /bench --> block")
         headline = text.partition("\n")[0]
-        args.readme.write_text(f"{before}<!-- bench -->\n{headline}\n\n{summary(json.loads(args.run.read_text()))}{marker}{after}")
+        short = summary(json.loads(args.run.read_text()))
+        args.readme.write_text(f"{before}<!-- bench -->\n{headline}\n\n{short}{marker}{after}")
 
 
 if __name__ == "__main__":
