@@ -10,7 +10,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # one build folder, so that a second build is incremental
 BUILD_ENV := EK_BUILD_DIR=$(abspath build)
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
-ASAN_LIBS = $(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)
+# make presets CXX to g++; only one that was chosen counts
+COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
+ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
 .PHONY: demo test test-asan bench bench-check lint format clean
 
@@ -53,7 +55,7 @@ clean:
 	rm -rf build build-asan python/*.egg-info python/engram_kernels/_C*.so
 
 $(VENV)/.python:
-	@command -v $(or $(CXX),c++) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }
+	@command -v $(COMPILER) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	pip install -q $(TORCH) numpy 'setuptools>=77' wheel 'cmake>=3.31' ninja 'pybind11>=2.13'
 	@touch $@

@@ -77,6 +77,20 @@ def test_demo_fails_when_a_stage_is_wrong(text, monkeypatch, capsys):
     assert "BEYOND" in capsys.readouterr().out
 
 
+def test_demo_fails_when_the_convolution_is_wrong(text, monkeypatch, capsys):
+    from engram_kernels.demo import pipeline
+    conv = pipeline.short_conv
+    monkeypatch.setattr(pipeline, "short_conv", lambda *args, **kwargs: 2 * conv(*args, **kwargs))
+    assert cli.main(["demo", str(text), "--spec", "demo_v1", *SMALL]) == 1
+    assert "short_conv: largest error" in capsys.readouterr().out
+
+
+def test_demo_takes_one_scale_a_table(text, tmp_path):
+    path = tmp_path / "spec.json"
+    EngramSpec.qwen4_ple(row_format="fp8_e4m3_tensor").to_json(path)
+    assert cli.main(["demo", str(text), "--spec", str(path), "--rows", "65536", "--hidden", "64"]) == 0
+
+
 def test_demo_is_installed_as_a_command():
     run = subprocess.run([sys.executable, "-m", "engram_kernels.cli", "demo", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "--tokens-per-step" in run.stdout

@@ -120,3 +120,41 @@ def test_row_prefetcher_rejects_bad_arguments(table):
         RowPrefetcher(table, depth=0)
     with pytest.raises(ValueError, match="device is cuda, expected cpu"):
         RowPrefetcher(table, device="cuda")
+
+
+def test_row_prefetcher_wait_into_out_from_many_threads(table):
+    wrong = []
+
+    def work(seed, prefetcher):
+        out = torch.empty(17, 64, dtype=torch.bfloat16)
+        for i in range(100):
+            ids = make_ids(17, seed=100 * seed + i)
+            prefetcher.wait(prefetcher.submit(ids), out=out, timeout_s=TIMEOUT_S)
+            if not torch.equal(out, gather_rows(table, ids)):
+                wrong.append((seed, i))
+
+    with RowPrefetcher(table, depth=4) as prefetcher:
+        threads = [threading.Thread(target=work, args=(seed, prefetcher)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+    assert wrong == []
+
+
+def test_row_prefetcher_checks_out_and_keeps_the_ticket(table):
+    with RowPrefetcher(table) as prefetcher:
+        ids = make_ids(5)
+        ticket = prefetcher.submit(ids)
+        with pytest.raises(ValueError, match="out must have shape"):
+            prefetcher.wait(ticket, out=torch.empty(3, 5, 64, dtype=torch.bfloat16))
+        torch.testing.assert_close(prefetcher.wait(ticket, timeout_s=TIMEOUT_S), gather_rows(table, ids), rtol=0, atol=0)
+        with pytest.raises(TypeError, match="row_ids must be a tensor, got list"):
+            prefetcher.submit([1, 2])
+
+
+def test_row_prefetcher_takes_a_trained_table():
+    weight = torch.nn.Parameter(torch.randn(9, 8))
+    with RowPrefetcher(RowTable.from_tensor(weight, row_format="f32"), out_dtype=torch.float32) as prefetcher:
+        rows = prefetcher.wait(prefetcher.submit(torch.tensor([3, 3])), timeout_s=TIMEOUT_S)
+    torch.testing.assert_close(rows, weight.detach()[[3, 3]])

@@ -294,9 +294,15 @@ class EngramSpec:
 
 
 def _parse_json(text: str | bytes, where: str) -> Any:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
+        return dict(pairs)
+
     try:
-        return json.loads(text)
-    except ValueError as error:  # bad syntax and bad UTF-8
+        return json.loads(text, object_pairs_hook=without_duplicates)
+    except ValueError as error:  # bad syntax, bad UTF-8, a name twice
         raise ValueError(f"EngramSpec: {where} is not JSON: {error}") from error
 
 

@@ -160,7 +160,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes `data` so that a reader of `path` sees the old file or the whole new one: temporary, fsync, rename."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # of its own, whatever other writers do
     try:
         with open(temporary, "xb") as file:
             file.write(data)

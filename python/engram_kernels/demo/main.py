@@ -76,7 +76,7 @@ def run_demo(options: DemoOptions, progress: Progress) -> dict[str, Any]:
             advance(1)
     return {
         "spec": spec.name, "text": options.text.name, "tokens": token_ids.numel(), "table_rows": options.table_rows,
-        "true_rows": list(layout.num_rows), "row_bytes": spec.bytes_per_row, "row_format": spec.row_format,
+        "true_rows": list(layout.num_rows), "row_bytes": tables[0].row_bytes, "row_format": spec.row_format,
         "hidden_size": options.hidden_size, "tokens_per_step": options.tokens_per_step, "copy_bandwidth": bandwidth,
         "tokenize_s": tokenize_s, "hash_s": hash_s, "distinct_rows": [int(ids.unique().numel()) for ids in row_ids],
         "requested_rows": row_ids.shape[1] * row_ids.shape[2], **timed, "checks": checks,
@@ -168,12 +168,14 @@ def measure_copy_bandwidth(num_bytes: int = 1 << 28) -> float:
 def make_table(path: Path, spec: EngramSpec, num_rows: int, seed: int, progress: Progress) -> RowTable:
     """Writes a table of random rows in the spec's row format, piece by piece, and opens it."""
     generator = torch.Generator().manual_seed(seed)
+    table_scale = torch.tensor([0.05]) if spec.row_format == "fp8_e4m3_tensor" else None  # one for all pieces
     with progress(f"table of layer {seed}", num_rows) as advance:
         def pieces() -> Iterator[tuple[Tensor, Tensor | None]]:
             for start in range(0, num_rows, _FILL_ROWS):
                 count = min(_FILL_ROWS, num_rows - start)
-                yield random_rows(spec.row_format, count, spec.row_dim, generator)
+                rows, scales = random_rows(spec.row_format, count, spec.row_dim, generator)
+                yield rows, None if table_scale is not None else scales
                 advance(count)
 
-        return RowTable.create(path, pieces(), num_rows=num_rows, row_dim=spec.row_dim, row_format=spec.row_format,
+        return RowTable.create(path, pieces(), table_scale, num_rows=num_rows, row_dim=spec.row_dim, row_format=spec.row_format,
                                zero_scale_is_zero=spec.zero_scale_is_zero)

@@ -16,6 +16,7 @@ from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.reference.gate import gate as reference_gate
 from engram_kernels.reference.gather_rows import gather_rows as reference_gather_rows
+from engram_kernels.reference.short_conv import short_conv as reference_short_conv
 from engram_kernels.spec import EngramSpec
 
 # a gate output may be off from float64 by this share of the largest value of its row: one unit in the last place of bf16
@@ -111,6 +112,7 @@ class Pipeline:
             tokens, and gate_ok: the error is within `TOLERANCE` in every row.
         """
         rows_equal, repeats, worst, tokens = True, True, 0.0, 0
+        conv_error: float | None = None
         steps = self._steps(token_ids.numel())
         for number, final in kept.items():
             hidden = self._embed(token_ids[steps[number]])
@@ -124,10 +126,13 @@ class Pipeline:
                     key, value = self._project(layer, rows)
                     got = self._gate(layer, hidden, key, value)
                     worst = max(worst, self._gate_error(layer, hidden, key, value, got))
+                    if layer.conv_weight is not None:
+                        conv_error = max(conv_error or 0.0, self._conv_error(layer, got))
                     hidden = self._memory(i, hidden, rows)
             repeats = repeats and torch.equal(hidden, final)
             tokens += hidden.shape[0]
         return {"rows_equal": rows_equal, "run_repeats": repeats, "gate_error": worst, "gate_ok": worst <= TOLERANCE,
+                "conv_error": conv_error, "conv_ok": conv_error is None or conv_error <= TOLERANCE,
                 "checked_tokens": tokens}
 
     def _steps(self, num_tokens: int) -> list[slice]:
@@ -160,12 +165,22 @@ class Pipeline:
         layer, spec = self.layers[i], self.spec
         key, value = self._timed("project", lambda: self._project(layer, rows))
         out = self._timed("gate", lambda: self._gate(layer, hidden, key, value))
-        if layer.conv_weight is not None and layer.conv_norm is not None and spec.conv_dilation is not None:
-            weight, norm, dilation = layer.conv_weight, layer.conv_norm, spec.conv_dilation
-            cu_seqlens = torch.tensor([0, out.shape[0]], dtype=torch.int32)  # each step is a sequence of its own here
-            out = self._timed("short_conv", lambda: short_conv(out, weight, norm, cu_seqlens, dilation, spec.conv_eps,
-                                                               backend=self.backend))
+        if layer.conv_weight is not None:
+            gated = out
+            out = self._timed("short_conv", lambda: self._conv(layer, gated))
         return out if spec.add_residual else hidden + out
+
+    def _conv(self, layer: MemoryLayer, gated: Tensor, reference: bool = False) -> Tensor:
+        """Each step is a sequence of its own here. reference: in float64."""
+        weight, norm, dilation = layer.conv_weight, layer.conv_norm, self.spec.conv_dilation
+        assert weight is not None and norm is not None and dilation is not None  # the spec sees to it
+        cu_seqlens = torch.tensor([0, gated.shape[0]], dtype=torch.int32)
+        if reference:
+            return reference_short_conv(gated.double(), weight.double(), norm.double(), cu_seqlens, dilation, self.spec.conv_eps)
+        return short_conv(gated, weight, norm, cu_seqlens, dilation, self.spec.conv_eps, backend=self.backend)
+
+    def _conv_error(self, layer: MemoryLayer, gated: Tensor) -> float:
+        return _relative_error(self._conv(layer, gated), self._conv(layer, gated, reference=True))
 
     def _reference_rows(self, layer: MemoryLayer, ids: Tensor) -> Tensor:
         table, local_ids = layer.table.stage(ids)
@@ -176,5 +191,9 @@ class Pipeline:
         spec = self.spec
         exact = reference_gate(hidden.double(), key.double(), value.double(), layer.w_hidden.double(), layer.w_key.double(), None,
                                spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
-        error = (got.double() - exact).abs().amax(-1) / exact.abs().amax(-1).clamp_min(1e-30)
-        return float(error.max())
+        return _relative_error(got, exact)
+
+
+def _relative_error(got: Tensor, exact: Tensor) -> float:
+    """The largest error of a row, as a share of the row's largest value."""
+    return float(((got.double() - exact).abs().amax(-1) / exact.abs().amax(-1).clamp_min(1e-30)).max())

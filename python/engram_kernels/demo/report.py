@@ -23,7 +23,7 @@ def stage_rows(result: dict[str, Any], spec: EngramSpec) -> list[tuple[str, floa
         ("tokenize", result["tokenize_s"], 0),
         ("hash", result["hash_s"], 4 + layers * columns * 4),
         ("gather (prefetch thread)", sum(p["fetch_s"] for p in result["prefetch"]),
-         layers * columns * (4 + spec.bytes_per_row + 2 * spec.row_dim)),
+         layers * columns * (4 + result["row_bytes"] + 2 * spec.row_dim)),
         ("project (torch)", seconds["project"], 0),
         ("gate", seconds["gate"], layers * (3 * activations + 2 * hidden)),
         ("short_conv", seconds.get("short_conv", 0.0), layers * 2 * activations),
@@ -48,11 +48,14 @@ def verdict(result: dict[str, Any]) -> tuple[bool, list[str]]:
         f"rows: {agrees(checks['rows_equal'])} the reference over {checks['checked_tokens']:,} tokens",
         f"gate: largest error {checks['gate_error']:.2e} of its row's largest value, "
         f"{'within' if checks['gate_ok'] else 'BEYOND'} {TOLERANCE:.2e} (one unit in the last place of bf16)",
+        *([] if checks["conv_error"] is None else [
+            f"short_conv: largest error {checks['conv_error']:.2e}, "
+            f"{'within' if checks['conv_ok'] else 'BEYOND'} {TOLERANCE:.2e}"]),
         f"timed run: {'repeats bit for bit' if checks['run_repeats'] else 'DOES NOT REPEAT'}",
         f"prefetch: {hidden:.1%} of {fetch_s * 1e3:.0f} ms of gathering hidden, {exposed_s * 1e3:.1f} ms exposed "
         f"({exposed_s / result['elapsed_s']:.2%} of the run): {'hidden' if hidden >= _HIDDEN_SHARE else 'NOT HIDDEN'}",
     ]
-    return all(checks[name] for name in ("ids_equal", "rows_equal", "gate_ok", "run_repeats")), lines
+    return all(checks[name] for name in ("ids_equal", "rows_equal", "gate_ok", "conv_ok", "run_repeats")), lines
 
 
 def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_kernels._checks import expect_tensor
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 
@@ -31,8 +32,9 @@ class RowPrefetcher:
     own ticket and leaves the others whole.
 
     Ownership: `table` and `row_ids` must not change while a request is in flight. The tensor that `wait` returns is valid
-    until the next `wait`; pass ``out=`` to keep rows longer. Threads: `submit` and `wait` may be called from different
-    threads; a ticket is waited for once.
+    until the next `wait` without ``out=``; pass ``out=`` to keep rows longer. Threads: `submit` and `wait(out=)` may be called
+    from several threads, `wait` without ``out=`` from one; a ticket is waited for once. Rows carry no gradient. Not to be used
+    in a child after a fork: the worker stays with the parent.
 
     Args:
         table: where the rows are, in memory or in a file.
@@ -81,6 +83,8 @@ class RowPrefetcher:
 
         Source: semantics 11. Bad ids are reported by `wait`.
         """
+        if not isinstance(row_ids, Tensor):
+            raise TypeError(f"RowPrefetcher: row_ids must be a tensor, got {type(row_ids).__name__}")
         with self._lock:
             if self._closed:
                 raise RuntimeError("RowPrefetcher: submit after close")
@@ -105,6 +109,7 @@ class RowPrefetcher:
             [*row_ids.shape, D] rows; without `out`, valid until the next `wait`.
 
         Raises:
+            ValueError: `out` has another shape or dtype; the ticket stays valid.
             KeyError: no such ticket, or it was waited for before.
             TimeoutError: the rows did not come in time; the ticket stays valid.
             Exception: what went wrong with this request, such as IndexError for a bad id or OSError for a bad file.
@@ -113,6 +118,9 @@ class RowPrefetcher:
             if ticket not in self._tickets:
                 raise KeyError(f"RowPrefetcher: ticket {ticket} is unknown or was waited for before")
             request = self._tickets[ticket]
+        shape = (*request.row_ids.shape, self._table.row_dim)
+        if out is not None:
+            expect_tensor("RowPrefetcher.wait", "out", out, (self._out_dtype,), shape, torch.device("cpu"))
         start = time.perf_counter()
         arrived = request.done.wait(timeout_s)
         waited = time.perf_counter() - start
@@ -122,14 +130,20 @@ class RowPrefetcher:
                 raise TimeoutError(f"RowPrefetcher: ticket {ticket} did not arrive in {timeout_s} s")
             if self._tickets.pop(ticket, None) is None:
                 raise KeyError(f"RowPrefetcher: ticket {ticket} was waited for by another thread")
-            if self._reading is not None:
-                self._free.append(self._reading)
-            self._reading = request.rows
-        if request.error is not None:
-            raise request.error
-        shape = (*request.row_ids.shape, self._table.row_dim)
+            if request.error is not None:
+                self._free.append(request.rows)
+                raise request.error
+            if out is None:
+                if self._reading is not None:
+                    self._free.append(self._reading)
+                self._reading = request.rows
         rows = request.rows[:request.row_ids.numel() * self._table.row_dim].view(shape)
-        return rows if out is None else out.copy_(rows)
+        if out is None:
+            return rows
+        out.copy_(rows)
+        with self._lock:
+            self._free.append(request.rows)  # only now: the worker may write into it at once
+        return out
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: requests, rows, payload_bytes (as stored), fetch_s (worker busy), exposed_wait_s."""
@@ -172,4 +186,5 @@ class RowPrefetcher:
         if request.rows.numel() < size:
             request.rows = torch.empty(size, dtype=self._out_dtype)
         out = request.rows[:size].view(*request.row_ids.shape, self._table.row_dim)
-        gather_rows(self._table, request.row_ids, self._out_dtype, out=out)
+        with torch.no_grad():  # a thread of its own does not inherit the caller's grad mode
+            gather_rows(self._table, request.row_ids, self._out_dtype, out=out)

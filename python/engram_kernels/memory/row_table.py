@@ -310,7 +310,9 @@ def expect_row_ids(op: str, row_ids: object, device: torch.device) -> None:
 
 
 def _expect_in_range(op: str, row_ids: Tensor, num_rows: int, lowest: int) -> None:
-    wrong = (row_ids < lowest) | (row_ids >= num_rows)
+    wrong = row_ids < lowest
+    if num_rows <= torch.iinfo(row_ids.dtype).max:  # else no id of the dtype is too large, and the bound would wrap
+        wrong |= row_ids >= num_rows
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         raise IndexError(f"{op}: row_ids{where} is {row_ids[tuple(where)].item()}, expected [0, {num_rows})"
