@@ -4,17 +4,23 @@ VENV ?= .venv
 # any torch >= 2.10 serves; this one is what CI runs
 TORCH ?= torch==2.13.0
 
+# a CUDA build of torch, for the CUDA library; it imports without a GPU
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+
 BIN := $(VENV)/bin
+CUDA_PYTHON := $(CUDA_VENV)/bin/python
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # one build folder, so that a second build is incremental
 BUILD_ENV := EK_BUILD_DIR=$(abspath build)
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python -name '*.py')
 # make presets CXX to g++; only one that was chosen counts
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
-.PHONY: demo test test-asan bench bench-check lint format clean
+.PHONY: demo test test-asan test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -27,12 +33,30 @@ OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gathe
 test-asan: $(VENV)/.built
 	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
 	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
-	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch, pybind11; print(torch.utils.cmake_prefix_path, pybind11.get_cmake_dir(), sep=";")')" \
+	  -DEK_TORCH_ROOT="$$(python -c 'import torch; print(torch.__path__[0])')" -DCMAKE_PREFIX_PATH="$$(pybind11-config --cmakedir)" \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build-asan)/python/engram_kernels > build-asan/configure.log
 	cmake --build build-asan/cmake
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  python -m pytest -q $(OP_TESTS) -k "not compiles" $(ARGS)
+
+# The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
+test-cuda-build: $(CUDA_VENV)/.installed
+	EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
+
+# On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
+test-gpu: $(CUDA_VENV)/.installed
+	$(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
+	$(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(CUDA_PYTHON) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
+
+bench-gpu: $(CUDA_VENV)/.installed
+	$(CUDA_PYTHON) bench/gpu.py $(ARGS)
+
+cuda-report: $(VENV)/.built
+	python tests/cuda_sim/report.py --readme README.md
 
 bench: $(VENV)/.built $(VENV)/.bench
 	python -m pytest -q bench --benchmark-json=build/bench.json $(ARGS) > build/bench.log || { cat build/bench.log; exit 1; }
@@ -65,7 +89,25 @@ $(VENV)/.built: $(VENV)/.python pyproject.toml setup.py $(SOURCES)
 	$(BUILD_ENV) pip install -q --no-build-isolation -e '.[demo,test]'
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.built
+$(VENV)/.# The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
+test-cuda-build: $(CUDA_VENV)/.installed
+	EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
+
+# On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
+test-gpu: $(CUDA_VENV)/.installed
+	$(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
+	$(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(CUDA_PYTHON) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
+
+bench-gpu: $(CUDA_VENV)/.installed
+	$(CUDA_PYTHON) bench/gpu.py $(ARGS)
+
+cuda-report: $(VENV)/.built
+	python tests/cuda_sim/report.py --readme README.md
+
+bench: $(VENV)/.built
 	pip install -q --no-build-isolation 'pytest-benchmark>=4' 
 	pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
 	@touch $@

@@ -50,7 +50,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{pybind11.get_cmake_dir()}",
+            f"-DEK_TORCH_ROOT={Path(torch.__file__).parent}", f"-DCMAKE_PREFIX_PATH={pybind11.get_cmake_dir()}",
             *cuda_options(), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}", "-DCMAKE_BUILD_TYPE=Release",
             f"-DEK_SANITIZE={'ON' if os.environ.get('EK_SANITIZE') == '1' else 'OFF'}"])
         subprocess.check_call(["cmake", "--build", str(build)])

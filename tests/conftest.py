@@ -4,8 +4,8 @@ import os
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of triton
 
 import engram_kernels  # noqa: E402, F401
@@ -41,8 +41,10 @@ def poison():
 
 
 @pytest.fixture
-def device():
-    return DEVICE
+def device(request):
+    """Where the tensors of a test go: with its backend."""
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "cpu"
+    return "cuda" if HAS_GPU and backend in ("cuda", "triton") else "cpu"
 
 
 @pytest.fixture(params=BACKENDS)

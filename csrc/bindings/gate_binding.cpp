@@ -11,6 +11,12 @@ using OptionalTensor = std::optional<Tensor>;
 
 GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
                   const OptionalTensor& mask, const GateOptions& options) {
+  expect_one_device(kOp, {{"hidden", &hidden},
+                          {"key", &key},
+                          {"value", &value},
+                          {"w_hidden", &w_hidden},
+                          {"w_key", &w_key},
+                          {"mask", or_null(mask)}});
   GateParams p{};
   p.dtype = float_dtype(kOp, "hidden", hidden);
   expect_shape(kOp, "hidden", hidden, {kAnySize, kAnySize, kAnySize}, 1);
@@ -32,8 +38,14 @@ GateParams params(const Tensor& hidden, const Tensor& key, const Tensor& value, 
 
 void run(GateParams p, const Tensor& hidden, const Tensor& out) {
   p.out = branch_rows(kOp, "out", out, hidden, 3);
+  expect_one_device(kOp, {{"hidden", &hidden}, {"out", &out}});
   expect_apart_or_same(kOp, hidden, out);
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, hidden);
+  gate_cuda(p, launch.stream());
+#else
   gate_cpu(p, torch_threads());
+#endif
 }
 
 Tensor gate(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
@@ -55,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_o
                                                             const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
                                                             OptionalTensor mask, double eps, double clamp, std::string zero_sign,
                                                             bool add_residual) {
+  expect_one_device(kOp, {{"grad_out", &grad_out}, {"hidden", &hidden}});
   GateBwdParams p{};
   p.forward = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
@@ -69,14 +82,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_o
   p.grad_value = grad_value.mutable_data_ptr();
   p.grad_w_hidden = grad_w_hidden.mutable_data_ptr();
   p.grad_w_key = grad_w_key.mutable_data_ptr();
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, hidden);
+  const Tensor scratch = launch.scratch(gate_bwd_cuda_scratch_bytes(p));
+  p.scratch = scratch.mutable_data_ptr();
+  gate_bwd_cuda(p, launch.stream());
+#else
   gate_bwd_cpu(p, torch_threads());
+#endif
   return {grad_hidden, grad_key, grad_value, grad_w_hidden, grad_w_key};
 }
 
 }  // namespace
 }  // namespace engram_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("gate", TORCH_BOX(&engram_kernels::gate));
   m.impl("gate.out", TORCH_BOX(&engram_kernels::gate_out));
   m.impl("gate_bwd", TORCH_BOX(&engram_kernels::gate_bwd));

@@ -1,7 +1,7 @@
 // What the bindings of gate and gather_gate share: branch rows, weights, options, and where `out` may lie.
 #pragma once
 
-#include "bindings/stable_tensor.h"
+#include "bindings/backend.h"
 #include "kernels/gate/gate.h"
 
 namespace engram_kernels {

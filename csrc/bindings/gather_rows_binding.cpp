@@ -1,4 +1,5 @@
 // torch binding of gather_rows and its backward: tensors in, params out. No arithmetic here.
+#include <array>
 #include <vector>
 
 #include "bindings/row_source.h"
@@ -26,6 +27,8 @@ void expect_one_row_an_id(const char* op, const char* name, const Tensor& x, con
 
 void run(const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& row_ids, const std::string& row_format,
          int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, const Tensor& out) {
+  expect_one_device(kOp, {{"row_ids", &row_ids}, {"out", &out}});
+  expect_table_readable(kOp, rows, scales, row_ids);
   GatherRowsParams p{};
   p.source = row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero);
   p.row_ids = row_ids_of(kOp, row_ids);
@@ -35,16 +38,22 @@ void run(const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& 
   EK_CHECK(out.size(out.dim() - 1) == row_dim,
            kOp << ": the last dimension of out is " << out.size(out.dim() - 1) << ", expected row_dim, " << row_dim);
   p.out = static_cast<std::byte*>(out.mutable_data_ptr());
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, row_ids);
+  p.error_count = launch.error_count();
+  gather_rows_cuda(p, launch.stream());
+#else
   check_params(p);
   check_row_ids_of(kOp, row_ids, p.row_ids, p.source.num_rows);
   gather_rows_cpu(p, torch_threads());
+#endif
 }
 
 Tensor gather_rows(const Tensor& rows, std::optional<Tensor> scales, const Tensor& row_ids, std::string row_format,
                    int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype) {
   EK_CHECK(row_dim >= 1 && row_dim <= std::numeric_limits<int>::max(), kOp << ": row_dim is " << row_dim);
   dtype_of(kOp, "out_dtype", out_dtype);
-  Tensor out = torch::stable::new_empty(rows, with_row_dim(row_ids, row_dim), out_dtype);
+  Tensor out = torch::stable::new_empty(row_ids, with_row_dim(row_ids, row_dim), out_dtype);
   run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out);
   return out;
 }
@@ -55,7 +64,20 @@ void gather_rows_out(const Tensor& rows, std::optional<Tensor> scales, const Ten
   run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out);
 }
 
+#ifdef EK_WITH_CUDA
+// The ids in order, and where each stood; equal ids in the order of their positions.
+std::pair<Tensor, Tensor> sorted(const Tensor& ids) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(torch::stable::flatten(ids)), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+#endif
+
 Tensor gather_rows_bwd(const Tensor& grad, const Tensor& row_ids, int64_t num_rows, ScalarType dtype) {
+  expect_one_device(kBwdOp, {{"grad", &grad}, {"row_ids", &row_ids}});
   GatherRowsBwdParams p{};
   p.row_ids = row_ids_of(kBwdOp, row_ids);
   p.grad_dtype = dtype_of(kBwdOp, "grad", grad.scalar_type());
@@ -67,18 +89,29 @@ Tensor gather_rows_bwd(const Tensor& grad, const Tensor& row_ids, int64_t num_ro
   p.row_dim = static_cast<int>(row_dim);
   p.num_rows = num_rows;
   check_params(p);
+#ifndef EK_WITH_CUDA
   check_row_ids_of(kBwdOp, row_ids, p.row_ids, num_rows);
+#endif
   Tensor grad_rows = torch::stable::new_empty(grad, {num_rows, row_dim}, dtype);
   p.grad = static_cast<const std::byte*>(grad.const_data_ptr());
   p.grad_rows = static_cast<std::byte*>(grad_rows.mutable_data_ptr());
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kBwdOp, grad);
+  torch::stable::zero_(grad_rows);
+  const auto [ids, positions] = sorted(row_ids);
+  p.row_ids.data = ids.const_data_ptr();
+  p.positions = positions.const_data_ptr<int64_t>();
+  gather_rows_bwd_cuda(p, launch.stream());
+#else
   gather_rows_bwd_cpu(p, RowOrder(p.row_ids, num_rows), torch_threads());
+#endif
   return grad_rows;
 }
 
 }  // namespace
 }  // namespace engram_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("gather_rows", TORCH_BOX(&engram_kernels::gather_rows));
   m.impl("gather_rows.out", TORCH_BOX(&engram_kernels::gather_rows_out));
   m.impl("gather_rows_bwd", TORCH_BOX(&engram_kernels::gather_rows_bwd));

@@ -1,5 +1,5 @@
 // torch binding of ngram_hash: tensors in, NgramHashParams out. No arithmetic here.
-#include "bindings/stable_tensor.h"
+#include "bindings/backend.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
 namespace engram_kernels {
@@ -10,6 +10,15 @@ constexpr const char* kOp = "ngram_hash";
 void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
          const Tensor& multipliers, const std::optional<Tensor>& token_map, const std::optional<Tensor>& history,
          const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+  expect_one_device(kOp, {{"token_ids", &token_ids},
+                          {"cu_seqlens", &cu_seqlens},
+                          {"moduli", &moduli},
+                          {"offsets", &offsets},
+                          {"multipliers", &multipliers},
+                          {"token_map", or_null(token_map)},
+                          {"history", or_null(history)},
+                          {"dead_mask", or_null(dead_mask)},
+                          {"out", &out}});
   NgramHashParams p{};
   p.num_tokens = token_ids.numel();
   p.num_sequences = cu_seqlens.numel() - 1;
@@ -64,9 +73,15 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
   p.vocab_size = token_map.has_value() ? token_map->numel() : num_ids;
   p.boundary_id = boundary_id;
   p.eos_id = eos_id;
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, token_ids);
+  p.error_count = launch.error_count();
+  ngram_hash_cuda(p, launch.stream());
+#else
   check_params(p);
   check_host_data(p);
   ngram_hash_cpu(p, torch_threads());
+#endif
 }
 
 Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
@@ -95,7 +110,7 @@ void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Ten
 }  // namespace
 }  // namespace engram_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("ngram_hash", TORCH_BOX(&engram_kernels::ngram_hash));
   m.impl("ngram_hash.out", TORCH_BOX(&engram_kernels::ngram_hash_out));
 }

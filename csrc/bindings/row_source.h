@@ -4,7 +4,7 @@
 #include <limits>
 #include <string>
 
-#include "bindings/stable_tensor.h"
+#include "bindings/backend.h"
 #include "common/row_format.h"
 #include "common/row_ids.h"
 
@@ -21,6 +21,18 @@ inline DType dtype_of(const char* op, const char* name, ScalarType type) {
     default:
       EK_THROW_AS(std::invalid_argument,
                   op << ": " << name << " is " << torch::headeronly::toString(type) << ", expected Float, BFloat16 or Half");
+  }
+}
+
+// Throws unless the kernels can read the table from the device of `like`. A GPU also reads pinned host memory.
+inline void expect_table_readable(const char* op, const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& like) {
+  for (const auto& [name, x] : {std::pair{"rows", &rows}, std::pair{"scales", or_null(scales)}}) {
+    if (x == nullptr) continue;
+#ifdef EK_WITH_CUDA
+    expect_readable(op, name, *x, like.get_device_index());
+#else
+    expect_on_device(op, name, *x, like.get_device_index());
+#endif
   }
 }
 

@@ -1,5 +1,5 @@
 // torch binding of short_conv, its backward and its stateful form: tensors in, params out. No arithmetic here.
-#include "bindings/stable_tensor.h"
+#include "bindings/backend.h"
 #include "kernels/short_conv/short_conv.h"
 
 namespace engram_kernels {
@@ -9,6 +9,7 @@ constexpr const char* kOp = "short_conv";
 
 ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
                             int64_t dilation, double eps) {
+  expect_one_device(kOp, {{"x", &x}, {"weight", &weight}, {"norm_weight", &norm_weight}, {"cu_seqlens", &cu_seqlens}});
   ShortConvParams p{};
   expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
   p.dtype = float_dtype(kOp, "x", x);
@@ -42,9 +43,18 @@ ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor&
 void run(ShortConvParams p, const Tensor& x, const Tensor& out) {
   expect_dtype(kOp, "out", out, {x.scalar_type()});
   expect_shape(kOp, "out", out, {p.num_tokens, p.branches, p.hidden_size}, 3);
+  expect_one_device(kOp, {{"x", &x}, {"out", &out}});
   p.out = out.mutable_data_ptr();
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, x);
+  const Tensor scratch = launch.scratch(short_conv_cuda_scratch_bytes(p));
+  p.scratch = scratch.mutable_data_ptr();
+  p.error_count = launch.error_count();
+  short_conv_cuda(p, launch.stream());
+#else
   check_host_data(p);
   short_conv_cpu(p, torch_threads());
+#endif
 }
 
 void short_conv_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
@@ -63,6 +73,7 @@ Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weig
 
 void short_conv_update_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
                            const Tensor& positions, int64_t dilation, double eps, const Tensor& state, const Tensor& out) {
+  expect_one_device(kOp, {{"x", &x}, {"positions", &positions}, {"state", &state}});
   ShortConvParams p = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
   expect_dtype(kOp, "positions", positions, {ScalarType::Int, ScalarType::Long});
   expect_shape(kOp, "positions", positions, {p.num_sequences}, 1);
@@ -96,7 +107,10 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_bwd(const Tensor& grad_out, const 
                                                   double eps) {
   ShortConvBwdParams p{};
   p.forward = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
+  expect_one_device(kOp, {{"x", &x}, {"grad_out", &grad_out}});
+#ifndef EK_WITH_CUDA
   check_host_data(p.forward);
+#endif
   expect_dtype(kOp, "grad_out", grad_out, {x.scalar_type()});
   expect_shape(kOp, "grad_out", grad_out, {x.size(0), x.size(1), x.size(2)}, 1);
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
@@ -108,14 +122,22 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_bwd(const Tensor& grad_out, const 
   p.grad_x = grad_x.mutable_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();
   p.grad_norm_weight = grad_norm_weight.mutable_data_ptr();
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, x);
+  const Tensor scratch = launch.scratch(short_conv_bwd_cuda_scratch_bytes(p));
+  p.scratch = scratch.mutable_data_ptr();
+  p.forward.error_count = launch.error_count();
+  short_conv_bwd_cuda(p, launch.stream());
+#else
   short_conv_bwd_cpu(p, torch_threads());
+#endif
   return {grad_x, grad_weight, grad_norm_weight};
 }
 
 }  // namespace
 }  // namespace engram_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("short_conv", TORCH_BOX(&engram_kernels::short_conv));
   m.impl("short_conv.out", TORCH_BOX(&engram_kernels::short_conv_out));
   m.impl("short_conv_update", TORCH_BOX(&engram_kernels::short_conv_update));

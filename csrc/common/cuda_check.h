@@ -1,4 +1,4 @@
-// What every launcher does around a launch. Included by .cu files only.
+// What every launcher does around a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,9 +27,11 @@ inline int num_multiprocessors() {
   return count;
 }
 
+#ifdef __CUDACC__
 // A data error found on the device; raised later by whoever owns the counter.
 __device__ inline void count_error(uint32_t* error_count) {
   if (error_count != nullptr) atomicAdd(error_count, 1U);
 }
+#endif
 
 }  // namespace engram_kernels

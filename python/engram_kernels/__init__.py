@@ -1,5 +1,6 @@
 """engram_kernels: conditional memory for language models. Public names only; everything else is private."""
 from engram_kernels import backends
+from engram_kernels.backends import check_errors
 from engram_kernels.layout import Layout
 from engram_kernels.memory.row_prefetcher import RowPrefetcher
 from engram_kernels.memory.row_table import RowTable
@@ -12,5 +13,5 @@ from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
 from engram_kernels.token_map import TokenMap
 
-__all__ = ["Engram", "EngramSpec", "Layout", "RowPrefetcher", "RowTable", "TokenMap", "backends", "gate", "gather_gate",
-           "gather_rows", "ngram_hash", "short_conv"]
+__all__ = ["Engram", "EngramSpec", "Layout", "RowPrefetcher", "RowTable", "TokenMap", "backends", "check_errors", "gate",
+           "gather_gate", "gather_rows", "ngram_hash", "short_conv"]

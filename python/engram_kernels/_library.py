@@ -8,8 +8,19 @@ LIB = torch.library.Library("engram_kernels", "DEF")
 
 COMPILE_ERROR: str | None
 try:
-    import engram_kernels._C  # noqa: F401  registers the CPU kernels
+    import engram_kernels._C
 except ImportError as err:
     COMPILE_ERROR = f"the compiled module is missing: {err}"  # shown by backends.explain(), never swallowed
 else:
     COMPILE_ERROR = None
+
+CUDA_ERROR: str | None  # why the CUDA kernels cannot be called, whether or not there is a device
+if torch.version.cuda is None:
+    CUDA_ERROR = "this torch was built without CUDA"
+else:
+    try:
+        import engram_kernels._C_cuda  # noqa: F401  registers the CUDA kernels
+    except ImportError as err:
+        CUDA_ERROR = f"the CUDA library is missing (build with ENGRAM_KERNELS_CUDA=1): {err}"
+    else:
+        CUDA_ERROR = None

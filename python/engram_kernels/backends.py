@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
-from engram_kernels._library import COMPILE_ERROR
+from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 # "auto": the first of these that is available, by the device of the tensors
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"),
+              "meta": ("cpu", "cuda", "reference")}  # no data, so a kernel's fake
 _DEVICES = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -24,10 +25,10 @@ def register(op: str, backend: str, implementation: Callable[..., Any] | None, w
 
 
 def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., Any]) -> None:
-    """Registers what every op has: its reference and its compiled CPU kernel, or the reason why it is missing."""
+    """Registers what every op has: its reference and its compiled kernels, or the reasons why they are missing."""
     register(op, "reference", reference)
     register(op, "cpu", None if COMPILE_ERROR else compiled, COMPILE_ERROR)
-    register(op, "cuda", None, "this build has no CUDA library")
+    register(op, "cuda", None if CUDA_ERROR else compiled, CUDA_ERROR)
     register(op, "triton", None, "there is no Triton kernel yet")
 
 
@@ -53,8 +54,8 @@ def select(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
         raise RuntimeError(f"{op}: no backend is available for {device}")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}, expected auto, {', '.join(BACKENDS)}")
-    if (op, backend) not in _IMPLEMENTATIONS:
-        raise RuntimeError(f"{op}: backend {backend!r} is not available: {_WHY_NOT.get((op, backend), 'unknown op')}")
+    if (op, backend) not in _IMPLEMENTATIONS or (device.type == "cpu" and _no_device(backend)):
+        raise RuntimeError(f"{op}: backend {backend!r} is not available: {_why_not(op, backend)}")
     if _DEVICES[backend] not in (None, device.type):
         raise ValueError(f"{op}: backend {backend!r} runs on {_DEVICES[backend]}, the tensors are on {device}")
     return _IMPLEMENTATIONS[op, backend]
@@ -62,7 +63,7 @@ def select(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
 
 def available(op: str) -> tuple[str, ...]:
     """Backends of `op` that can run here."""
-    return tuple(name for name in BACKENDS if (op, name) in _IMPLEMENTATIONS)
+    return tuple(name for name in BACKENDS if (op, name) in _IMPLEMENTATIONS and not _no_device(name))
 
 
 def ops() -> tuple[str, ...]:
@@ -72,5 +73,33 @@ def ops() -> tuple[str, ...]:
 
 def explain(op: str, backend: str) -> str:
     """One line: available, or the reason why not."""
-    why = "available" if (op, backend) in _IMPLEMENTATIONS else _WHY_NOT.get((op, backend), "no such op or backend")
-    return f"{op}/{backend}: {why}"
+    return f"{op}/{backend}: {_why_not(op, backend) or 'available'}"
+
+
+def _no_device(backend: str) -> bool:
+    # asked late: importing this package must not start CUDA
+    return _DEVICES.get(backend) == "cuda" and not torch.cuda.is_available()
+
+
+def _why_not(op: str, backend: str) -> str:
+    if (op, backend) not in _IMPLEMENTATIONS:
+        return _WHY_NOT.get((op, backend), "no such op or backend")
+    return "the kernels are loaded, but torch finds no CUDA device" if _no_device(backend) else ""
+
+
+def check_errors() -> None:
+    """Raises if a CUDA op met bad data since the last call. Waits for the devices.
+
+    A GPU op cannot look at its ids before it runs: a bad one gives zeros (gather_rows, gather_gate) or hashes as a dead token,
+    reads nothing out of bounds, and is counted on the device.
+
+    Raises:
+        IndexError: names each op, device and count; the counters start again at 0.
+    """
+    if CUDA_ERROR:
+        return  # no op has counted anything
+    from engram_kernels import _C_cuda
+    errors = _C_cuda.take_errors()
+    if errors:
+        raise IndexError("; ".join(f"{op}: {count} bad values (ids or sequence bounds out of range) on cuda:{device}"
+                                   for op, device, count in errors))

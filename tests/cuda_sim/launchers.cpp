@@ -20,3 +20,4 @@
 
 EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
 EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
+EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)

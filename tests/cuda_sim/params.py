@@ -29,3 +29,8 @@ class RowIds(Structure):
 class GatherRowsParams(Structure):
     _fields_ = [("source", RowSource), ("row_ids", RowIds), ("out", c_void_p), ("out_dtype", c_int), ("as_stored", c_bool),
                 ("max_blocks", c_int), ("error_count", c_void_p)]
+
+
+class GatherRowsBwdParams(Structure):
+    _fields_ = [("grad", c_void_p), ("row_ids", RowIds), ("grad_rows", c_void_p), ("num_rows", c_int64), ("row_dim", c_int),
+                ("grad_dtype", c_int), ("out_dtype", c_int), ("positions", c_void_p)]

@@ -35,6 +35,8 @@ struct GatherRowsBwdParams {
   int row_dim;
   DType grad_dtype;
   DType out_dtype;
+  // CUDA only: row_ids is sorted stably, this is where each id stood, and grad_rows holds zeros
+  const int64_t* positions = nullptr;
 };
 
 // Throw unless sizes, strides and pointers are in range. Ids are not inspected.
@@ -46,6 +48,8 @@ void gather_rows_bwd_cpu(const GatherRowsBwdParams& p, const RowOrder& order, co
 #ifdef EK_WITH_CUDA
 // ids and out are device memory; rows and scales may be host memory that the device can read.
 void gather_rows_cuda(const GatherRowsParams& p, void* stream);
+// Ids that name no row are left out.
+void gather_rows_bwd_cuda(const GatherRowsBwdParams& p, void* stream);
 #endif
 
 }  // namespace engram_kernels

@@ -71,6 +71,12 @@ class RowTable:
         """Where rows come out: the device of the rows; the CPU for a file table."""
         return torch.device("cpu") if self.tier == "file" else self.rows.device
 
+    def device_for(self, like: object) -> torch.device:
+        """Where an op gathers rows for `like`: its GPU where that can read the table (pinned host memory), else `device`."""
+        if isinstance(like, Tensor) and like.is_cuda and self.tier == "host" and self.rows.is_pinned():
+            return like.device
+        return self.device
+
     def __repr__(self) -> str:
         where = f", path={str(self.path)!r}" if self.path else ""
         return (f"RowTable({self.num_rows} rows of {self.row_dim}, {self.row_format}, {self.row_bytes} bytes a row, "

@@ -102,7 +102,7 @@ def _check(hidden, table, row_ids, w_hidden, w_key, mask, out):
     device, dtype = hidden.device, hidden.dtype
     if branches == 0 or size == 0:
         raise ValueError(f"{op}: hidden must have at least one branch of at least one element, got {list(hidden.shape)}")
-    if table.device != device:
+    if table.device_for(hidden) != device:
         raise ValueError(f"{op}: table must be on {device}, got {table.device}")
     expect_tensor(op, "row_ids", row_ids, (torch.int32, torch.int64), (tokens, "C"), device)
     if row_ids.shape[1] * table.row_dim != size:

@@ -19,7 +19,7 @@ LIB.define("gather_rows_bwd(Tensor grad, Tensor row_ids, int num_rows, ScalarTyp
 
 @torch.library.register_fake("engram_kernels::gather_rows", lib=LIB)
 def _fake(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype):
-    return rows.new_empty((*row_ids.shape, row_dim), dtype=out_dtype)
+    return row_ids.new_empty((*row_ids.shape, row_dim), dtype=out_dtype)
 
 
 @torch.library.register_fake("engram_kernels::gather_rows.out", lib=LIB)
@@ -46,7 +46,8 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
 
     Args:
         table: where the rows are, in memory or in a file.
-        row_ids: int32 or int64, any shape, contiguous; -1 or in [0, table.num_rows).
+        row_ids: int32 or int64, any shape, contiguous; -1 or in [0, table.num_rows). On the device of the table; on a GPU also
+            for a table in pinned host memory, which the kernel then reads over the bus.
         out_dtype: float32, bfloat16 or float16.
         out: [*row_ids.shape, D] of `out_dtype`, contiguous, written instead of a new tensor. Not with gradients.
         sparse_grad: the gradient of ``table.rows`` is a sparse COO tensor with one entry a position, not a dense one of the
@@ -54,12 +55,13 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        [*row_ids.shape, D] of `out_dtype` on the device of the table; `out` when given. No ids give an empty tensor.
+        [*row_ids.shape, D] of `out_dtype` on the device of the ids; `out` when given. No ids give an empty tensor.
 
     Raises:
         TypeError: an argument is no tensor, or `table` no RowTable.
         ValueError: a shape, dtype, device or stride is wrong.
-        IndexError: an id is neither -1 nor in [0, num_rows); names the position and the value, nothing is written.
+        IndexError: an id is neither -1 nor in [0, num_rows); names the position and the value, nothing is written. On a GPU
+            such an id gives zeros, and `check_errors` raises later.
         OSError: a file table cannot be read, or its file changed.
         RuntimeError: the named backend is not available.
 
@@ -68,13 +70,14 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
     op = "gather_rows"
     if not isinstance(table, RowTable):
         raise TypeError(f"{op}: table must be a RowTable, got {type(table).__name__}")
-    expect_row_ids(op, row_ids, table.device)
+    device = table.device_for(row_ids)
+    expect_row_ids(op, row_ids, device)
     if out_dtype not in FLOAT_DTYPES:
         raise ValueError(f"{op}: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
     if out is not None:
-        expect_tensor(op, "out", out, (out_dtype,), (*row_ids.shape, table.row_dim), table.device,
+        expect_tensor(op, "out", out, (out_dtype,), (*row_ids.shape, table.row_dim), device,
                       dense_dims=row_ids.dim() + 1)
-    run = backends.select(op, table.device, backend)
+    run = backends.select(op, device, backend)
     table, row_ids = table.stage(row_ids)
     rows = table.rows
     args = (rows, table.scales, row_ids, table.row_format, table.row_dim, table.zero_scale_is_zero, out_dtype)
@@ -111,7 +114,7 @@ def _compiled(*args, out=None):
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and rows.requires_grad):
             return torch.ops.engram_kernels.gather_rows.default(*args)
         # the Python autograd layer and an allocation through the stable ABI cost more than a decode step's rows
-        out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=rows.device)
+        out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=row_ids.device)
     torch.ops.engram_kernels.gather_rows.out(*args, out=out)
     mark_written(out)
     return out

@@ -1,0 +1,95 @@
+#include "bindings/cuda_launch.h"
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "common/cuda_check.h"
+
+namespace engram_kernels {
+namespace {
+
+using GetStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// Found in the libtorch_cuda that torch has loaded, so that this library links without one.
+GetStream find_get_stream() {
+  void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+  if (found == nullptr) {
+    EK_THROW_AS(std::runtime_error, "engram_kernels: this torch has no CUDA streams; expected a CUDA build of torch >= 2.10");
+  }
+  return reinterpret_cast<GetStream>(found);
+}
+
+constexpr const char* kCountingOps[] = {"ngram_hash", "gather_rows", "gather_gate", "short_conv"};
+constexpr size_t kNumCountingOps = sizeof(kCountingOps) / sizeof(*kCountingOps);
+
+std::mutex counters_mutex;
+std::map<int, uint32_t*> counters;  // by device; device memory [kNumCountingOps], kept for the life of the process
+
+// The one allocation of this library; legal while a graph is being captured, since it is no part of the graph.
+uint32_t* make_counters() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  EK_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  void* memory = nullptr;
+  const cudaError_t allocated = cudaMalloc(&memory, sizeof(uint32_t) * kNumCountingOps);
+  const cudaError_t cleared = allocated == cudaSuccess ? cudaMemset(memory, 0, sizeof(uint32_t) * kNumCountingOps) : allocated;
+  EK_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  EK_CUDA_CHECK(cleared);
+  return static_cast<uint32_t*>(memory);
+}
+
+}  // namespace
+
+CudaLaunch::CudaLaunch(const char* op, const Tensor& like)
+    : op_(op), like_(like), device_(like.get_device_index()), guard_(device_) {
+  static const GetStream get_stream = find_get_stream();
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device_, &stream_));
+}
+
+uint32_t* CudaLaunch::error_count() const {
+  const std::lock_guard<std::mutex> lock(counters_mutex);
+  uint32_t*& of_device = counters[device_];
+  if (of_device == nullptr) of_device = make_counters();
+  for (size_t i = 0; i < kNumCountingOps; ++i) {
+    if (std::strcmp(kCountingOps[i], op_) == 0) return of_device + i;
+  }
+  EK_THROW_AS(std::logic_error, op_ << ": counts no errors");
+}
+
+void expect_readable(const char* op, const char* name, const Tensor& x, int32_t device_index) {
+  if (x.is_cuda()) {
+    EK_CHECK(x.get_device_index() == device_index,
+             op << ": " << name << " is on cuda:" << x.get_device_index() << ", the other tensors on cuda:" << device_index);
+    return;
+  }
+  if (x.numel() == 0) return;
+  EK_CHECK(x.is_cpu(), op << ": " << name << " is neither on a CUDA device nor in host memory");
+  cudaPointerAttributes attributes{};
+  const cudaError_t found = cudaPointerGetAttributes(&attributes, x.const_data_ptr());
+  if (found != cudaSuccess) cudaGetLastError();  // clears it
+  EK_CHECK(
+      found == cudaSuccess && attributes.devicePointer == x.const_data_ptr(),
+      op << ": " << name << " is in host memory that cuda:" << device_index << " cannot read; pin it, or copy it to the device");
+}
+
+std::vector<CudaErrors> take_cuda_errors() {
+  const std::lock_guard<std::mutex> lock(counters_mutex);
+  std::vector<CudaErrors> errors;
+  for (const auto& [device, memory] : counters) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    EK_CUDA_CHECK(cudaDeviceSynchronize());
+    uint32_t counts[kNumCountingOps];
+    EK_CUDA_CHECK(cudaMemcpy(counts, memory, sizeof(counts), cudaMemcpyDeviceToHost));
+    EK_CUDA_CHECK(cudaMemset(memory, 0, sizeof(counts)));
+    for (size_t i = 0; i < kNumCountingOps; ++i) {
+      if (counts[i] != 0) errors.push_back({kCountingOps[i], device, counts[i]});
+    }
+  }
+  return errors;
+}
+
+}  // namespace engram_kernels

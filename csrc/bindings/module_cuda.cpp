@@ -1,0 +1,20 @@
+// The pybind11 module of the CUDA kernels: importing it registers the CUDA ops with torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings/cuda_launch.h"
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA kernels of engram_kernels; importing this registers the CUDA ops with torch";
+  m.def(
+      "take_errors",
+      [] {
+        std::vector<std::tuple<std::string, int, uint32_t>> errors;
+        for (const auto& e : engram_kernels::take_cuda_errors()) errors.emplace_back(e.op, e.device, e.count);
+        return errors;
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "[(op, device index, count)] of the data errors since the last call; waits for the devices.");
+}

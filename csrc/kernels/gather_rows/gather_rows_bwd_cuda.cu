@@ -1,0 +1,133 @@
+// CUDA kernel of the backward pass of gather_rows: a dense gradient of the rows. Contract: gather_rows.h.
+//
+// Mapping  a warp looks at a position of the sorted ids. Where a new row begins, it sums the row's positions in their
+//          order, in fp32 registers, a chunk of columns at a time; elsewhere it has nothing to do. So every output row
+//          has one writer, and its bits do not depend on the grid.
+// Traffic  reads the gradient once, 12 to 16 B an id of the sort, writes each row that is named once; the caller has
+//          zeroed the others.
+// Limits   a row that thousands of positions name is summed by one warp.
+#include <algorithm>
+
+#include "common/convert_cuda.h"
+#include "common/cuda_check.h"
+#include "kernels/gather_rows/gather_rows.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarp = 32;
+constexpr int kVector = 8;  // elements of a lane
+constexpr int kPositionsAtOnce = 4;
+constexpr int kBlocksPerSm = 16;
+
+__device__ __forceinline__ bool begins_row(const GatherRowsBwdParams& p, int64_t i, int64_t id) {
+  return id >= 0 && id < p.num_rows && (i == 0 || p.row_ids[i - 1] != id);
+}
+
+template <DType kGrad, int kCount>
+__device__ __forceinline__ void load_elements(const GatherRowsBwdParams& p, int64_t position, int column,
+                                              float (&values)[kCount]) {
+  const std::byte* from = p.grad + (position * p.row_dim + column) * dtype_bytes(kGrad);
+  if constexpr (kCount > 1) {
+    load_floats<kGrad, kCount>(from, values);
+  } else if constexpr (kGrad == DType::kF32) {
+    values[0] = *reinterpret_cast<const float*>(from);
+  } else {
+    float unused;
+    unpack_pair<kGrad>(*reinterpret_cast<const uint16_t*>(from), values, &unused);
+  }
+}
+
+// sums[..] += the elements from `column` on of the gradients at sorted positions i, i + 1, .. of the row.
+template <DType kGrad, int kCount>
+__device__ __forceinline__ void sum_positions(const GatherRowsBwdParams& p, int64_t i, int64_t id, int column, float* sums) {
+#pragma unroll 1
+  for (; i < p.row_ids.count && p.row_ids[i] == id; i += kPositionsAtOnce) {
+    float values[kPositionsAtOnce][kCount] = {};
+#pragma unroll
+    for (int n = 0; n < kPositionsAtOnce; ++n) {  // independent loads first
+      if (i + n < p.row_ids.count && p.row_ids[i + n] == id) load_elements<kGrad>(p, p.positions[i + n], column, values[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < kPositionsAtOnce; ++n) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) sums[e] += values[n][e];
+    }
+  }
+}
+
+template <DType kOut, int kCount>
+__device__ __forceinline__ void store_sums(const GatherRowsBwdParams& p, int64_t id, int column, const float* sums) {
+  std::byte* to = p.grad_rows + (id * p.row_dim + column) * dtype_bytes(kOut);
+  if constexpr (kCount > 1) {
+    constexpr int kStored = 16 / dtype_bytes(kOut);
+#pragma unroll
+    for (int e = 0; e < kCount; e += kStored) store_floats<kOut>(to + e * dtype_bytes(kOut), sums + e);
+  } else if constexpr (kOut == DType::kF32) {
+    *reinterpret_cast<float*>(to) = sums[0];
+  } else {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pack_pair<kOut>(sums[0], 0.0F));
+  }
+}
+
+template <DType kGrad, DType kOut, int kCount>
+__global__ void __launch_bounds__(kThreads) sum_rows(const GatherRowsBwdParams p) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t step = int64_t{gridDim.x} * (kThreads / kWarp);
+#pragma unroll 1
+  for (int64_t i = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; i < p.row_ids.count; i += step) {
+    const int64_t id = p.row_ids[i];
+    if (!begins_row(p, i, id)) continue;
+#pragma unroll 1
+    for (int column = lane * kCount; column < p.row_dim; column += kWarp * kCount) {
+      float sums[kCount] = {};
+      sum_positions<kGrad, kCount>(p, i, id, column, sums);
+      store_sums<kOut, kCount>(p, id, column, sums);
+    }
+  }
+}
+
+template <DType kGrad, DType kOut>
+void launch(const GatherRowsBwdParams& p, bool vectors, cudaStream_t stream) {
+  const int64_t wanted = ceil_div(p.row_ids.count, int64_t{kThreads / kWarp});
+  const auto blocks = static_cast<unsigned>(std::min(wanted, int64_t{num_multiprocessors()} * kBlocksPerSm));
+  if (vectors) {
+    sum_rows<kGrad, kOut, kVector><<<blocks, kThreads, 0, stream>>>(p);
+  } else {
+    sum_rows<kGrad, kOut, 1><<<blocks, kThreads, 0, stream>>>(p);
+  }
+  EK_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DType kGrad>
+void launch_to(const GatherRowsBwdParams& p, bool vectors, cudaStream_t stream) {
+  switch (p.out_dtype) {
+    case DType::kF32:
+      return launch<kGrad, DType::kF32>(p, vectors, stream);
+    case DType::kBf16:
+      return launch<kGrad, DType::kBf16>(p, vectors, stream);
+    case DType::kF16:
+      return launch<kGrad, DType::kF16>(p, vectors, stream);
+  }
+}
+
+}  // namespace
+
+void gather_rows_bwd_cuda(const GatherRowsBwdParams& p, void* stream) {
+  check_params(p);
+  if (p.row_ids.count == 0 || p.num_rows == 0) return;
+  const bool vectors =
+      p.row_dim % kVector == 0 && (reinterpret_cast<uintptr_t>(p.grad) | reinterpret_cast<uintptr_t>(p.grad_rows)) % 16 == 0;
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (p.grad_dtype) {
+    case DType::kF32:
+      return launch_to<DType::kF32>(p, vectors, on);
+    case DType::kBf16:
+      return launch_to<DType::kBf16>(p, vectors, on);
+    case DType::kF16:
+      return launch_to<DType::kF16>(p, vectors, on);
+  }
+}
+
+}  // namespace engram_kernels

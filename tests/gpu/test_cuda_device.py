@@ -1,0 +1,125 @@
+"""What only a GPU can show: graphs, streams, tables in pinned host memory, errors that are counted. `make test-gpu`."""
+import pytest
+import torch
+
+import engram_kernels as ek
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+T, M, C, D = 300, 4, 24, 256
+H = C * D
+LAYOUT = ek.EngramSpec.deepseek_v41(vocab_size=5000, num_classes=5000, table_sizes=(100_000,) * 3).layout()
+TOKEN_MAP = ek.TokenMap(torch.arange(5000, dtype=torch.int32), 5000, "x")
+
+
+def make_calls(device="cuda", seed=0):
+    """op -> (call(out), out). The inputs are the same on every device."""
+    rand = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=rand).bfloat16().to(device)
+    tokens = torch.randint(0, 5000, (T,), generator=rand).to(device)
+    cu_seqlens = torch.tensor([0, 17, 17, 250, T], dtype=torch.int32, device=device)
+    packed = torch.randint(0, 120, (5000, 264), generator=rand, dtype=torch.uint8).to(device)
+    table = ek.RowTable.from_tensor(packed, row_format="fp8_e4m3_block32_packed", row_dim=D)
+    ids = torch.randint(-1, 5000, (T, C), generator=rand).to(device)
+    hidden, key, value, w_hidden, w_key = randn(T, M, H), randn(T, M, H), randn(T, H), randn(M, H), randn(M, H)
+    conv, norm = randn(M, H, 4), randn(M, H)
+    layout, token_map = LAYOUT.to(device), TOKEN_MAP.to(device)
+    like = torch.empty_like
+    return {
+        "ngram_hash": (lambda out: ek.ngram_hash(tokens, cu_seqlens, layout, token_map, out=out),
+                       torch.empty(2, T, 24, dtype=torch.int32, device=device)),
+        "gather_rows": (lambda out: ek.gather_rows(table, ids, out=out), like(randn(T, C, D))),
+        "gate": (lambda out: ek.gate(hidden, key, value, w_hidden, w_key, out=out), like(hidden)),
+        "gather_gate": (lambda out: ek.gather_gate(hidden, table, ids, w_hidden, w_key, out=out), like(hidden)),
+        "short_conv": (lambda out: ek.short_conv(hidden, conv, norm, cu_seqlens, 3, out=out), like(hidden)),
+    }
+
+
+OPS = tuple(make_calls("cpu")) if torch.cuda.is_available() else ("none",)
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return request.param
+
+
+def result(op, device):
+    call, out = make_calls(device)[op]
+    return call(out).cpu()
+
+
+def assert_close(got, want):
+    if want.dtype == torch.int32:
+        assert torch.equal(got, want)
+    else:
+        torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=1e-2)
+
+
+def test_every_op_runs(op):
+    assert_close(result(op, "cuda"), result(op, "cpu"))
+    ek.check_errors()
+
+
+def test_graph_capture_and_replay(op):
+    call, out = make_calls()[op]
+    want = call(out).clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call(out)
+        with torch.cuda.graph(graph, stream=stream):
+            call(out)
+    torch.cuda.synchronize()
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+
+
+def test_runs_on_the_current_stream(op):
+    """The inputs of a side stream are ready late: a kernel on another stream would read the old ones."""
+    call, out = make_calls()[op]
+    want = call(out).clone()
+    out.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        call(out)
+        early = stream.query()
+    assert not early, "the call waited, or did not go to the side stream"
+    assert out.count_nonzero() == 0
+    stream.synchronize()
+    assert torch.equal(out, want)
+
+
+def test_bad_ids_are_zeros_and_raised_later():
+    table = ek.RowTable.from_tensor(torch.ones(10, 64, dtype=torch.bfloat16, device="cuda"))
+    rows = ek.gather_rows(table, torch.tensor([3, 10, -2, -1], device="cuda"))
+    assert rows[0].eq(1).all() and rows[1:].eq(0).all()
+    with pytest.raises(IndexError, match="gather_rows: 2 bad values .* on cuda:0"):
+        ek.check_errors()
+    ek.check_errors()  # it counts anew
+
+
+def test_tables_in_pinned_host_memory():
+    rows = torch.randn(1000, 256).bfloat16()
+    ids = torch.randint(0, 1000, (333,), device="cuda")
+    got = ek.gather_rows(ek.RowTable.from_tensor(rows.pin_memory()), ids)
+    assert got.is_cuda and torch.equal(got.cpu(), rows[ids.cpu()])
+    with pytest.raises(ValueError, match="row_ids must be on cpu"):
+        ek.gather_rows(ek.RowTable.from_tensor(rows), ids)
+    with pytest.raises(ValueError, match="cannot read"):
+        torch.ops.engram_kernels.gather_rows(rows, None, ids, "bf16", 256, False, torch.bfloat16)
+
+
+def test_gradients_do_not_depend_on_the_run():
+    hidden = torch.randn(T, M, H, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(M, H, device="cuda", requires_grad=True) for _ in range(2)]
+    outs = [ek.gate(hidden, hidden, hidden[:, 0], *weights).float() for _ in range(3)]
+    grads = [torch.autograd.grad(out.square().sum(), weights) for out in outs]
+    for again in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
