@@ -1,4 +1,7 @@
-"""The `engram-kernels` command. Exit codes: 0 ok, 1 failure, 2 usage."""
+"""The `engram-kernels` command.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement, 5 a required capability is absent.
+"""
 from __future__ import annotations
 
 import argparse
@@ -13,7 +16,8 @@ from typing import Any
 
 import torch
 
-from engram_kernels import backends
+from engram_kernels import backends, info
+from engram_kernels.bench_command import compare_files, run_benchmarks
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
 from engram_kernels.spec import EngramSpec
 
@@ -27,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_info(commands)
+    _add_bench(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -50,6 +56,36 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--tokens-per-step", type=int, default=DemoOptions.tokens_per_step)
     demo.add_argument("--table-dir", type=Path, help="where the table files go; default: the system's temporary folder")
     demo.set_defaults(run=_run_demo)
+
+
+def _add_info(commands: Any) -> None:
+    command = commands.add_parser("info", help="versions, machine, limits, and which backends run here and why not the others")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(run=_run_info)
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    found = info.collect()
+    print(json.dumps(found, indent=2) if args.json else "\n".join(info.lines(found)))
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser("bench", help="runs the benchmarks of a checkout beside their peers, or compares two runs",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("ops", nargs="*", metavar="OP", help="such as gate; none: all")
+    command.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
+                         help="two files of --json: SAME, FASTER, SLOWER or UNCLEAR a cell; exit code 3 when ours is slower")
+    command.add_argument("--quick", action="store_true", help="run each once, untimed")
+    command.add_argument("--json", type=Path, metavar="OUT", default=Path("build/bench.json"), help="where the run is written")
+    command.add_argument("--bench-dir", type=Path, default=Path("bench"), help="the bench folder of a checkout")
+    command.set_defaults(run=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    if args.compare:
+        return compare_files(*args.compare)
+    return run_benchmarks(args.ops, args.bench_dir, args.json, args.quick)
 
 
 def _run_demo(args: argparse.Namespace) -> int:
