@@ -2,6 +2,7 @@
 #include <exception>
 #include <string>
 
+#include "kernels/gate/gate.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
@@ -21,3 +22,4 @@
 EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
 EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
+EK_LAUNCHER(gate_cuda, GateParams)
