@@ -23,3 +23,8 @@ EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
 EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
 EK_LAUNCHER(gate_cuda, GateParams)
+EK_LAUNCHER(gate_bwd_cuda, GateBwdParams)
+
+extern "C" long gate_bwd_cuda_scratch(const engram_kernels::GateBwdParams* p) {
+  return engram_kernels::gate_bwd_cuda_scratch_bytes(*p);
+}
