@@ -7,7 +7,7 @@
 //          that the bits depend on the number of blocks only. Three plain kernels take what is not aligned or too wide.
 // Traffic  least: hidden, key, grad_out and value read, grad_hidden, grad_key and grad_value written once, (5 M + 2) H a
 //          token. On top a share of 4 M H bytes a block, written and read: 4 % of the least with 32 tokens a block.
-// Limits   the first kernel: 2-byte elements, rows on 16 bytes, 4 * kMaxThreads vectors in a token's branches.
+// Limits   the first kernel: 2-byte elements, rows on 16 bytes, 5 * kMaxThreads vectors in a token's branches.
 #include <algorithm>
 
 #include "kernels/gate/gate_row_cuda.h"
@@ -15,8 +15,8 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kMaxThreads = 640;
-constexpr int kVectors = 4;  // of a thread
+constexpr int kMaxThreads = 512;
+constexpr int kVectors = 5;  // of a thread
 constexpr int kElements = 8;
 constexpr int kPlanes = kElements / 4;
 constexpr int kStaticBytes = 1024;  // of shared memory, at most
