@@ -4,6 +4,7 @@
 
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
+#include "kernels/short_conv/short_conv.h"
 
 #define EK_LAUNCHER(launcher, Params)                                \
   extern "C" const char* launcher(const engram_kernels::Params* p) { \
@@ -21,3 +22,4 @@
 EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
 EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
+EK_LAUNCHER(short_conv_cuda, ShortConvParams)

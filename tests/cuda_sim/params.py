@@ -1,5 +1,5 @@
 """The params structs of csrc/kernels as ctypes; `Device.run` compares their sizes with the C++ ones."""
-from ctypes import Structure, c_bool, c_int, c_int64, c_void_p
+from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_void_p
 
 import torch
 
@@ -34,3 +34,11 @@ class GatherRowsParams(Structure):
 class GatherRowsBwdParams(Structure):
     _fields_ = [("grad", c_void_p), ("row_ids", RowIds), ("grad_rows", c_void_p), ("num_rows", c_int64), ("row_dim", c_int),
                 ("grad_dtype", c_int), ("out_dtype", c_int), ("positions", c_void_p)]
+
+
+class ShortConvParams(Structure):
+    _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state", "out")] + [
+        (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "state_sequence_stride",
+                                     "branches", "hidden_size")] + [
+        ("width", c_int), ("dilation", c_int), ("eps", c_float), ("dtype", c_int), ("weight_dtype", c_int),
+        ("positions_are_64", c_bool), ("error_count", c_void_p)]
