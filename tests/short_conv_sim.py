@@ -1,14 +1,15 @@
 """What the simulator tests of short_conv share: inputs, plain torch, and calls of the launchers."""
+import ctypes
 import itertools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from cuda_sim import Device, poisoned
-from cuda_sim.params import DTYPES, ShortConvParams
+from cuda_sim.params import DTYPES, ShortConvBwdParams, ShortConvParams
 
 EPS = 1e-5
-OP = "short_conv_cuda"
+OP, BWD = "short_conv_cuda", "short_conv_bwd_cuda"
 
 
 def packed(lengths):
@@ -65,3 +66,24 @@ def simulate(x, weight, norm_weight, cu, dilation, state=None, positions=None, d
 
 def kernel_of(launches):
     return next(name for name in ("walk", "taps", "any") if all(name in launch.kernel for launch in launches))
+
+
+def simulate_bwd(grad_out, x, weight, norm_weight, cu, dilation, device=None):
+    """((grad_x, grad_weight, grad_norm_weight), errors counted, launches)."""
+    device, errors = device or Device(), np.zeros(1, np.uint32)
+    params = ShortConvBwdParams(
+        forward=forward_params(device, x, weight, norm_weight, cu, dilation, errors=errors),
+        grad_out=device.address(grad_out, "grad_out", readonly=True), grad_token_stride=grad_out.stride(0),
+        grad_branch_stride=grad_out.stride(1))
+    grads = {}
+    for name, like in (("grad_x", x), ("grad_weight", weight), ("grad_norm_weight", norm_weight)):
+        grads[name] = (poisoned(like.numel() * like.element_size(), np.uint8), like)
+        setattr(params, name, device.address(grads[name][0], name))
+    device.library.fake_cudart_set(device.callback, device.multiprocessors)
+    scratch_bytes = device.library.short_conv_bwd_cuda_scratch_bytes
+    scratch_bytes.restype = ctypes.c_int64
+    scratch = poisoned(scratch_bytes(ctypes.byref(params)), np.uint8)
+    params.scratch = device.address(scratch, "scratch")
+    launches = device.run(BWD, params)
+    got = tuple(torch.from_numpy(room).view(like.dtype).reshape(like.shape) for room, like in grads.values())
+    return got, int(errors[0]), launches

@@ -23,3 +23,8 @@ EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
 EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
 EK_LAUNCHER(short_conv_cuda, ShortConvParams)
+EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
+
+extern "C" int64_t short_conv_bwd_cuda_scratch_bytes(const engram_kernels::ShortConvBwdParams* p) {
+  return engram_kernels::short_conv_bwd_cuda_scratch_bytes(*p);
+}

@@ -42,3 +42,9 @@ class ShortConvParams(Structure):
                                      "branches", "hidden_size")] + [
         ("width", c_int), ("dilation", c_int), ("eps", c_float), ("dtype", c_int), ("weight_dtype", c_int),
         ("positions_are_64", c_bool), ("error_count", c_void_p)]
+
+
+class ShortConvBwdParams(Structure):
+    _fields_ = [("forward", ShortConvParams), ("grad_out", c_void_p), ("grad_token_stride", c_int64),
+                ("grad_branch_stride", c_int64), ("grad_x", c_void_p), ("grad_weight", c_void_p), ("grad_norm_weight", c_void_p),
+                ("scratch", c_void_p)]

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads<kType>) short_conv_any_kernel(cons
         float x[kLanes<kType>], z[kLanes<kType>];
         convolve_lanes<kType>(p, plan, r, branch, channel, z);
         load_lanes<kType>(p, plan, own, channel, x);
-        finish<kLanes<kType>>(x, z);
+        finish<kType, kLanes<kType>>(x, z);
         store_lanes<kType>(p, plan, z, output_row<kType>(p, p.out, branch, t), channel);
         if (state != nullptr) copy_lanes<kType>(p, plan, own, state, channel);
       }

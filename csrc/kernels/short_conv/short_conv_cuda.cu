@@ -1,16 +1,10 @@
 // CUDA kernels of short_conv, forward. Contract and formula: short_conv.h.
-#include <algorithm>
-
 #include "kernels/short_conv/short_conv_any_cuda.h"
+#include "kernels/short_conv/short_conv_plan_cuda.h"
 #include "kernels/short_conv/short_conv_ring_cuda.h"
 
 namespace engram_kernels {
 namespace {
-
-constexpr int64_t kMaxHidden = 1 << 24;
-constexpr int kMaxBlocksOfSm = 16;
-constexpr int kSharedBytesOfSm = 228 * 1024;
-constexpr int kReservedSharedBytes = 1024;  // of a block
 
 // Computes tokens [first, last) of the branch, with all rows from `oldest` on: those before `first` are only normalized.
 template <DType kType>
@@ -58,7 +52,7 @@ __global__ void __launch_bounds__(kMaxThreads<kType>) short_conv_walk_kernel(con
   const int branch = blockIdx.y;
   BlockTokens tokens(p, plan);
   float taps[kTaps][kChannels] = {};
-  load_thread_taps<kType>(p, plan, branch, taps);
+  load_thread_taps<kType>(p, plan, branch * p.hidden_size, taps);
   int parity = 0;
   while (tokens.next < tokens.last) {
     const Span s = span_of(p, plan, tokens.next);
@@ -105,7 +99,7 @@ __global__ void __launch_bounds__(kMaxThreads<kType>) short_conv_taps_kernel(con
       end_copies();
     };
     if (mine) fetch(tokens.next, parity * kTaps);
-    if (!loaded) load_thread_taps<kType>(p, plan, branch, taps);  // while the rows come
+    if (!loaded) load_thread_taps<kType>(p, plan, branch * p.hidden_size, taps);  // while the rows come
     loaded = true;
 #pragma unroll 1
     for (int t = mine ? tokens.next : end; t < end; ++t, parity ^= 1) {
@@ -126,47 +120,17 @@ __global__ void __launch_bounds__(kMaxThreads<kType>) short_conv_taps_kernel(con
   }
 }
 
-bool all_aligned(const ShortConvParams& p) {
-  const int64_t elements = p.x_token_stride | p.x_branch_stride | p.state_sequence_stride | p.hidden_size;
-  uint64_t bits = static_cast<uint64_t>(elements * dtype_bytes(p.dtype));
-  for (const void* from : {p.x, p.weight, p.norm_weight, static_cast<const void*>(p.state), static_cast<const void*>(p.out)}) {
-    bits |= reinterpret_cast<uintptr_t>(from);
-  }
-  return bits % 16 == 0;
-}
-
-template <DType kType>
-Plan make_plan(const ShortConvParams& p) {
-  Plan plan{};
-  plan.aligned = all_aligned(p);
-  plan.vectors = static_cast<int>(ceil_div(p.hidden_size, kLanes<kType>));
-  const int64_t rounds = ceil_div(plan.vectors, kVectors<kType> * kMaxThreads<kType>);
-  plan.thread_vectors = static_cast<int>(rounds) * kVectors<kType>;
-  plan.threads = static_cast<int>(ceil_div(ceil_div(plan.vectors, plan.thread_vectors), kWarp) * kWarp);
-  plan.row_bytes = plan.vectors * 16;
-  plan.inverse_size = 1.0F / static_cast<float>(p.hidden_size);
-  plan.slots = ExactModulus::of(static_cast<uint64_t>(std::max<int64_t>(p.reach(), 1)));
-  return plan;
-}
-
-// Tokens of a block if every multiprocessor is to have all the blocks that it can hold.
-template <DType kType>
-int even_tokens(const ShortConvParams& p, const Plan& plan, int shared_bytes) {
-  const int blocks_of_sm =
-      std::min({kMaxThreads<kType> / plan.threads, kMaxBlocksOfSm, kSharedBytesOfSm / (shared_bytes + kReservedSharedBytes)});
-  return static_cast<int>(ceil_div(p.num_tokens * p.branches, int64_t{std::max(blocks_of_sm, 1)} * num_multiprocessors()));
-}
-
 // Whether the rows within reach fit into shared memory and a block has enough tokens to earn those that it reads in front.
 template <DType kType>
 bool plan_walk(const ShortConvParams& p, Plan* plan) {
   if (p.reach() * plan->row_bytes > kSharedBytesOfSm || p.num_tokens < p.num_sequences * 2 * p.reach()) return false;
   const int shared_limit = max_shared_bytes();
   for (plan->group = kGroup; plan->group > 0; plan->group /= 2) {
-    plan->ring_rows = static_cast<int>(p.reach()) + 2 * plan->group;  // one group is computed while the next comes
-    plan->shared_bytes = ring_bytes(plan->ring_rows, plan->row_bytes, plan->threads);
+    plan->ring_rows = plan->rows_held =
+        static_cast<int>(p.reach()) + 2 * plan->group;  // one group is computed while the next comes
+    plan->shared_bytes = ring_bytes(plan->rows_held, plan->row_bytes, plan->threads);
     if (plan->shared_bytes > shared_limit) continue;
-    plan->tokens = even_tokens<kType>(p, *plan, plan->shared_bytes);
+    plan->tokens = even_tokens<kType>(p, *plan);
     return plan->tokens >= std::max(static_cast<int>(p.reach()), kGroup);
   }
   return false;
@@ -175,43 +139,31 @@ bool plan_walk(const ShortConvParams& p, Plan* plan) {
 // Whether the rows of two tokens fit.
 template <DType kType>
 bool plan_taps(const ShortConvParams& p, Plan* plan) {
-  plan->ring_rows = 2 * kTaps;
-  plan->shared_bytes = ring_bytes(plan->ring_rows, plan->row_bytes, plan->threads);
-  plan->tokens = even_tokens<kType>(p, *plan, plan->shared_bytes);
+  plan->ring_rows = plan->rows_held = 2 * kTaps;
+  plan->shared_bytes = ring_bytes(plan->rows_held, plan->row_bytes, plan->threads);
+  plan->tokens = even_tokens<kType>(p, *plan);
   return plan->shared_bytes <= max_shared_bytes();
 }
 
 template <DType kType>
 void launch(const ShortConvParams& p, cudaStream_t stream) {
-  Plan plan = make_plan<kType>(p);
+  Plan plan = make_plan<kType>(p, kMaxThreads<kType>);
   const auto run = [&](auto* kernel) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.num_tokens, plan.tokens)), static_cast<unsigned>(p.branches));
-    if (plan.shared_bytes > kMaxSharedBytes) {
-      EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
-    }
-    kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(p, plan);
-    EK_CUDA_CHECK(cudaGetLastError());
+    launch_blocks(kernel, blocks_of(p, plan), plan.threads, plan.shared_bytes, stream, p, plan);
   };
-  if (plan.aligned && p.width <= kTaps && plan.thread_vectors == kVectors<kType>) {
+  if (plan.aligned && fits_registers<kType>(p, plan)) {
     if (plan_walk<kType>(p, &plan)) return run(short_conv_walk_kernel<kType>);
     if (plan_taps<kType>(p, &plan)) return run(short_conv_taps_kernel<kType>);
   }
   plan.shared_bytes = 0;
-  plan.tokens = even_tokens<kType>(p, plan, 0);
+  plan.tokens = even_tokens<kType>(p, plan);
   run(short_conv_any_kernel<kType>);
 }
 
 }  // namespace
 
 void short_conv_cuda(const ShortConvParams& p, void* stream) {
-  check_params(p);
-  EK_CHECK(p.branches <= kMaxGridY, "short_conv: branches is " << p.branches << ", expected at most " << kMaxGridY);
-  EK_CHECK(p.hidden_size <= kMaxHidden, "short_conv: hidden_size is " << p.hidden_size << ", expected at most " << kMaxHidden);
-  EK_CHECK(p.dilation <= INT32_MAX / kMaxTaps,
-           "short_conv: dilation is " << p.dilation << ", expected at most " << INT32_MAX / kMaxTaps);
-  EK_CHECK(p.num_tokens <= INT32_MAX && p.num_sequences <= INT32_MAX,
-           "short_conv: " << p.num_tokens << " tokens in " << p.num_sequences << " sequences, expected less than 2^31 of each");
-  EK_CHECK(p.num_tokens == 0 || p.num_sequences > 0, "short_conv: " << p.num_tokens << " tokens in 0 sequences");
+  check_launch(p);
   if (p.num_tokens == 0) return;  // an empty grid is a launch error, an empty batch is not
   const auto on = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {

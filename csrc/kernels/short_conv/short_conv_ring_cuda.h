@@ -6,8 +6,8 @@
 namespace engram_kernels {
 namespace {
 
-int ring_bytes(int ring_rows, int row_bytes, int threads) {
-  return ring_rows * (row_bytes + threads / kWarp * 4) + 2 * kPartials * static_cast<int>(sizeof(float));
+inline int ring_bytes(int rows_held, int row_bytes, int threads) {
+  return rows_held * (row_bytes + threads / kWarp * 4) + 2 * kPartials * static_cast<int>(sizeof(float));
 }
 
 __device__ __forceinline__ void copy_async(void* to, const std::byte* from) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_gro
 // Waits for this thread's copies but those since the last end_copies.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// plan.ring_rows slots. A thread reads only vectors that it copied there itself, and a warp has norms of its own, so that
+// plan.rows_held slots, the first plan.ring_rows of them a ring. A thread reads only vectors that it copied there itself, and a warp has norms of its own, so that
 // nothing but the sums of squares waits for a barrier.
 template <DType kType>
 struct Ring {
@@ -33,10 +33,10 @@ struct Ring {
   }
   __device__ __forceinline__ bool has(int v) const { return static_cast<int>(threadIdx.x) + v * plan.threads < plan.vectors; }
   __device__ __forceinline__ float* norms() const {
-    return reinterpret_cast<float*>(shared + plan.ring_rows * plan.row_bytes) + threadIdx.x / kWarp * plan.ring_rows;
+    return reinterpret_cast<float*>(shared + plan.rows_held * plan.row_bytes) + threadIdx.x / kWarp * plan.rows_held;
   }
   __device__ __forceinline__ float* partials(int parity) const {
-    float* behind = reinterpret_cast<float*>(shared + plan.ring_rows * plan.row_bytes) + plan.threads / kWarp * plan.ring_rows;
+    float* behind = reinterpret_cast<float*>(shared + plan.rows_held * plan.row_bytes) + plan.threads / kWarp * plan.rows_held;
     return behind + parity * kPartials;
   }
 
@@ -77,7 +77,7 @@ struct Ring {
   // Of token t, whose row is x and lies in `slot`.
   __device__ __forceinline__ void write(const Span& s, int branch, int t, int slot, bool owns, const float (&x)[kChannels],
                                         float (&z)[kChannels]) const {
-    finish<kChannels>(x, z);
+    finish<kType, kChannels>(x, z);
     std::byte* out = output_row<kType>(p, p.out, branch, t);
     std::byte* state = owns && writes_state(p, s, t) ? state_row<kType>(p, plan, s, branch, t) : nullptr;
 #pragma unroll

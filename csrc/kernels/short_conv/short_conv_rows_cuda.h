@@ -32,8 +32,9 @@ struct Plan {
   int threads;
   int vectors;         // of a row
   int thread_vectors;  // of a row and thread, at most
-  int ring_rows;       // rows in shared memory, and what they take
-  int group;           // of them, loaded at a time
+  int ring_rows;       // rows of a ring in shared memory
+  int rows_held;       // rows in shared memory in all
+  int group;           // rows that come together
   int row_bytes;
   int shared_bytes;
   int tokens;          // of a block
@@ -135,16 +136,17 @@ __device__ __forceinline__ bool writes_state(const ShortConvParams& p, const Spa
   return p.state != nullptr && t - s.begin < p.reach() && t >= s.end - p.reach();
 }
 
+// To a few units in the last place for float, to 1e-6 of the value for what is rounded to 16 bits.
+template <DType kType>
 __device__ __forceinline__ float sigmoid(float x) {
   float e, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -kLog2E));
+  if constexpr (kType == DType::kF32) {
+    e = expf(-x);
+  } else {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -kLog2E));
+  }
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(e + 1.0F));
   return s;
-}
-
-template <DType kType>
-__device__ __forceinline__ void unpack(const uint4& raw, float* values) {
-  load_floats<kType, kLanes<kType>>(&raw, values);
 }
 
 template <int kCount>
@@ -162,10 +164,10 @@ __device__ __forceinline__ void add_tap(const float* tap, const float* x, float 
 }
 
 // z becomes x + silu(z)
-template <int kCount>
+template <DType kType, int kCount>
 __device__ __forceinline__ void finish(const float* x, float* z) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) z[i] = __fmaf_rn(z[i], sigmoid(z[i]), x[i]);
+  for (int i = 0; i < kCount; ++i) z[i] = __fmaf_rn(z[i], sigmoid<kType>(z[i]), x[i]);
 }
 
 // Sums over a warp of the four values of its lanes; lanes 8 g .. 8 g + 7 get that of value g.
@@ -235,15 +237,16 @@ __device__ __forceinline__ void load_any_taps(const ShortConvParams& p, int64_t 
   load_taps<kWeight, 1, kCount>(weight, norm_weight, taps);
 }
 
+// first_channel: that of vector 0
 template <DType kType>
-__device__ __forceinline__ void load_thread_taps(const ShortConvParams& p, const Plan& plan, int branch,
+__device__ __forceinline__ void load_thread_taps(const ShortConvParams& p, const Plan& plan, int64_t first_channel,
                                                  float (&taps)[kTaps][kChannels]) {
   constexpr int kPart = 4;  // channels at a time: what is loaded takes registers until it is converted
 #pragma unroll
   for (int i = 0; i < kChannels; i += kPart) {
     const int vector = threadIdx.x + i / kLanes<kType> * plan.threads;
     if (vector >= plan.vectors) continue;
-    const int64_t channel = branch * p.hidden_size + vector * kLanes<kType> + i % kLanes<kType>;
+    const int64_t channel = first_channel + vector * kLanes<kType> + i % kLanes<kType>;
     float (*part)[kChannels] = reinterpret_cast<float (*)[kChannels]>(&taps[0][i]);
     if (p.weight_dtype == kType) {
       load_any_taps<kType, kPart>(p, channel, part);
