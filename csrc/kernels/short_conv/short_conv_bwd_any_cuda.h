@@ -106,8 +106,9 @@ __global__ void __launch_bounds__(kElementThreads)
     if (j < p.width) c.taps[j] = folded_tap<kType>(p, c.branch * p.hidden_size + c.channel, j);
   }
   const BlockTokens tokens(p, plan);
+  const int first = tokens.next;
 #pragma unroll 1
-  for (int t = tokens.next; t < tokens.last; ++t) {
+  for (int t = first; t < tokens.last; ++t) {
     const Span s = span_of(p, plan, t);
     const float dz = c.dz(s, t), *stats = saved.of(p, c.branch, t);
     float dxh = 0.0F, mean = 0.0F;
@@ -121,10 +122,14 @@ __global__ void __launch_bounds__(kElementThreads)
     }
     const float grad = grad_of_x(c.grad(t), c.input(t), dxh, *stats, mean * plan.inverse_size);
     if (there) store_element<kType>(grad, output_row<kType>(p, b.grad_x, c.branch, t), c.channel);
-  }
+    if ((t - first) % kSummedTokens != kSummedTokens - 1 && t != tokens.last - 1) continue;
 #pragma unroll
-  for (int j = 0; j < kMaxTaps; ++j) {
-    if (j < p.width && there) saved.tap_sum(p, blockIdx.x, c.branch, j)[c.channel] = sums[j];
+    for (int j = 0; j < kMaxTaps; ++j) {
+      if (j >= p.width || !there) continue;
+      float* sum = saved.tap_sum(p, blockIdx.x, c.branch, j) + c.channel;
+      *sum = t - first < kSummedTokens ? sums[j] : *sum + sums[j];
+      sums[j] = 0.0F;
+    }
   }
 }
 

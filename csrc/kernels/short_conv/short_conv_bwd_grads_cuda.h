@@ -114,7 +114,10 @@ struct GradsWalk {
     }
   }
 
-  __device__ __forceinline__ void run(const float (&taps)[kTaps][kChannels], float (&sums)[kTaps][kChannels]) const {
+  // Calls put_aside() before `sums` holds more than kSummedTokens.
+  template <class F>
+  __device__ __forceinline__ void run(const float (&taps)[kTaps][kChannels], float (&sums)[kTaps][kChannels], int* summed,
+                                      const F& put_aside) const {
     int slot = 0;
     fetch(oldest, slot);
     for (int row = oldest; row < last + reach(); row += plan.group) {
@@ -131,6 +134,10 @@ struct GradsWalk {
       }
       __syncwarp();  // the next stats overwrite what other lanes have read
       slot = next;
+      *summed += plan.group;
+      if (*summed < kSummedTokens) continue;
+      put_aside();
+      *summed = 0;
     }
   }
 };
@@ -147,25 +154,36 @@ __global__ void __launch_bounds__(kMaxTileThreads)
   float taps[kTaps][kChannels] = {}, sums[kTaps][kChannels] = {};
   const int64_t tile_channel = int64_t{tile} * kLanes<kType>;
   load_thread_taps<kType>(p, rest, branch * p.hidden_size + tile_channel, taps);
+  int summed = 0;
+  bool stored = false;
+  const auto put_aside = [&] {
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      if (j < kTaps - p.width) continue;
+      float* to = saved.tap_sum(p, blockIdx.x, branch, j - (kTaps - p.width)) + tile_channel;
+#pragma unroll
+      for (int i = 0; i < kChannels; i += 4) {
+        const int vector = threadIdx.x + i / kLanes<kType> * plan.threads;
+        if (vector >= rest.vectors) continue;
+        auto* sum = reinterpret_cast<float4*>(to + vector * kLanes<kType> + i % kLanes<kType>);
+        const float4 before = stored ? *sum : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+        *sum =
+            make_float4(before.x + sums[j][i], before.y + sums[j][i + 1], before.z + sums[j][i + 2], before.w + sums[j][i + 3]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[j][i + e] = 0.0F;
+      }
+    }
+    stored = true;
+  };
   while (tokens.next < tokens.last) {
     const Span s = span_of(p, plan, tokens.next);
     const int end = tokens.end_in(p, s), reach = static_cast<int>(p.reach());
     const int oldest = max(tokens.next - reach, s.begin), visible = min(end + reach, s.end);
-    GradsWalk<kType>{b, rest, saved, ring, branch, tile, s.begin, oldest, tokens.next, end, visible}.run(taps, sums);
+    const GradsWalk<kType> walk{b, rest, saved, ring, branch, tile, s.begin, oldest, tokens.next, end, visible};
+    walk.run(taps, sums, &summed, put_aside);
     tokens.next = end;
   }
-#pragma unroll
-  for (int j = 0; j < kTaps; ++j) {
-    if (j < kTaps - p.width) continue;
-    float* to = saved.tap_sum(p, blockIdx.x, branch, j - (kTaps - p.width)) + tile_channel;
-#pragma unroll
-    for (int i = 0; i < kChannels; i += 4) {
-      const int vector = threadIdx.x + i / kLanes<kType> * plan.threads;
-      if (vector >= rest.vectors) continue;
-      *reinterpret_cast<float4*>(to + vector * kLanes<kType> + i % kLanes<kType>) =
-          make_float4(sums[j][i], sums[j][i + 1], sums[j][i + 2], sums[j][i + 3]);
-    }
-  }
+  put_aside();
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 namespace engram_kernels {
 namespace {
 
+constexpr int kSummedTokens = 64;  // added one after another; sums of those are added in turn
+
 // Scratch memory. The mean that the gradient of the norm needs, over all channels of token t, is a sum over the taps' readers:
 //   sum of dxh * xh = sum over j of part[t + back(j)][j],  part[u][j] = sum over channels of dz[u] * tap j * xh[u - back(j)]
 // and part[u] needs only what lies behind u. So the first kernel sums it over whole rows, and the second may split rows.
