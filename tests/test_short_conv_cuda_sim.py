@@ -23,8 +23,8 @@ CASES = {  # name: (kernel, device, lengths, branches, size, width, dilation, dt
     "walk_f32_several_warps": ("walk", ONE_SM, [33], 1, 1304, 3, 4, F32, F32),
     "walk_one_past_a_group": ("walk", {"multiprocessors": 1}, [65], 1, 256, 2, 5, BF16, BF16),
     "walk_no_taps_back": ("walk", ONE_SM, [90], 1, 64, 1, 7, BF16, BF16),
-    "walk_groups_of_two": ("walk", ONE_SM, [19], 1, 6144, 4, 3, BF16, BF16),
-    "walk_groups_of_one": ("walk", ONE_SM, [25], 1, 7168, 4, 4, BF16, BF16),
+    "walk_groups_of_two": ("walk", ONE_SM, [25], 1, 5120, 4, 4, BF16, BF16),
+    "walk_groups_of_one": ("walk", ONE_SM, [37], 1, 5120, 4, 6, BF16, BF16),
     "taps_bf16": ("taps", RANDOM, [7, 1, 13], 2, 64, 4, 3, BF16, BF16),
     "taps_f16": ("taps", RANDOM, [7, 1, 13], 3, 264, 4, 1, F16, F16),
     "taps_f32": ("taps", RANDOM, [7, 1, 13], 2, 32, 4, 3, F32, F32),
@@ -40,7 +40,7 @@ CASES = {  # name: (kernel, device, lengths, branches, size, width, dilation, dt
     "any_one_channel": ("any", RANDOM, [12], 1, 1, 4, 1, BF16, BF16),
     "any_most_taps": ("any", RANDOM, [50], 1, 40, 8, 2, BF16, BF16),
     "any_five_taps_f32": ("any", ONE_SM, [20], 2, 40, 5, 2, F32, F32),
-    "any_long_rows": ("any", RANDOM, [5], 1, 7176, 4, 1, BF16, F32),
+    "any_long_rows": ("any", RANDOM, [5], 1, 5128, 4, 1, BF16, F32),
     "any_float_weights": ("any", RANDOM, [9], 2, 21, 3, 1, BF16, F32),
 }
 

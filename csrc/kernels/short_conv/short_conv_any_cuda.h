@@ -68,69 +68,81 @@ __device__ __forceinline__ void copy_lanes(const ShortConvParams& p, const Plan&
   }
 }
 
-// The rows that the taps of a token read, null where there is none, and their inverse root mean squares.
-struct Reached {
-  const std::byte* rows[kMaxTaps];
-  float norms[kMaxTaps];
+// Shared memory: partial sums in two copies, and the norms of a token's rows, each warp's own.
+struct AnyMemory {
+  float partials[2][kPartials];
+  float norms[kMaxThreads / kWarp][kMaxTaps];
 };
 
+// The rows that the taps of a token read: bit j of `there` says whether tap j has one.
 template <DType kType>
-__device__ __forceinline__ Reached reach(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int t) {
-  Reached r;
-#pragma unroll
-  for (int j = 0; j < kMaxTaps; ++j) {
-    const int64_t from = t - p.back(j);
-    r.rows[j] = j < p.width && from >= s.begin - s.before ? input_row<kType>(p, plan, s, branch, from) : nullptr;
-  }
-  return r;
-}
+struct Reached {
+  const ShortConvParams& p;
+  const Plan& plan;
+  const Span& s;
+  int branch, t;
+  unsigned there;
+  float* norms;
 
-// Sums over the block; `parity` says which of the two arrays of partial sums is free.
-template <DType kType>
-__device__ __forceinline__ void norm_reached(const ShortConvParams& p, const Plan& plan, float (*partials)[kPartials],
-                                             int* parity, Reached* r) {
-#pragma unroll
-  for (int half = 0; half < kMaxTaps / kGroup; ++half) {
-    if (half * kGroup >= p.width) break;
-    float sums[kGroup] = {}, x[kLanes<kType>];
-    for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
+  __device__ __forceinline__ Reached(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int t,
+                                     AnyMemory* memory)
+      : p(p), plan(plan), s(s), branch(branch), t(t), there(0), norms(memory->norms[threadIdx.x / kWarp]) {
+    for (int j = 0; j < p.width; ++j) {
+      if (t - p.back(j) >= s.begin - s.before) there |= 1U << j;
+    }
+  }
+  __device__ __forceinline__ bool has(int j) const { return (there >> j & 1) != 0; }
+  __device__ __forceinline__ const std::byte* row(int j) const {
+    return input_row<kType>(p, plan, s, branch, static_cast<int>(t - p.back(j)));
+  }
+
+  // Fills norms; `parity` says which partial sums are free.
+  __device__ __forceinline__ void norm(AnyMemory* memory, int* parity) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int first = 0; first < p.width; first += kGroup) {
+      float sums[kGroup] = {}, x[kLanes<kType>];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        const std::byte* row = r->rows[half * kGroup + i];
-        if (row == nullptr) continue;
-        load_lanes<kType>(p, plan, row, int64_t{vector} * kLanes<kType>, x);
-        sums[i] = add_squares<kLanes<kType>>(x, sums[i]);
+        if (!has(first + i)) continue;
+        const std::byte* from = row(first + i);
+#pragma unroll 1
+        for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
+          load_lanes<kType>(p, plan, from, int64_t{vector} * kLanes<kType>, x);
+          sums[i] = add_squares<kLanes<kType>>(x, sums[i]);
+        }
       }
+      const float norm = inverse_rms(block_sums(sums, memory->partials[*parity]), p, plan);
+      *parity ^= 1;
+      if (lane % 8 == 0) norms[first + lane / 8] = norm;
+      __syncwarp();
     }
-    const float norm = inverse_rms(block_sums(sums, partials[*parity]), p, plan);
-    *parity ^= 1;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) r->norms[half * kGroup + i] = __shfl_sync(~0U, norm, 8 * i);
   }
-}
 
-// z of kLanes channels.
-template <DType kType>
-__device__ __forceinline__ void convolve_lanes(const ShortConvParams& p, const Plan& plan, const Reached& r, int branch,
-                                               int64_t channel, float* z) {
+  // z of kLanes channels.
+  __device__ __forceinline__ void convolve(int64_t channel, float* z) const {
 #pragma unroll
-  for (int i = 0; i < kLanes<kType>; ++i) z[i] = 0.0F;
-#pragma unroll
-  for (int j = 0; j < kMaxTaps; ++j) {
-    if (r.rows[j] == nullptr) continue;  // not a zero: the weight may be Inf
-    float x[kLanes<kType>], taps[kLanes<kType>];
-    load_lanes<kType>(p, plan, r.rows[j], channel, x);
+    for (int i = 0; i < kLanes<kType>; ++i) z[i] = 0.0F;
+#pragma unroll 1
+    for (int j = 0; j < p.width; ++j) {
+      if (!has(j)) continue;  // not a zero: the weight may be Inf
+      float x[kLanes<kType>], taps[kLanes<kType>];
+      load_lanes<kType>(p, plan, row(j), channel, x);
+      load_taps_of(j, channel, taps);
+      add_tap<kLanes<kType>>(taps, x, norms[j], z);
+    }
+  }
+  __device__ __forceinline__ void load_taps_of(int j, int64_t channel, float* taps) const {
 #pragma unroll
     for (int i = 0; i < kLanes<kType>; ++i) {
       taps[i] = channel + i < p.hidden_size ? folded_tap<kType>(p, branch * p.hidden_size + channel + i, j) : 0.0F;
     }
-    add_tap<kLanes<kType>>(taps, x, r.norms[j], z);
   }
-}
+};
 
 template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads<kType>) short_conv_any_kernel(const ShortConvParams p, const Plan plan) {
-  __shared__ float partials[2][kPartials];
+__global__ void __launch_bounds__(kMaxThreads) short_conv_any_kernel(const ShortConvParams p, const Plan plan) {
+  __shared__ AnyMemory memory;
   count_bad_data(p);
   const int branch = blockIdx.y;
   BlockTokens tokens(p, plan);
@@ -141,15 +153,15 @@ __global__ void __launch_bounds__(kMaxThreads<kType>) short_conv_any_kernel(cons
     const int end = mine ? tokens.end_in(p, s) : max(tokens.next, s.end);
 #pragma unroll 1
     for (int t = mine ? tokens.next : end; t < end; ++t) {
-      Reached r = reach<kType>(p, plan, s, branch, t);
-      norm_reached<kType>(p, plan, partials, &parity, &r);
+      const Reached<kType> reached(p, plan, s, branch, t, &memory);
+      reached.norm(&memory, &parity);
       const std::byte* own = input_row<kType>(p, plan, s, branch, t);
       std::byte* state = owns && writes_state(p, s, t) ? state_row<kType>(p, plan, s, branch, t) : nullptr;
 #pragma unroll 1
       for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
         const int64_t channel = int64_t{vector} * kLanes<kType>;
         float x[kLanes<kType>], z[kLanes<kType>];
-        convolve_lanes<kType>(p, plan, r, branch, channel, z);
+        reached.convolve(channel, z);
         load_lanes<kType>(p, plan, own, channel, x);
         finish<kType, kLanes<kType>>(x, z);
         store_lanes<kType>(p, plan, z, output_row<kType>(p, p.out, branch, t), channel);

@@ -14,7 +14,7 @@ constexpr int kElementThreads = 128;
 template <DType kType>
 __global__ void __launch_bounds__(kAnyThreads, 1)
     short_conv_bwd_stats_any_kernel(const ShortConvBwdParams b, const Plan plan, const Saved saved) {
-  __shared__ float partials[2][kPartials];
+  __shared__ AnyMemory memory;
   const ShortConvParams& p = b.forward;
   constexpr int kCount = kLanes<kType>;
   count_bad_data(p);
@@ -24,41 +24,34 @@ __global__ void __launch_bounds__(kAnyThreads, 1)
 #pragma unroll 1
   for (int t = tokens.next; t < tokens.last; ++t) {
     const Span s = span_of(p, plan, t);
-    Reached r = reach<kType>(p, plan, s, branch, t);
-    norm_reached<kType>(p, plan, partials, &parity, &r);
-    float norm = 0.0F;  // the last tap is the token itself
-#pragma unroll
-    for (int j = 0; j < kMaxTaps; ++j) {
-      if (r.rows[j] != nullptr) norm = r.norms[j];
-    }
+    const Reached<kType> reached(p, plan, s, branch, t, &memory);
+    reached.norm(&memory, &parity);
     float parts[kMaxTaps / kGroup][kGroup] = {};
 #pragma unroll 1
     for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
       const int64_t channel = int64_t{vector} * kCount;
       float dz[kCount], z[kCount], x[kCount];
-      convolve_lanes<kType>(p, plan, r, branch, channel, z);
+      reached.convolve(channel, z);
       load_lanes<kType>(p, plan, grad_row<kType>(b, branch, t), channel, dz);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) dz[i] = grad_of_z<kType>(z[i], dz[i]);
 #pragma unroll
       for (int j = 0; j < kMaxTaps; ++j) {
-        if (r.rows[j] == nullptr) continue;
-        load_lanes<kType>(p, plan, r.rows[j], channel, x);
+        if (!reached.has(j)) continue;
         float sum = 0.0F;
+        load_lanes<kType>(p, plan, reached.row(j), channel, x);
+        reached.load_taps_of(j, channel, z);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          if (channel + i >= p.hidden_size) continue;
-          sum = __fmaf_rn(dz[i] * folded_tap<kType>(p, branch * p.hidden_size + channel + i, j), x[i], sum);
-        }
-        parts[j / kGroup][j % kGroup] = __fmaf_rn(sum, r.norms[j], parts[j / kGroup][j % kGroup]);
+        for (int i = 0; i < kCount; ++i) sum = __fmaf_rn(dz[i] * z[i], x[i], sum);
+        parts[j / kGroup][j % kGroup] = __fmaf_rn(sum, reached.norms[j], parts[j / kGroup][j % kGroup]);
       }
     }
     float* to = saved.of(p, branch, t);
-    if (threadIdx.x == 0) *to = norm;
+    if (threadIdx.x == 0) *to = reached.norms[p.width - 1];  // the last tap is the token itself
 #pragma unroll
     for (int half = 0; half < kMaxTaps / kGroup; ++half) {
       if (half * kGroup >= p.width) break;
-      const float part = block_sums(parts[half], partials[parity]);
+      const float part = block_sums(parts[half], memory.partials[parity]);
       parity ^= 1;
       const int j = half * kGroup + lane / 8;
       if (threadIdx.x < kWarp && lane % 8 == 0 && j < p.width) to[1 + j] = part;
@@ -94,7 +87,7 @@ struct Channel {
 
 // As short_conv_bwd_grads_kernel: a thread has a channel.
 template <DType kType>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, 4)
     short_conv_bwd_grads_any_kernel(const ShortConvBwdParams b, const Plan plan, const Saved saved) {
   const ShortConvParams& p = b.forward;
   const int64_t wanted = int64_t{blockIdx.z} * kElementThreads + threadIdx.x;

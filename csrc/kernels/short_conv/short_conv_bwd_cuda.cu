@@ -94,7 +94,7 @@ template <DType kType>
 BwdPlan make_bwd_plan(const ShortConvBwdParams& b) {
   const ShortConvParams& p = b.forward;
   BwdPlan plan{};
-  plan.stats = make_plan<kType>(p, kMaxStatsThreads);
+  plan.stats = make_plan<kType>(p, kMaxThreads);
   plan.stats.aligned &= all_aligned(p.dtype, {b.grad_token_stride, b.grad_branch_stride}, {b.grad_out, b.grad_x});
   plan.grads = plan.stats;
   plan.stats_in_ring = plan_stats<kType>(p, &plan.stats);

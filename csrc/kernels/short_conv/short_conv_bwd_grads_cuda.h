@@ -143,7 +143,7 @@ struct GradsWalk {
 };
 
 template <DType kType>
-__global__ void __launch_bounds__(kMaxTileThreads)
+__global__ void __launch_bounds__(kMaxTileThreads, 2)
     short_conv_bwd_grads_kernel(const ShortConvBwdParams b, const Plan plan, const Saved saved) {
   const ShortConvParams& p = b.forward;
   const int branch = blockIdx.y, tile = blockIdx.z * kVectors<kType> * plan.threads;

@@ -7,8 +7,6 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kMaxStatsThreads = 640;  // registers for the weights and two rows in floats
-
 inline int stats_bytes(const Plan& plan) {
   return ring_bytes(plan.rows_held, plan.row_bytes, plan.threads) + kGroup * kPartials * static_cast<int>(sizeof(float));
 }
@@ -97,7 +95,7 @@ struct StatsWalk {
 };
 
 template <DType kType>
-__global__ void __launch_bounds__(kMaxStatsThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     short_conv_bwd_stats_kernel(const ShortConvBwdParams b, const Plan plan, const Saved saved) {
   const ShortConvParams& p = b.forward;
   count_bad_data(p);

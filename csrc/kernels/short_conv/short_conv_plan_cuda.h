@@ -51,8 +51,8 @@ Plan make_plan(const ShortConvParams& p, int max_threads) {
 // Tokens of a block if every multiprocessor is to have all the blocks that it can hold.
 template <DType kType>
 int even_tokens(const ShortConvParams& p, const Plan& plan) {
-  const int blocks_of_sm = std::min(
-      {kMaxThreads<kType> / plan.threads, kMaxBlocksOfSm, kSharedBytesOfSm / (plan.shared_bytes + kReservedSharedBytes)});
+  const int blocks_of_sm =
+      std::min({kMaxThreads / plan.threads, kMaxBlocksOfSm, kSharedBytesOfSm / (plan.shared_bytes + kReservedSharedBytes)});
   return static_cast<int>(ceil_div(p.num_tokens * p.branches, int64_t{std::max(blocks_of_sm, 1)} * num_multiprocessors()));
 }
 

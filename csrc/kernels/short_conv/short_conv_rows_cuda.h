@@ -14,6 +14,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kGroup = 4;          // rows whose sums are taken together
 constexpr int kTaps = 4;           // widths up to this have their weights in registers
+constexpr int kMaxThreads = 640;   // 96 registers each: those of the weights and as many again
 constexpr int kChannels = 8;       // of a thread, where weights are in registers
 constexpr int kPartialPitch = 40;  // floats between the rows of partial sums: four rows in different banks
 constexpr int kPartials = kGroup * kPartialPitch;
@@ -23,9 +24,6 @@ template <DType kType>
 constexpr int kLanes = 16 / dtype_bytes(kType);  // elements of a vector
 template <DType kType>
 constexpr int kVectors = kChannels / kLanes<kType>;
-// registers for the weights, twice the row in floats
-template <DType kType>
-constexpr int kMaxThreads = kType == DType::kF32 ? 640 : 896;
 
 // What the launcher derives from the params.
 struct Plan {
