@@ -24,7 +24,7 @@ CASES = {  # name: (kernel, device, lengths, branches, size, width, dilation, dt
     "walk_one_past_a_group": ("walk", {"multiprocessors": 1}, [65], 1, 256, 2, 5, BF16, BF16),
     "walk_no_taps_back": ("walk", ONE_SM, [90], 1, 64, 1, 7, BF16, BF16),
     "walk_groups_of_two": ("walk", ONE_SM, [25], 1, 5120, 4, 4, BF16, BF16),
-    "walk_groups_of_one": ("walk", ONE_SM, [37], 1, 5120, 4, 6, BF16, BF16),
+    "walk_groups_of_one": ("walk", ONE_SM, [41], 1, 5120, 3, 10, BF16, BF16),
     "taps_bf16": ("taps", RANDOM, [7, 1, 13], 2, 64, 4, 3, BF16, BF16),
     "taps_f16": ("taps", RANDOM, [7, 1, 13], 3, 264, 4, 1, F16, F16),
     "taps_f32": ("taps", RANDOM, [7, 1, 13], 2, 32, 4, 3, F32, F32),

@@ -87,6 +87,7 @@ struct Reached {
   __device__ __forceinline__ Reached(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int t,
                                      AnyMemory* memory)
       : p(p), plan(plan), s(s), branch(branch), t(t), there(0), norms(memory->norms[threadIdx.x / kWarp]) {
+#pragma unroll 1
     for (int j = 0; j < p.width; ++j) {
       if (t - p.back(j) >= s.begin - s.before) there |= 1U << j;
     }
@@ -141,7 +142,7 @@ struct Reached {
 };
 
 template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads) short_conv_any_kernel(const ShortConvParams p, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_any_kernel(const ShortConvParams p, const Plan plan) {
   __shared__ AnyMemory memory;
   count_bad_data(p);
   const int branch = blockIdx.y;
@@ -169,8 +170,10 @@ __global__ void __launch_bounds__(kMaxThreads) short_conv_any_kernel(const Short
       }
     }
     if (mine && owns) {
+#pragma unroll 1
       for (int64_t after = max(s.begin + p.reach(), s.end - p.reach()); after < s.end; ++after) {
         const int t = static_cast<int>(after);
+#pragma unroll 1
         for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
           copy_lanes<kType>(p, plan, input_row<kType>(p, plan, s, branch, t), state_row<kType>(p, plan, s, branch, t),
                             int64_t{vector} * kLanes<kType>);

@@ -95,7 +95,7 @@ struct StatsWalk {
 };
 
 template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     short_conv_bwd_stats_kernel(const ShortConvBwdParams b, const Plan plan, const Saved saved) {
   const ShortConvParams& p = b.forward;
   count_bad_data(p);

@@ -47,7 +47,7 @@ __device__ __forceinline__ void walk(const Ring<kType>& ring, const Span& s, int
 
 // For long chunks: every row comes once, and is kept while a token within reach wants it.
 template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads) short_conv_walk_kernel(const ShortConvParams p, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_walk_kernel(const ShortConvParams p, const Plan plan) {
   count_bad_data(p);
   const int branch = blockIdx.y;
   BlockTokens tokens(p, plan);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads) short_conv_walk_kernel(const Shor
 // For few tokens a sequence, decoding above all: only the rows that taps reach, those of the next token on their way while
 // this one is computed.
 template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads) short_conv_taps_kernel(const ShortConvParams p, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const ShortConvParams p, const Plan plan) {
   count_bad_data(p);
   const int branch = blockIdx.y;
   const Ring<kType> ring{p, plan};
