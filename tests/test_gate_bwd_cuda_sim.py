@@ -29,8 +29,8 @@ def simulate(inputs, grad_out, mask=None, device=None, **options):
         grad_hidden=branch_rows(device, grads[0], "grad_hidden", readonly=False),
         grad_key=branch_rows(device, grads[1], "grad_key", readonly=False), grad_value=at(grads[2], "grad_value"),
         grad_w_hidden=at(grads[3], "grad_w_hidden"), grad_w_key=at(grads[4], "grad_w_key"))
-    scratch_bytes = device.library.gate_bwd_cuda_scratch
-    scratch_bytes.restype = ctypes.c_long
+    scratch_bytes = device.library.gate_bwd_cuda_scratch_bytes
+    scratch_bytes.restype = ctypes.c_int64
     device.library.fake_cudart_set(device.callback, device.multiprocessors)
     params.scratch = at(torch.full((scratch_bytes(ctypes.byref(params)) // 4,), float("nan")), "scratch")
     return grads, device.run(OP, params)

@@ -5,6 +5,7 @@
 #include "kernels/gate/gate.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
+#include "kernels/short_conv/short_conv.h"
 
 #define EK_LAUNCHER(launcher, Params)                                \
   extern "C" const char* launcher(const engram_kernels::Params* p) { \
@@ -24,7 +25,12 @@ EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
 EK_LAUNCHER(gate_cuda, GateParams)
 EK_LAUNCHER(gate_bwd_cuda, GateBwdParams)
+EK_LAUNCHER(short_conv_cuda, ShortConvParams)
+EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
 
-extern "C" long gate_bwd_cuda_scratch(const engram_kernels::GateBwdParams* p) {
+extern "C" int64_t gate_bwd_cuda_scratch_bytes(const engram_kernels::GateBwdParams* p) {
   return engram_kernels::gate_bwd_cuda_scratch_bytes(*p);
+}
+extern "C" int64_t short_conv_bwd_cuda_scratch_bytes(const engram_kernels::ShortConvBwdParams* p) {
+  return engram_kernels::short_conv_bwd_cuda_scratch_bytes(*p);
 }

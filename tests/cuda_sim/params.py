@@ -57,3 +57,17 @@ class GateParams(Structure):
 class GateBwdParams(Structure):
     _fields_ = [("forward", GateParams), ("grad_out", BranchRows), ("grad_hidden", BranchRows), ("grad_key", BranchRows)] + [
         (name, c_void_p) for name in ("grad_value", "grad_w_hidden", "grad_w_key", "scratch")]
+
+
+class ShortConvParams(Structure):
+    _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state", "out")] + [
+        (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "state_sequence_stride",
+                                     "branches", "hidden_size")] + [
+        ("width", c_int), ("dilation", c_int), ("eps", c_float), ("dtype", c_int), ("weight_dtype", c_int),
+        ("positions_are_64", c_bool), ("error_count", c_void_p)]
+
+
+class ShortConvBwdParams(Structure):
+    _fields_ = [("forward", ShortConvParams), ("grad_out", c_void_p), ("grad_token_stride", c_int64),
+                ("grad_branch_stride", c_int64), ("grad_x", c_void_p), ("grad_weight", c_void_p), ("grad_norm_weight", c_void_p),
+                ("scratch", c_void_p)]
