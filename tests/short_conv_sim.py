@@ -85,5 +85,6 @@ def simulate_bwd(grad_out, x, weight, norm_weight, cu, dilation, device=None):
     scratch = poisoned(scratch_bytes(ctypes.byref(params)), np.uint8)
     params.scratch = device.address(scratch, "scratch")
     launches = device.run(BWD, params)
-    got = tuple(torch.from_numpy(room).view(like.dtype).reshape(like.shape) for room, like in grads.values())
+    got = tuple(torch.from_numpy(room).view(like.dtype).reshape(like.shape) if like.numel() else torch.empty_like(like)
+                for room, like in grads.values())
     return got, int(errors[0]), launches

@@ -234,3 +234,83 @@ def test_short_conv_rejects():
         simulate(x, weight, norm_weight, cu, 300_000_000)
     with pytest.raises(LaunchError, match="6 tokens in 0 sequences"):
         simulate(x, weight, norm_weight, packed([]), 3)
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+ROW, BRANCHES = 5120 * 2, 4
+
+
+@pytest.fixture(scope="module")
+def walk():
+    """V4.1 rows; one multiprocessor, so that a block's chunk is long as in a large batch: 80 tokens of it, 20 of each branch."""
+    args = make_inputs([20], BRANCHES, 5120)
+    return simulate(*args, 3, device=Device(**ONE_SM))[2][0]
+
+
+@pytest.fixture(scope="module")
+def decode():
+    """Eight sequences, a token of each."""
+    state = torch.zeros(8, 9, BRANCHES, 5120, dtype=BF16)
+    args = make_inputs([1] * 8, BRANCHES, 5120)
+    return simulate(*args, 3, state, torch.full((8,), 100))[2][0]
+
+
+def test_short_conv_walk_moves_each_byte_once(walk):
+    buffers, weights = walk.result.buffers, BRANCHES * 5 * ROW
+    moved = sum(b.get("load_bytes", 0) + b.get("store_bytes", 0) for b in buffers.values())
+    assert buffers["x"]["load_bytes"] == buffers["out"]["store_bytes"] == 20 * BRANCHES * ROW
+    assert buffers["weight"]["load_bytes"] + buffers["norm_weight"]["load_bytes"] == weights
+    assert moved <= 1.02 * (2 * 20 * BRANCHES * ROW + weights)
+
+
+def test_short_conv_walk_reads_again_only_what_lies_in_front_of_a_block():
+    args = make_inputs([150], 2, 1024)
+    launch = simulate(*args, 3, device=Device(**ONE_SM))[2][0]
+    assert launch.grid[0] > 1
+    assert launch.result.buffers["x"]["load_bytes"] == (150 + 9 * (launch.grid[0] - 1)) * 2 * 2048
+
+
+def test_short_conv_decode_reads_what_its_taps_reach(decode):
+    buffers, rows = decode.result.buffers, 8 * BRANCHES * ROW
+    assert decode.grid[:2] == (8, BRANCHES)  # a block for each row: weights come from L2 for all but the first
+    state = buffers["state"]
+    assert (state["load_bytes"], state["store_bytes"]) == (3 * rows, rows)
+    assert buffers["x"]["load_bytes"] == buffers["out"]["store_bytes"] == rows
+    unique = sum(b.get("unique_bytes_read", 0) + b.get("unique_bytes_written", 0) for b in buffers.values())
+    assert unique <= 1.02 * (6 * rows + BRANCHES * 5 * ROW)
+
+
+def test_short_conv_accesses_are_wide(walk, decode):
+    for launch in (walk, decode):
+        for name in ("x", "out", "state"):
+            buffer = launch.result.buffers.get(name, {})
+            for kind in ("load", "store"):
+                assert buffer.get(f"{kind}_sectors", 0) * 32 == buffer.get(f"{kind}_bytes", 0)
+        copies = [line for line in launch.result.lines if "cp.async" in line["text"] or
+                  (line["space"], line["kind"]) == ("global", "store")]
+        assert copies and all(line["bytes"] == 16 * line["threads"] for line in copies)
+
+
+def test_short_conv_bank_conflicts(walk, decode):
+    for launch in (walk, decode):
+        for kind in ("load", "store"):
+            shared = launch.result.memory[f"shared.{kind}"]
+            assert shared["waves"] <= 1.1 * shared["ideal_waves"]
+
+
+def test_short_conv_instructions(walk):
+    assert walk.result.thread_instructions / (20 * BRANCHES * 5120) <= 56  # PTX, setup of so few tokens included
+
+
+def test_short_conv_uses_no_local_memory():
+    usages = build().usage(OP)
+    assert len(usages) == 9
+    for usage in usages.values():
+        assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 96
+
+
+@pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
+def test_short_conv_machine_code():
+    for code in build().sass(OP).values():
+        assert not [op for _, _, op, _ in code if op.startswith(("CALL", "LDL", "STL"))]

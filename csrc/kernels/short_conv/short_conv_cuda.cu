@@ -1,4 +1,16 @@
 // CUDA kernels of short_conv, forward. Contract and formula: short_conv.h.
+//
+// Mapping  a block has a branch and a stretch of the packed tokens, a thread 8 channels of them with their taps in registers.
+//          Long chunks: the block walks along, the rows within reach lie in a ring in shared memory, the next ones are on
+//          their way while one group is computed. Few tokens a sequence: only the rows that the taps reach, a block for each
+//          token until every multiprocessor is busy. One launch in either case, so that a decode step has one latency.
+// Traffic  the least is x read and out written once, or of a decode step width rows read and two written. The walk reads each
+//          row once, and the reach in front of a block's stretch again: (L + reach) / L of L tokens. At 8,192 tokens of 4
+//          branches of 5,120 on 132 multiprocessors L is 249: 1.02x the least, both directions counted. A decode step moves
+//          1.00x from memory; its weights come from L2 for every token, which no split of a row over blocks would spare it:
+//          the norm needs whole rows, and a block that read another's slot of the state would race with its writer.
+// Limits   rows of up to kMaxThreads * kChannels channels, kTaps taps and 16-byte boundaries; all else goes to
+//          short_conv_any_kernel, which reads rows once for the norm and once more, from L1 or L2, for every tap.
 #include "kernels/short_conv/short_conv_any_cuda.h"
 #include "kernels/short_conv/short_conv_plan_cuda.h"
 #include "kernels/short_conv/short_conv_ring_cuda.h"
