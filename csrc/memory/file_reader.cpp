@@ -292,8 +292,9 @@ class FileReader::Request {
       const int64_t from = flight.direct ? got / reader_.sector_bytes_ * reader_.sector_bytes_ : got;
       flight.stalls = from > flight.got ? 0 : flight.stalls + 1;
       flight.got = from;
-      if (done.result == 0) error = kEndOfFile;
       if (flight.stalls > kMaxStalls) error = EIO;
+      if (done.result == 0 || (flight.stalls > 0 && state_of(reader_.fd_, reader_.path_).size < flight.read.needed))
+        error = kEndOfFile;
     }
     if (error < 0 && failed_row_ < 0 && !stopped_) return start(done.slot);
     if (error >= 0) fail(flight.read, error);

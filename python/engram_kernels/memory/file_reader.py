@@ -3,7 +3,6 @@ import errno
 import os
 from typing import Any
 
-
 import numpy as np
 
 from engram_kernels._library import COMPILE_ERROR
