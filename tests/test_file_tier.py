@@ -362,7 +362,7 @@ def test_file_tier_cache_is_exact_and_bounded(io, tmp_path):
         file.check(tier, rng.permutation(ids))
     stats = tier.stats()
     assert 0 < stats["cached_rows"] <= stats["cache_slots"] and stats["cache_slots"] * 264 <= cache_bytes
-    assert stats["cache_slots"] * 264 > 0.9 * cache_bytes
+    assert stats["cache_slots"] * 264 > 0.85 * cache_bytes  # the directory takes 25 of 289 bytes, and buckets are whole
     assert stats["cache_hits"] > 0.5 * stats["rows"] and stats["cache_hits"] + stats["file_rows"] == stats["rows"]
     before = tier.stats()["moved_bytes"]
     file.check(tier, [0])  # the hottest row
