@@ -60,7 +60,7 @@ class Ids:
         self._rng = np.random.default_rng([seed, time.time_ns()])
 
     def draw(self, count):
-        return np.unique(self._rng.integers(0, NUM_ROWS, count))
+        return np.unique(self._rng.integers(0, NUM_ROWS - PAGE // ROW_BYTES - 1, count))  # the last page may not be whole
 
     def pages(self, count):
         return self._rng.permutation(PAGE + self.draw(count) * ROW_BYTES) // PAGE

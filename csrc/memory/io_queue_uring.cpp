@@ -21,7 +21,7 @@ class UringQueue final : public IoQueue {
 
   // 0, or -errno
   int open(int depth, std::byte* buffers, int64_t bytes) {
-    // completions are looked for in `wait` alone, so no interrupt of the thread is wanted; Linux before 5.19 does not know the flag
+    // completions are looked for in `wait` alone, so no interrupt of the thread is wanted; before Linux 5.19 the flag is unknown
     int error = io_uring_queue_init(static_cast<unsigned>(depth), &ring_, IORING_SETUP_COOP_TASKRUN);
     if (error == -EINVAL) error = io_uring_queue_init(static_cast<unsigned>(depth), &ring_, 0);
     if (error != 0) return error;

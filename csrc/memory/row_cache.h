@@ -29,8 +29,8 @@ class RowCacheDirectory {
   // The slot of `row`, or -1. Counts the use either way: call it once a request of the row.
   int64_t find(int64_t row);
 
-  // A slot for `row`; -1: it is there already, or the batch keeps its whole bucket. `*evicted` is the row that lay in the slot, or -1. The caller fills
-  // the slot, or calls `forget` where that fails. A row keeps its slot until an `admit` evicts it.
+  // A slot for `row`; -1: it is there already, or the batch keeps its whole bucket. `*evicted` is the row that lay in the slot,
+  // or -1. The caller fills the slot, or calls `forget` where that fails. A row keeps its slot until an `admit` evicts it.
   int64_t admit(int64_t row, int64_t* evicted);
 
   // From here on slots that are found or admitted are kept until the next call: what one batch uses, it does not evict.
