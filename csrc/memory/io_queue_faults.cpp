@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <utility>
@@ -23,12 +24,11 @@ class FaultyQueue final : public IoQueue {
     } else if (bad || draw(faults_.eio)) {
       ready_.push_back({read.slot, -EIO});
     } else {
-      IoRead changed = read;
-      if (read.bytes > 1 && draw(faults_.shorter))
-        changed.bytes = std::uniform_int_distribution<int64_t>(1, read.bytes - 1)(random_);
-      // a direct read takes whole sectors: the tail is read, but not reported
-      cut_.resize(std::max(cut_.size(), static_cast<size_t>(read.slot) + 1));
-      cut_[static_cast<size_t>(read.slot)] = changed.bytes;
+      // a direct read takes whole sectors: all is read, but less of it reported, and the rest of the buffer spoiled
+      Cut cut{read.bytes, read.to};
+      if (read.bytes > 1 && draw(faults_.shorter)) cut.bytes = std::uniform_int_distribution<int64_t>(1, read.bytes - 1)(random_);
+      cuts_.resize(std::max(cuts_.size(), static_cast<size_t>(read.slot) + 1));
+      cuts_[static_cast<size_t>(read.slot)] = cut;
       queue_->submit(read);
       ++in_flight_;
     }
@@ -46,8 +46,10 @@ class FaultyQueue final : public IoQueue {
       const int count = queue_->wait(results, 16);
       in_flight_ -= static_cast<size_t>(count);
       for (int i = 0; i < count; ++i) {
-        const int64_t cut = cut_[static_cast<size_t>(results[i].slot)];
-        ready_.push_back({results[i].slot, std::min(results[i].result, cut)});
+        const Cut& cut = cuts_[static_cast<size_t>(results[i].slot)];
+        if (results[i].result > cut.bytes)
+          std::memset(cut.to + cut.bytes, 0xA5, static_cast<size_t>(results[i].result - cut.bytes));
+        ready_.push_back({results[i].slot, std::min(results[i].result, cut.bytes)});
       }
     }
     if (faults_.reorder) std::shuffle(ready_.begin(), ready_.end(), random_);
@@ -57,13 +59,18 @@ class FaultyQueue final : public IoQueue {
   }
 
  private:
+  struct Cut {
+    int64_t bytes;  // reported at most
+    std::byte* to;
+  };
+
   bool draw(double share) { return share > 0 && std::uniform_real_distribution<double>(0, 1)(random_) < share; }
 
   std::unique_ptr<IoQueue> queue_;
   IoFaults faults_;
   std::mt19937_64 random_;
   std::vector<IoDone> ready_;
-  std::vector<int64_t> cut_;  // by slot: bytes that are reported at most
+  std::vector<Cut> cuts_;  // by slot
   size_t in_flight_ = 0;
 };
 
