@@ -64,7 +64,7 @@ bench: $(VENV)/.built $(VENV)/.bench
 
 # every benchmark once, untimed: that they run
 bench-check: $(VENV)/.built $(VENV)/.bench
-	EK_BENCH_TABLE_GIB=1 python -m pytest -q bench --benchmark-disable $(ARGS)
+	EK_BENCH_TABLE_GIB=1 EK_BENCH_FILE_MIB=64 python -m pytest -q bench --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import platform
 import sys
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_demo(commands)
     _add_info(commands)
     _add_bench(commands)
+    _add_pack(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -106,6 +108,28 @@ def _run_demo(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(text + "\n", encoding="utf-8")
     return 0 if ok else 1
+
+
+def _add_pack(commands: Any) -> None:
+    pack = commands.add_parser("pack", help="rewrite fp8 values and scales into one packed extent a row, for one read a row",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    pack.add_argument("source", type=Path, help="a safetensors file with fp8 rows and block scales apart")
+    pack.add_argument("target", type=Path, help="the packed table; a run that was stopped goes on from TARGET.part")
+    pack.add_argument("--tensor", help='name of the rows; default: "rows"')
+    pack.add_argument("--scales", help='name of the scales; default: "scales" where --tensor is not given')
+    pack.add_argument("--verify", default="sample", choices=("sample", "all"), help="rows compared with the source at the end")
+    pack.set_defaults(run=_run_pack)
+
+
+def _run_pack(args: argparse.Namespace) -> int:
+    from engram_kernels.memory.pack import pack_table
+    has_rich = importlib.util.find_spec("rich") is not None
+    result = pack_table(args.source, args.target, args.tensor, args.scales, verify_all=args.verify == "all",
+                        progress=_progress if has_rich else None)
+    resumed = f", {result.resumed_rows:,} of them by an earlier run" if result.resumed_rows else ""
+    print(f"{args.target}: {result.num_rows:,} rows of {result.row_bytes} bytes{resumed}; {result.verified_rows:,} compared "
+          "with the source")
+    return 0
 
 
 @contextlib.contextmanager
