@@ -42,12 +42,12 @@ test-asan: $(VENV)/.built
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed
-	EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
+	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
 
 # On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
 test-gpu: $(CUDA_VENV)/.installed
-	$(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
-	$(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
+	PYTHONPATH= $(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
+	PYTHONPATH= $(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
 	for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	    $(CUDA_PYTHON) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done

@@ -3,6 +3,10 @@
 Each case is (op, shape, run, least bytes, units, unit); the runs are those of the tests, which also compare the results.
 """
 import torch
+from cuda_sim import Device
+from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
+from test_gate_cuda_sim import make_inputs as gate_inputs
+from test_gate_cuda_sim import simulate as simulate_gate
 from test_gather_rows_cuda_sim import bytes_of
 from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
@@ -30,5 +34,24 @@ def gather_rows(row_format, as_stored=False):
     return case
 
 
+def gate():
+    tokens = 24
+    inputs = gate_inputs(tokens, BRANCHES, HIDDEN_SIZE, weight_dtype=torch.bfloat16)
+    least = (3 * BRANCHES + 1) * tokens * HIDDEN_SIZE * 2
+    return ("gate", "bf16, M 4, H 5120", lambda: simulate_gate(inputs, device=Device(multiprocessors=2))[1], least,
+            tokens * BRANCHES, "token and branch")
+
+
+def gate_bwd():
+    tokens = 24
+    inputs = gate_inputs(tokens, BRANCHES, HIDDEN_SIZE, weight_dtype=torch.bfloat16)
+    grad_out = torch.randn(tokens, BRANCHES, HIDDEN_SIZE).bfloat16()
+    least = (5 * BRANCHES + 2) * tokens * HIDDEN_SIZE * 2
+    return ("gate backward", "bf16, M 4, H 5120, 12 tokens a block",
+            lambda: simulate_gate_bwd(inputs, grad_out, device=Device(multiprocessors=2))[1], least, tokens * BRANCHES,
+            "token and branch")
+
+
 CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
-         gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True))
+         gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
+         gate, gate_bwd)
