@@ -49,7 +49,9 @@ def global_totals(launches: list[Launch]) -> tuple[int, int, int]:
     moved = sectors = ideal = 0
     for launch in launches:
         for buffer in launch.result.buffers.values():
-            moved += buffer.get("unique_bytes_read", 0) + buffer.get("unique_bytes_written", 0)
+            # the distinct bytes are counted on from one launch to the next; what this one left alone is not its traffic
+            moved += buffer.get("unique_bytes_read", 0) if buffer.get("load_bytes") else 0
+            moved += buffer.get("unique_bytes_written", 0) if buffer.get("store_bytes") else 0
         for line in launch.result.lines:
             if line["space"] == "global":
                 sectors, ideal = sectors + line["sectors"], ideal + line["ideal"]
