@@ -1,9 +1,8 @@
 """Backward of short_conv on the PTX simulator: gradients against float64 autograd of the reference, and what they cost."""
-import numpy as np
 import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build
-from short_conv_sim import BWD, EPS, make_inputs, packed, plain_torch, simulate_bwd
+from short_conv_sim import BWD, EPS, make_inputs, plain_torch, simulate_bwd
 
 from engram_kernels.reference.short_conv import short_conv as reference
 from engram_kernels.testing import assert_as_accurate_as_torch
