@@ -36,6 +36,29 @@ class GatherRowsBwdParams(Structure):
                 ("grad_dtype", c_int), ("out_dtype", c_int), ("positions", c_void_p)]
 
 
+class GateOptions(Structure):
+    _fields_ = [("eps", c_float), ("clamp", c_float), ("sign_at_zero", c_bool), ("add_residual", c_bool)]
+
+
+class BranchRows(Structure):
+    _fields_ = [("data", c_void_p), ("token_stride", c_int64), ("branch_stride", c_int64)]
+
+
+class GateWeights(Structure):
+    _fields_ = [("w_hidden", c_void_p), ("w_key", c_void_p), ("dtype", c_int)]
+
+
+class GateParams(Structure):
+    _fields_ = [("hidden", BranchRows), ("key", BranchRows), ("value", c_void_p), ("weights", GateWeights), ("mask", c_void_p),
+                ("out", BranchRows), ("value_stride", c_int64), ("num_tokens", c_int64), ("branches", c_int64),
+                ("hidden_size", c_int64), ("dtype", c_int), ("options", GateOptions)]
+
+
+class GateBwdParams(Structure):
+    _fields_ = [("forward", GateParams), ("grad_out", BranchRows), ("grad_hidden", BranchRows), ("grad_key", BranchRows)] + [
+        (name, c_void_p) for name in ("grad_value", "grad_w_hidden", "grad_w_key", "scratch")]
+
+
 class ShortConvParams(Structure):
     _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state", "out")] + [
         (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "state_sequence_stride",
