@@ -151,8 +151,8 @@ def test_short_conv_positions_past_int32(width, dilation):
     reach = (width - 1) * dilation
     ring = torch.randn(2, reach, 2, 40, generator=torch.Generator().manual_seed(3)).to(BF16)
     want_state = ring.clone()
-    want = reference_update(x.double(), weight.double(), norm_weight.double(), cu, torch.tensor([reach, reach + 1]), dilation,
-                            EPS, want_state)
+    doubles = (a.double() for a in (x, weight, norm_weight))
+    want = reference_update(*doubles, cu, torch.tensor([reach, reach + 1]), dilation, EPS, want_state)
     results = []
     for positions in (torch.tensor([reach, reach + 1], dtype=torch.int32), torch.tensor([reach << 40, (reach << 40) + 1])):
         state = ring.clone()

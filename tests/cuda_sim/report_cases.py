@@ -3,7 +3,6 @@
 Each case is (op, shape, run, least bytes, units, unit); the runs are those of the tests, which also compare the results.
 """
 import torch
-from cuda_sim import Device
 from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
 from test_gate_cuda_sim import make_inputs as gate_inputs
 from test_gate_cuda_sim import simulate as simulate_gate
@@ -11,6 +10,7 @@ from test_gather_rows_cuda_sim import bytes_of
 from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
 
+from cuda_sim import Device
 from engram_kernels.testing.inputs import random_rows
 
 HIDDEN_SIZE, BRANCHES, ROW_DIM = 5120, 4, 256

@@ -1,9 +1,9 @@
 // Device code that the kernels of gate and gather_gate share: how a block lies over a token, sums, weights, scores.
 // Included by .cu files only.
 //
-// A block is (lanes, branches) threads: whole warps a branch. A thread holds kVectors 16-byte vectors of its branch, a
-// warp apart, so that their addresses differ by constants. What is float in shared memory lies in planes of four: neighbouring lanes then read neighbouring 16
-// bytes, and no bank is asked twice.
+// A block is (lanes, branches) threads: whole warps a branch. A thread holds kVectors 16-byte vectors of its branch, a warp
+// apart, so that their addresses differ by constants. What is float in shared memory lies in planes of four: neighbouring
+// lanes then read neighbouring 16 bytes, and no bank is asked twice.
 #pragma once
 
 #include <cstdint>

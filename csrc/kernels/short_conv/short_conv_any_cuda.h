@@ -171,8 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_any_kernel(const Sh
     }
     if (mine && owns) {
 #pragma unroll 1
-      for (int64_t after = max(s.begin + p.reach(), s.end - p.reach()); after < s.end; ++after) {
-        const int t = static_cast<int>(after);
+      for (int t = first_copied(p, s, end); t < s.end; ++t) {
 #pragma unroll 1
         for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
           copy_lanes<kType>(p, plan, input_row<kType>(p, plan, s, branch, t), state_row<kType>(p, plan, s, branch, t),

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_walk_kernel(const S
     if (mine) {
       const int oldest = max(tokens.next - static_cast<int>(p.reach()), s.begin - s.before);
       walk<kType>({p, plan}, s, branch, oldest, tokens.next, end, owns, taps, &parity);
-      if (owns) copy_to_state<kType>(p, plan, s, branch);
+      if (owns) copy_to_state<kType>(p, plan, s, branch, first_copied(p, s, end));
     }
     tokens.next = end;
   }
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const S
       }
       ring.write(s, branch, t, slot + kTaps - 1, owns, x, z);
     }
-    if (mine && owns) copy_to_state<kType>(p, plan, s, branch);
+    if (mine && owns) copy_to_state<kType>(p, plan, s, branch, first_copied(p, s, end));
     tokens.next = end;
   }
 }

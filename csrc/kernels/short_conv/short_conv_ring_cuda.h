@@ -20,8 +20,8 @@ __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_gro
 // Waits for this thread's copies but those since the last end_copies.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// plan.rows_held slots, the first plan.ring_rows of them a ring. A thread reads only vectors that it copied there itself, and a warp has norms of its own, so that
-// nothing but the sums of squares waits for a barrier.
+// plan.rows_held slots, the first plan.ring_rows of them a ring. A thread reads only vectors that it copied there itself, and
+// a warp has norms of its own, so that nothing but the sums of squares waits for a barrier.
 template <DType kType>
 struct Ring {
   const ShortConvParams& p;
@@ -90,11 +90,10 @@ struct Ring {
   }
 };
 
-// Inputs that other blocks computed into their slots, by the owner of the sequence.
+// Inputs [first, end) of a sequence into their slots.
 template <DType kType>
-__device__ __forceinline__ void copy_to_state(const ShortConvParams& p, const Plan& plan, const Span& s, int branch) {
-  for (int64_t after = max(s.begin + p.reach(), s.end - p.reach()); after < s.end; ++after) {
-    const int t = static_cast<int>(after);
+__device__ __forceinline__ void copy_to_state(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int first) {
+  for (int t = first; t < s.end; ++t) {
     const auto* from = reinterpret_cast<const uint4*>(input_row<kType>(p, plan, s, branch, t));
     auto* to = reinterpret_cast<uint4*>(state_row<kType>(p, plan, s, branch, t));
     for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) to[vector] = from[vector];

@@ -129,9 +129,12 @@ struct BlockTokens {
 };
 
 // Whether the block that owns the sequence writes input t while it computes token t: the slot's old input is read by no later
-// token. What other blocks compute is copied after that.
+// token. What other blocks compute it copies after that.
 __device__ __forceinline__ bool writes_state(const ShortConvParams& p, const Span& s, int t) {
-  return p.state != nullptr && t - s.begin < p.reach() && t >= s.end - p.reach();
+  return p.state != nullptr && t >= s.end - p.reach();
+}
+__device__ __forceinline__ int first_copied(const ShortConvParams& p, const Span& s, int computed_end) {
+  return static_cast<int>(max(int64_t{computed_end}, s.end - p.reach()));
 }
 
 // To a few units in the last place for float, to 1e-6 of the value for what is rounded to 16 bits.
