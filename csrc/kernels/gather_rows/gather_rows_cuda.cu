@@ -15,10 +15,10 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kBlocksPerSm = 16;       // as many as 2,048 threads allow
+constexpr int kBlocksPerSm = 32;       // as many as 2,048 threads allow
 constexpr int kLoadsInFlight = 8;      // of a thread, at least
-constexpr int kMaxLoadsInFlight = 32;  // more only costs shared memory
-constexpr int64_t kMaxRowsAThread = 16;
+constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
+constexpr int64_t kMaxRowsAThread = 32;
 constexpr int kMaxStagedBytes = 2048;
 constexpr int kVectorBytes = 16;
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
     float scale = tensor_scale;
     if constexpr (kFormat == RowFormat::kInt8Group32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
     if constexpr (kFormat == RowFormat::kFp8Block32 || kFormat == RowFormat::kFp8Block32Packed) {
-      scale = ue8m0_to_float(scales[element / kScaleBlock], s.zero_scale_is_zero);
+      scale = unpack_ue8m0(scales[element / kScaleBlock], s.zero_scale_is_zero);
     }
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -50,15 +50,15 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
 }
 
 // Calls write(first, count, absent) with each tile of the block in shared memory; absent: some of its rows are not there.
-template <class Write>
+template <bool kScaleRows, class Write>
 __device__ __forceinline__ void for_each_tile(const GatherRowsParams& p, const Plan& plan, const Write& write) {
   const int64_t step = int64_t{gridDim.x} * plan.rows;
 #pragma unroll 1
   for (int64_t first = int64_t{blockIdx.x} * plan.rows; first < p.row_ids.count; first += step) {
     const int count = static_cast<int>(min(int64_t{plan.rows}, p.row_ids.count - first));
-    const bool absent = __syncthreads_or(stage_ids(p, plan, first, count));
+    const bool absent = __syncthreads_or(stage_ids<kScaleRows>(p, plan, first, count));
     stage_rows(plan, count);
-    if (plan.scale_bytes > 0) stage_scales(p, plan, count);
+    if (kScaleRows && plan.scale_bytes > 0) stage_scales(p, plan, count);  // of packed rows they are behind the values
     if (absent) clear_absent(plan, count);
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
@@ -70,19 +70,43 @@ __device__ __forceinline__ void for_each_tile(const GatherRowsParams& p, const P
 // Rows as they are. They lie in shared memory as in the output: 16-byte vectors may straddle rows, and a last one may be
 // short.
 __global__ void __launch_bounds__(kThreads) gather_rows_copy_kernel(const GatherRowsParams p, const Plan plan) {
-  for_each_tile(p, plan, [&](int64_t first, int count, bool) {
-    std::byte* out = p.out + first * plan.row_bytes;
+  constexpr int kCopiesAtOnce = 8, kTurn = kThreads * kVectorBytes;
+  for_each_tile<false>(p, plan, [&](int64_t first, int count, bool) {
     const int bytes = count * plan.row_bytes;
     int at = threadIdx.x * kVectorBytes;
-#pragma unroll 4
-    for (; at + kVectorBytes <= bytes; at += kThreads * kVectorBytes) {
-      *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(shared + at);
+    const unsigned char* from = shared + at;
+    std::byte* to = p.out + first * plan.row_bytes + at;
+#pragma unroll 1
+    for (; at + (kCopiesAtOnce - 1) * kTurn + kVectorBytes <= bytes; at += kCopiesAtOnce * kTurn) {
+      uint4 words[kCopiesAtOnce];
+#pragma unroll
+      for (int i = 0; i < kCopiesAtOnce; ++i) words[i] = *reinterpret_cast<const uint4*>(from + i * kTurn);
+#pragma unroll
+      for (int i = 0; i < kCopiesAtOnce; ++i) *reinterpret_cast<uint4*>(to + i * kTurn) = words[i];
+      from += kCopiesAtOnce * kTurn;
+      to += kCopiesAtOnce * kTurn;
     }
 #pragma unroll 1
-    for (; at < bytes; at += 4) {
-      *reinterpret_cast<uint32_t*>(out + at) = *reinterpret_cast<const uint32_t*>(shared + at);
+    for (; at + kVectorBytes <= bytes; at += kTurn, from += kTurn, to += kTurn) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    }
+#pragma unroll 1
+    for (; at < bytes; at += 4, from += 4, to += 4) {
+      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
     }
   });
+}
+
+// Zeros for the rows that are not there, over what the block has written of the tile.
+__device__ __forceinline__ void clear_output(const Plan& plan, std::byte* tile, int count) {
+  __syncthreads();
+#pragma unroll 1
+  for (int r = 0; r < count; ++r) {
+    if (!is_absent(plan, r)) continue;
+    auto* row = reinterpret_cast<uint4*>(tile) + r * plan.vectors;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < plan.vectors; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
+  }
 }
 
 // Decoded rows. A thread keeps its place in the row and walks the rows of the tile.
@@ -92,23 +116,31 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
   constexpr bool kTensor = kFormat == RowFormat::kFp8Tensor;
   const float tensor_scale = kTensor ? *reinterpret_cast<const float*>(p.source.scales) : 0.0F;
   const int first_row = static_cast<int>(threadIdx.x) * plan.lanes_inverse >> 16;
-  const int lane = threadIdx.x - first_row * plan.vector_lanes, rows_at_once = kThreads / plan.vector_lanes;
-  for_each_tile(p, plan, [&](int64_t first, int count, bool absent) {
-    if (first_row >= rows_at_once) return;
+  const int lane = threadIdx.x - first_row * plan.vector_lanes, rows_at_once = plan.rows_at_once;
+  for_each_tile<has_blocks(kFormat)>(p, plan, [&](int64_t first, int count, bool absent) {
+    std::byte* tile = p.out + first * plan.vectors * kVectorBytes;
+#pragma unroll 1
     for (int vector = lane; vector < plan.vectors; vector += plan.vector_lanes) {
       const unsigned char* row = shared + first_row * plan.row_pitch;
-      std::byte* out = p.out + ((first + first_row) * plan.vectors + vector) * kVectorBytes;
-#pragma unroll 4
-      for (int r = first_row; r < count; r += rows_at_once) {
+      std::byte* out = tile + (first_row * plan.vectors + vector) * kVectorBytes;
+      const auto write = [&] {
         float values[kCount];
-        // a scale of NaN or below zero must not touch the zeros of a row that is not there
-        const float scale = kTensor && absent && is_absent(plan, r) ? 0.0F : tensor_scale;
-        decode<kFormat, kCount>(p.source, row, row + p.source.row_dim, vector * kCount, scale, values);
+        decode<kFormat, kCount>(p.source, row, row + p.source.row_dim, vector * kCount, tensor_scale, values);
         store_floats<kOut>(out, values);
         row += rows_at_once * plan.row_pitch;
         out += rows_at_once * plan.vectors * kVectorBytes;
+      };
+      int left = first_row < rows_at_once ? count - first_row : 0;
+#pragma unroll 1
+      for (; left > 3 * rows_at_once; left -= 4 * rows_at_once) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) write();
       }
+#pragma unroll 1
+      for (; left > 0; left -= rows_at_once) write();
     }
+    // a scale of NaN or below zero must not touch the zeros of a row that is not there
+    if (kTensor && absent) clear_output(plan, tile, count);
   });
 }
 
@@ -146,9 +178,11 @@ template <DType kOut>
 __global__ void __launch_bounds__(kThreads) gather_rows_by_element_kernel(const GatherRowsParams p) {
   const int elements = p.source.row_dim;
   for (int64_t i = blockIdx.x; i < p.row_ids.count; i += gridDim.x) {
-    const int64_t id = checked_id(p, i, threadIdx.x == 0);
+    const int64_t id = p.row_ids[i];
+    const bool there = is_row(p, id);
+    if (!there && id != kNoRow && threadIdx.x == 0) count_error(p.error_count);
     for (int e = threadIdx.x; e < elements; e += kThreads) {
-      const float value = id == kNoRow ? 0.0F : decode_element(p.source, id, e);
+      const float value = there ? decode_element(p.source, id, e) : 0.0F;
       if constexpr (kOut == DType::kF32) {
         reinterpret_cast<float*>(p.out)[i * elements + e] = value;
       } else {
@@ -161,9 +195,11 @@ __global__ void __launch_bounds__(kThreads) gather_rows_by_element_kernel(const 
 // The same for rows as they are, a byte a thread.
 __global__ void __launch_bounds__(kThreads) gather_rows_by_byte_kernel(const GatherRowsParams p, int row_bytes) {
   for (int64_t i = blockIdx.x; i < p.row_ids.count; i += gridDim.x) {
-    const int64_t id = checked_id(p, i, threadIdx.x == 0);
+    const int64_t id = p.row_ids[i];
+    const bool there = is_row(p, id);
+    if (!there && id != kNoRow && threadIdx.x == 0) count_error(p.error_count);
     for (int e = threadIdx.x; e < row_bytes; e += kThreads) {
-      p.out[i * row_bytes + e] = id == kNoRow ? std::byte{0} : p.source.row(id)[e];
+      p.out[i * row_bytes + e] = there ? p.source.row(id)[e] : std::byte{0};
     }
   }
 }
@@ -185,7 +221,7 @@ void place(int rows_a_thread, Plan* plan) {
   plan->staged_rows = static_cast<int>(ceil_div(rows_a_thread, kRowsAtOnce)) * kRowsAtOnce * groups;
   plan->staged_at = static_cast<int>(ceil_div(int64_t{plan->rows} * plan->row_pitch, 16)) * 16;
   plan->ids_at = plan->staged_at + plan->staged_rows * static_cast<int>(sizeof(StagedRow));
-  plan->shared_bytes = plan->ids_at + (plan->scale_bytes > 0 ? plan->staged_rows * 8 : 0);
+  plan->shared_bytes = plan->ids_at + (plan->keeps_ids ? plan->staged_rows * 8 : 0);
 }
 
 // Whether tiles can be staged, and how.
@@ -201,10 +237,12 @@ bool make_plan(const GatherRowsParams& p, Plan* plan) {
   plan->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
   plan->row_bytes = static_cast<int>(row_bytes);
   plan->scale_bytes = static_cast<int>(scale_bytes);
+  plan->keeps_ids = has_blocks(s.format) && !copies(p);
   plan->scale_lanes = scale_bytes % 32 == 0 ? 8 : 2;
   plan->row_pitch = static_cast<int>(copies(p) ? row_bytes : ceil_div(row_bytes + scale_bytes, 16) * 16);
   plan->vectors = static_cast<int>(out_bytes / kVectorBytes);
   plan->vector_lanes = std::clamp(plan->vectors, 1, kThreads);
+  plan->rows_at_once = kThreads / plan->vector_lanes;
   plan->lanes_inverse = static_cast<int>(ceil_div(1 << 16, plan->vector_lanes));
   const int groups = kThreads / (kLineBytes / plan->slot_bytes);
   int rows_a_thread = static_cast<int>(std::min(ceil_div(kMaxLoadsInFlight * kLineBytes, row_bytes), kMaxRowsAThread));

@@ -8,9 +8,9 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 64;  // of many rows each: what a thread does once for a tile is a good part of its work
 constexpr int kLineBytes = 128;
-constexpr int kRowsAtOnce = 4;  // of a group of lanes, so that a thread has 8 loads in flight at least
+constexpr int kRowsAtOnce = 8;  // of a group of lanes, so that a thread has 8 loads in flight at least
 
 // What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
 // then the staged rows, then the ids.
@@ -21,9 +21,11 @@ struct Plan {
   int row_bytes;          // read of a row
   int row_pitch;          // bytes between rows in shared memory
   int scale_bytes;        // of a row's scales that lie apart in memory
+  bool keeps_ids;         // for them
   int scale_lanes;        // threads that fetch them
   int vectors;            // 16-byte pieces of an output row
   int vector_lanes;       // threads that write a row
+  int rows_at_once;       // that the block writes
   int lanes_inverse;      // 2^16 / vector_lanes, rounded up
   int staged_rows;        // rows, up to whole turns of stage_lines
   int staged_at, ids_at;  // bytes into shared memory
@@ -32,37 +34,35 @@ struct Plan {
 
 extern __shared__ __align__(16) unsigned char shared[];
 
-// Where a row of the tile comes from and goes to.
-struct __align__(16) StagedRow {
-  const std::byte* line;  // the 128-byte line in which the row begins
-  int to;                 // bytes into shared memory, minus into_line
-  int into_line;          // kAbsent: nothing is read
-};
+// Where a row of the tile comes from and goes to: the address of the 128-byte line in which it begins, in two words; the
+// place of that line in bytes of shared memory; how far into the line the row begins, or kAbsent: nothing is read.
+using StagedRow = uint4;
 constexpr int kAbsent = -(1 << 30);
 
 __device__ __forceinline__ StagedRow* staged(const Plan& plan) { return reinterpret_cast<StagedRow*>(shared + plan.staged_at); }
 __device__ __forceinline__ int64_t* staged_ids(const Plan& plan) { return reinterpret_cast<int64_t*>(shared + plan.ids_at); }
-__device__ __forceinline__ bool is_absent(const Plan& plan, int r) { return staged(plan)[r].into_line == kAbsent; }
+__device__ __forceinline__ bool is_absent(const Plan& plan, int r) { return static_cast<int>(staged(plan)[r].w) == kAbsent; }
 
-// The id of output row i, or kNoRow; counts what is out of range.
-__device__ __forceinline__ int64_t checked_id(const GatherRowsParams& p, int64_t i, bool count) {
-  const int64_t id = p.row_ids[i];
-  if (static_cast<uint64_t>(id) < static_cast<uint64_t>(p.source.num_rows)) return id;
-  if (count && id != kNoRow) count_error(p.error_count);
-  return kNoRow;
+__device__ __forceinline__ bool is_row(const GatherRowsParams& p, int64_t id) {
+  return static_cast<uint64_t>(id) < static_cast<uint64_t>(p.source.num_rows);
 }
 
-// Looks the tile's ids up. Returns whether this thread met one without a row.
+// Looks the tile's ids up. Returns whether this thread met one without a row, behind the last one too.
+template <bool kKeepIds>
 __device__ __forceinline__ bool stage_ids(const GatherRowsParams& p, const Plan& plan, int64_t first, int count) {
   bool absent = false;
 #pragma unroll 1
   for (int r = threadIdx.x; r < plan.staged_rows; r += kThreads) {
-    const int64_t id = r < count ? checked_id(p, first + r, true) : kNoRow;
-    const std::byte* row = p.source.row(id);
-    const int into_line = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kLineBytes);
-    staged(plan)[r] = {row - into_line, r * plan.row_pitch - into_line, id == kNoRow ? kAbsent : into_line};
-    if (plan.scale_bytes > 0) staged_ids(plan)[r] = id;
-    absent = absent || (id == kNoRow && r < count);
+    const int64_t id = r < count ? p.row_ids[first + r] : kNoRow;
+    const bool there = is_row(p, id);
+    if (!there && id != kNoRow) count_error(p.error_count);
+    const auto row = reinterpret_cast<uint64_t>(p.source.row(id));
+    const int into_line = static_cast<int>(row % kLineBytes);
+    const uint64_t line = row - into_line;
+    staged(plan)[r] = make_uint4(static_cast<uint32_t>(line), static_cast<uint32_t>(line >> 32), r * plan.row_pitch - into_line,
+                                 there ? into_line : kAbsent);
+    if constexpr (kKeepIds) staged_ids(plan)[r] = id;
+    absent |= !there;
   }
   return absent;
 }
@@ -89,10 +89,10 @@ __device__ __forceinline__ void stage_lines(const Plan& plan, int count, int fir
   constexpr int kLanes = kLineBytes / kSlot, kGroups = kThreads / kLanes;
   const int lane_bytes = threadIdx.x % kLanes * kSlot + first_line * kLineBytes;
   const uint32_t base = shared_address() + lane_bytes;
-  const uint4* next = reinterpret_cast<const uint4*>(staged(plan)) + threadIdx.x / kLanes;
+  const StagedRow* next = staged(plan) + threadIdx.x / kLanes;
 #pragma unroll 1
   for (int r = threadIdx.x / kLanes; r < count; r += kRowsAtOnce * kGroups, next += kRowsAtOnce * kGroups) {
-    uint4 words[kRowsAtOnce];
+    StagedRow words[kRowsAtOnce];
 #pragma unroll
     for (int n = 0; n < kRowsAtOnce; ++n) words[n] = next[n * kGroups];
 #pragma unroll
@@ -130,9 +130,8 @@ __device__ __forceinline__ void stage_scales(const GatherRowsParams& p, const Pl
   const int step = words ? 4 : 1, lane = threadIdx.x & (plan.scale_lanes - 1);
 #pragma unroll 1
   for (int r = threadIdx.x / plan.scale_lanes; r < count; r += kThreads / plan.scale_lanes) {
-    const int64_t id = staged_ids(plan)[r];
-    if (id == kNoRow) continue;
-    const std::byte* from = s.scales + id * s.scale_stride_bytes;
+    if (is_absent(plan, r)) continue;
+    const std::byte* from = s.scales + staged_ids(plan)[r] * s.scale_stride_bytes;
     const int to = r * plan.row_pitch + plan.row_bytes;
 #pragma unroll 1
     for (int at = lane * step; at < plan.scale_bytes; at += plan.scale_lanes * step) {
