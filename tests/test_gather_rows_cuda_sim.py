@@ -1,11 +1,13 @@
 """gather_rows on the PTX simulator: the launcher and its kernels against the reference, and what they cost."""
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build, poisoned
 from cuda_sim.params import DTYPES, ROW_FORMATS, GatherRowsParams, RowIds, RowSource
+from cuda_sim.sass_path import executed
 
 from engram_kernels.reference.gather_rows import gather_rows as reference
 from engram_kernels.testing.inputs import random_rows
@@ -254,12 +256,12 @@ def test_gather_rows_loads_are_wide_and_many(cost):
     loads = row_loads(launch)
     width = 8 if row_bytes == 264 else 16
     assert {line["bytes"] // line["threads"] for line in loads} == {width}
-    threads = np.prod(launch.grid) * np.prod(launch.block)
     # cp.async: nothing waits before the last one of a tile is issued
-    assert sum(line["threads"] for line in loads) / threads >= 8
+    assert sum(line["threads"] for line in loads) / (launch.grid[0] * launch.block[0]) >= 8
     tile_bytes = NUM_ROWS * row_bytes / np.prod(launch.grid)
     usage = build().usage(OP)[launch.kernel]
-    resident = min(65536 // (usage.registers * 128), 2048 // 128, 227 * 1024 // (launch.shared_bytes + 1024))
+    threads = launch.block[0]
+    resident = min(65536 // (usage.registers * threads), 2048 // threads, 32, 227 * 1024 // (launch.shared_bytes + 1024))
     assert resident * tile_bytes * 132 >= 2e6
 
 
@@ -278,3 +280,44 @@ def test_gather_rows_uses_no_local_memory():
 def test_gather_rows_machine_code():
     for code in build().sass(OP).values():
         assert not [op for _, _, op, _ in code if re.match(r"CALL|LDL|STL", op)]
+
+
+EXECUTED = {  # name: (row_format, stored in the output as they are, 128-byte lines of a row, 16-byte vectors of an output row,
+    # instructions a row: of this kernel at most, of the best peer: SGLang CUDA for copies, vLLM to bf16)
+    "packed_as_stored": ("fp8_e4m3_block32_packed", True, 3, 16.5, 395, 472),
+    "packed_to_bf16": ("fp8_e4m3_block32_packed", False, 3, 32, 1600, 1752),
+    "fp8_tensor_to_bf16": ("fp8_e4m3_tensor", False, 2, 32, 1260, 1752),
+    "bf16_to_bf16": ("bf16", False, 4, 32, 350, 472),
+}
+ROWS_AT_ONCE = 8  # kRowsAtOnce
+
+
+@pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
+@pytest.mark.parametrize("row_format, as_stored, lines, vectors, most, peer", EXECUTED.values(), ids=EXECUTED.keys())
+def test_gather_rows_executes_fewer_machine_instructions_than_peers(row_format, as_stored, lines, vectors, most, peer):
+    """Of a tile of a large batch of valid ids, set-up included, on the longest way through all that such a tile can meet."""
+    rows, scales = random_rows(row_format, 2, 256, torch.Generator().manual_seed(13))
+    ids = torch.zeros(512, dtype=torch.int32)
+    launch = simulate(rows, scales, ids, row_format, 256, as_stored=as_stored, device=Device(multiprocessors=1))[2][0]
+    threads, tile_rows = launch.block[0], len(ids) // launch.grid[0]
+    assert tile_rows * launch.grid[0] == len(ids) and tile_rows >= 64
+    wide = "LDGSTS.E.64" if row_format.endswith("packed") else "LDGSTS.E.BYPASS.128"
+    groups = threads / (16 if wide == "LDGSTS.E.64" else 8)
+
+    def turns(ops):
+        count = Counter(ops)
+        if "BAR.SYNC.DEFER_BLOCKING" in count:
+            return 1  # the loop over tiles
+        if any(op.startswith("LDGSTS") for op in ops):  # rows; those of other alignments and lengths are not gone through
+            return tile_rows / groups / ROWS_AT_ONCE if count[wide] == ROWS_AT_ONCE * lines else None
+        if count["LDG.E.64"] or count["STS"] or (count["STG.E.128"] and not any(op.startswith("LDS") for op in ops)):
+            return None  # 64-bit ids; zeros where there is no row
+        if count["STS.128"]:
+            return tile_rows / threads  # ids
+        if count["STG.E.128"] > 1:
+            return tile_rows * vectors // threads // count["STG.E.128"]
+        return 1  # what is left over, from above
+
+    took = executed(build().sass(OP)[launch.kernel], turns, lambda op: op.startswith("RED")) * threads / tile_rows
+    print(f"{took:.0f} machine instructions a row")
+    assert peer / 5 < took <= most < peer

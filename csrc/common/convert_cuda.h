@@ -44,6 +44,12 @@ __device__ __forceinline__ void unpack_fp8(uint32_t word, float* values) {
 #endif
 }
 
+// ue8m0_to_float without a branch.
+__device__ __forceinline__ float unpack_ue8m0(uint32_t byte, bool zero_scale_is_zero) {
+  const uint32_t bits = max(byte << 23, zero_scale_is_zero ? 0U : 0x00400000U);
+  return __uint_as_float(byte == 255 ? 0x7FC00000 : bits);
+}
+
 __device__ __forceinline__ void unpack_int8(uint32_t word, float* values) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) values[i] = static_cast<float>(static_cast<int8_t>(word >> 8 * i));

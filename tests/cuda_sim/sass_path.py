@@ -1,4 +1,4 @@
-"""How many machine instructions a thread executes, when every loop within the walk is gone through once."""
+"""How many machine instructions a thread executes: on the longest (or shortest) way through, loops once or as often as told."""
 import re
 
 from ptxsim import sassflow
@@ -13,8 +13,35 @@ def token_loop(code):
     return code[begin:end + 1]
 
 
-def longest_path(code, choose=max):
-    """Instructions on the longest way (choose=min: the shortest) through `code` to any end, backward branches not taken."""
+def loops(code):
+    """(begin, end) of every loop: the indices of a backward branch's target and of the branch itself."""
+    at = {address: i for i, (address, *_) in enumerate(code)}
+    return [(at[sassflow.target(args)], i) for i, (address, _, op, args) in enumerate(code)
+            if op.startswith("BRA") and sassflow.target(args) < address]
+
+
+def executed(code, turns, never):
+    """Instructions on the longest way through `code` that meets no instruction op for which never(op).
+
+    turns: gives, for the list of ops of a loop (those of the loops within it left out), how often it is gone through each time
+        that it is reached; None: it never is.
+    """
+    weights = [float("-inf") if never(op) else 1.0 for _, _, op, _ in code]
+    spans = loops(code)
+    for begin, end in spans:
+        inner = {i for b, e in spans if begin <= b and e <= end and (b, e) != (begin, end) for i in range(b, e + 1)}
+        times = turns([code[i][2] for i in range(begin, end + 1) if i not in inner])
+        for i in range(begin, end + 1):
+            weights[i] = float("-inf") if times is None else weights[i] * times
+    return longest_path(code, weights=weights)
+
+
+def longest_path(code, choose=max, weights=None):
+    """Instructions on the longest way (choose=min: the shortest) through `code` to any end, backward branches not taken.
+
+    weights: how often each instruction counts.
+    """
+    weights = weights or [1] * len(code)
     at = {address: i for i, (address, *_) in enumerate(code)}
     count = [0] * (len(code) + 1)
     for i in range(len(code) - 1, -1, -1):
@@ -27,5 +54,5 @@ def longest_path(code, choose=max):
             ways = ways + taken if conditional else taken or [0]
         elif op.startswith(("EXIT", "RET")) and not predicate:
             ways = [0]
-        count[i] = choose(ways) + (op != "NOP")
+        count[i] = choose(ways) + (weights[i] if op != "NOP" else 0)
     return count[0]
