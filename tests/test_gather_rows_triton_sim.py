@@ -85,11 +85,12 @@ def test_gather_rows_moves_no_more_than_cuda(row_format):
     ids = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(12)).to(torch.int32)
     cuda = simulate_cuda(rows, scales, ids, row_format, 256)[2]
     triton = check(rows, scales, ids, row_format, 256)
-    for figure, names in (("load_bytes", ("rows", "scales")), ("store_bytes", ("out",)), ("store_sectors", ("out",)),
+    # what every warp reads of the same 4 bytes (ids, the scale of a tensor) counts as sectors that were touched, not as bytes
+    data = ("rows",) if row_format == "fp8_e4m3_tensor" else ("rows", "scales")
+    for figure, names in (("load_bytes", data), ("store_bytes", ("out",)), ("store_sectors", ("out",)),
                           ("unique_sectors_read", None), ("unique_sectors_written", None)):
         ratio = total(triton, figure, names) / total(cuda, figure, names)
-        print(row_format, figure, f"{ratio:.3f}")
-        assert ratio <= 1.05, figure
+        assert ratio <= 1.05, f"{figure}: {ratio:.3f} of the CUDA kernel's"
     assert triton[0].result.memory["global.store"]["bytes"] == NUM_ROWS * 512
 
 

@@ -65,5 +65,5 @@ def _pack(memory, variant, args):
 
 def total(launches, figure, names=None):
     """Sum of a figure such as "load_bytes" over launches and the buffers called `names` (None: all)."""
-    return sum(buffer[figure] for launch in launches for name, buffer in launch.result.buffers.items()
+    return sum(buffer.get(figure, 0) for launch in launches for name, buffer in launch.result.buffers.items()
                if names is None or name in names)

@@ -24,6 +24,8 @@ SMALL_BATCH = 64  # tokens: up to here a batch is "small" (decode), above it "la
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     # tile: elements of a program
     "gather_rows": {"small": {"tile": 1024, "num_warps": 4}, "large": {"tile": 4096, "num_warps": 4}},
+    # ids: of one order and layer at a time; layers: of a program
+    "ngram_hash": {"small": {"ids": 128, "layers": 1, "num_warps": 1}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
@@ -32,6 +34,8 @@ TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape cl
 _target: str | None = None
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_rows": [{"tile": tile, "num_warps": warps} for tile in (512, 1024, 2048, 4096, 8192) for warps in (2, 4, 8)],
+    "ngram_hash": [{"ids": ids, "layers": layers, "num_warps": warps} for ids in (256, 512, 1024, 2048) for layers in (1, 2)
+                   for warps in (1, 2, 4, 8)],
 }
 
 
