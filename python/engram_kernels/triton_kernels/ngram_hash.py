@@ -139,7 +139,6 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token
             if not PER_COLUMN:
                 mix = window[0] * tl.load(multipliers + layer * MAX_ORDER)
             for order in tl.static_range(2, MAX_ORDER + 1):
-                place: tl.constexpr = i * (MAX_ORDER - 1) + order - 2
                 if PER_COLUMN:
                     column = layer * COLUMNS + (order - 2) * HEADS + head
                     mixes = tl.zeros([CHUNK, HEADS_PADDED], tl.int64)
@@ -149,8 +148,9 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token
                 else:
                     mix = mix ^ (window[order - 1] * tl.load(multipliers + layer * MAX_ORDER + order - 1))
                     mixes = mix[:, None]
-                rest = remainder(mixes, reciprocals[place][None, :], modulus_of[place][None, :])
-                row = (rest + offset_of[place][None, :]).to(tl.int32, bitcast=True)
+                rest = remainder(mixes, reciprocals[i * (MAX_ORDER - 1) + order - 2][None, :],
+                                 modulus_of[i * (MAX_ORDER - 1) + order - 2][None, :])
+                row = (rest + offset_of[i * (MAX_ORDER - 1) + order - 2][None, :]).to(tl.int32, bitcast=True)
                 at = slot[:, None] * COLUMNS + (order - 2) * HEADS + head[None, :]
                 tl.store(to + at, row, mask=inside[:, None] & (head < HEADS)[None, :])
 
