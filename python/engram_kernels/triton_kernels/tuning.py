@@ -26,6 +26,9 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "gather_rows": {"small": {"tile": 1024, "num_warps": 4}, "large": {"tile": 4096, "num_warps": 4}},
     # ids: of one order and layer at a time; layers: of a program
     "ngram_hash": {"small": {"ids": 128, "layers": 1, "num_warps": 1}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
+    # programs: at most
+    "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
+    "gate_bwd": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
@@ -36,6 +39,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_rows": [{"tile": tile, "num_warps": warps} for tile in (512, 1024, 2048, 4096, 8192) for warps in (2, 4, 8)],
     "ngram_hash": [{"ids": ids, "layers": layers, "num_warps": warps} for ids in (256, 512, 1024, 2048) for layers in (1, 2)
                    for warps in (1, 2, 4, 8)],
+    **{op: [{"programs": programs, "num_warps": warps} for programs in (128, 256, 512, 1024) for warps in (4, 8, 16)]
+       for op in ("gate", "gate_bwd")},
 }
 
 
