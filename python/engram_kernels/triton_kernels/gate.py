@@ -1,10 +1,11 @@
 """Triton kernels of gate, forward and backward. Contract and formulas: `engram_kernels.gate`, csrc/kernels/gate/gate.h.
 
 Mapping  a program takes whole tokens, one after another, and all branches of each, so that a value is read once; a row of hidden
-         and key is kept in registers between its sums and its output. The product of the weights, and in the backward the sums
-         of the weight gradients, stay in registers from token to token where they fit.
-Traffic  forward: hidden, key, value and out once. Backward: grad_out, hidden, key, value and three gradients once, and one
-         partial sum of [branches, hidden_size] a program, which a second kernel adds in the order of the programs.
+         and key is kept in registers between its sums and its output, and the product of the weights from token to token where
+         it fits. The weight gradients have a kernel of their own: their sums do not fit beside the rows. It sums parts of the
+         tokens, each in order, and a third kernel adds the parts in order.
+Traffic  forward: hidden, key, value and out once. Backward: grad_out, value and three gradients once, hidden and key twice,
+         and a float32 a token and branch.
 Limits   hidden_size and branches are constants, so a model compiles once.
 """
 import math
@@ -84,15 +85,13 @@ def gate_kernel(hidden, key, value, w_hidden, w_key, mask, out, num_tokens, hidd
 
 
 @triton.jit
-def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, partial,
+def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes,
                     num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, key_token, key_branch, value_token, eps, clamp,
                     SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
                     SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr):
     CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
     lane = tl.arange(0, CHUNK)
     dtype: tl.constexpr = grad_hidden.dtype.element_ty
-    # of this program alone; zero before its first token
-    sums = partial + tl.program_id(0).to(tl.int64) * (BRANCHES * SIZE)
     for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
         t = tl.to_tensor(token).to(tl.int64)
         alive = True
@@ -122,6 +121,7 @@ def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hi
                 dv += to_float(douts[c]) * to_float(values[c])
             rh, rk, x, gate = gate_score(tl.sum(dot, 0), tl.sum(hh, 0), tl.sum(kk, 0), eps, clamp, SIZE, SIGN_AT_ZERO)
             a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(dv, 0), clamp, SIZE)
+            tl.store(slopes + t * BRANCHES + m, tl.where(alive, a, 0.0))
             new_value_grads = ()
             for c in tl.static_range(CHUNKS):
                 element = c * CHUNK + lane
@@ -132,21 +132,35 @@ def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hi
                 if ADD_RESIDUAL:
                     dh += dout
                 dh, dk = round_to(dh, dtype), round_to(dk, dtype)
-                product, dvalue = a * h * k, gate * dout
+                dvalue = gate * dout
                 if mask is not None:
                     dh = tl.where(alive, dh, douts[c] if ADD_RESIDUAL else tl.zeros_like(douts[c]))
                     dk = tl.where(alive, dk, tl.zeros_like(dk))
-                    product, dvalue = tl.where(alive, product, 0.0), tl.where(alive, dvalue, 0.0)
+                    dvalue = tl.where(alive, dvalue, 0.0)
                 at = (t * BRANCHES + m) * SIZE + element
                 tl.store(grad_hidden + at, dh, mask=inside)
                 tl.store(grad_key + at, dk, mask=inside)
-                before = tl.load(sums + m * SIZE + element, mask=inside & (token != tl.program_id(0)), other=0.0)
-                tl.store(sums + m * SIZE + element, before + product, mask=inside)
                 new_value_grads = new_value_grads + (value_grads[c] + dvalue,)
             value_grads = new_value_grads
         for c in tl.static_range(CHUNKS):
             element = c * CHUNK + lane
             tl.store(grad_value + t * SIZE + element, round_to(value_grads[c], dtype), mask=element < SIZE)
+
+
+@triton.jit
+def gate_products_bwd_kernel(hidden, key, slopes, partial, num_tokens, hidden_token, hidden_branch, key_token, key_branch,
+                             SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
+    m, part = tl.program_id(1), tl.program_id(2)
+    element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK], tl.float32)
+    for token in tl.range(part, num_tokens.to(tl.int32), tl.num_programs(2)):
+        t = tl.to_tensor(token).to(tl.int64)
+        a = tl.load(slopes + t * BRANCHES + m)
+        inside = (element < SIZE) & (a != 0)  # what hides under a mask is not read
+        h = to_float(tl.load(row_of(hidden, t, m, hidden_token, hidden_branch, UNIT) + element, mask=inside, other=0.0))
+        k = to_float(tl.load(row_of(key, t, m, key_token, key_branch, UNIT) + element, mask=inside, other=0.0))
+        total += a * h * k
+    tl.store(partial + (part * BRANCHES + m) * SIZE + element, total, mask=element < SIZE)
 
 
 @triton.jit
@@ -187,15 +201,19 @@ def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hid
     num_tokens, branches, size = hidden.shape
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, key, value, w_hidden, w_key))
     tuned = parameters("gate_bwd", hidden.device, shape_class(num_tokens))
-    parts = min(num_tokens, tuned["programs"])
+    parts = min(num_tokens, tuned["parts"])
     partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
     if num_tokens > 0:
+        slopes = torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
         strides = (*grad_out.stride()[:2], *hidden.stride()[:2], *key.stride()[:2], value.stride(0))
         unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
-        launch(gate_bwd_kernel, (parts, 1, 1),
-               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], partial, num_tokens,
-                *(s // unit for s in strides), float(eps), float(clamp)),
+        units = tuple(s // unit for s in strides)
+        launch(gate_bwd_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
+               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, num_tokens, *units, float(eps), float(clamp)),
                (size, branches, unit, chunk, zero_sign == "sign", add_residual), tuned["num_warps"])
+        chunk = chunk_of(size, 4)
+        launch(gate_products_bwd_kernel, (triton.cdiv(size, chunk), branches, parts),
+               (hidden, key, slopes, partial, num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
     launch(gate_weights_bwd_kernel, (triton.cdiv(branches * size, SUM_CHUNK), 1, 1),
            (partial, w_hidden, w_key, grads[3], grads[4], parts), (branches * size, SUM_CHUNK), 1)
     return grads

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "ngram_hash": {"small": {"ids": 128, "layers": 1, "num_warps": 1}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
     # programs: at most
     "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
-    "gate_bwd": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
+    "gate_bwd": {"small": {"programs": 64, "parts": 4, "num_warps": 8}, "large": {"programs": 256, "parts": 32, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
@@ -39,8 +39,9 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_rows": [{"tile": tile, "num_warps": warps} for tile in (512, 1024, 2048, 4096, 8192) for warps in (2, 4, 8)],
     "ngram_hash": [{"ids": ids, "layers": layers, "num_warps": warps} for ids in (256, 512, 1024, 2048) for layers in (1, 2)
                    for warps in (1, 2, 4, 8)],
-    **{op: [{"programs": programs, "num_warps": warps} for programs in (128, 256, 512, 1024) for warps in (4, 8, 16)]
-       for op in ("gate", "gate_bwd")},
+    "gate": [{"programs": programs, "num_warps": warps} for programs in (128, 256, 512, 1024) for warps in (4, 8, 16)],
+    "gate_bwd": [{"programs": programs, "parts": parts, "num_warps": warps} for programs in (128, 256, 512)
+                 for parts in (16, 32, 64) for warps in (8, 16)],
 }
 
 
