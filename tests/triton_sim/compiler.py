@@ -24,7 +24,7 @@ class Compiled:
     binary: bytes  # cubin
     registers: int
     stack: int  # bytes
-    spills: int  # bytes, or registers on AMD
+    spills: int  # bytes, or vector registers on AMD
 
 
 _known: dict[tuple, Compiled] = {}
@@ -34,7 +34,8 @@ _worker: subprocess.Popen | None = None
 def _start():
     global _worker
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(engram_kernels.__file__).parents[1]), "TRITON_CACHE_DIR": str(ROOT / "build/triton_cache")}
+    env |= {"PYTHONPATH": str(Path(engram_kernels.__file__).parents[1]), "TRITON_CACHE_DIR": str(ROOT / "build/triton_cache"),
+            "TRITON_DUMP_PTXAS_LOG": "1"}
     _worker = subprocess.Popen([sys.executable, str(Path(__file__).with_name("worker.py"))], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, env=env)
     atexit.register(_worker.stdin.close)

@@ -86,8 +86,8 @@ def gate_kernel(hidden, key, value, w_hidden, w_key, mask, out, num_tokens, hidd
 
 @triton.jit
 def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes,
-                    num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, key_token, key_branch, value_token, eps, clamp,
-                    SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
+                    num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, key_token, key_branch, value_token, eps,
+                    clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
                     SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr):
     CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
     lane = tl.arange(0, CHUNK)
@@ -177,8 +177,8 @@ def gate_weights_bwd_kernel(partial, w_hidden, w_key, grad_w_hidden, grad_w_key,
     tl.store(grad_w_key + at, round_to(w_h * total, dtype), mask=at < TOTAL)
 
 
-def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None, eps: float, clamp: float,
-         zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
+def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None, eps: float,
+         clamp: float, zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
     """Gated hidden state [T, M, H]; see `engram_kernels.gate`."""
     if out is None:
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -196,7 +196,7 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
 
 
 def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None,
-             eps: float, clamp: float, zero_sign: str, add_residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+             eps: float, clamp: float, zero_sign: str, add_residual: bool) -> tuple[Tensor, ...]:
     """Gradients of hidden, key, value, w_hidden and w_key; the same bits every run."""
     num_tokens, branches, size = hidden.shape
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, key, value, w_hidden, w_key))
@@ -209,7 +209,8 @@ def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hid
         unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
         units = tuple(s // unit for s in strides)
         launch(gate_bwd_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
-               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, num_tokens, *units, float(eps), float(clamp)),
+               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, num_tokens, *units, float(eps),
+                float(clamp)),
                (size, branches, unit, chunk, zero_sign == "sign", add_residual), tuned["num_warps"])
         chunk = chunk_of(size, 4)
         launch(gate_products_bwd_kernel, (triton.cdiv(size, chunk), branches, parts),

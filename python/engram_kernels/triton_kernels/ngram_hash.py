@@ -1,7 +1,7 @@
 """Triton kernel of ngram_hash. Contract and formula: `engram_kernels.ngram_hash`, csrc/kernels/ngram_hash/ngram_hash.h.
 
-Mapping  a program takes up to LAYERS layers and walks chunks of CHUNK tokens. Constants of its columns stay in registers; a token's
-         window is read and mixed once for all of them.
+Mapping  a program takes up to LAYERS layers and walks chunks of CHUNK tokens. Constants of its columns stay in registers; the
+         window of a token is read and mixed once for all of them.
 Modulus  no division: a reciprocal of each modulus, once a program, then one multiply-high an id.
 Traffic  4 or 8 B a token (and 4 B of token map) once per LAYERS layers, lookbacks from L1; writes 4 B * columns * layers.
 Limits   fewer than 2^31 tokens; orders up to 8.

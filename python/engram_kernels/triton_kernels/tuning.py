@@ -25,7 +25,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     # tile: elements of a program
     "gather_rows": {"small": {"tile": 1024, "num_warps": 4}, "large": {"tile": 4096, "num_warps": 4}},
     # ids: of one order and layer at a time; layers: of a program
-    "ngram_hash": {"small": {"ids": 128, "layers": 1, "num_warps": 1}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
+    "ngram_hash": {"small": {"ids": 256, "layers": 1, "num_warps": 4}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
     # programs: at most
     "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
     "gate_bwd": {"small": {"programs": 64, "parts": 4, "num_warps": 8}, "large": {"programs": 256, "parts": 32, "num_warps": 8}},
@@ -33,6 +33,8 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
     ("gather_rows", "cpu", "large"): {"tile": 65536},
+    ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
+    ("ngram_hash", "cpu", "large"): {"ids": 4096},
 }
 _target: str | None = None
 CANDIDATES: dict[str, list[dict[str, int]]] = {
