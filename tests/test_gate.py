@@ -290,6 +290,8 @@ def test_gate_gradcheck(zero_sign, add_residual):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", [*CASES.values(), (100, 2, 64)], ids=[*CASES.keys(), "many_chunks"])
 def test_gate_backward_matches_reference(case, dtype, backend, device):
+    if device == "cpu" and backend == "triton":
+        case = (min(case[0], 20), *case[1:])  # the interpreter is slow
     inputs = make_inputs(*case, dtype, device)
     mask = torch.arange(case[0], device=device) % 4 == 2
     grad_out = make_inputs(*case, dtype, device, seed=1)[0]

@@ -156,7 +156,7 @@ def gate_products_bwd_kernel(hidden, key, slopes, partial, num_tokens, hidden_to
     for token in tl.range(part, num_tokens.to(tl.int32), tl.num_programs(2)):
         t = tl.to_tensor(token).to(tl.int64)
         a = tl.load(slopes + t * BRANCHES + m)
-        inside = (element < SIZE) & (a != 0)  # what hides under a mask is not read
+        inside = element < tl.where(a != 0, SIZE, 0)  # what hides under a mask is not read
         h = to_float(tl.load(row_of(hidden, t, m, hidden_token, hidden_branch, UNIT) + element, mask=inside, other=0.0))
         k = to_float(tl.load(row_of(key, t, m, key_token, key_branch, UNIT) + element, mask=inside, other=0.0))
         total += a * h * k
