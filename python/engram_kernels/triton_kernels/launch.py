@@ -40,7 +40,10 @@ class Variant(NamedTuple):
         constants |= {(len(self.types) + i,): x for i, x in enumerate(self.constants)}
         attrs = {(i,): [["tt.divisibility", ALIGNMENT]] for i, t in enumerate(self.types) if self.aligned and t[0] == "*"}
         source = ASTSource(self.kernel, dict(zip(names, kinds, strict=True)), constants, attrs)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        options = {"num_warps": self.num_warps}
+        if target.backend == "cuda":  # without a limit ptxas spills a few registers to reach an occupancy of its own choice
+            options["maxnreg"] = min(65536 // (32 * self.num_warps), 255)
+        return triton.compile(source, target=target, options=options)
 
 
 Executor = Callable[[Variant, tuple[int, int, int], tuple[Any, ...]], None]
