@@ -42,12 +42,12 @@ test-asan: $(VENV)/.built
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed
-	EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
+	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
 
 # On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
 test-gpu: $(CUDA_VENV)/.installed
-	$(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
-	$(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
+	PYTHONPATH= $(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
+	PYTHONPATH= $(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
 	for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	    $(CUDA_PYTHON) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
@@ -64,7 +64,7 @@ bench: $(VENV)/.built $(VENV)/.bench
 
 # every benchmark once, untimed: that they run
 bench-check: $(VENV)/.built $(VENV)/.bench
-	EK_BENCH_TABLE_GIB=1 python -m pytest -q bench --benchmark-disable $(ARGS)
+	EK_BENCH_TABLE_GIB=1 EK_BENCH_FILE_MIB=64 python -m pytest -q bench --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py
@@ -89,25 +89,19 @@ $(VENV)/.built: $(VENV)/.python pyproject.toml setup.py $(SOURCES)
 	$(BUILD_ENV) pip install -q --no-build-isolation -e '.[demo,test]'
 	@touch $@
 
-$(VENV)/.# The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
-test-cuda-build: $(CUDA_VENV)/.installed
-	EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
+$(CUDA_VENV)/.python:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PYTHON) -m pip install -q $(CUDA_TORCH) numpy pytest hypothesis safetensors
+	@touch $@
 
-# On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
-test-gpu: $(CUDA_VENV)/.installed
-	$(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
-	$(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
-	for tool in memcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(CUDA_PYTHON) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
+# the kernels know nothing of torch and the binding its stable ABI, so the torch that it is built beside does not matter
+$(CUDA_VENV)/.installed: $(VENV)/.built $(CUDA_VENV)/.python $(CUDA_SOURCES)
+	@command -v nvcc > /dev/null || { echo "engram-kernels: nvcc was not found; put the CUDA 13 toolkit on PATH"; exit 1; }
+	rm -rf build/wheel && ENGRAM_KERNELS_CUDA=1 $(BUILD_ENV) pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(CUDA_PYTHON) -m pip install -q --force-reinstall --no-deps build/wheel/engram_kernels-*.whl
+	@touch $@
 
-bench-gpu: $(CUDA_VENV)/.installed
-	$(CUDA_PYTHON) bench/gpu.py $(ARGS)
-
-cuda-report: $(VENV)/.built
-	python tests/cuda_sim/report.py --readme README.md
-
-bench: $(VENV)/.built
+$(VENV)/.bench: $(VENV)/.built
 	pip install -q --no-build-isolation 'pytest-benchmark>=4' 
 	pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
 	@touch $@

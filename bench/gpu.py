@@ -74,21 +74,6 @@ def gate_calls(tokens):
     return (3 * M + 1) * tokens * H * 2, [lambda: ek.gate(*inputs, out=out)] * CALLS, [lambda: peer(*inputs)] * CALLS
 
 
-def gather_gate_calls(tokens):
-    size = C * D
-    table = ek.RowTable.from_tensor(torch.randint(0, 120, (8_000_000, 264), device="cuda", dtype=torch.uint8),
-                                    row_format="fp8_e4m3_block32_packed", row_dim=D)
-    hidden, w_hidden, w_key = randn(tokens, M, size), randn(M, size), randn(M, size)
-    ids = [torch.randint(0, 8_000_000, (tokens, C), device="cuda") for _ in range(CALLS)]
-    out = torch.empty_like(hidden)
-
-    def apart(i):
-        e = ek.gather_rows(table, i).flatten(1)
-        ek.gate(hidden, e[:, None].expand(-1, M, -1), e, w_hidden, w_key, out=out)
-    ours = [lambda i=i: ek.gather_gate(hidden, table, i, w_hidden, w_key, out=out) for i in ids]
-    return tokens * (C * (264 + 8) + 4 * M * size), ours, [lambda i=i: apart(i) for i in ids]
-
-
 def short_conv_calls(tokens):
     x, weight, norm = randn(tokens, M, H), randn(M, H, 4), randn(M, H)
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
@@ -109,7 +94,7 @@ def main():
     lines = []
     for op, make in {"ngram_hash, both layers": hash_calls, "gather_rows bf16": lambda t: gather_calls(t, "bf16", 512),
                      "gather_rows packed fp8 to bf16": lambda t: gather_calls(t, "fp8_e4m3_block32_packed", 264),
-                     "gate (peer: torch.compile)": gate_calls, "gather_gate packed fp8 (peer: our two ops)": gather_gate_calls,
+                     "gate (peer: torch.compile)": gate_calls,
                      "short_conv": short_conv_calls}.items():
         for tokens in (1, 16, 512, 4096):
             num_bytes, ours, peer = make(tokens)

@@ -8,6 +8,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of triton
 
+import row_files  # noqa: E402
+
 import engram_kernels  # noqa: E402, F401
 from engram_kernels import backends  # noqa: E402
 from engram_kernels._library import COMPILE_ERROR  # noqa: E402
@@ -70,3 +72,17 @@ def compiled():
     """Skips where the compiled module is missing."""
     if COMPILE_ERROR:
         pytest.skip(COMPILE_ERROR)
+
+
+@pytest.fixture(params=row_files.IO)
+def io(request, tmp_path):
+    """How a file is read; what the system refuses is skipped with its reason."""
+    if COMPILE_ERROR:
+        pytest.skip(COMPILE_ERROR)
+    (tmp_path / "probe").write_bytes(bytes(row_files.PAGE))
+    try:
+        row_files.open_reader(tmp_path / "probe", io=request.param)
+    except ValueError as err:
+        pytest.skip(str(err))
+    (tmp_path / "probe").unlink()
+    return request.param

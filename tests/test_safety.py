@@ -94,6 +94,23 @@ def test_safety_a_saved_tensor_that_is_overwritten_raises():
         loss.backward()
 
 
+MIXED = {
+    "gate": lambda x, other: torch.ops.engram_kernels.gate(x, other, x[:, 0], x[0], x[0], None, 1e-6, 1e-6, "sign", True),
+    "gather_rows": lambda x, other: torch.ops.engram_kernels.gather_rows(other[:, 0], None, torch.zeros(3).int(), "f32", C * D,
+                                                                         False, torch.float32),
+    "short_conv": lambda x, other: torch.ops.engram_kernels.short_conv(x, torch.ones(M, C * D, 4), other[0],
+                                                                       torch.tensor([0, T]).int(), 1, 1e-5),
+}
+
+
+@pytest.mark.parametrize("op", MIXED)
+def test_safety_tensors_of_two_devices_are_refused(op):
+    x = torch.ones(T, M, C * D)
+    MIXED[op](x, x.clone())
+    with pytest.raises(ValueError, match=f"{op}: the tensors are on cpu and meta, expected one device"):
+        MIXED[op](x, x.to("meta"))
+
+
 DIFFERENTIABLE = {
     "gate": lambda x: ek.gate(x, x.detach(), x.detach()[:, 0], torch.ones(M, C * D), torch.ones(M, C * D)),
     "gather_gate": lambda x: ek.gather_gate(x, ek.RowTable.from_tensor(torch.ones(9, 32), row_format="f32"),

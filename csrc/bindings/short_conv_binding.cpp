@@ -47,8 +47,6 @@ void run(ShortConvParams p, const Tensor& x, const Tensor& out) {
   p.out = out.mutable_data_ptr();
 #ifdef EK_WITH_CUDA
   const CudaLaunch launch(kOp, x);
-  const Tensor scratch = launch.scratch(short_conv_cuda_scratch_bytes(p));
-  p.scratch = scratch.mutable_data_ptr();
   p.error_count = launch.error_count();
   short_conv_cuda(p, launch.stream());
 #else

@@ -27,6 +27,14 @@ inline int num_multiprocessors() {
   return count;
 }
 
+// Shared memory that a block of the current device may ask for.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 0;
+  EK_CUDA_CHECK(cudaGetDevice(&device));
+  EK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 #ifdef __CUDACC__
 // A data error found on the device; raised later by whoever owns the counter.
 __device__ inline void count_error(uint32_t* error_count) {

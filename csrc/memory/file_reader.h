@@ -1,20 +1,26 @@
-// Reads rows of an open file by their index, with pread: a file that is cut short under a reader is an error, where a
-// memory map would kill the process.
+// Reads rows of an open file by their index, many at a time and never through a memory map: a file that is cut short under
+// a reader is an error, where a map would kill the process.
 //
-// Scope       positions in a file that holds rows at a fixed stride; no cache, no read-ahead, no knowledge of formats.
-// Ownership   a duplicate of the descriptor that it is given; the file may be renamed or deleted meanwhile.
-// Threads     read_rows may be called from several threads at once; it starts threads of its own for large requests,
-// since
-//             a thread that waits for a disk must not hold one of the caller's pool.
-// Failure     FileReadError; the output is then unspecified. A file whose size or time of change is not what it was
-// when it
-//             was opened is such a failure, found after the read and before it is reported as a success.
+// Scope       positions in a file that holds rows at a fixed stride; no cache, no knowledge of formats. Each page is read once a
+//             request, neighbouring pages in one read of at most kMaxReadBytes.
+// Backends    io_uring, or threads that call pread where io_uring is absent or refused; past the page cache (O_DIRECT) into
+//             page-aligned buffers, or through it where the file system refuses that.
+// Ownership   descriptors of its own; the file may be renamed or deleted meanwhile: what was opened is read.
+// Threads     `read` may be called from several threads at once; kMaxQueues calls read at a time, others wait. A queue has
+//             queue_depth * kMaxReadBytes of buffers. After a fork the child makes queues and threads of its own.
+// Failure     FileReadError; the output is then unspecified. Short reads are continued. A read of several rows that fails is
+//             repeated row by row, so that the error names the row that cannot be read. A file whose size or time of change is
+//             not what it was when it was opened is such a failure, found after the read and before it counts as a success.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
+
+#include "memory/io_queue.h"
 
 namespace engram_kernels {
 
@@ -31,27 +37,78 @@ struct FileReadError : std::runtime_error {
   int error_number;  // errno, EIO where the file changed
 };
 
+struct FetchCancelled : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Rows of one array, and the array that they go to.
+struct RowsWanted {
+  FileRows rows;
+  std::byte* out;
+};
+
+// Row ids[i] goes to row positions[i] of the output; positions null: to row i.
+struct RowRequest {
+  const int64_t* ids;
+  int64_t count;
+  const int64_t* positions = nullptr;
+};
+
+struct ReadCounters {
+  int64_t reads = 0, moved_bytes = 0;
+};
+
 class FileReader {
  public:
-  FileReader(int fd, std::string path, int max_threads = 8);
+  static constexpr int64_t kMaxReadBytes = 32 << 10;
+  static constexpr int kMaxQueues = 8;
+
+  // io: "auto", "io_uring", "preadv" (both past the page cache), "io_uring_buffered", "preadv_buffered". "auto" takes io_uring
+  // where the system lets it, and the page cache where the file is small against the free memory (a quarter). A backend that is
+  // named and cannot be had is a std::invalid_argument; "auto" falls back.
+  FileReader(int fd, std::string path, int queue_depth = 64, const std::string& io = "auto");
   ~FileReader();
   FileReader(const FileReader&) = delete;
   FileReader& operator=(const FileReader&) = delete;
 
-  // out[i * row_bytes ..] = row row_ids[i], for `count` ids in [0, rows.num_rows). Consecutive ids are read in one go
-  // where the rows lie without gaps.
-  void read_rows(const FileRows& rows, const int64_t* row_ids, int64_t count, std::byte* out) const;
+  // Throws std::invalid_argument unless the rows lie inside the file.
+  void check(const FileRows& rows) const;
+
+  // Fills every `wanted[..]` with the rows of the ids, which are in [0, num_rows) of each; any order, duplicates allowed.
+  // `*counters` is added to; `*cancelled` is looked at between submissions. Both may be null.
+  void read(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters = nullptr,
+            const std::atomic<bool>* cancelled = nullptr);
+
+  // FileReadError where the file is not what was opened; `row` is the one that was wanted.
+  void check_unchanged(int64_t row) const;
+
+  const char* backend() const { return use_io_uring_ ? "io_uring" : "preadv"; }
+  bool direct() const { return direct_.load(std::memory_order_relaxed); }
+  int queue_depth() const { return queue_depth_; }
+  const std::string& path() const { return path_; }
+
+  void inject(const IoFaults& faults, bool refuse_direct);  // tests: from the next call on; not while another call reads
 
  private:
-  void read_range(const FileRows& rows, const int64_t* row_ids, int64_t begin, int64_t end, std::byte* out) const;
-  void read_exactly(std::byte* to, int64_t bytes, int64_t at, int64_t row) const;
-  void check_unchanged() const;
+  struct Queue;
+  struct Queues;
+  class Request;
+  Queues& queues();
+  std::unique_ptr<Queue> take_queue(const std::atomic<bool>* cancelled);
+  void give_queue(std::unique_ptr<Queue> queue);
+  std::unique_ptr<Queue> make_queue(uint64_t number, std::string* why) const;
+  void open_direct();
+  void choose_backend(const std::string& io);
 
-  int fd_ = -1;
+  int fd_ = -1, direct_fd_ = -1;
   std::string path_;
-  int max_threads_;
-  int64_t size_ = 0;
-  int64_t changed_ns_ = 0;
+  int queue_depth_;
+  int64_t size_ = 0, changed_ns_ = 0, sector_bytes_ = 4096;
+  bool use_io_uring_ = true;
+  std::atomic<bool> direct_{false};
+  IoFaults faults_;
+  bool faulty_ = false;
+  std::atomic<Queues*> queues_{nullptr};
 };
 
 }  // namespace engram_kernels

@@ -58,6 +58,13 @@ def _explain(op: str, name: str, x: object, dtypes: Sequence[torch.dtype], shape
         stride *= x.shape[dim]
 
 
+def expect_one_device(op: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors are on one device: for the fakes, which the dispatcher takes for any meta tensor."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: the tensors are on {' and '.join(sorted(str(d) for d in devices))}, expected one device")
+
+
 def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:

@@ -38,7 +38,10 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
     """
     register(op, "reference", reference)
     register(op, "cpu", None if COMPILE_ERROR else compiled, COMPILE_ERROR)
-    register(op, "cuda", None if CUDA_ERROR else compiled, CUDA_ERROR)
+    no_cuda = CUDA_ERROR
+    if no_cuda is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"engram_kernels::{op}", "CUDA"):
+        no_cuda = "there is no CUDA kernel of it yet"
+    register(op, "cuda", None if no_cuda else compiled, no_cuda)
     missing = _triton.why_not(op)
     register(op, "triton", None if missing else _triton.implementation(op, check_data, in_place), missing)
     if not missing:

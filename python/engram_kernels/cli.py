@@ -1,9 +1,13 @@
-"""The `engram-kernels` command. Exit codes: 0 ok, 1 failure, 2 usage."""
+"""The `engram-kernels` command.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement, 5 a required capability is absent.
+"""
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import platform
 import sys
@@ -13,7 +17,8 @@ from typing import Any
 
 import torch
 
-from engram_kernels import backends
+from engram_kernels import backends, info
+from engram_kernels.bench_command import compare_files, run_benchmarks
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
 from engram_kernels.spec import EngramSpec
 
@@ -27,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_info(commands)
+    _add_bench(commands)
+    _add_pack(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -52,6 +60,36 @@ def _add_demo(commands: Any) -> None:
     demo.set_defaults(run=_run_demo)
 
 
+def _add_info(commands: Any) -> None:
+    command = commands.add_parser("info", help="versions, machine, limits, and which backends run here and why not the others")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(run=_run_info)
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    found = info.collect()
+    print(json.dumps(found, indent=2) if args.json else "\n".join(info.lines(found)))
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser("bench", help="runs the benchmarks of a checkout beside their peers, or compares two runs",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("ops", nargs="*", metavar="OP", help="such as gate; none: all")
+    command.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
+                         help="two files of --json: SAME, FASTER, SLOWER or UNCLEAR a cell; exit code 3 when ours is slower")
+    command.add_argument("--quick", action="store_true", help="run each once, untimed")
+    command.add_argument("--json", type=Path, metavar="OUT", default=Path("build/bench.json"), help="where the run is written")
+    command.add_argument("--bench-dir", type=Path, default=Path("bench"), help="the bench folder of a checkout")
+    command.set_defaults(run=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    if args.compare:
+        return compare_files(*args.compare)
+    return run_benchmarks(args.ops, args.bench_dir, args.json, args.quick)
+
+
 def _run_demo(args: argparse.Namespace) -> int:
     try:
         from rich.console import Console
@@ -70,6 +108,28 @@ def _run_demo(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(text + "\n", encoding="utf-8")
     return 0 if ok else 1
+
+
+def _add_pack(commands: Any) -> None:
+    pack = commands.add_parser("pack", help="rewrite fp8 values and scales into one packed extent a row, for one read a row",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    pack.add_argument("source", type=Path, help="a safetensors file with fp8 rows and block scales apart")
+    pack.add_argument("target", type=Path, help="the packed table; a run that was stopped goes on from TARGET.part")
+    pack.add_argument("--tensor", help='name of the rows; default: "rows"')
+    pack.add_argument("--scales", help='name of the scales; default: "scales" where --tensor is not given')
+    pack.add_argument("--verify", default="sample", choices=("sample", "all"), help="rows compared with the source at the end")
+    pack.set_defaults(run=_run_pack)
+
+
+def _run_pack(args: argparse.Namespace) -> int:
+    from engram_kernels.memory.pack import pack_table
+    has_rich = importlib.util.find_spec("rich") is not None
+    result = pack_table(args.source, args.target, args.tensor, args.scales, verify_all=args.verify == "all",
+                        progress=_progress if has_rich else None)
+    resumed = f", {result.resumed_rows:,} of them by an earlier run" if result.resumed_rows else ""
+    print(f"{args.target}: {result.num_rows:,} rows of {result.row_bytes} bytes{resumed}; {result.verified_rows:,} compared "
+          "with the source")
+    return 0
 
 
 @contextlib.contextmanager

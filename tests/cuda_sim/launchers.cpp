@@ -2,8 +2,10 @@
 #include <exception>
 #include <string>
 
+#include "kernels/gate/gate.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
+#include "kernels/short_conv/short_conv.h"
 
 #define EK_LAUNCHER(launcher, Params)                                \
   extern "C" const char* launcher(const engram_kernels::Params* p) { \
@@ -21,3 +23,18 @@
 EK_LAUNCHER(ngram_hash_cuda, NgramHashParams)
 EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
+EK_LAUNCHER(gate_cuda, GateParams)
+EK_LAUNCHER(gate_bwd_cuda, GateBwdParams)
+EK_LAUNCHER(short_conv_cuda, ShortConvParams)
+EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
+
+extern "C" int64_t gate_bwd_cuda_scratch_bytes(const engram_kernels::GateBwdParams* p) {
+  return engram_kernels::gate_bwd_cuda_scratch_bytes(*p);
+}
+extern "C" int64_t short_conv_bwd_cuda_scratch_bytes(const engram_kernels::ShortConvBwdParams* p) {
+  try {
+    return engram_kernels::short_conv_bwd_cuda_scratch_bytes(*p);
+  } catch (const std::exception&) {
+    return 0;  // the launcher says why
+  }
+}

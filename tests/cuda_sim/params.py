@@ -1,5 +1,5 @@
 """The params structs of csrc/kernels as ctypes; `Device.run` compares their sizes with the C++ ones."""
-from ctypes import Structure, c_bool, c_int, c_int64, c_void_p
+from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_void_p
 
 import torch
 
@@ -34,3 +34,40 @@ class GatherRowsParams(Structure):
 class GatherRowsBwdParams(Structure):
     _fields_ = [("grad", c_void_p), ("row_ids", RowIds), ("grad_rows", c_void_p), ("num_rows", c_int64), ("row_dim", c_int),
                 ("grad_dtype", c_int), ("out_dtype", c_int), ("positions", c_void_p)]
+
+
+class GateOptions(Structure):
+    _fields_ = [("eps", c_float), ("clamp", c_float), ("sign_at_zero", c_bool), ("add_residual", c_bool)]
+
+
+class BranchRows(Structure):
+    _fields_ = [("data", c_void_p), ("token_stride", c_int64), ("branch_stride", c_int64)]
+
+
+class GateWeights(Structure):
+    _fields_ = [("w_hidden", c_void_p), ("w_key", c_void_p), ("dtype", c_int)]
+
+
+class GateParams(Structure):
+    _fields_ = [("hidden", BranchRows), ("key", BranchRows), ("value", c_void_p), ("weights", GateWeights), ("mask", c_void_p),
+                ("out", BranchRows), ("value_stride", c_int64), ("num_tokens", c_int64), ("branches", c_int64),
+                ("hidden_size", c_int64), ("dtype", c_int), ("options", GateOptions)]
+
+
+class GateBwdParams(Structure):
+    _fields_ = [("forward", GateParams), ("grad_out", BranchRows), ("grad_hidden", BranchRows), ("grad_key", BranchRows)] + [
+        (name, c_void_p) for name in ("grad_value", "grad_w_hidden", "grad_w_key", "scratch")]
+
+
+class ShortConvParams(Structure):
+    _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state", "out")] + [
+        (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "state_sequence_stride",
+                                     "branches", "hidden_size")] + [
+        ("width", c_int), ("dilation", c_int), ("eps", c_float), ("dtype", c_int), ("weight_dtype", c_int),
+        ("positions_are_64", c_bool), ("error_count", c_void_p)]
+
+
+class ShortConvBwdParams(Structure):
+    _fields_ = [("forward", ShortConvParams), ("grad_out", c_void_p), ("grad_token_stride", c_int64),
+                ("grad_branch_stride", c_int64), ("grad_x", c_void_p), ("grad_weight", c_void_p), ("grad_norm_weight", c_void_p),
+                ("scratch", c_void_p)]

@@ -36,7 +36,7 @@ def make_calls(device="cuda", seed=0):
     }
 
 
-OPS = tuple(make_calls("cpu")) if torch.cuda.is_available() else ("none",)
+OPS = tuple(op for op in ek.backends.ops() if "cuda" in ek.backends.available(op)) or ("none",)
 
 
 @pytest.fixture(params=OPS)

@@ -73,7 +73,25 @@ struct GateBwdParams {
   void* grad_value;     // [num_tokens, hidden_size] dense
   void* grad_w_hidden;  // [branches, hidden_size] dense, dtype of the weights
   void* grad_w_key;
+  void* scratch = nullptr;  // CUDA only: device memory of gate_bwd_cuda_scratch_bytes, on 16 bytes
 };
+
+// On a GPU approximations to two units in the last place, which need no call.
+#ifdef __CUDA_ARCH__
+EK_INLINE float inverse_sqrt(float x) { return rsqrtf(x); }
+EK_INLINE float square_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+EK_INLINE float exponential(float x) { return __expf(x); }
+EK_INLINE float divided(float x, float by) { return __fdividef(x, by); }
+#else
+EK_INLINE float inverse_sqrt(float x) { return 1.0F / sqrtf(x); }
+EK_INLINE float square_root(float x) { return sqrtf(x); }
+EK_INLINE float exponential(float x) { return expf(x); }
+EK_INLINE float divided(float x, float by) { return x / by; }
+#endif
 
 struct GateScore {
   float rh, rk, x, gate;
@@ -83,13 +101,13 @@ struct GateScore {
 EK_INLINE GateScore gate_score(const GateOptions& o, int64_t hidden_size, float dot, float sum_hh, float sum_kk) {
   const float size = static_cast<float>(hidden_size);
   GateScore r;
-  r.rh = 1.0F / sqrtf(sum_hh / size + o.eps);
-  r.rk = 1.0F / sqrtf(sum_kk / size + o.eps);
-  r.x = dot * r.rh * r.rk / sqrtf(size);
+  r.rh = inverse_sqrt(divided(sum_hh, size) + o.eps);
+  r.rk = inverse_sqrt(divided(sum_kk, size) + o.eps);
+  r.x = divided(dot * r.rh * r.rk, square_root(size));
   const float magnitude = fabsf(r.x);
-  float s = copysignf(sqrtf(magnitude < o.clamp ? o.clamp : magnitude), r.x);
+  float s = copysignf(square_root(magnitude < o.clamp ? o.clamp : magnitude), r.x);
   if (o.sign_at_zero && r.x == 0.0F) s = 0.0F;
-  r.gate = 1.0F / (1.0F + expf(-s));
+  r.gate = divided(1.0F, 1.0F + exponential(-s));
   return r;
 }
 
@@ -101,9 +119,9 @@ struct GateSlopes {
 EK_INLINE GateSlopes gate_slopes(const GateOptions& o, int64_t hidden_size, const GateScore& r, float dout_v) {
   const float size = static_cast<float>(hidden_size), magnitude = fabsf(r.x);
   const float ds = dout_v * r.gate * (1.0F - r.gate);
-  const float dx = magnitude < o.clamp ? 0.0F : ds / (2.0F * sqrtf(magnitude));
-  const float along = dx * r.x / size;
-  return {dx * r.rh * r.rk / sqrtf(size), along * r.rh * r.rh, along * r.rk * r.rk};
+  const float dx = magnitude < o.clamp ? 0.0F : divided(ds, 2.0F * square_root(magnitude));
+  const float along = divided(dx * r.x, size);
+  return {divided(dx * r.rh * r.rk, square_root(size)), along * r.rh * r.rh, along * r.rk * r.rk};
 }
 
 // Throws unless sizes and constants are in range. `op` names the caller.
@@ -112,5 +130,11 @@ void check_params(const GateParams& p);
 
 void gate_cpu(const GateParams& p, const Parallel& parallel);
 void gate_bwd_cpu(const GateBwdParams& p, const Parallel& parallel);
+#ifdef EK_WITH_CUDA
+// Every pointer is device memory.
+void gate_cuda(const GateParams& p, void* stream);
+int64_t gate_bwd_cuda_scratch_bytes(const GateBwdParams& p);  // on the current device
+void gate_bwd_cuda(const GateBwdParams& p, void* stream);
+#endif
 
 }  // namespace engram_kernels

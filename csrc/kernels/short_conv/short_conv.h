@@ -42,6 +42,8 @@ struct ShortConvParams {
   DType dtype;
   DType weight_dtype;  // dtype, or float
   bool positions_are_64;
+  // CUDA only
+  uint32_t* error_count = nullptr;  // device memory, counts what check_host_data refuses; such values are clamped; or null
 
   EK_INLINE int64_t position(int64_t b) const {
     return positions_are_64 ? static_cast<const int64_t*>(positions)[b] : static_cast<const int32_t*>(positions)[b];
@@ -58,6 +60,8 @@ struct ShortConvBwdParams {
   void* grad_x;            // [num_tokens, branches, hidden_size] of dtype, dense
   void* grad_weight;       // [branches, hidden_size, width] of weight_dtype
   void* grad_norm_weight;  // [branches, hidden_size] of weight_dtype
+  // CUDA only
+  void* scratch = nullptr;  // device memory of short_conv_bwd_cuda_scratch_bytes, on 16 bytes
 };
 
 // Throws unless sizes are in range.
@@ -68,7 +72,9 @@ void check_host_data(const ShortConvParams& p);
 void short_conv_cpu(const ShortConvParams& p, const Parallel& parallel);
 void short_conv_bwd_cpu(const ShortConvBwdParams& p, const Parallel& parallel);
 #ifdef EK_WITH_CUDA
+// All pointers lead to device memory; cu_seqlens and positions are not looked at by the host.
 void short_conv_cuda(const ShortConvParams& p, void* stream);
+int64_t short_conv_bwd_cuda_scratch_bytes(const ShortConvBwdParams& p);  // of the current device
 void short_conv_bwd_cuda(const ShortConvBwdParams& p, void* stream);
 #endif
 

@@ -177,10 +177,11 @@ class RowTable:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], tensor: str | None = None, scales: str | None = None,
-             row_format: str | None = None, *, row_dim: int | None = None, zero_scale_is_zero: bool | None = None) -> RowTable:
+             row_format: str | None = None, *, row_dim: int | None = None, zero_scale_is_zero: bool | None = None,
+             queue_depth: int = 64, cache_bytes: int = 0, io: str = "auto") -> RowTable:
         """A table of a safetensors file: one that `create` wrote, or a checkpoint shard whose tensors are named.
 
-        Only the header is read; rows are read when they are asked for, with pread.
+        Only the header is read; rows are read when they are asked for, many at a time (csrc/memory/file_reader.h).
 
         Args:
             path: the file.
@@ -189,6 +190,11 @@ class RowTable:
             row_format: how rows are stored; None: as the file says, or as the dtypes say.
             row_dim: D; None: as the file says, or the width of the rows.
             zero_scale_is_zero: what a scale byte of 0 means; None: as the file says, or False.
+            queue_depth: reads in flight, 1..4096.
+            cache_bytes: memory for rows that were read before, at most; 0: none. A cached row equals the file's.
+            io: "io_uring" or "preadv" (threads), both past the page cache where the file system allows that;
+                "io_uring_buffered" or "preadv_buffered" through it; "auto": io_uring where the system allows it, through the page
+                cache where the file takes less than a quarter of the free memory. EK_FILE_IO names another default.
 
         Returns:
             A table of tier "file".
@@ -196,7 +202,7 @@ class RowTable:
         Raises:
             OSError: the file is missing or cannot be read.
             ValueError: it is no regular file, is empty, truncated or corrupt, lacks a tensor, or dtypes and shapes do not fit;
-                names the path and the numbers that disagree.
+                names the path and the numbers that disagree. Or the io that is named cannot be had.
 
         Source: huggingface/safetensors, format; `spec/semantics.md` section 5.
         """
@@ -214,7 +220,8 @@ class RowTable:
                                             row_dim or metadata_int(described, "row_dim"))
             except ValueError as err:
                 raise ValueError(f"RowTable.open: {path}: {err}") from None
-            file.reader = make_reader(fd, str(path))
+            reader = make_reader(fd, str(path), queue_depth, io)
+            file.attach(reader, cache_bytes)
         finally:
             os.close(fd)
         if zero_scale_is_zero is None:
@@ -226,8 +233,8 @@ class RowTable:
             stored_scales = torch.empty(scales_extent.shape, dtype=fmt.scale_dtype, device="meta")
             if not fmt.has_blocks:
                 stored_scales = torch.empty(1, dtype=torch.float32)
-                file.reader.read_rows(scales_extent.offset, 4, 4, 1, torch.zeros(1, dtype=torch.int64).numpy(),
-                                      stored_scales.numpy())
+                reader.read_rows(scales_extent.offset, 4, 4, 1, torch.zeros(1, dtype=torch.int64).numpy(),
+                                 stored_scales.numpy())
         return cls(meta_rows, stored_scales, file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file)
 
     def read_rows(self, row_ids: Tensor, out_rows: Tensor | None = None,
@@ -271,6 +278,16 @@ class RowTable:
             if per_row and scales is not None:
                 torch.index_select(scales, 0, where, out=out_scales)
         return out_rows, out_scales if per_row else self.scales
+
+    def io_stats(self) -> dict[str, Any]:
+        """Counters of what was read from the file since it was opened.
+
+        Returns:
+            rows (distinct, asked for), cache_hits, file_rows, payload_bytes (of rows), moved_bytes (read from the file), reads
+            (submitted); cache_slots and cached_rows; io ("io_uring", "preadv" or "python"), direct (past the page cache) and
+            queue_depth. Empty where the table is in memory.
+        """
+        return {} if self._file is None else dict(self._file.tier.stats())
 
     def stage(self, row_ids: Tensor) -> tuple[RowTable, Tensor]:
         """A table in memory that holds the rows of `row_ids`, and the ids into it: what an op gathers from.

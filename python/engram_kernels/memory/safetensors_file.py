@@ -164,6 +164,23 @@ class Writer:
             at, view = at + written, view[written:]
 
 
+def lay_out(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, dict[str, Extent], int]:
+    """The first bytes of a file of these tensors (safetensors dtype and shape by name), where each lies, and its size."""
+    extents, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        num_bytes = math.prod(shape) * _DTYPE_BYTES[dtype]
+        extents[name] = Extent(dtype, shape, offset, num_bytes)
+        offset += num_bytes
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    for name, e in extents.items():
+        entries[name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.offset, e.offset + e.num_bytes]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGN_BYTES)
+    start = 8 + len(text)
+    extents = {name: dataclasses.replace(e, offset=e.offset + start) for name, e in extents.items()}
+    return len(text).to_bytes(8, "little") + text, extents, start + offset
+
+
 @contextmanager
 def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> Iterator[Writer]:
     """A file that appears at `path` when the block ends, whole and on disk, or not at all; an old file stays until then.
@@ -182,29 +199,17 @@ def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], m
     Raises:
         OSError: a step failed; names the path and the step. Nothing is left behind.
     """
-    extents, offset = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        num_bytes = math.prod(shape) * _DTYPE_BYTES[dtype]
-        extents[name] = Extent(dtype, shape, offset, num_bytes)
-        offset += num_bytes
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    for name, e in extents.items():
-        entries[name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.offset, e.offset + e.num_bytes]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGN_BYTES)
-    data_start = 8 + len(text)
-    extents = {name: dataclasses.replace(e, offset=e.offset + data_start) for name, e in extents.items()}
-
+    header, extents, file_bytes = lay_out(tensors, metadata)
     with _naming_path(path, "cannot be created in its directory"):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            with _naming_path(path, f"{data_start + offset} bytes cannot be reserved"):
-                os.posix_fallocate(fd, 0, data_start + offset)
+            with _naming_path(path, f"{file_bytes} bytes cannot be reserved"):
+                os.posix_fallocate(fd, 0, file_bytes)
             writer = Writer(fd, extents)
             with _naming_path(path, "cannot be written"):
-                writer._write_all(0, memoryview(len(text).to_bytes(8, "little") + text))
+                writer._write_all(0, memoryview(header))
             yield writer
             with _naming_path(path, "cannot be synced"):
                 os.fsync(fd)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_kernels.memory.file_reader import FileExtent
 from engram_kernels.memory.row_format import ROW_FORMATS, check_shape, row_format_of
 from engram_kernels.memory.safetensors_file import Extent
 
@@ -19,7 +20,7 @@ class TableFile:
     scales: Extent | None
     row_format: str
     row_dim: int
-    reader: Any = None
+    tier: Any = None  # a FileTier
 
     @classmethod
     def described(cls, rows: Extent, scales: Extent | None, row_format: str | None, row_dim: int | None) -> TableFile:
@@ -48,14 +49,21 @@ class TableFile:
                              f"{' or '.join(fmt.scale_file_dtypes)} {list(wanted)} for rows {list(rows.shape)}")
         return cls(rows, scales, row_format, row_dim)
 
+    def attach(self, reader: Any, cache_bytes: int) -> None:
+        """Makes the tier that `read` reads from."""
+        self.tier = reader.tier(_file_extent(self.rows), _file_extent(self.scales), cache_bytes)
+
     def read(self, ids: Tensor, out_rows: Tensor, out_scales: Tensor | None) -> None:
-        """Fills the outputs with the rows at `ids` (int64, in range) and their scales."""
-        for extent, out in ((self.rows, out_rows), (self.scales, out_scales)):
-            if extent is None or out is None:
-                continue
-            num_rows = extent.shape[0]
-            row_bytes = extent.num_bytes // num_rows if num_rows else 0
-            self.reader.read_rows(extent.offset, row_bytes, row_bytes, num_rows, ids.numpy(), out.view(torch.uint8).numpy())
+        """Fills the outputs with the rows at `ids` (int64, distinct, in range) and their scales."""
+        scales = None if out_scales is None else out_scales.view(torch.uint8).numpy()
+        self.tier.fetch(ids.numpy(), out_rows.view(torch.uint8).numpy(), scales)
+
+
+def _file_extent(extent: Extent | None) -> FileExtent:
+    if extent is None or len(extent.shape) != 2 or extent.shape[0] == 0:
+        return (0, 0, 0, 0 if extent is None else extent.shape[0])
+    row_bytes = extent.num_bytes // extent.shape[0]
+    return (extent.offset, row_bytes, row_bytes, extent.shape[0])
 
 
 def find_tensor(extents: dict[str, Extent], name: str) -> Extent:

@@ -7,6 +7,7 @@ from engram_kernels import backends
 from engram_kernels._checks import (
     FLOAT_DTYPES,
     expect_choice,
+    expect_one_device,
     expect_tensor,
     mark_written,
     no_second_derivative,
@@ -29,6 +30,7 @@ _FLOAT_TINY, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.flo
 
 @torch.library.register_fake("engram_kernels::gate", lib=LIB)
 def _fake(hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual):
+    expect_one_device("gate", hidden, key, value, w_hidden, w_key, mask)
     return hidden.new_empty(hidden.shape)
 
 

@@ -3,11 +3,20 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, mark_written, no_second_derivative, refuse_forward_ad, wants_grad
+from engram_kernels._checks import (
+    FLOAT_DTYPES,
+    expect_one_device,
+    expect_tensor,
+    mark_written,
+    no_second_derivative,
+    refuse_forward_ad,
+    wants_grad,
+)
 from engram_kernels._library import LIB
 from engram_kernels._triton import register_autograd
 from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
+from engram_kernels.ops.gather_rows import readable_only_on
 from engram_kernels.reference.gather_gate import gather_gate as _reference
 
 _INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_hidden, Tensor w_key, Tensor? mask, "
@@ -17,7 +26,8 @@ LIB.define(f"gather_gate.out({_INPUTS}, *, Tensor(a!) out) -> ()")
 LIB.define(f"gather_gate_bwd(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 @torch.library.register_fake("engram_kernels::gather_gate", lib=LIB)
-def _fake(hidden, *args):
+def _fake(hidden, rows, scales, row_ids, w_hidden, w_key, mask, *options):
+    expect_one_device("gather_gate", hidden, row_ids, w_hidden, w_key, mask, *readable_only_on(hidden, rows))
     return hidden.new_empty(hidden.shape)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, mark_written, refuse_forward_ad
+from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad
 from engram_kernels._library import LIB
 from engram_kernels._triton import register_autograd
 from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable, expect_row_ids
@@ -18,8 +18,14 @@ LIB.define(f"gather_rows.out({_ARGS}, *, Tensor(a!) out) -> ()")
 LIB.define("gather_rows_bwd(Tensor grad, Tensor row_ids, int num_rows, ScalarType dtype) -> Tensor")
 
 
+def readable_only_on(like, rows):
+    """(rows,) unless a GPU may read them from host memory: what a fake compares devices of."""
+    return () if like.is_cuda and rows.is_cpu else (rows,)
+
+
 @torch.library.register_fake("engram_kernels::gather_rows", lib=LIB)
 def _fake(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype):
+    expect_one_device("gather_rows", row_ids, *readable_only_on(row_ids, rows))
     return row_ids.new_empty((*row_ids.shape, row_dim), dtype=out_dtype)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import expect_tensor, mark_written
+from engram_kernels._checks import expect_one_device, expect_tensor, mark_written
 from engram_kernels._library import LIB
 from engram_kernels.layout import Layout
 from engram_kernels.reference.ngram_hash import ngram_hash as _reference
@@ -17,6 +17,7 @@ LIB.define(f"ngram_hash.out({_ARGS}, *, Tensor(a!) out) -> ()")
 
 @torch.library.register_fake("engram_kernels::ngram_hash", lib=LIB)
 def _fake(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id):
+    expect_one_device("ngram_hash", token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask)
     return token_ids.new_empty((moduli.shape[0], token_ids.shape[0], moduli.shape[1]), dtype=torch.int32)
 
 

@@ -4,7 +4,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, mark_written, no_second_derivative, refuse_forward_ad, wants_grad
+from engram_kernels._checks import (
+    FLOAT_DTYPES,
+    expect_one_device,
+    expect_tensor,
+    mark_written,
+    no_second_derivative,
+    refuse_forward_ad,
+    wants_grad,
+)
 from engram_kernels._library import LIB
 from engram_kernels._triton import register_autograd
 from engram_kernels.reference.short_conv import short_conv as _reference
@@ -23,6 +31,7 @@ MAX_WIDTH = 8
 
 @torch.library.register_fake("engram_kernels::short_conv", lib=LIB)
 def _fake(x, weight, norm_weight, cu_seqlens, dilation, eps):
+    expect_one_device("short_conv", x, weight, norm_weight, cu_seqlens)
     return x.new_empty(x.shape)
 
 
@@ -33,6 +42,7 @@ def _fake_out(x, weight, norm_weight, cu_seqlens, dilation, eps, *, out):
 
 @torch.library.register_fake("engram_kernels::short_conv_update", lib=LIB)
 def _fake_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state):
+    expect_one_device("short_conv", x, weight, norm_weight, cu_seqlens, positions, state)
     return x.new_empty(x.shape)
 
 

@@ -1,0 +1,191 @@
+// CUDA kernels of short_conv, forward. Contract and formula: short_conv.h.
+//
+// Mapping  a block has a branch and a stretch of the packed tokens, a thread 8 channels of them with their taps in registers.
+//          Long chunks: the block walks along, the rows within reach lie in a ring in shared memory, the next ones are on
+//          their way while one group is computed. Few tokens a sequence: only the rows that the taps reach, a block for each
+//          token until every multiprocessor is busy. One launch in either case, so that a decode step has one latency.
+// Traffic  the least is x read and out written once, or of a decode step width rows read and two written. The walk reads each
+//          row once, and the reach in front of a block's stretch again: (L + reach) / L of L tokens. At 8,192 tokens of 4
+//          branches of 5,120 on 132 multiprocessors L is 249: 1.02x the least, both directions counted. A decode step moves
+//          1.00x from memory; its weights come from L2 for every token, which no split of a row over blocks would spare it:
+//          the norm needs whole rows, and a block that read another's slot of the state would race with its writer.
+// Limits   rows of up to kMaxThreads * kChannels channels, kTaps taps and 16-byte boundaries; all else goes to
+//          short_conv_any_kernel, which reads rows once for the norm and once more, from L1 or L2, for every tap.
+#include "kernels/short_conv/short_conv_any_cuda.h"
+#include "kernels/short_conv/short_conv_plan_cuda.h"
+#include "kernels/short_conv/short_conv_ring_cuda.h"
+
+namespace engram_kernels {
+namespace {
+
+// Computes tokens [first, last) of the branch, with all rows from `oldest` on: those before `first` are only normalized.
+template <DType kType>
+__device__ __forceinline__ void walk(const Ring<kType>& ring, const Span& s, int branch, int oldest, int first, int last,
+                                     bool owns, const float (&taps)[kTaps][kChannels], int* parity) {
+  const ShortConvParams& p = ring.p;
+  const Plan& plan = ring.plan;
+  const auto fetch = [&](int row, int slot) {
+    for (int i = 0; i < plan.group && row + i < last; ++i) {
+      ring.fetch(ring.wrapped(slot + i), input_row<kType>(p, plan, s, branch, row + i));
+    }
+    end_copies();
+  };
+  const auto compute = [&](int t, int slot) {
+    float x[kChannels] = {}, z[kChannels] = {};
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      const int back = (kTaps - 1 - j) * p.dilation;
+      if (j < kTaps - p.width || t - back < oldest) continue;  // not a zero: the weight may be Inf
+      ring.add_row(slot - back + (slot < back ? plan.ring_rows : 0), taps[j], x, z);
+    }
+    ring.write(s, branch, t, slot, owns, x, z);
+  };
+  int slot = 0;
+  fetch(oldest, slot);
+  for (int row = oldest; row < last; row += plan.group) {
+    const int next = ring.wrapped(slot + plan.group);
+    fetch(row + plan.group, next);
+    wait_for_copies();
+    const int count = min(plan.group, last - row);
+    ring.norm_group(slot, (1U << count) - 1, *parity);
+    *parity ^= 1;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      if (row + i >= first) compute(row + i, ring.wrapped(slot + i));
+    }
+    slot = next;
+  }
+}
+
+// For long chunks: every row comes once, and is kept while a token within reach wants it.
+template <DType kType>
+__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_walk_kernel(const ShortConvParams p, const Plan plan) {
+  count_bad_data(p);
+  const int branch = blockIdx.y;
+  BlockTokens tokens(p, plan);
+  float taps[kTaps][kChannels] = {};
+  load_thread_taps<kType>(p, plan, branch * p.hidden_size, taps);
+  int parity = 0;
+  while (tokens.next < tokens.last) {
+    const Span s = span_of(p, plan, tokens.next);
+    const bool mine = tokens.begins_in(p, s), owns = tokens.owns(p, s);
+    const int end = mine ? tokens.end_in(p, s) : max(tokens.next, s.end);
+    if (mine) {
+      const int oldest = max(tokens.next - static_cast<int>(p.reach()), s.begin - s.before);
+      walk<kType>({p, plan}, s, branch, oldest, tokens.next, end, owns, taps, &parity);
+      if (owns) copy_to_state<kType>(p, plan, s, branch, first_copied(p, s, end));
+    }
+    tokens.next = end;
+  }
+}
+
+// For few tokens a sequence, decoding above all: only the rows that taps reach, those of the next token on their way while
+// this one is computed.
+template <DType kType>
+__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const ShortConvParams p, const Plan plan) {
+  count_bad_data(p);
+  const int branch = blockIdx.y;
+  const Ring<kType> ring{p, plan};
+  BlockTokens tokens(p, plan);
+  float taps[kTaps][kChannels] = {};
+  bool loaded = false;
+  int parity = 0;
+  while (tokens.next < tokens.last) {
+    const Span s = span_of(p, plan, tokens.next);
+    const bool mine = tokens.begins_in(p, s), owns = tokens.owns(p, s);
+    const int end = mine ? tokens.end_in(p, s) : max(tokens.next, s.end);
+    const auto there = [&](int t) {
+      unsigned bits = 0;
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        if (j >= kTaps - p.width && t - (kTaps - 1 - j) * p.dilation >= s.begin - s.before) bits |= 1U << j;
+      }
+      return bits;
+    };
+    const auto fetch = [&](int t, int slot) {
+      const unsigned bits = t < end ? there(t) : 0;
+      for (int j = 0; j < kTaps; ++j) {
+        if ((bits >> j & 1) == 0) continue;
+        ring.fetch(slot + j, input_row<kType>(p, plan, s, branch, t - (kTaps - 1 - j) * p.dilation));
+      }
+      end_copies();
+    };
+    if (mine) fetch(tokens.next, parity * kTaps);
+    if (!loaded) load_thread_taps<kType>(p, plan, branch * p.hidden_size, taps);  // while the rows come
+    loaded = true;
+#pragma unroll 1
+    for (int t = mine ? tokens.next : end; t < end; ++t, parity ^= 1) {
+      fetch(t + 1, (parity ^ 1) * kTaps);
+      wait_for_copies();
+      const unsigned bits = there(t);
+      const int slot = parity * kTaps;
+      ring.norm_group(slot, bits, parity);
+      float x[kChannels] = {}, z[kChannels] = {};
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        if ((bits >> j & 1) != 0) ring.add_row(slot + j, taps[j], x, z);  // not a zero: the weight may be Inf
+      }
+      ring.write(s, branch, t, slot + kTaps - 1, owns, x, z);
+    }
+    if (mine && owns) copy_to_state<kType>(p, plan, s, branch, first_copied(p, s, end));
+    tokens.next = end;
+  }
+}
+
+// Whether the rows within reach fit into shared memory and a block has enough tokens to earn those that it reads in front.
+template <DType kType>
+bool plan_walk(const ShortConvParams& p, Plan* plan) {
+  if (p.reach() * plan->row_bytes > kSharedBytesOfSm || p.num_tokens < p.num_sequences * 2 * p.reach()) return false;
+  const int shared_limit = max_shared_bytes();
+  for (plan->group = kGroup; plan->group > 0; plan->group /= 2) {
+    plan->ring_rows = plan->rows_held =
+        static_cast<int>(p.reach()) + 2 * plan->group;  // one group is computed while the next comes
+    plan->shared_bytes = ring_bytes(plan->rows_held, plan->row_bytes, plan->threads);
+    if (plan->shared_bytes > shared_limit) continue;
+    plan->tokens = even_tokens<kType>(p, *plan);
+    return plan->tokens >= std::max(static_cast<int>(p.reach()), kGroup);
+  }
+  return false;
+}
+
+// Whether the rows of two tokens fit.
+template <DType kType>
+bool plan_taps(const ShortConvParams& p, Plan* plan) {
+  plan->ring_rows = plan->rows_held = 2 * kTaps;
+  plan->shared_bytes = ring_bytes(plan->rows_held, plan->row_bytes, plan->threads);
+  plan->tokens = even_tokens<kType>(p, *plan);
+  return plan->shared_bytes <= max_shared_bytes();
+}
+
+template <DType kType>
+void launch(const ShortConvParams& p, cudaStream_t stream) {
+  Plan plan = make_plan<kType>(p, kMaxThreads);
+  const auto run = [&](auto* kernel) {
+    launch_blocks(kernel, blocks_of(p, plan), plan.threads, plan.shared_bytes, stream, p, plan);
+  };
+  if (plan.aligned && fits_registers<kType>(p, plan)) {
+    if (plan_walk<kType>(p, &plan)) return run(short_conv_walk_kernel<kType>);
+    if (plan_taps<kType>(p, &plan)) return run(short_conv_taps_kernel<kType>);
+  }
+  plan.shared_bytes = 0;
+  plan.tokens = even_tokens<kType>(p, plan);
+  run(short_conv_any_kernel<kType>);
+}
+
+}  // namespace
+
+void short_conv_cuda(const ShortConvParams& p, void* stream) {
+  check_launch(p);
+  if (p.num_tokens == 0) return;  // an empty grid is a launch error, an empty batch is not
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (p.dtype) {
+    case DType::kF32:
+      return launch<DType::kF32>(p, on);
+    case DType::kBf16:
+      return launch<DType::kBf16>(p, on);
+    case DType::kF16:
+      return launch<DType::kF16>(p, on);
+  }
+}
+
+}  // namespace engram_kernels

@@ -1,0 +1,153 @@
+#include "memory/row_cache.h"
+
+#include <algorithm>
+
+#include "common/error.h"
+#include "common/math.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr uint8_t kResident = 4;  // beside the uses, 0..3
+constexpr uint8_t kMaxUses = 3;
+constexpr int kTrialShare = 2;     // one way in so many is for rows on trial
+constexpr int kCountersOfRow = 4;  // its estimate is the smallest of them
+// the sketch remembers about so many uses a slot; both numbers chosen on docs/dedup_and_cache.md's texts
+constexpr int64_t kUsesPerSlotUntilAging = 4;
+constexpr uint64_t kHalfOfCounters = 0x7777777777777777;
+
+// splitmix64
+uint64_t mix(uint64_t x) {
+  x += 0x9E3779B97F4A7C15;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
+RowCacheDirectory::RowCacheDirectory(int64_t max_slots) {
+  EK_CHECK(max_slots >= 0 && max_slots < int64_t{1} << 40,
+           "RowCacheDirectory: max_slots is " << max_slots << ", expected [0, 2^40)");
+  ways_ = std::min<int64_t>(kWays, max_slots);
+  trial_ways_ = std::max<int64_t>(ways_ / kTrialShare, 1);
+  num_buckets_ = ways_ == 0 ? 0 : max_slots / ways_;
+  const auto slots = static_cast<size_t>(num_buckets_ * ways_);
+  slots_.resize(slots);
+  uses_.assign(slots, 0);
+  sketch_.assign(slots, 0);
+  uses_until_aging_ = kUsesPerSlotUntilAging * num_slots();
+}
+
+int64_t RowCacheDirectory::bucket_of(int64_t row) const {
+  return static_cast<int64_t>(mul_high(mix(static_cast<uint64_t>(row)), static_cast<uint64_t>(num_buckets_))) * ways_;
+}
+
+int64_t RowCacheDirectory::slot_of(int64_t row) const {
+  if (num_buckets_ == 0) return -1;
+  const int64_t begin = bucket_of(row);
+  for (int64_t slot = begin; slot < begin + ways_; ++slot) {
+    if (slots_[static_cast<size_t>(slot)].row == row) return slot;
+  }
+  return -1;
+}
+
+int64_t RowCacheDirectory::find(int64_t row) {
+  if (num_buckets_ == 0) return -1;
+  count_use(row);
+  const int64_t slot = slot_of(row);
+  if (slot >= 0) {
+    uint8_t& uses = uses_[static_cast<size_t>(slot)];
+    uses = static_cast<uint8_t>(uses + ((uses & kMaxUses) < kMaxUses));
+    slots_[static_cast<size_t>(slot)].batch = batch_;
+  }
+  return slot;
+}
+
+int64_t RowCacheDirectory::admit(int64_t row, int64_t* evicted) {
+  *evicted = -1;
+  if (num_buckets_ == 0 || slot_of(row) >= 0) return -1;
+  const int64_t slot = make_room(bucket_of(row));
+  if (slot < 0) return -1;
+  Slot& entry = slots_[static_cast<size_t>(slot)];
+  // a row that was here, or was asked for, not long ago needs no trial; where there is room none is needed yet
+  const bool returns = entry.row >= 0 && estimate(row) >= 2;
+  num_rows_ += entry.row < 0;
+  *evicted = entry.row;
+  entry = {row, ++turn_, batch_};
+  uses_[static_cast<size_t>(slot)] = returns ? kResident : 0;
+  return slot;
+}
+
+bool RowCacheDirectory::older(int64_t slot, int64_t than) const {
+  if (than < 0) return true;
+  // turns wrap around: the difference tells which is older as long as neither is 2^31 turns old
+  return static_cast<int32_t>(slots_[static_cast<size_t>(slot)].turn - slots_[static_cast<size_t>(than)].turn) < 0;
+}
+
+// A slot of the bucket that begins at `begin`: a free one, or that of the row to evict; -1: the batch keeps them all.
+int64_t RowCacheDirectory::make_room(int64_t begin) {
+  for (;;) {
+    int64_t on_trial = 0, trial = -1, resident = -1;  // how many; the oldest of each that may go
+    for (int64_t slot = begin; slot < begin + ways_; ++slot) {
+      const Slot& entry = slots_[static_cast<size_t>(slot)];
+      if (entry.row < 0) return slot;
+      const bool is_resident = (uses_[static_cast<size_t>(slot)] & kResident) != 0;
+      on_trial += !is_resident;
+      if (batch_ != 0 && entry.batch == batch_) continue;
+      int64_t& oldest = is_resident ? resident : trial;
+      if (older(slot, oldest)) oldest = slot;
+    }
+    const bool from_trial = trial >= 0 && (on_trial >= trial_ways_ || resident < 0);
+    const int64_t slot = from_trial ? trial : resident;
+    if (slot < 0) return -1;
+    uint8_t& uses = uses_[static_cast<size_t>(slot)];
+    if ((uses & kMaxUses) == 0) return slot;
+    uses = static_cast<uint8_t>(from_trial ? kResident : uses - 1);
+    slots_[static_cast<size_t>(slot)].turn = ++turn_;
+  }
+}
+
+void RowCacheDirectory::forget(int64_t row) {
+  const int64_t slot = slot_of(row);
+  if (slot < 0) return;
+  slots_[static_cast<size_t>(slot)] = {};
+  uses_[static_cast<size_t>(slot)] = 0;
+  --num_rows_;
+}
+
+void RowCacheDirectory::clear() {
+  std::fill(slots_.begin(), slots_.end(), Slot{});
+  std::fill(uses_.begin(), uses_.end(), uint8_t{0});
+  num_rows_ = 0;
+}
+
+// Only the smallest counters of a row grow: the others count rows that they share.
+void RowCacheDirectory::count_use(int64_t row) {
+  const int least = estimate(row);
+  uint64_t hash = mix(~static_cast<uint64_t>(row));
+  for (int i = 0; i < kCountersOfRow && least < 15; ++i, hash = mix(hash)) {
+    uint64_t& word = sketch_[mul_high(hash, sketch_.size())];
+    const int shift = static_cast<int>(hash & 15) * 4;
+    if (static_cast<int>((word >> shift) & 15) == least) word += uint64_t{1} << shift;
+  }
+  if (--uses_until_aging_ <= 0) age();
+}
+
+int RowCacheDirectory::estimate(int64_t row) const {
+  uint64_t hash = mix(~static_cast<uint64_t>(row));
+  int least = 15;
+  for (int i = 0; i < kCountersOfRow; ++i, hash = mix(hash)) {
+    const uint64_t word = sketch_[mul_high(hash, sketch_.size())];
+    least = std::min(least, static_cast<int>((word >> (static_cast<int>(hash & 15) * 4)) & 15));
+  }
+  return least;
+}
+
+// Halves every counter: what was hot long ago stops to count.
+void RowCacheDirectory::age() {
+  for (uint64_t& word : sketch_) word = (word >> 1) & kHalfOfCounters;
+  uses_until_aging_ = kUsesPerSlotUntilAging * num_slots() / 2 + 1;
+}
+
+}  // namespace engram_kernels

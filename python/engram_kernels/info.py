@@ -1,0 +1,114 @@
+"""`engram-kernels info`: what this installation can do here, and why not the rest."""
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram_kernels import backends
+from engram_kernels._library import COMPILE_ERROR
+
+_PACKAGES = ("engram-kernels", "torch", "numpy", "triton", "nvidia-ml-py", "matplotlib", "rich")
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `info` shows, as JSON types; what cannot be found out is None."""
+    return {"versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            "machine": _machine(), "limits": _limits(), "gpu": _gpus(),
+            "backends": {op: {name: _explain(op, name) for name in backends.BACKENDS} for op in backends.ops()}}
+
+
+def lines(info: dict[str, Any]) -> list[str]:
+    """The same for reading."""
+    machine, limits = info["machine"], info["limits"]
+    out = ["versions   " + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version),
+           f"machine    {machine['cpu']}, {machine['cores']} cores, kernels run as {machine['cpu_kernels']}",
+           f"memory     {_gib(machine['memory_bytes'])} in all, {_gib(machine['memory_free_bytes'])} free, "
+           f"transparent huge pages: {machine['huge_pages']}",
+           f"limits     cgroup {_gib(limits['cgroup_bytes'])}, memlock {_gib(limits['memlock_bytes'])}, "
+           f"/dev/shm {_gib(limits['shm_free_bytes'])} free, open files {limits['open_files']}"]
+    out += [f"gpu        {gpu['name']}, {_gib(gpu['memory_bytes'])}, capability {gpu['capability']}" for gpu in info["gpu"]]
+    if not info["gpu"]:
+        out.append("gpu        none that torch can use")
+    for name in backends.BACKENDS:
+        by_reason: dict[str, list[str]] = {}
+        for op, of_op in info["backends"].items():
+            by_reason.setdefault(of_op[name], []).append(op)
+        for reason, ops in by_reason.items():
+            out.append(f"{name:<10} {reason}" + ("" if len(by_reason) == 1 else f": {', '.join(ops)}"))
+    return out
+
+
+def _explain(op: str, name: str) -> str:
+    return backends.explain(op, name).partition(": ")[2]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    memory = _colon_table("/proc/meminfo")
+    cpu = _colon_table("/proc/cpuinfo").get("model name") or platform.processor() or platform.machine()
+    if COMPILE_ERROR is None:
+        from engram_kernels import _C
+        kernels = _C.cpu_isa()
+    else:
+        kernels = f"none: {COMPILE_ERROR}"
+    return {"platform": platform.platform(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "cpu_kernels": kernels,
+            "memory_bytes": _kib(memory.get("MemTotal")), "memory_free_bytes": _kib(memory.get("MemAvailable")),
+            "huge_pages": _chosen(_read("/sys/kernel/mm/transparent_hugepage/enabled"))}
+
+
+def _limits() -> dict[str, Any]:
+    cgroup = _read("/sys/fs/cgroup/memory.max") or _read("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+    return {"cgroup_bytes": int(cgroup) if cgroup and cgroup.isdigit() and int(cgroup) < 2**60 else None,
+            "memlock_bytes": None if memlock == resource.RLIM_INFINITY else memlock, "shm_free_bytes": shm,
+            "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"} for p in properties]
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _colon_table(path: str) -> dict[str, str]:
+    """The first value of each key in a file of "key : value" lines."""
+    table: dict[str, str] = {}
+    for line in (_read(path) or "").splitlines():
+        key, _, value = line.partition(":")
+        table.setdefault(key.strip(), value.strip())
+    return table
+
+
+def _kib(value: str | None) -> int | None:
+    return None if value is None else int(value.split()[0]) * 1024
+
+
+def _chosen(options: str | None) -> str | None:
+    """The word in brackets."""
+    return None if options is None else options.partition("[")[2].partition("]")[0] or options
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "no limit known" if num_bytes is None else f"{num_bytes / 2**30:.1f} GiB"

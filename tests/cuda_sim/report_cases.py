@@ -1,0 +1,57 @@
+"""What the CUDA report runs: the shapes of DeepSeek-V4.1-Flash, with as many tokens as a simulator can bear.
+
+Each case is (op, shape, run, least bytes, units, unit); the runs are those of the tests, which also compare the results.
+"""
+import torch
+from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
+from test_gate_cuda_sim import make_inputs as gate_inputs
+from test_gate_cuda_sim import simulate as simulate_gate
+from test_gather_rows_cuda_sim import bytes_of
+from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
+from test_ngram_hash_cuda_sim import run_v41
+
+from cuda_sim import Device
+from engram_kernels.testing.inputs import random_rows
+
+HIDDEN_SIZE, BRANCHES, ROW_DIM = 5120, 4, 256
+NUM_ROWS = 960
+
+
+def ngram_hash():
+    tokens = 2048
+    return ("ngram_hash", "2 layers, 48 ids a token", lambda: [run_v41(tokens, 1)], tokens * (4 + 48 * 4), tokens * 48, "id")
+
+
+def gather_rows(row_format, as_stored=False):
+    def case():
+        rows, scales = random_rows(row_format, NUM_ROWS, ROW_DIM, torch.Generator().manual_seed(11))
+        ids = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(12)).to(torch.int32)
+        row_bytes = bytes_of(rows).shape[1] + (0 if scales is None else bytes_of(scales).shape[1])
+        out_bytes = row_bytes if as_stored else 2 * ROW_DIM
+        return ("gather_rows", f"{row_format} to {'packed' if as_stored else 'bf16'}",
+                lambda: simulate_gather_rows(rows, scales, ids, row_format, ROW_DIM, as_stored=as_stored)[2],
+                NUM_ROWS * (4 + row_bytes + out_bytes), NUM_ROWS, "row")
+    return case
+
+
+def gate():
+    tokens = 24
+    inputs = gate_inputs(tokens, BRANCHES, HIDDEN_SIZE, weight_dtype=torch.bfloat16)
+    least = (3 * BRANCHES + 1) * tokens * HIDDEN_SIZE * 2
+    return ("gate", "bf16, M 4, H 5120", lambda: simulate_gate(inputs, device=Device(multiprocessors=2))[1], least,
+            tokens * BRANCHES, "token and branch")
+
+
+def gate_bwd():
+    tokens = 24
+    inputs = gate_inputs(tokens, BRANCHES, HIDDEN_SIZE, weight_dtype=torch.bfloat16)
+    grad_out = torch.randn(tokens, BRANCHES, HIDDEN_SIZE).bfloat16()
+    least = (5 * BRANCHES + 2) * tokens * HIDDEN_SIZE * 2
+    return ("gate backward", "bf16, M 4, H 5120, 12 tokens a block",
+            lambda: simulate_gate_bwd(inputs, grad_out, device=Device(multiprocessors=2))[1], least, tokens * BRANCHES,
+            "token and branch")
+
+
+CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
+         gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
+         gate, gate_bwd)

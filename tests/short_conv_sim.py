@@ -1,0 +1,90 @@
+"""What the simulator tests of short_conv share: inputs, plain torch, and calls of the launchers."""
+import ctypes
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cuda_sim import Device, poisoned
+from cuda_sim.params import DTYPES, ShortConvBwdParams, ShortConvParams
+
+EPS = 1e-5
+OP, BWD = "short_conv_cuda", "short_conv_bwd_cuda"
+
+
+def packed(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def make_inputs(lengths, branches=2, size=40, width=4, dtype=torch.bfloat16, weight_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    weight_dtype = weight_dtype or dtype
+    return (rand(sum(lengths), branches, size).to(dtype), (0.5 * rand(branches, size, width)).to(weight_dtype),
+            (1 + 0.2 * rand(branches, size)).to(weight_dtype), packed(lengths))
+
+
+def plain_torch(x, weight, norm_weight, cu_seqlens, dilation):
+    """The published formulation, every step in the dtype of x."""
+    _, branches, size = x.shape
+    width = weight.shape[2]
+    normed = torch.stack([F.rms_norm(x[:, m], (size,), norm_weight[m].to(x.dtype), EPS) for m in range(branches)], dim=1)
+    kernel, pieces = weight.to(x.dtype).reshape(branches * size, 1, width), [x[:0].flatten(1)]
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+        if end > begin:
+            line = F.pad(normed[begin:end].flatten(1).T[None], ((width - 1) * dilation, 0))
+            pieces.append(F.conv1d(line, kernel, dilation=dilation, groups=branches * size)[0].T)
+    return x + F.silu(torch.cat(pieces)).view_as(x)
+
+
+def forward_params(device, x, weight, norm_weight, cu, dilation, state=None, positions=None, out=0, errors=None, eps=EPS):
+    """x may be a strided view. Inputs are read-only to the kernels but for `state`."""
+    at = device.address
+    branches, size, width = weight.shape
+    return ShortConvParams(
+        x=at(x, "x", readonly=True), weight=at(weight, "weight", readonly=True),
+        norm_weight=at(norm_weight, "norm_weight", readonly=True), cu_seqlens=at(cu, "cu_seqlens", readonly=True),
+        positions=at(positions, "positions", readonly=True), state=at(state, "state"), out=out, num_tokens=len(x),
+        num_sequences=len(cu) - 1, x_token_stride=x.stride(0), x_branch_stride=x.stride(1),
+        state_sequence_stride=0 if state is None else state.stride(0), branches=branches, hidden_size=size, width=width,
+        dilation=dilation, eps=eps, dtype=DTYPES[x.dtype], weight_dtype=DTYPES[weight.dtype],
+        positions_are_64=positions is not None and positions.dtype == torch.int64, error_count=at(errors, "errors"))
+
+
+def simulate(x, weight, norm_weight, cu, dilation, state=None, positions=None, device=None, out_lead=0):
+    """(out, errors counted, launches); state is changed in place. out_lead: elements before the first of out."""
+    device = device or Device()
+    room, errors = poisoned((x.numel() + out_lead) * x.element_size(), np.uint8), np.zeros(1, np.uint32)
+    out = device.address(room, "out") + out_lead * x.element_size()
+    launches = device.run(OP, forward_params(device, x, weight, norm_weight, cu, dilation, state, positions, out, errors))
+    got = torch.from_numpy(room.copy()).view(x.dtype)[out_lead:].reshape(x.shape) if x.numel() else torch.empty_like(x)
+    return got, int(errors[0]), launches
+
+
+def kernel_of(launches):
+    return next(name for name in ("walk", "taps", "any") if all(name in launch.kernel for launch in launches))
+
+
+def simulate_bwd(grad_out, x, weight, norm_weight, cu, dilation, device=None):
+    """((grad_x, grad_weight, grad_norm_weight), errors counted, launches)."""
+    device, errors = device or Device(), np.zeros(1, np.uint32)
+    params = ShortConvBwdParams(
+        forward=forward_params(device, x, weight, norm_weight, cu, dilation, errors=errors),
+        grad_out=device.address(grad_out, "grad_out", readonly=True), grad_token_stride=grad_out.stride(0),
+        grad_branch_stride=grad_out.stride(1))
+    grads = {}
+    for name, like in (("grad_x", x), ("grad_weight", weight), ("grad_norm_weight", norm_weight)):
+        grads[name] = (poisoned(like.numel() * like.element_size(), np.uint8), like)
+        setattr(params, name, device.address(grads[name][0], name))
+    device.library.fake_cudart_set(device.callback, device.multiprocessors)
+    scratch_bytes = device.library.short_conv_bwd_cuda_scratch_bytes
+    scratch_bytes.restype = ctypes.c_int64
+    scratch = poisoned(scratch_bytes(ctypes.byref(params)), np.uint8)
+    params.scratch = device.address(scratch, "scratch")
+    launches = device.run(BWD, params)
+    got = tuple(torch.from_numpy(room).view(like.dtype).reshape(like.shape) if like.numel() else torch.empty_like(like)
+                for room, like in grads.values())
+    return got, int(errors[0]), launches

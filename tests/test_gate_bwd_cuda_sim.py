@@ -1,0 +1,178 @@
+"""The backward pass of gate on the PTX simulator: against float64 autograd of the reference, and what it costs."""
+import ctypes
+import functools
+import re
+
+import pytest
+import torch
+from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build
+from cuda_sim.params import DTYPES, GateBwdParams
+from cuda_sim.sass_path import longest_path, token_loop
+from test_gate_cuda_sim import branch_rows, gate_params, make_inputs
+
+from engram_kernels.reference.gate import gate as reference
+from engram_kernels.testing import assert_as_accurate_as_torch
+from engram_kernels.testing.draws import worst_draw
+
+pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
+OP = "gate_bwd_cuda"
+NAMES = ("hidden", "key", "value", "w_hidden", "w_key")
+
+
+def simulate(inputs, grad_out, mask=None, device=None, **options):
+    """(gradients of the five inputs, launches)."""
+    device = device or Device()
+    at = device.address
+    grads = [torch.full(x.shape, float("nan"), dtype=x.dtype) for x in inputs]
+    params = GateBwdParams(
+        forward=gate_params(device, *inputs, mask=mask, **options), grad_out=branch_rows(device, grad_out, "grad_out"),
+        grad_hidden=branch_rows(device, grads[0], "grad_hidden", readonly=False),
+        grad_key=branch_rows(device, grads[1], "grad_key", readonly=False), grad_value=at(grads[2], "grad_value"),
+        grad_w_hidden=at(grads[3], "grad_w_hidden"), grad_w_key=at(grads[4], "grad_w_key"))
+    scratch_bytes = device.library.gate_bwd_cuda_scratch_bytes
+    scratch_bytes.restype = ctypes.c_int64
+    device.library.fake_cudart_set(device.callback, device.multiprocessors)
+    params.scratch = at(torch.full((scratch_bytes(ctypes.byref(params)) // 4,), float("nan")), "scratch")
+    return grads, device.run(OP, params)
+
+
+def gradients(mask, options, *tensors):
+    *leaves, grad_out = (x.detach().clone().requires_grad_() for x in tensors)
+    out = reference(*leaves, mask, *options)
+    return torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+
+
+def check(inputs, grad_out, mask=None, device=None, **options):
+    got, launches = simulate(inputs, grad_out, mask, device, **options)
+    words = [options.get(name, default) for name, default in
+             (("eps", 1e-6), ("clamp", 1e-6), ("zero_sign", "copysign"), ("add_residual", True))]
+    run = functools.partial(gradients, mask, words)
+    want = run(*(x.double() for x in (*inputs, grad_out)))
+    plain = worst_draw(run, (*inputs, grad_out), want)
+    for name, a, b, c in zip(NAMES, got, plain, want, strict=True):
+        try:
+            assert_as_accurate_as_torch(a, b, c)
+        except AssertionError as err:
+            raise AssertionError(f"{name}: {err}") from None
+    return got, launches
+
+
+CASES = {  # name: (tokens, branches, hidden_size)
+    "one_token": (1, 4, 1024), "odd_tokens": (7, 3, 264), "one_vector": (3, 1, 8), "block_edge": (5, 2, 1024 + 8),
+    "eight_branches": (3, 8, 256), "not_of_vectors": (3, 2, 37), "too_wide": (2, 5, 6152),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_bwd_matches_autograd(case, dtype):
+    if case[1] * case[2] > 20_000 and dtype != torch.bfloat16:
+        pytest.skip("slow; one dtype shows the path")
+    inputs = make_inputs(*case, dtype, weight_dtype=dtype)
+    grad_out = torch.randn(case, generator=torch.Generator().manual_seed(1)).to(dtype)
+    device = Device(multiprocessors=2, options={"cta_order": "random"})
+    _, launches = check(inputs, grad_out, torch.arange(case[0]) % 3 == 1, device)
+    whole = case[2] % 8 == 0 and dtype != torch.float32 and case[1] * case[2] < 20_000
+    assert ("gate_bwd_tokens" in launches[0].kernel) == whole
+
+
+@pytest.mark.parametrize("size", [64, 30])
+@pytest.mark.parametrize("add_residual", [True, False])
+def test_gate_bwd_inside_the_clamp_and_of_zeros(size, add_residual):
+    inputs = make_inputs(4, 2, size)
+    inputs[1][1] = 0.0
+    grad_out = torch.randn(4, 2, size).bfloat16()
+    for zero_sign in ("copysign", "sign"):
+        check(inputs, grad_out, zero_sign=zero_sign, add_residual=add_residual, clamp=0.5)
+        got, _ = simulate(inputs, grad_out, zero_sign=zero_sign, add_residual=add_residual, clamp=1e9)
+        assert (got[1] == 0).all() and (got[3] == 0).all()  # x is inside the clamp everywhere
+
+
+@pytest.mark.parametrize("size", [64, 30])
+def test_gate_bwd_of_masked_tokens(size):
+    inputs = make_inputs(3, 2, size)
+    inputs[1][1], inputs[2][1], inputs[0][1] = float("nan"), float("inf"), float("nan")
+    grad_out = torch.randn(3, 2, size).bfloat16()
+    got, _ = simulate(inputs, grad_out, torch.tensor([False, True, False]))
+    assert torch.equal(got[0][1], grad_out[1]) and (got[1][1] == 0).all() and (got[2][1] == 0).all()
+    assert not any(g.isnan().any() for g in got)
+
+
+@pytest.mark.parametrize("size", [64, 30])
+def test_gate_bwd_of_no_tokens_gives_zeros(size):
+    got, _ = simulate(make_inputs(0, 2, size), torch.zeros(0, 2, size).bfloat16())
+    assert (got[3] == 0).all() and (got[4] == 0).all()
+
+
+@pytest.mark.parametrize("size", [128, 37])
+def test_gate_bwd_has_the_same_bits_in_every_order(size):
+    inputs, grad_out = make_inputs(9, 2, size), torch.randn(9, 2, size).bfloat16()
+    runs = [simulate(inputs, grad_out, device=Device(multiprocessors=3, options={"cta_order": "random", "seed": seed}))[0]
+            for seed in range(3)]
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+TOKENS, BRANCHES, SIZE = 4, 4, 5120
+ROW = SIZE * 2
+
+
+@pytest.fixture(scope="module")
+def v41():
+    inputs = make_inputs(TOKENS, BRANCHES, SIZE, weight_dtype=torch.bfloat16)
+    return simulate(inputs, torch.randn(TOKENS, BRANCHES, SIZE).bfloat16(), device=Device(multiprocessors=2))[1]
+
+
+def test_gate_bwd_reads_and_writes_once(v41):
+    buffers = v41[0].result.buffers
+    for name, rows in {"hidden": BRANCHES, "key": BRANCHES, "grad_out": BRANCHES, "value": 1}.items():
+        assert buffers[name]["load_bytes"] == rows * ROW * TOKENS
+    for name, rows in {"grad_hidden": BRANCHES, "grad_key": BRANCHES, "grad_value": 1}.items():
+        assert buffers[name]["store_bytes"] == buffers[name]["unique_bytes_written"] == rows * ROW * TOKENS
+    # the blocks' shares, written once and read once: within a tenth of the least from 14 tokens a block on
+    share = BRANCHES * SIZE * 4
+    assert buffers["scratch"]["store_bytes"] == v41[0].grid[0] * share
+    assert v41[1].result.buffers["scratch"]["load_bytes"] == v41[0].grid[0] * share
+    assert 2 * share <= 0.10 * 14 * (5 * BRANCHES + 2) * ROW
+
+
+def test_gate_bwd_accesses_are_16_bytes_wide(v41):
+    for line in v41[0].result.lines:
+        if line["space"] == "global":
+            assert line["bytes"] == 16 * line["threads"] and line["sectors"] <= 1.02 * line["ideal"]
+
+
+def test_gate_bwd_bank_conflicts(v41):
+    for kind in ("load", "store"):
+        shared = v41[0].result.memory[f"shared.{kind}"]
+        assert shared["waves"] <= 1.1 * shared["ideal_waves"]
+
+
+def test_gate_bwd_uses_no_local_memory():
+    for usage in build().usage(OP).values():
+        assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 128
+
+
+@pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
+def test_gate_bwd_machine_code(v41):
+    """No call beside the plain kernels.
+
+    Instructions a (token, branch), every branch of the code taken at its longest: 263,000. The best peer takes 140,066: this
+    kernel reads and writes less, but does not reach that.
+    """
+    sass = build().sass(OP)
+    for name, code in sass.items():
+        assert not [op for _, _, op, _ in code if re.match(r"LDL|STL", op)]
+        assert "gate_bwd_tokens" not in name or not [op for _, _, op, _ in code if op.startswith("CALL")]
+    loop = token_loop(sass[v41[0].kernel])
+    barriers = [i for i, (_, _, op, _) in enumerate(loop) if op.startswith("BAR")]
+    parts = [loop[a:b] for a, b in zip([0, *barriers], [*barriers, len(loop)], strict=True)]
+    # parts: value staged; sums; scores (a branch's first warp); four vectors; behind each a sum over the branches, which a
+    # thread makes once, in a loop of its own
+    first_warp = longest_path(parts[2]) - longest_path(parts[2], choose=min)
+    all_warps = sum(longest_path(part) for part in (*parts[:2], *parts[3:])) + longest_path(parts[2], choose=min)
+    sums = 3 * longest_path(parts[-1])  # the loop over the branches goes round four times
+    warps = v41[0].block[0] // 32
+    assert 32 * (warps * (all_warps + sums) + first_warp) < 263_000
