@@ -71,6 +71,22 @@ def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> 
         raise ValueError(f"{op}: {name} is {value!r}, expected {' or '.join(repr(c) for c in choices)}")
 
 
+def expect_apart(op: str, name: str, x: Tensor, out: Tensor, may_be_same: bool = False) -> None:
+    """Raises ValueError where `out` shares memory with `x`, unless it may be `x` itself and is. As the bindings check it."""
+    if x.numel() == 0 or out.numel() == 0 or is_compiling():
+        return
+    begin, out_begin = x.data_ptr(), out.data_ptr()
+    strides = zip(x.shape, x.stride(), out.stride(), strict=False)
+    if may_be_same and begin == out_begin and all(n <= 1 or a == b for n, a, b in strides):
+        return
+    if begin < out_begin + _extent_bytes(out) and out_begin < begin + _extent_bytes(x):
+        raise ValueError(f"{op}: out shares memory with {name}{', without being it' if may_be_same else ''}")
+
+
+def _extent_bytes(x: Tensor) -> int:
+    return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd has to see this call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -93,6 +109,6 @@ def mark_written(*tensors: Tensor | None) -> None:
 
 def no_second_derivative(op: str):
     """A backward for the registration of `<op>_bwd`, which is not differentiable itself."""
-    def backward(ctx, *grads):
+    def backward(ops, ctx, *grads):
         raise NotImplementedError(f"{op}: there is no second derivative; use backend='reference'")
     return backward

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
+from engram_kernels import _triton
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 # "auto": the first of these that is available, by the device of the tensors
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"),
               "meta": ("cpu", "cuda", "reference")}  # no data, so a kernel's fake
-_DEVICES = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+_DEVICES = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": _triton.device_type()}
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 _WHY_NOT: dict[tuple[str, str], str] = {}
@@ -24,15 +25,27 @@ def register(op: str, backend: str, implementation: Callable[..., Any] | None, w
         _IMPLEMENTATIONS[op, backend] = implementation
 
 
-def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., Any]) -> None:
-    """Registers what every op has: its reference and its compiled kernels, or the reasons why they are missing."""
+def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., Any], *,
+                check_data: Callable[..., None] | None = None, in_place: str | None = None) -> None:
+    """Registers what every op has: its reference, its compiled and its Triton kernels, or the reasons why they are missing.
+
+    Args:
+        op: op name.
+        reference: checks the data, then runs the reference.
+        compiled: calls `torch.ops.engram_kernels.<op>`.
+        check_data: the data checks that kernels on a GPU cannot make; takes the tensor-level arguments.
+        in_place: the argument that `out` may be.
+    """
     register(op, "reference", reference)
     register(op, "cpu", None if COMPILE_ERROR else compiled, COMPILE_ERROR)
     no_cuda = CUDA_ERROR
     if no_cuda is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"engram_kernels::{op}", "CUDA"):
         no_cuda = "there is no CUDA kernel of it yet"
     register(op, "cuda", None if no_cuda else compiled, no_cuda)
-    register(op, "triton", None, "there is no Triton kernel yet")
+    missing = _triton.why_not(op)
+    register(op, "triton", None if missing else _triton.implementation(op, check_data, in_place), missing)
+    if not missing:
+        _triton.define_twin(op)
 
 
 def select(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
@@ -52,7 +65,7 @@ def select(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
     """
     if backend == "auto":
         for name in AUTO_ORDER.get(device.type, ("reference",)):
-            if (op, name) in _IMPLEMENTATIONS:
+            if (op, name) in _IMPLEMENTATIONS and not (name == "triton" and _unsupported(name, device)):
                 return _IMPLEMENTATIONS[op, name]
         raise RuntimeError(f"{op}: no backend is available for {device}")
     if backend not in BACKENDS:
@@ -61,6 +74,8 @@ def select(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
         raise RuntimeError(f"{op}: backend {backend!r} is not available: {_why_not(op, backend)}")
     if _DEVICES[backend] not in (None, device.type):
         raise ValueError(f"{op}: backend {backend!r} runs on {_DEVICES[backend]}, the tensors are on {device}")
+    if backend == "triton" and (reason := _unsupported(backend, device)):
+        raise RuntimeError(f"{op}: backend {backend!r} is not available: {reason}")
     return _IMPLEMENTATIONS[op, backend]
 
 
@@ -79,6 +94,13 @@ def explain(op: str, backend: str) -> str:
     return f"{op}/{backend}: {_why_not(op, backend) or 'available'}"
 
 
+def _unsupported(backend: str, device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`."""
+    if _DEVICES[backend] != device.type:
+        return f"backend {backend!r} runs on {_DEVICES[backend]}"
+    return _triton.why_not_on(device.index or 0) if device.type == "cuda" else None
+
+
 def _no_device(backend: str) -> bool:
     # asked late: importing this package must not start CUDA
     return _DEVICES.get(backend) == "cuda" and not torch.cuda.is_available()
@@ -91,7 +113,7 @@ def _why_not(op: str, backend: str) -> str:
 
 
 def check_errors() -> None:
-    """Raises if a CUDA op met bad data since the last call. Waits for the devices.
+    """Raises if an op on a GPU met bad data since the last call. Waits for the devices.
 
     A GPU op cannot look at its ids before it runs: a bad one gives zeros (gather_rows, gather_gate) or hashes as a dead token,
     reads nothing out of bounds, and is counted on the device.
@@ -99,10 +121,10 @@ def check_errors() -> None:
     Raises:
         IndexError: names each op, device and count; the counters start again at 0.
     """
-    if CUDA_ERROR:
-        return  # no op has counted anything
-    from engram_kernels import _C_cuda
-    errors = _C_cuda.take_errors()
+    errors = _triton.take_errors()
+    if not CUDA_ERROR:
+        from engram_kernels import _C_cuda
+        errors += _C_cuda.take_errors()
     if errors:
         raise IndexError("; ".join(f"{op}: {count} bad values (ids or sequence bounds out of range) on cuda:{device}"
                                    for op, device, count in errors))

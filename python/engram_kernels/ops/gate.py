@@ -15,6 +15,7 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import COMPILE_ERROR, LIB
+from engram_kernels._triton import register_autograd
 from engram_kernels.reference.gate import gate as _reference
 
 _INPUTS = "Tensor hidden, Tensor key, Tensor value, Tensor w_hidden, Tensor w_key, Tensor? mask"
@@ -155,13 +156,13 @@ def _setup_context(ctx, inputs, output):
     ctx.options = inputs[6:]
 
 
-def _backward(ctx, grad_out):
+def _backward(ops, ctx, grad_out):
     if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
         grad_out = grad_out.contiguous()
-    grads = torch.ops.engram_kernels.gate_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
+    grads = ops.gate_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None, None, None
 
 
-torch.library.register_autograd("engram_kernels::gate", _backward, setup_context=_setup_context, lib=LIB)
-torch.library.register_autograd("engram_kernels::gate_bwd", no_second_derivative("gate"), lib=LIB)
-backends.register_op("gate", _reference_into, _compiled)
+register_autograd("gate", _backward, _setup_context, LIB)
+register_autograd("gate_bwd", no_second_derivative("gate"), None, LIB)
+backends.register_op("gate", _reference_into, _compiled, in_place="hidden")

@@ -13,6 +13,7 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import LIB
+from engram_kernels._triton import register_autograd
 from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
 from engram_kernels.ops.gather_rows import readable_only_on
@@ -140,8 +141,7 @@ def _compiled(*args, out=None):
         return torch.ops.engram_kernels.gather_gate.default(*args)
 
 
-def _checked_reference(*args, out=None):
-    check_out("gather_gate", out, (args[0], args[1], args[4], args[5]))
+def _check_data(*args):
     _, rows, _, row_ids, _, _, mask, *_ = args
     wrong = (row_ids < -1) | (row_ids >= rows.shape[0])
     wrong = wrong if mask is None else wrong & ~mask[:, None]
@@ -149,6 +149,11 @@ def _checked_reference(*args, out=None):
         t, c = wrong.nonzero()[0].tolist()
         raise IndexError(f"gather_gate: row_ids[{t}, {c}] is {row_ids[t, c].item()}, expected [0, {rows.shape[0]}) or -1 "
                          "(no row)")
+
+
+def _checked_reference(*args, out=None):
+    check_out("gather_gate", out, (args[0], args[1], args[4], args[5]))
+    _check_data(*args)
     result = _reference(*args)
     return result if out is None else out.copy_(result)
 
@@ -158,11 +163,10 @@ def _setup_context(ctx, inputs, output):
     ctx.options = inputs[7:]
 
 
-def _backward(ctx, grad_out):
+def _backward(ops, ctx, grad_out):
     if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
         grad_out = grad_out.contiguous()
     _, rows, _, row_ids, _, _, mask = ctx.saved_tensors
-    ops = torch.ops.engram_kernels
     grad_hidden, grad_rows, grad_w_hidden, grad_w_key = ops.gather_gate_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
     grad_table = None
     if ctx.needs_input_grad[1]:
@@ -171,6 +175,6 @@ def _backward(ctx, grad_out):
     return (grad_hidden, grad_table, None, None, grad_w_hidden, grad_w_key, *(None,) * 8)
 
 
-torch.library.register_autograd("engram_kernels::gather_gate", _backward, setup_context=_setup_context, lib=LIB)
-torch.library.register_autograd("engram_kernels::gather_gate_bwd", no_second_derivative("gather_gate"), lib=LIB)
-backends.register_op("gather_gate", _checked_reference, _compiled)
+register_autograd("gather_gate", _backward, _setup_context, LIB)
+register_autograd("gather_gate_bwd", no_second_derivative("gather_gate"), None, LIB)
+backends.register_op("gather_gate", _checked_reference, _compiled, check_data=_check_data, in_place="hidden")

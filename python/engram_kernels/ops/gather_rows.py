@@ -7,6 +7,7 @@ from torch import Tensor
 from engram_kernels import backends
 from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad
 from engram_kernels._library import LIB
+from engram_kernels._triton import register_autograd
 from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable, expect_row_ids
 from engram_kernels.reference.gather_rows import gather_rows as _reference
 
@@ -126,13 +127,17 @@ def _compiled(*args, out=None):
     return out
 
 
-def _checked_reference(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out=None):
+def _check_data(rows, scales, row_ids, *options):
     wrong = (row_ids < -1) | (row_ids >= rows.shape[0])
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         raise IndexError(f"gather_rows: row_ids{where} is {row_ids[tuple(where)].item()}, expected [0, {rows.shape[0]}) "
                          "or -1 (no row)")
-    values = _reference(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype)
+
+
+def _checked_reference(*args, out=None):
+    _check_data(*args)
+    values = _reference(*args)
     return values if out is None else out.copy_(values)
 
 
@@ -143,11 +148,11 @@ def _setup_context(ctx, inputs, output):
     ctx.row_format = row_format
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     (row_ids,), (num_rows, dtype) = ctx.saved_tensors, ctx.rows_like
     grad_rows = None
     if ctx.row_format in FLOAT_FORMATS and ctx.needs_input_grad[0]:
-        grad_rows = torch.ops.engram_kernels.gather_rows_bwd.default(grad.contiguous(), row_ids, num_rows, dtype)
+        grad_rows = ops.gather_rows_bwd.default(grad.contiguous(), row_ids, num_rows, dtype)
     return grad_rows, None, None, None, None, None, None
 
 
@@ -158,13 +163,13 @@ def _setup_bwd_context(ctx, inputs, output):
     ctx.row_format = next(name for name, stored in FLOAT_FORMATS.items() if stored == dtype)
 
 
-def _double_backward(ctx, grad_rows):
+def _double_backward(ops, ctx, grad_rows):
     (row_ids,) = ctx.saved_tensors
-    rows = torch.ops.engram_kernels.gather_rows.default(grad_rows.contiguous(), None, row_ids, ctx.row_format,
-                                                        grad_rows.shape[1], False, ctx.grad_dtype)
+    rows = ops.gather_rows.default(grad_rows.contiguous(), None, row_ids, ctx.row_format, grad_rows.shape[1], False,
+                                   ctx.grad_dtype)
     return rows, None, None, None
 
 
-torch.library.register_autograd("engram_kernels::gather_rows", _backward, setup_context=_setup_context, lib=LIB)
-torch.library.register_autograd("engram_kernels::gather_rows_bwd", _double_backward, setup_context=_setup_bwd_context, lib=LIB)
-backends.register_op("gather_rows", _checked_reference, _compiled)
+register_autograd("gather_rows", _backward, _setup_context, LIB)
+register_autograd("gather_rows_bwd", _double_backward, _setup_bwd_context, LIB)
+backends.register_op("gather_rows", _checked_reference, _compiled, check_data=_check_data)

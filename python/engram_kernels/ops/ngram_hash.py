@@ -108,17 +108,15 @@ def _compiled(*args, out=None):
     return out
 
 
-def _checked_reference(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids,
-                       boundary_id, eos_id, out=None):
-    _check_data(token_ids, cu_seqlens, history, dead_mask, num_ids if token_map is None else token_map.shape[0])
-    rows = _reference(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids,
-                      boundary_id, eos_id)
+def _checked_reference(*args, out=None):
+    _check_data(*args)
+    rows = _reference(*args)
     return rows if out is None else out.copy_(rows)
 
 
-def _check_data(token_ids, cu_seqlens, history, dead_mask, vocab_size):
-    """The data checks that the kernels make themselves, for the reference."""
-    op, steps = "ngram_hash", cu_seqlens.diff()
+def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id):
+    """The data checks that the C++ kernels make themselves, for the others."""
+    op, steps, vocab_size = "ngram_hash", cu_seqlens.diff(), num_ids if token_map is None else token_map.shape[0]
     if cu_seqlens[0] != 0 or (steps < 0).any() or cu_seqlens[-1] != token_ids.shape[0]:
         raise ValueError(f"{op}: cu_seqlens must start at 0, not decrease and end at the number of tokens, "
                          f"{token_ids.shape[0]}; got {cu_seqlens.tolist()}")
@@ -132,4 +130,4 @@ def _check_data(token_ids, cu_seqlens, history, dead_mask, vocab_size):
                                 else ", -1 (before the start) or -2 (dead)"))
 
 
-backends.register_op("ngram_hash", _checked_reference, _compiled)
+backends.register_op("ngram_hash", _checked_reference, _compiled, check_data=_check_data)

@@ -14,6 +14,7 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import LIB
+from engram_kernels._triton import register_autograd
 from engram_kernels.reference.short_conv import short_conv as _reference
 from engram_kernels.reference.short_conv import short_conv_update as _reference_update
 
@@ -156,16 +157,20 @@ def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None,
     return result
 
 
-def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
+def _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None):
     steps = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or (steps < 0).any() or cu_seqlens[-1] != x.shape[0]:
         raise ValueError(f"short_conv: cu_seqlens must start at 0, not decrease and end at the number of tokens, {x.shape[0]}; "
                          f"got {cu_seqlens.tolist()}")
+    if positions is not None and (positions < 0).any():
+        raise ValueError(f"short_conv: positions must be at least 0, got {positions.tolist()}")
+
+
+def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
+    _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state)
     if state is None:
         result = _reference(x, weight, norm_weight, cu_seqlens, dilation, eps)
     else:
-        if (positions < 0).any():
-            raise ValueError(f"short_conv: positions must be at least 0, got {positions.tolist()}")
         result = _reference_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state)
     return result if out is None else out.copy_(result)
 
@@ -175,10 +180,10 @@ def _setup_context(ctx, inputs, output):
     ctx.options = inputs[4:]
 
 
-def _backward(ctx, grad_out):
+def _backward(ops, ctx, grad_out):
     if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
         grad_out = grad_out.contiguous()
-    grads = torch.ops.engram_kernels.short_conv_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
+    grads = ops.short_conv_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None
 
 
@@ -194,6 +199,6 @@ def _refuse_grad(overload):
 
 LIB.impl("short_conv_update", _refuse_grad(torch.ops.engram_kernels.short_conv_update.default), "Autograd")
 LIB.impl("short_conv_update.out", _refuse_grad(torch.ops.engram_kernels.short_conv_update.out), "Autograd")
-torch.library.register_autograd("engram_kernels::short_conv", _backward, setup_context=_setup_context, lib=LIB)
-torch.library.register_autograd("engram_kernels::short_conv_bwd", no_second_derivative("short_conv"), lib=LIB)
-backends.register_op("short_conv", _checked_reference, _compiled)
+register_autograd("short_conv", _backward, _setup_context, LIB)
+register_autograd("short_conv_bwd", no_second_derivative("short_conv"), None, LIB)
+backends.register_op("short_conv", _checked_reference, _compiled, check_data=_check_data)

@@ -1,0 +1,225 @@
+"""Triton kernels of gate, forward and backward. Contract and formulas: `engram_kernels.gate`, csrc/kernels/gate/gate.h.
+
+Mapping  a program takes whole tokens, one after another, and all branches of each, so that a value is read once; a row of hidden
+         and key is kept in registers between its sums and its output, and the product of the weights from token to token where
+         it fits. The weight gradients have a kernel of their own: their sums do not fit beside the rows. It sums parts of the
+         tokens, each in order, and a third kernel adds the parts in order.
+Traffic  forward: hidden, key, value and out once. Backward: grad_out, value and three gradients once, hidden and key twice,
+         and a float32 a token and branch.
+Limits   hidden_size and branches are constants, so a model compiles once.
+"""
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engram_kernels.triton_kernels.decode import round_to, to_float
+from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
+from engram_kernels.triton_kernels.launch import launch
+from engram_kernels.triton_kernels.tuning import parameters, shape_class
+
+ELEMENTS_A_THREAD = 8  # of a chunk: 16 bytes of bfloat16
+MAX_HELD = 96  # registers a thread for what stays from token to token
+SUM_CHUNK = 256
+
+
+@triton.jit
+def load_weights(w_hidden, w_key, at, inside):
+    return to_float(tl.load(w_hidden + at, mask=inside, other=0.0)) * to_float(tl.load(w_key + at, mask=inside, other=0.0))
+
+
+@triton.jit
+def row_of(base, t, m, token_stride, branch_stride, UNIT: tl.constexpr):
+    """Strides are in units of UNIT elements, so that the compiler knows how rows are aligned."""
+    return base + (t * token_stride + m * branch_stride.to(tl.int64)) * UNIT
+
+
+@triton.jit
+def gate_kernel(hidden, key, value, w_hidden, w_key, mask, out, num_tokens, hidden_token, hidden_branch, key_token, key_branch,
+                value_token, eps, clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
+                SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
+    CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
+    lane = tl.arange(0, CHUNK)
+    held = ()
+    if HOLD:
+        for i in tl.static_range(BRANCHES * CHUNKS):
+            element = (i % CHUNKS) * CHUNK + lane
+            held = held + (load_weights(w_hidden, w_key, (i // CHUNKS) * SIZE + element, element < SIZE),)
+    for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
+        t = tl.to_tensor(token).to(tl.int64)
+        alive = True
+        if mask is not None:
+            alive = tl.load(mask + t) == 0
+        values = ()
+        for c in tl.static_range(CHUNKS):
+            element = c * CHUNK + lane
+            values = values + (tl.load(value + t * value_token * UNIT + element, mask=(element < SIZE) & alive, other=0.0),)
+        for m in tl.static_range(BRANCHES):
+            h_row = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT)
+            k_row = row_of(key, t, m, key_token, key_branch, UNIT)
+            dot, hh, kk = (tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32))
+            stored = ()
+            for c in tl.static_range(CHUNKS):
+                element = c * CHUNK + lane
+                raw = tl.load(h_row + element, mask=element < SIZE, other=0.0)
+                h, k = to_float(raw), to_float(tl.load(k_row + element, mask=(element < SIZE) & alive, other=0.0))
+                if HOLD:
+                    dot += h * k * held[m * CHUNKS + c]
+                else:
+                    dot += h * k * load_weights(w_hidden, w_key, m * SIZE + element, element < SIZE)
+                hh += h * h
+                kk += k * k
+                stored = stored + (raw,)
+            _, _, _, gate = gate_score(tl.sum(dot, 0), tl.sum(hh, 0), tl.sum(kk, 0), eps, clamp, SIZE, SIGN_AT_ZERO)
+            for c in tl.static_range(CHUNKS):
+                element = c * CHUNK + lane
+                result = gate * to_float(values[c])
+                if ADD_RESIDUAL:
+                    result += to_float(stored[c])
+                result = round_to(result, out.dtype.element_ty)
+                if mask is not None:  # bit for bit
+                    result = tl.where(alive, result, stored[c] if ADD_RESIDUAL else tl.zeros_like(stored[c]))
+                tl.store(out + (t * BRANCHES + m) * SIZE + element, result, mask=element < SIZE)
+
+
+@triton.jit
+def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes,
+                    num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, key_token, key_branch, value_token, eps,
+                    clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
+                    SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr):
+    CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
+    lane = tl.arange(0, CHUNK)
+    dtype: tl.constexpr = grad_hidden.dtype.element_ty
+    for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
+        t = tl.to_tensor(token).to(tl.int64)
+        alive = True
+        if mask is not None:
+            alive = tl.load(mask + t) == 0
+        values, value_grads = (), ()
+        for c in tl.static_range(CHUNKS):
+            element = c * CHUNK + lane
+            values = values + (tl.load(value + t * value_token * UNIT + element, mask=(element < SIZE) & alive, other=0.0),)
+            value_grads = value_grads + (tl.zeros([CHUNK], tl.float32),)
+        for m in tl.static_range(BRANCHES):
+            d_row = row_of(grad_out, t, m, grad_token, grad_branch, UNIT)
+            h_row = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT)
+            k_row = row_of(key, t, m, key_token, key_branch, UNIT)
+            dot, hh, kk, dv = (tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32),
+                               tl.zeros([CHUNK], tl.float32))
+            douts, hiddens, keys = (), (), ()
+            for c in tl.static_range(CHUNKS):
+                element = c * CHUNK + lane
+                douts = douts + (tl.load(d_row + element, mask=element < SIZE, other=0.0),)
+                hiddens = hiddens + (tl.load(h_row + element, mask=(element < SIZE) & alive, other=0.0),)
+                keys = keys + (tl.load(k_row + element, mask=(element < SIZE) & alive, other=0.0),)
+                h, k = to_float(hiddens[c]), to_float(keys[c])
+                dot += h * k * load_weights(w_hidden, w_key, m * SIZE + element, element < SIZE)
+                hh += h * h
+                kk += k * k
+                dv += to_float(douts[c]) * to_float(values[c])
+            rh, rk, x, gate = gate_score(tl.sum(dot, 0), tl.sum(hh, 0), tl.sum(kk, 0), eps, clamp, SIZE, SIGN_AT_ZERO)
+            a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(dv, 0), clamp, SIZE)
+            tl.store(slopes + t * BRANCHES + m, tl.where(alive, a, 0.0))
+            new_value_grads = ()
+            for c in tl.static_range(CHUNKS):
+                element = c * CHUNK + lane
+                inside = element < SIZE
+                h, k, dout = to_float(hiddens[c]), to_float(keys[c]), to_float(douts[c])
+                w = load_weights(w_hidden, w_key, m * SIZE + element, inside)
+                dh, dk = a * w * k - b * h, a * w * h - f * k
+                if ADD_RESIDUAL:
+                    dh += dout
+                dh, dk = round_to(dh, dtype), round_to(dk, dtype)
+                dvalue = gate * dout
+                if mask is not None:
+                    dh = tl.where(alive, dh, douts[c] if ADD_RESIDUAL else tl.zeros_like(douts[c]))
+                    dk = tl.where(alive, dk, tl.zeros_like(dk))
+                    dvalue = tl.where(alive, dvalue, 0.0)
+                at = (t * BRANCHES + m) * SIZE + element
+                tl.store(grad_hidden + at, dh, mask=inside)
+                tl.store(grad_key + at, dk, mask=inside)
+                new_value_grads = new_value_grads + (value_grads[c] + dvalue,)
+            value_grads = new_value_grads
+        for c in tl.static_range(CHUNKS):
+            element = c * CHUNK + lane
+            tl.store(grad_value + t * SIZE + element, round_to(value_grads[c], dtype), mask=element < SIZE)
+
+
+@triton.jit
+def gate_products_bwd_kernel(hidden, key, slopes, partial, num_tokens, hidden_token, hidden_branch, key_token, key_branch,
+                             SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
+    m, part = tl.program_id(1), tl.program_id(2)
+    element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK], tl.float32)
+    for token in tl.range(part, num_tokens.to(tl.int32), tl.num_programs(2)):
+        t = tl.to_tensor(token).to(tl.int64)
+        a = tl.load(slopes + t * BRANCHES + m)
+        inside = element < tl.where(a != 0, SIZE, 0)  # what hides under a mask is not read
+        h = to_float(tl.load(row_of(hidden, t, m, hidden_token, hidden_branch, UNIT) + element, mask=inside, other=0.0))
+        k = to_float(tl.load(row_of(key, t, m, key_token, key_branch, UNIT) + element, mask=inside, other=0.0))
+        total += a * h * k
+    tl.store(partial + (part * BRANCHES + m) * SIZE + element, total, mask=element < SIZE)
+
+
+@triton.jit
+def gate_weights_bwd_kernel(partial, w_hidden, w_key, grad_w_hidden, grad_w_key, num_parts, TOTAL: tl.constexpr,
+                            CHUNK: tl.constexpr):
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK], tl.float32)
+    for part in tl.range(0, num_parts.to(tl.int32)):
+        total += tl.load(partial + tl.to_tensor(part).to(tl.int64) * TOTAL + at, mask=at < TOTAL, other=0.0)
+    dtype: tl.constexpr = grad_w_hidden.dtype.element_ty
+    w_h = to_float(tl.load(w_hidden + at, mask=at < TOTAL, other=0.0))
+    w_k = to_float(tl.load(w_key + at, mask=at < TOTAL, other=0.0))
+    tl.store(grad_w_hidden + at, round_to(w_k * total, dtype), mask=at < TOTAL)
+    tl.store(grad_w_key + at, round_to(w_h * total, dtype), mask=at < TOTAL)
+
+
+def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None, eps: float,
+         clamp: float, zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
+    """Gated hidden state [T, M, H]; see `engram_kernels.gate`."""
+    if out is None:
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    num_tokens, branches, size = hidden.shape
+    if num_tokens == 0:
+        return out
+    tuned = parameters("gate", hidden.device, shape_class(num_tokens))
+    strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
+    unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
+    hold = branches * triton.cdiv(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD
+    launch(gate_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
+           (hidden, key, value, w_hidden, w_key, mask, out, num_tokens, *(s // unit for s in strides), float(eps), float(clamp)),
+           (size, branches, unit, chunk, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
+    return out
+
+
+def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None,
+             eps: float, clamp: float, zero_sign: str, add_residual: bool) -> tuple[Tensor, ...]:
+    """Gradients of hidden, key, value, w_hidden and w_key; the same bits every run."""
+    num_tokens, branches, size = hidden.shape
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, key, value, w_hidden, w_key))
+    tuned = parameters("gate_bwd", hidden.device, shape_class(num_tokens))
+    parts = min(num_tokens, tuned["parts"])
+    partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
+    if num_tokens > 0:
+        slopes = torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
+        strides = (*grad_out.stride()[:2], *hidden.stride()[:2], *key.stride()[:2], value.stride(0))
+        unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
+        units = tuple(s // unit for s in strides)
+        launch(gate_bwd_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
+               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, num_tokens, *units, float(eps),
+                float(clamp)),
+               (size, branches, unit, chunk, zero_sign == "sign", add_residual), tuned["num_warps"])
+        chunk = chunk_of(size, 4)
+        launch(gate_products_bwd_kernel, (triton.cdiv(size, chunk), branches, parts),
+               (hidden, key, slopes, partial, num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
+    launch(gate_weights_bwd_kernel, (triton.cdiv(branches * size, SUM_CHUNK), 1, 1),
+           (partial, w_hidden, w_key, grads[3], grads[4], parts), (branches * size, SUM_CHUNK), 1)
+    return grads
+
+
+def chunk_of(size: int, num_warps: int) -> int:
+    """Elements of a row that a program takes at a time."""
+    return min(triton.next_power_of_2(size), ELEMENTS_A_THREAD * 32 * num_warps)

@@ -1,0 +1,158 @@
+"""How every Triton kernel here is launched: compiled once a variant, never again for another number of tokens.
+
+A variant is a kernel, the types of its arguments, its constants and its warps. Every integer argument is an int64 that no code
+is specialised on, and all pointers of a launch are taken as 16-byte aligned or none is, so a variant depends on dtypes, on the
+spec and on the shape class that `tuning` names, not on token counts, strides or addresses. `warmup` compiles ahead what a spec
+needs; a launch then costs a dictionary look-up.
+"""
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engram_kernels import _triton
+from engram_kernels.triton_kernels.tuning import parameters_of
+
+POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8",
+                 torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*u8"}
+ABSENT, ALIGNMENT = "absent", 16
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for."""
+    kernel: Any  # triton.jit function
+    types: tuple[str, ...]  # of the runtime arguments, as Triton spells them; ABSENT: None
+    constants: tuple[Any, ...]  # of the constexpr parameters, which come last
+    num_warps: int
+    aligned: bool  # every pointer is a multiple of 16 bytes
+
+    def compile(self, target: GPUTarget) -> Any:
+        """Machine code for `target`; needs no GPU."""
+        names = self.kernel.arg_names
+        kinds = [*("constexpr" if t == ABSENT else t for t in self.types), *["constexpr"] * len(self.constants)]
+        constants = {(i,): None for i, t in enumerate(self.types) if t == ABSENT}
+        constants |= {(len(self.types) + i,): x for i, x in enumerate(self.constants)}
+        attrs = {(i,): [["tt.divisibility", ALIGNMENT]] for i, t in enumerate(self.types) if self.aligned and t[0] == "*"}
+        source = ASTSource(self.kernel, dict(zip(names, kinds, strict=True)), constants, attrs)
+        options = {"num_warps": self.num_warps}
+        if target.backend == "cuda":  # without a limit ptxas spills a few registers to reach an occupancy of its own choice
+            options["maxnreg"] = min(65536 // (32 * self.num_warps), 255)
+        return triton.compile(source, target=target, options=options)
+
+
+Executor = Callable[[Variant, tuple[int, int, int], tuple[Any, ...]], None]
+_executor: Executor | None = None  # None: the GPU, or the interpreter
+_compiled: dict[tuple[int, Variant], Any] = {}
+_errors: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int) -> None:
+    """Launches `kernel` on the current stream of the device of its tensors.
+
+    Args:
+        kernel: a triton.jit function whose constexpr parameters come last.
+        grid: programs; none may be 0.
+        args: tensors (passed as pointers), int (int64), float (float32) or None, in the order of the parameters.
+        constants: values of the constexpr parameters.
+        num_warps: warps of a program.
+    """
+    types: list[str] = []
+    values: list[Any] = []
+    bits, device_index = 0, -1
+    for x in args:
+        if type(x) is int:
+            types.append("i64")
+            values.append(x)
+        elif type(x) is float:
+            types.append("fp32")
+            values.append(x)
+        elif x is None:
+            types.append(ABSENT)
+            values.append(None)
+        else:
+            types.append(POINTER_TYPES[x.dtype])
+            address = x.data_ptr()
+            bits |= address
+            values.append(address)
+            if x.is_cuda and device_index < 0:
+                device_index = x.get_device()
+    variant = Variant(kernel, tuple(types), constants, num_warps, bits % ALIGNMENT == 0)
+    if _executor is not None:
+        return _executor(variant, grid, args)
+    if _triton.INTERPRETED:
+        # bool is a byte to the kernels; the interpreter reads a tensor's own dtype
+        args = tuple(x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == torch.bool else x for x in args)
+        with np.errstate(all="ignore"):  # Inf and NaN are results
+            kernel[grid](*args, *constants)
+        return None
+    if device_index == torch.cuda.current_device():
+        compiled_for(variant, device_index)[grid](*values, *constants)
+    else:
+        with torch.cuda.device(device_index):
+            compiled_for(variant, device_index)[grid](*values, *constants)
+    return None
+
+
+def compiled_for(variant: Variant, device_index: int) -> Any:
+    """The compiled kernel on a device, from the cache after the first call."""
+    found = _compiled.get((device_index, variant))
+    if found is None:
+        found = _compiled[device_index, variant] = variant.compile(current_target())
+    return found
+
+
+def current_target() -> GPUTarget:
+    """Of the current device."""
+    return triton.runtime.driver.active.get_current_target()
+
+
+@contextlib.contextmanager
+def executing_on(executor: Executor, target: str) -> Iterator[None]:
+    """Sends every launch to `executor` instead of the device: to record it, to simulate it, or to do nothing.
+
+    Args:
+        executor: takes the variant, the grid and the runtime arguments.
+        target: whose launch parameters are chosen, such as "sm_90".
+    """
+    global _executor
+    before, _executor = _executor, executor
+    try:
+        with parameters_of(target):
+            yield
+    finally:
+        _executor = before
+
+
+def variants_of(call: Callable[[], Any], target: str) -> list[Variant]:
+    """The variants that `call` launches on `target`, each once; nothing runs, and tensors may be on the meta device."""
+    found: dict[Variant, None] = {}
+    with executing_on(lambda variant, grid, args: found.setdefault(variant), target):
+        call()
+    return list(found)
+
+
+def error_counter(op: str, device: torch.device) -> Tensor:
+    """int32 [1] on `device`, where the kernels of `op` count bad values; see `check_errors`."""
+    counter = _errors.get((op, device))
+    if counter is None:
+        counter = torch.zeros(1, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            _errors[op, device] = counter
+    return counter
+
+
+def take_errors() -> list[tuple[str, int, int]]:
+    """(op, device index, bad values) of the counters that are not 0, which start again at 0."""
+    taken = []
+    for (op, device), counter in _errors.items():
+        count = int(counter.item())
+        if count:
+            taken.append((op, device.index or 0, count))
+            counter.zero_()
+    return taken

@@ -1,0 +1,90 @@
+"""Compiles, before serving, every variant that a model needs. `calls` has one entry an op."""
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.spec import EngramSpec
+from engram_kernels.triton_kernels import launch
+from engram_kernels.triton_kernels.gate import gate, gate_bwd
+from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
+from engram_kernels.triton_kernels.ngram_hash import ngram_hash
+from engram_kernels.triton_kernels.tuning import SMALL_BATCH, target_name
+
+Calls = Iterator[Callable[[], Any]]
+
+
+def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torch.dtype = torch.bfloat16,
+           weight_dtype: torch.dtype | None = None, backward: bool = False) -> int:
+    """Compiles and loads what a model of `spec` launches for any number of tokens, so that serving never compiles.
+
+    Args:
+        spec: the model's descriptor.
+        device: a GPU.
+        dtype: of hidden states and gathered rows.
+        weight_dtype: of the gate's weights; None: `dtype`.
+        backward: also the gradients.
+
+    Returns:
+        How many variants there are. Not among them: tensors that are not 16-byte aligned and strides other than those of
+        contiguous tensors; the first launch of such a variant compiles it.
+
+    Raises:
+        RuntimeError: `device` is no GPU that the kernels support.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise RuntimeError(f"warmup: {device} is no GPU")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    variants = spec_variants(spec, target_name(torch.device("cuda", index)), dtype, weight_dtype or dtype, backward)
+    with torch.cuda.device(index):
+        for variant in variants:
+            launch.compiled_for(variant, index)[(1, 1, 1)]  # a subscript loads it, a call would launch it
+    for op in ("ngram_hash", "gather_rows"):  # so that a graph capture allocates none
+        launch.error_counter(op, torch.device("cuda", index))
+    return len(variants)
+
+
+def spec_variants(spec: EngramSpec, target: str, dtype: torch.dtype = torch.bfloat16, weight_dtype: torch.dtype = torch.bfloat16,
+                  backward: bool = False) -> list[launch.Variant]:
+    """Every variant of `spec` on `target`, each once; compiles nothing and needs no GPU."""
+    found: dict[launch.Variant, None] = {}
+    for num_tokens in (1, SMALL_BATCH + 1):
+        for call in calls(spec, num_tokens, dtype, weight_dtype, backward):
+            found.update(dict.fromkeys(launch.variants_of(call, target)))
+    return list(found)
+
+
+def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype, backward: bool) -> Calls:
+    """Calls of the launch functions as a model of `spec` makes them, on tensors without data."""
+    make = functools.partial(torch.empty, device="meta")
+    layout = spec.layout()
+    tokens, bounds = make(num_tokens, dtype=torch.int32), make(2, dtype=torch.int32)
+    moduli, offsets, multipliers = (x.to("meta") for x in (layout.moduli, layout.offsets, layout.multipliers))
+    token_map = None if spec.num_classes is None else make(spec.vocab_size, dtype=torch.int32)
+    history, dead = make(1, spec.max_order - 1, dtype=torch.int32), make(num_tokens, dtype=torch.bool)
+    for before in (None, history):
+        for mask in (None, dead):
+            yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, before, mask,
+                                    layout.num_ids, layout.boundary_id, layout.eos_id)
+
+    stored = ROW_FORMATS[spec.row_format]
+    width = (spec.row_stride_bytes or stored.row_bytes(spec.head_dim)) if stored.is_packed else spec.head_dim
+    rows = make(64, width, dtype=stored.dtype)
+    scale_shape = stored.scale_shape(64, spec.head_dim)
+    scales = None if scale_shape is None else make(scale_shape, dtype=stored.scale_dtype)
+    ids = make(num_tokens, layout.num_columns, dtype=torch.int32)
+    yield functools.partial(gather_rows, rows, scales, ids, spec.row_format, spec.head_dim, spec.zero_scale_is_zero, dtype)
+    if backward and stored.is_float:
+        yield functools.partial(gather_rows_bwd, make(*ids.shape, spec.head_dim, dtype=dtype), ids, 64, stored.dtype)
+
+    hidden = make(num_tokens, spec.branches, spec.hidden_size, dtype=dtype)
+    value = make(num_tokens, spec.hidden_size, dtype=dtype)
+    weight = make(spec.branches, spec.hidden_size, dtype=weight_dtype)
+    for mask in (None, dead):
+        options = (mask, spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
+        yield functools.partial(gate, hidden, hidden, value, weight, weight, *options)
+        if backward:
+            yield functools.partial(gate_bwd, hidden, hidden, hidden, value, weight, weight, *options)

@@ -1,0 +1,65 @@
+"""Every Triton variant compiles ahead of time for NVIDIA and AMD, without spills. No GPU is needed."""
+import dataclasses
+
+import pytest
+import torch
+from triton_sim import MISSING_TRITON, compile_variants
+
+from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.spec import EngramSpec
+
+pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+OTHER_PRESETS = {"qwen4_ple": EngramSpec.qwen4_ple, "longcat": EngramSpec.longcat, "demo_v1": EngramSpec.demo_v1}
+
+
+def assert_compiles_without_spills(variants, target):
+    for variant, made in zip(variants, compile_variants(variants, target), strict=True):
+        assert (made.spills, made.stack) == (0, 0), (variant.kernel.__name__, variant[1:], made.registers)
+
+
+def without_options(variants):
+    """With and without each optional argument is compiled for V4.1; elsewhere without is enough."""
+    from engram_kernels.triton_kernels.launch import ABSENT
+    return [v for v in variants if v.types.count(ABSENT) == max(w.types.count(ABSENT) for w in variants if w.kernel is v.kernel)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_triton_v41_compiles(target):
+    from engram_kernels.triton_kernels.warmup import spec_variants
+    variants = spec_variants(EngramSpec.deepseek_v41(), target, backward=True)
+    assert {v.kernel.__name__ for v in variants} >= {"ngram_hash_kernel", "gather_rows_kernel", "gate_kernel", "gate_bwd_kernel"}
+    assert_compiles_without_spills(variants, target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("preset", OTHER_PRESETS.values(), ids=OTHER_PRESETS.keys())
+def test_triton_other_presets_compile(preset, target):
+    from engram_kernels.triton_kernels.warmup import spec_variants
+    assert_compiles_without_spills(without_options(spec_variants(preset(), target, backward=True)), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_triton_every_row_format_and_dtype_compiles(target):
+    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_kernels.gather_rows import gather_rows
+    variants = []
+    for name, stored in ROW_FORMATS.items():
+        rows = torch.empty(9, stored.width(256), dtype=stored.dtype, device="meta")
+        shape = stored.scale_shape(9, 256)
+        scales = None if shape is None else torch.empty(shape, dtype=stored.scale_dtype, device="meta")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            ids = torch.empty(100, dtype=torch.int64, device="meta")
+            variants += launch.variants_of(lambda: gather_rows(rows, scales, ids, name, 256, True, dtype), target)  # noqa: B023
+    assert len(variants) == 21
+    assert_compiles_without_spills([*variants, *(v._replace(aligned=False) for v in variants[::5])], target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_triton_gate_dtypes_and_options_compile(target):
+    from engram_kernels.triton_kernels.warmup import spec_variants
+    spec = dataclasses.replace(EngramSpec.deepseek_v41(), zero_sign="sign", add_residual=False)
+    for dtype, weights in ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)):
+        variants = [v for v in spec_variants(spec, target, dtype, weights, True) if v.kernel.__name__.startswith("gate")]
+        assert_compiles_without_spills(without_options(variants), target)
+    assert_compiles_without_spills([variants[0]._replace(aligned=False)], target)

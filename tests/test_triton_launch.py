@@ -1,0 +1,207 @@
+"""How Triton kernels are launched: no compilation for another number of tokens, warm-up, launch parameters, refusals."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton_sim import MISSING_TRITON
+
+from engram_kernels import _triton, backends
+from engram_kernels.ops.gate import gate
+from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.spec import EngramSpec
+from engram_kernels.testing import random_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_triton = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
+
+
+def launch_all(num_tokens):
+    """Every launch function at this many tokens, as the wrappers do it."""
+    from engram_kernels.triton_kernels.warmup import calls
+    return calls(EngramSpec.deepseek_v41(), num_tokens, torch.bfloat16, torch.bfloat16, True)
+
+
+@needs_triton
+def test_triton_compiles_nothing_for_other_token_counts():
+    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_kernels.warmup import spec_variants
+    warm = set(spec_variants(EngramSpec.deepseek_v41(), "sm_90", backward=True))
+    for num_tokens in (1, 2, 3, 16, 63, 64, 65, 100, 128, 1000, 4096, 8191, 65536, 300_001):
+        for call in launch_all(num_tokens):
+            assert set(launch.variants_of(call, "sm_90")) <= warm, num_tokens
+
+
+@needs_triton
+def test_triton_variants_do_not_depend_on_values_addresses_or_row_count():
+    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_kernels.gather_rows import gather_rows as run
+    found = set()
+    for num_rows in (1, 7, 16, 4096):
+        rows = torch.zeros(num_rows, 64, dtype=torch.bfloat16)
+        for ids in (torch.zeros(5, dtype=torch.int64), torch.ones(48, dtype=torch.int64)):
+            def call(rows=rows, ids=ids):
+                run(rows, None, ids, "bf16", 64, False, torch.bfloat16)
+            found |= set(launch.variants_of(call, "sm_90"))
+    assert len(found) == 1
+
+
+@needs_triton
+def test_triton_caches_what_it_compiled(monkeypatch):
+    """A second launch of a variant looks it up; the launcher is given addresses and plain numbers."""
+    from engram_kernels.triton_kernels import launch
+    calls = []
+
+    class Stub:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append((grid, args))
+    compiled = []
+    monkeypatch.setattr(launch.Variant, "compile", lambda self, target: compiled.append(self) or Stub())
+    monkeypatch.setattr(launch, "current_target", lambda: None)
+    monkeypatch.setattr(launch, "_compiled", {})
+    x = torch.zeros(32)
+    variant = launch.Variant("kernel", ("*fp32", "i64", launch.ABSENT), (8,), 4, True)
+    for count in (1, 2, 3):
+        launch.compiled_for(variant, 0)[(count, 1, 1)](x.data_ptr(), count, None, 8)
+    assert len(compiled) == 1 and [grid[0] for grid, _ in calls] == [1, 2, 3]
+    launch.compiled_for(variant, 1)
+    assert len(compiled) == 2  # a module is loaded on one device
+
+
+@needs_triton
+def test_triton_errors_are_counted_once_and_cleared(monkeypatch):
+    from engram_kernels.triton_kernels import launch
+    counter = torch.tensor([3], dtype=torch.int32)
+    monkeypatch.setattr(launch, "_errors", {("gather_rows", torch.device("cuda", 1)): counter})
+    with pytest.raises(IndexError, match="gather_rows: 3 bad values .* on cuda:1"):
+        backends.check_errors()
+    backends.check_errors()
+    assert counter.item() == 0
+
+
+@pytest.fixture
+def user_table(tmp_path, monkeypatch):
+    from engram_kernels.triton_kernels import tuning
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    tuning.user_table.cache_clear()
+    tuning._parameters.cache_clear()
+    yield tuning
+    monkeypatch.undo()
+    tuning.user_table.cache_clear()
+    tuning._parameters.cache_clear()
+
+
+@needs_triton
+def test_triton_tune_writes_the_fastest_and_it_is_used(user_table):
+    device = torch.device("cpu")
+    before = dict(user_table.parameters("gather_rows", device, "small"))
+
+    def time_us():
+        chosen = user_table.parameters("gather_rows", device, "small")
+        if chosen["num_warps"] == 8:
+            raise RuntimeError("out of resources")
+        return abs(chosen["tile"] - 2048) + chosen["num_warps"]
+    assert user_table.tune("gather_rows", device, "small", time_us) == {"tile": 2048, "num_warps": 2}
+    assert user_table.parameters("gather_rows", device, "small") == {"tile": 2048, "num_warps": 2} != before
+    content = json.loads(user_table.user_file().read_text())
+    assert content == {"version": 1, "parameters": {"gather_rows": {"cpu": {"small": {"tile": 2048, "num_warps": 2}}}}}
+    with pytest.raises(ValueError, match="no candidate for gate runs on cpu"):
+        user_table.tune("gate", device, "small", lambda: (_ for _ in ()).throw(RuntimeError))
+
+
+@needs_triton
+@pytest.mark.parametrize("text, words", [
+    ("{", "Expecting"), ('{"version": 2, "parameters": {}}', "version is 2"), ("[]", "delete it or tune again"),
+    ('{"version": 1, "parameters": {"gate": {"sm_90": {"huge": {}}}}}', "gate/huge"),
+    ('{"version": 1, "parameters": {"gate": {"sm_90": {"small": {"num_warps": 3}}}}}', "num_warps is 3")])
+def test_triton_broken_user_table_is_refused(text, words, user_table):
+    user_table.user_file().parent.mkdir(parents=True)
+    user_table.user_file().write_text(text)
+    with pytest.raises(ValueError, match=words):
+        user_table.parameters("gate", torch.device("cpu"), "small")
+
+
+def test_triton_package_refuses_the_other_name():
+    run = subprocess.run([sys.executable, "-c", "import triton_kernels"], capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONPATH=str(ROOT / "python/engram_kernels")))
+    assert "import engram_kernels.triton_kernels instead" in run.stderr
+
+
+def test_triton_missing_is_said(monkeypatch):
+    monkeypatch.setattr(_triton, "INSTALLED", False)
+    assert _triton.why_not("gate") == "Triton is not installed: pip install 'engram-kernels[triton]'"
+    assert _triton.why_not("no_such_op") is not None
+
+
+NO_INTERPRETER = """
+import torch, engram_kernels as ek
+table = ek.RowTable.from_tensor(torch.randn(4, 8), row_format="f32")
+try:
+    ek.gather_rows(table, torch.tensor([1]), backend="triton")
+except RuntimeError as err:
+    print(err)
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_and_without_the_interpreter_is_refused():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", NO_INTERPRETER], capture_output=True, text=True,
+                         env=env | {"PYTHONPATH": str(ROOT / "python")})
+    assert run.stdout.startswith("gather_rows: backend 'triton' is not available: the kernels are loaded, but torch finds no")
+
+
+@pytest.mark.parametrize("capability, words", [((7, 5), "need sm_80 or later; the GPU is sm_75"), ((9, 0), None)])
+def test_triton_unsupported_target_is_said(capability, words, monkeypatch):
+    _triton.why_not_on.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    said = _triton.why_not_on(0)
+    _triton.why_not_on.cache_clear()
+    assert said is None if words is None else words in said
+
+
+@needs_triton
+def test_triton_gradients_compile_and_opcheck():
+    if not _triton.INTERPRETED:
+        pytest.skip("needs the interpreter")
+    ops = torch.ops.engram_kernels_triton
+    rows, _ = random_rows("bf16", 9, 32, torch.Generator().manual_seed(0))
+    ids = torch.randint(-1, 9, (4, 3), generator=torch.Generator().manual_seed(1))
+    options = ("bf16", 32, False, torch.float32)
+    torch.library.opcheck(ops.gather_rows.default, (rows.requires_grad_(), None, ids, *options))
+    torch.library.opcheck(ops.gather_rows.out, (rows.detach(), None, ids, *options), {"out": torch.empty(4, 3, 32)})
+    shapes = ((3, 2, 40), (3, 2, 40), (3, 40), (2, 40), (2, 40))
+    inputs = [torch.randn(s, generator=torch.Generator().manual_seed(2)) for s in shapes]
+    mask = torch.tensor([False, True, False])
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    torch.library.opcheck(ops.gate.default, (*leaves, mask, 1e-6, 1e-6, "copysign", True))
+    fused = torch.compile(lambda *x: gate(*x, mask, backend="triton") * 2, fullgraph=True)
+    got = torch.autograd.grad(fused(*leaves).sum(), leaves)
+    want = torch.autograd.grad((gate(*leaves, mask, backend="reference") * 2).sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_refuses_overlap_and_gradients_of_out():
+    if not _triton.INTERPRETED:
+        pytest.skip("needs the interpreter")
+    buffer, inputs = torch.zeros(4, 2, 8), [torch.randn(3, 2, 8), torch.randn(3, 8), torch.randn(2, 8), torch.randn(2, 8)]
+    with pytest.raises(ValueError, match="out shares memory with hidden, without being it"):
+        gate(buffer[:3], *inputs, out=buffer[1:], backend="triton")
+    with pytest.raises(ValueError, match="out shares memory with key"):
+        gate(torch.zeros(3, 2, 8), *inputs, out=inputs[0], backend="triton")
+    from engram_kernels.memory.row_table import RowTable
+    rows = torch.zeros(6, 8)
+    with pytest.raises(ValueError, match="out shares memory with rows"):
+        gather_rows(RowTable.from_tensor(rows, row_format="f32"), torch.tensor([0, 1]), torch.float32, out=rows[2:4],
+                    backend="triton")
+    layout = EngramSpec.deepseek_v41().layout()
+    with pytest.raises(IndexError, match=r"token_ids\[1\] is -5"):
+        ngram_hash(torch.tensor([3, -5]), torch.tensor([0, 2], dtype=torch.int32), layout, backend="triton")
