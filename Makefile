@@ -27,6 +27,7 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	python -m pytest -q $(ARGS)
+	TRITON_INTERPRET=0 python -m pytest -q tests/ptxsim/tests/test_triton.py
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
 OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_safety.py)
