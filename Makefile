@@ -39,7 +39,7 @@ test-asan: $(VENV)/.built
 	cmake --build build-asan/cmake
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  python -m pytest -q $(OP_TESTS) -k "not compiles" $(ARGS)
+	  python -m pytest -q $(OP_TESTS) -k "not compiles and not triton" $(ARGS)
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed
