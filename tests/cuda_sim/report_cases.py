@@ -29,7 +29,8 @@ def gather_rows(row_format, as_stored=False):
         row_bytes = bytes_of(rows).shape[1] + (0 if scales is None else bytes_of(scales).shape[1])
         out_bytes = row_bytes if as_stored else 2 * ROW_DIM
         return ("gather_rows", f"{row_format} to {'packed' if as_stored else 'bf16'}",
-                lambda: simulate_gather_rows(rows, scales, ids, row_format, ROW_DIM, as_stored=as_stored)[2],
+                lambda: simulate_gather_rows(rows, scales, ids, row_format, ROW_DIM, as_stored=as_stored,
+                                             device=Device(multiprocessors=1))[2],  # the tiles of a batch that fills a GPU
                 NUM_ROWS * (4 + row_bytes + out_bytes), NUM_ROWS, "row")
     return case
 
