@@ -10,6 +10,14 @@ CUDA_TORCH ?= torch==2.14.1
 
 BIN := $(VENV)/bin
 CUDA_PYTHON := $(CUDA_VENV)/bin/python
+# a machine with a GPU often has a CUDA torch already: GPU_PYTHON=python3 builds for that one, in place, and installs nothing
+ifdef GPU_PYTHON
+GPU_RUN := PYTHONPATH=$(abspath python) $(GPU_PYTHON)
+GPU_READY := build-gpu/.built
+else
+GPU_RUN := PYTHONPATH= $(CUDA_PYTHON)
+GPU_READY := $(CUDA_VENV)/.installed
+endif
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # one build folder, so that a second build is incremental
@@ -45,16 +53,17 @@ test-asan: $(VENV)/.built
 test-cuda-build: $(CUDA_VENV)/.installed
 	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
 
+GPU_OP_TESTS := test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py
 # On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
-test-gpu: $(CUDA_VENV)/.installed
-	PYTHONPATH= $(CUDA_PYTHON) -m pytest -q tests/gpu $(ARGS)
-	PYTHONPATH= $(CUDA_PYTHON) -m pytest -q $(addprefix tests/,test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py) -k cuda $(ARGS)
+test-gpu: $(GPU_READY)
+	$(GPU_RUN) -m pytest -q tests/gpu $(ARGS)
+	$(GPU_RUN) -m pytest -q $(addprefix tests/,$(GPU_OP_TESTS)) -k cuda $(ARGS)
 	for tool in memcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(CUDA_PYTHON) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
+	    env $(GPU_RUN) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
 
-bench-gpu: $(CUDA_VENV)/.installed
-	$(CUDA_PYTHON) bench/gpu.py $(ARGS)
+bench-gpu: $(GPU_READY)
+	$(GPU_RUN) bench/gpu.py $(ARGS)
 
 cuda-report: $(VENV)/.built
 	python tests/cuda_sim/report.py --readme README.md
@@ -77,7 +86,7 @@ format: $(VENV)/.lint
 	find csrc tests/cuda_sim -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
-	rm -rf build build-asan python/*.egg-info python/engram_kernels/_C*.so
+	rm -rf build build-asan build-gpu python/*.egg-info python/engram_kernels/_C*.so
 
 $(VENV)/.python:
 	@command -v $(COMPILER) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }
@@ -100,6 +109,11 @@ $(CUDA_VENV)/.installed: $(VENV)/.built $(CUDA_VENV)/.python $(CUDA_SOURCES)
 	@command -v nvcc > /dev/null || { echo "engram-kernels: nvcc was not found; put the CUDA 13 toolkit on PATH"; exit 1; }
 	rm -rf build/wheel && ENGRAM_KERNELS_CUDA=1 $(BUILD_ENV) pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(CUDA_PYTHON) -m pip install -q --force-reinstall --no-deps build/wheel/engram_kernels-*.whl
+	@touch $@
+
+build-gpu/.built: $(CUDA_SOURCES)
+	mkdir -p build-gpu
+	ENGRAM_KERNELS_CUDA=1 EK_BUILD_DIR=$(abspath build-gpu) $(GPU_PYTHON) setup.py -q build_ext --inplace > build-gpu/build.log 2>&1 || { tail -n 40 build-gpu/build.log; exit 1; }
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.built
