@@ -143,8 +143,8 @@ def main():
     peaks = {"device": copy_bytes_a_second(torch.empty(1 << 30, dtype=torch.uint8, device="cuda")),
              "link": copy_bytes_a_second(torch.empty(1 << 28, dtype=torch.uint8).pin_memory())}
     name = torch.cuda.get_device_name()
-    print(f"Measured on {name}, torch {torch.__version__}. A copy on the device moves {peaks['device'] / 1e9:.0f} GB/s, reads and "
-          f"writes counted; one from pinned host memory {peaks['link'] / 1e9:.1f} GB/s.\n")
+    print(f"Measured on {name}, torch {torch.__version__}. A copy on the device moves {peaks['device'] / 1e9:.0f} GB/s, reads "
+          f"and writes counted; one from pinned host memory {peaks['link'] / 1e9:.1f} GB/s.\n")
     print("| op | tokens | us | GB/s | of the copy's rate | peer's time over ours | Triton's time over ours |\n"
           "|---|---|---|---|---|---|---|")
     lines = [measure(op, tokens, make, peaks[moves]) for op, moves, make in workloads() for tokens in (1, 16, 512, 4096)]

@@ -7,12 +7,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of triton
 
-import row_files  # noqa: E402
+import row_files
+from on_device import device_of
 
-import engram_kernels  # noqa: E402, F401
-from engram_kernels import backends  # noqa: E402
-from engram_kernels._library import COMPILE_ERROR  # noqa: E402
-from on_device import device_of  # noqa: E402
+import engram_kernels  # noqa: F401
+from engram_kernels import backends
+from engram_kernels._library import COMPILE_ERROR
 
 if not COMPILE_ERROR:
     from engram_kernels import _C

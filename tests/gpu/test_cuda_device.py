@@ -143,8 +143,8 @@ def test_gradients_match_the_cpu_kernels(dtype, tolerance):
     got, want = gradients("cuda", dtype), gradients("cpu", dtype)
     for op in want:
         for a, b in zip(got[op], want[op], strict=True):
-            a, b = a.float(), b.float()
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item(), msg=lambda m, op=op: f"{op}: {m}")
+            torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item(),
+                                       msg=lambda m, op=op: f"{op}: {m}")
 
 
 def test_gradients_of_rows_are_summed_in_order():
