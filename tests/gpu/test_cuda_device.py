@@ -82,14 +82,17 @@ def test_runs_on_the_current_stream(op):
     call, out = make_calls()[op]
     want = call(out).clone()
     out.zero_()
+    before = out.clone()  # and the kernels of clone and equal are loaded: loading one later could wait for the other stream
+    assert torch.equal(before, out)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(1_000_000_000)
         call(out)
-        early = stream.query()
-    assert not early, "the call waited, or did not go to the side stream"
-    assert out.count_nonzero() == 0
+    before.copy_(out)
+    torch.cuda.current_stream().synchronize()
+    assert not stream.query(), "the call waited, or did not go to the side stream"
+    assert before.count_nonzero() == 0
     stream.synchronize()
     assert torch.equal(out, want)
 
