@@ -2,7 +2,8 @@
 //
 // Mapping  a block takes a tile of rows. A group of lanes reads a row as it lies in memory, a 128-byte line a time, to
 //          shared memory (nothing waits until the whole tile is on its way). Then the block writes the tile, 16 bytes a
-//          thread: as it lies there, or decoded. A third kernel, element by element, takes what has no alignment.
+//          thread: as it lies there, or decoded. A batch so small that a warp a row fills no GPU waits less without the
+//          tiles: a warp carries a row from memory to memory. Another kernel, by element, takes what has no alignment.
 // Traffic  every sector of a row once, the output once, 4 or 8 B an id. Over PCIe the reads are 128-byte requests.
 // Limits   tiles of rows up to kMaxStagedBytes; any row for the kernel by element.
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include "common/cuda_check.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/gather_rows/gather_rows_stage_cuda.h"
+#include "kernels/gather_rows/gather_rows_warp_cuda.h"
 
 namespace engram_kernels {
 namespace {
@@ -20,34 +22,7 @@ constexpr int kLoadsInFlight = 8;      // of a thread, at least
 constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
 constexpr int64_t kMaxRowsAThread = 32;
 constexpr int kMaxStagedBytes = 2048;
-constexpr int kVectorBytes = 16;
-
-// kCount elements from `element` on of a row in shared memory, decoded to float.
-template <RowFormat kFormat, int kCount>
-__device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales, int element,
-                                       float tensor_scale, float* values) {
-  if constexpr (kFormat == RowFormat::kF32) {
-    load_floats<DType::kF32, kCount>(row + 4 * element, values);
-  } else if constexpr (kFormat == RowFormat::kBf16) {
-    load_floats<DType::kBf16, kCount>(row + 2 * element, values);
-  } else if constexpr (kFormat == RowFormat::kF16) {
-    load_floats<DType::kF16, kCount>(row + 2 * element, values);
-  } else {
-    uint32_t words[kCount / 4];
-    load_words<kCount / 4>(row + element, words);
-    float scale = tensor_scale;
-    if constexpr (kFormat == RowFormat::kInt8Group32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
-    if constexpr (kFormat == RowFormat::kFp8Block32 || kFormat == RowFormat::kFp8Block32Packed) {
-      scale = unpack_ue8m0(scales[element / kScaleBlock], s.zero_scale_is_zero);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      kFormat == RowFormat::kInt8Group32 ? unpack_int8(words[i], values + 4 * i) : unpack_fp8(words[i], values + 4 * i);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] *= scale;
-  }
-}
+constexpr int kResidentWarps = 64;     // of a multiprocessor
 
 // Calls write(first, count, absent) with each tile of the block in shared memory; absent: some of its rows are not there.
 template <bool kScaleRows, class Write>
@@ -234,6 +209,7 @@ bool make_plan(const GatherRowsParams& p, Plan* plan) {
   if (plan->slot_bytes < 4 || row_bytes > kMaxStagedBytes || reinterpret_cast<uintptr_t>(p.out) % kVectorBytes != 0) return false;
   if (!copies(p) && out_bytes % kVectorBytes != 0) return false;
   const int64_t lead = aligned >= kLineBytes ? 0 : kLineBytes - aligned;  // of a row into its first line, at most
+  plan->aligned_bytes = std::min(aligned, kVectorBytes);
   plan->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
   plan->row_bytes = static_cast<int>(row_bytes);
   plan->scale_bytes = static_cast<int>(scale_bytes);
@@ -278,10 +254,24 @@ unsigned grid_of(const GatherRowsParams& p, int64_t blocks) {
   return static_cast<unsigned>(std::min({blocks, kMaxGridX, p.max_blocks > 0 ? p.max_blocks : kMaxGridX}));
 }
 
+// Whether a warp a row will do: all rows at once fit the GPU, and what a thread decodes at once is aligned.
+bool fits_warps(const GatherRowsParams& p, const Plan& plan) {
+  if (p.row_ids.count > int64_t{kResidentWarps} * num_multiprocessors()) return false;
+  if (copies(p)) return true;
+  const int64_t elements = kVectorBytes / dtype_bytes(p.out_dtype);
+  const int64_t load_bytes = std::min<int64_t>(elements * row_value_bytes(p.source.format, kScaleBlock) / kScaleBlock, kVectorBytes);
+  const bool scale_words = (reinterpret_cast<uintptr_t>(p.source.scales) | p.source.scale_stride_bytes) % 4 == 0;
+  return load_bytes <= plan.aligned_bytes && (p.source.format != RowFormat::kInt8Group32 || scale_words);
+}
+
 template <DType kOut>
 void launch(const GatherRowsParams& p, cudaStream_t stream) {
   Plan plan{};
-  if (make_plan(p, &plan)) {
+  const bool staged = make_plan(p, &plan);
+  if (staged && fits_warps(p, plan)) {
+    const unsigned grid = grid_of(p, ceil_div(p.row_ids.count, kThreads / kWarp));
+    gather_rows_warp_per_row_kernel<kOut><<<grid, kThreads, 0, stream>>>(p, plan, copies(p));
+  } else if (staged) {
     // each block walks several tiles and sets up once
     const int64_t resident = int64_t{kBlocksPerSm} * num_multiprocessors();
     const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, plan.rows), resident));

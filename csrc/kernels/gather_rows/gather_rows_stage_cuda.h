@@ -9,12 +9,14 @@ namespace engram_kernels {
 namespace {
 
 constexpr int kThreads = 64;  // of many rows each: what a thread does once for a tile is a good part of its work
+constexpr int kWarp = 32;
 constexpr int kLineBytes = 128;
 constexpr int kRowsAtOnce = 8;  // of a group of lanes, so that a thread has 8 loads in flight at least
 
 // What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
 // then the staged rows, then the ids.
 struct Plan {
+  int aligned_bytes;      // of rows in memory, up to 16
   int slot_bytes;         // of one load: 16, 8 or 4
   int lines;              // that a row can touch
   int rows;               // of a tile
@@ -146,7 +148,6 @@ __device__ __forceinline__ void stage_scales(const GatherRowsParams& p, const Pl
 
 // Zeros for the rows that are not there, values and scales.
 __device__ __forceinline__ void clear_absent(const Plan& plan, int count) {
-  constexpr int kWarp = 32;
 #pragma unroll 1
   for (int r = threadIdx.x / kWarp; r < count; r += kThreads / kWarp) {
     if (!is_absent(plan, r)) continue;
