@@ -9,6 +9,7 @@
 
 #include "common/convert_cuda.h"
 #include "common/cuda_check.h"
+#include "common/stored_row_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/gather_rows/gather_rows_stage_cuda.h"
 
@@ -21,33 +22,6 @@ constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
 constexpr int64_t kMaxRowsAThread = 32;
 constexpr int kMaxStagedBytes = 2048;
 constexpr int kVectorBytes = 16;
-
-// kCount elements from `element` on of a row in shared memory, decoded to float.
-template <RowFormat kFormat, int kCount>
-__device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales, int element,
-                                       float tensor_scale, float* values) {
-  if constexpr (kFormat == RowFormat::kF32) {
-    load_floats<DType::kF32, kCount>(row + 4 * element, values);
-  } else if constexpr (kFormat == RowFormat::kBf16) {
-    load_floats<DType::kBf16, kCount>(row + 2 * element, values);
-  } else if constexpr (kFormat == RowFormat::kF16) {
-    load_floats<DType::kF16, kCount>(row + 2 * element, values);
-  } else {
-    uint32_t words[kCount / 4];
-    load_words<kCount / 4>(row + element, words);
-    float scale = tensor_scale;
-    if constexpr (kFormat == RowFormat::kInt8Group32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
-    if constexpr (kFormat == RowFormat::kFp8Block32 || kFormat == RowFormat::kFp8Block32Packed) {
-      scale = unpack_ue8m0(scales[element / kScaleBlock], s.zero_scale_is_zero);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      kFormat == RowFormat::kInt8Group32 ? unpack_int8(words[i], values + 4 * i) : unpack_fp8(words[i], values + 4 * i);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] *= scale;
-  }
-}
 
 // Calls write(first, count, absent) with each tile of the block in shared memory; absent: some of its rows are not there.
 template <bool kScaleRows, class Write>
@@ -144,35 +118,6 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
   });
 }
 
-template <class T>
-__device__ __forceinline__ T load_bytes(const std::byte* from) {  // of any alignment
-  T value;
-  auto* to = reinterpret_cast<std::byte*>(&value);
-#pragma unroll
-  for (size_t i = 0; i < sizeof(T); ++i) to[i] = from[i];
-  return value;
-}
-
-__device__ float decode_element(const RowSource& s, int64_t id, int element) {
-  const std::byte *row = s.row(id), *scales = s.row_scales(id);
-  const auto byte = [&](const std::byte* from) { return static_cast<uint8_t>(*from); };
-  switch (s.format) {
-    case RowFormat::kF32:
-      return load_bytes<float>(row + 4 * element);
-    case RowFormat::kBf16:
-      return bf16_to_float(load_bytes<uint16_t>(row + 2 * element));
-    case RowFormat::kF16:
-      return f16_to_float(load_bytes<uint16_t>(row + 2 * element));
-    case RowFormat::kFp8Tensor:
-      return fp8_e4m3_to_float(byte(row + element)) * load_bytes<float>(s.scales);
-    case RowFormat::kInt8Group32:
-      return static_cast<float>(static_cast<int8_t>(byte(row + element))) * load_bytes<float>(scales + element / kScaleBlock * 4);
-    default:
-      break;
-  }
-  return fp8_e4m3_to_float(byte(row + element)) * ue8m0_to_float(byte(scales + element / kScaleBlock), s.zero_scale_is_zero);
-}
-
 // One block a row, one element a thread at a time.
 template <DType kOut>
 __global__ void __launch_bounds__(kThreads) gather_rows_by_element_kernel(const GatherRowsParams p) {
@@ -203,8 +148,6 @@ __global__ void __launch_bounds__(kThreads) gather_rows_by_byte_kernel(const Gat
     }
   }
 }
-
-int lowest_bit(uint64_t x) { return x == 0 ? 1 << 30 : static_cast<int>(x & (~x + 1) & 0x3FFFFFFF); }
 
 // Whether output rows are the bytes of stored rows.
 bool copies(const GatherRowsParams& p) {
