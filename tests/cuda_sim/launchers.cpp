@@ -3,6 +3,7 @@
 #include <string>
 
 #include "kernels/gate/gate.h"
+#include "kernels/gather_gate/gather_gate.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 #include "kernels/short_conv/short_conv.h"
@@ -25,6 +26,7 @@ EK_LAUNCHER(gather_rows_cuda, GatherRowsParams)
 EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
 EK_LAUNCHER(gate_cuda, GateParams)
 EK_LAUNCHER(gate_bwd_cuda, GateBwdParams)
+EK_LAUNCHER(gather_gate_cuda, GatherGateParams)
 EK_LAUNCHER(short_conv_cuda, ShortConvParams)
 EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
 

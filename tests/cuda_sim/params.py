@@ -59,6 +59,19 @@ class GateBwdParams(Structure):
         (name, c_void_p) for name in ("grad_value", "grad_w_hidden", "grad_w_key", "scratch")]
 
 
+class GatherGateParams(Structure):
+    _fields_ = [("hidden", BranchRows), ("table", RowSource), ("row_ids", c_void_p), ("weights", GateWeights), ("mask", c_void_p),
+                ("out", BranchRows)] + [
+        (name, c_int64) for name in ("num_tokens", "branches", "hidden_size", "columns", "id_token_stride",
+                                     "id_column_stride")] + [
+        ("dtype", c_int), ("ids_are_int64", c_bool), ("options", GateOptions), ("error_count", c_void_p)]
+
+
+class GatherGateBwdParams(Structure):
+    _fields_ = [("forward", GatherGateParams), ("grad_out", BranchRows), ("grad_hidden", BranchRows)] + [
+        (name, c_void_p) for name in ("grad_rows", "grad_w_hidden", "grad_w_key", "scratch")]
+
+
 class ShortConvParams(Structure):
     _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state", "out")] + [
         (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "state_sequence_stride",

@@ -31,6 +31,7 @@ struct GatherGateParams {
   DType dtype;  // of hidden and out
   bool ids_are_int64;
   GateOptions options;
+  uint32_t* error_count = nullptr;  // CUDA only: device memory, counts ids out of range, whose rows are zeros; or null
 
   EK_INLINE bool masked(int64_t t) const { return mask != nullptr && mask[t] != 0; }
   EK_INLINE int64_t row_id(int64_t t, int64_t column) const {
@@ -46,6 +47,7 @@ struct GatherGateBwdParams {
   void* grad_rows;      // [num_tokens, columns, row_dim] dense, dtype of hidden
   void* grad_w_hidden;  // [branches, hidden_size] dense, dtype of the weights
   void* grad_w_key;
+  void* scratch = nullptr;  // CUDA only: device memory of gather_gate_bwd_cuda_scratch_bytes, on 16 bytes
 };
 
 // Throws unless sizes and constants are in range.
@@ -55,5 +57,11 @@ void check_host_data(const GatherGateParams& p);
 
 void gather_gate_cpu(const GatherGateParams& p, const Parallel& parallel);
 void gather_gate_bwd_cpu(const GatherGateBwdParams& p, const Parallel& parallel);
+#ifdef EK_WITH_CUDA
+// Every pointer is device memory; the table may be host memory that the device can read. An id that names no row is -1.
+void gather_gate_cuda(const GatherGateParams& p, void* stream);
+int64_t gather_gate_bwd_cuda_scratch_bytes(const GatherGateBwdParams& p);  // on the current device
+void gather_gate_bwd_cuda(const GatherGateBwdParams& p, void* stream);
+#endif
 
 }  // namespace engram_kernels

@@ -10,6 +10,7 @@
 
 #include "common/convert_cuda.h"
 #include "common/cuda_check.h"
+#include "common/stored_row_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/gather_rows/gather_rows_stage_cuda.h"
 #include "kernels/gather_rows/gather_rows_warp_cuda.h"
@@ -22,7 +23,7 @@ constexpr int kLoadsInFlight = 8;      // of a thread, at least
 constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
 constexpr int64_t kMaxRowsAThread = 32;
 constexpr int kMaxStagedBytes = 2048;
-constexpr int kResidentWarps = 64;     // of a multiprocessor
+constexpr int kResidentWarps = 64;  // of a multiprocessor
 
 // Calls write(first, count, absent) with each tile of the block in shared memory; absent: some of its rows are not there.
 template <bool kScaleRows, class Write>
@@ -119,35 +120,6 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
   });
 }
 
-template <class T>
-__device__ __forceinline__ T load_bytes(const std::byte* from) {  // of any alignment
-  T value;
-  auto* to = reinterpret_cast<std::byte*>(&value);
-#pragma unroll
-  for (size_t i = 0; i < sizeof(T); ++i) to[i] = from[i];
-  return value;
-}
-
-__device__ float decode_element(const RowSource& s, int64_t id, int element) {
-  const std::byte *row = s.row(id), *scales = s.row_scales(id);
-  const auto byte = [&](const std::byte* from) { return static_cast<uint8_t>(*from); };
-  switch (s.format) {
-    case RowFormat::kF32:
-      return load_bytes<float>(row + 4 * element);
-    case RowFormat::kBf16:
-      return bf16_to_float(load_bytes<uint16_t>(row + 2 * element));
-    case RowFormat::kF16:
-      return f16_to_float(load_bytes<uint16_t>(row + 2 * element));
-    case RowFormat::kFp8Tensor:
-      return fp8_e4m3_to_float(byte(row + element)) * load_bytes<float>(s.scales);
-    case RowFormat::kInt8Group32:
-      return static_cast<float>(static_cast<int8_t>(byte(row + element))) * load_bytes<float>(scales + element / kScaleBlock * 4);
-    default:
-      break;
-  }
-  return fp8_e4m3_to_float(byte(row + element)) * ue8m0_to_float(byte(scales + element / kScaleBlock), s.zero_scale_is_zero);
-}
-
 // One block a row, one element a thread at a time.
 template <DType kOut>
 __global__ void __launch_bounds__(kThreads) gather_rows_by_element_kernel(const GatherRowsParams p) {
@@ -178,8 +150,6 @@ __global__ void __launch_bounds__(kThreads) gather_rows_by_byte_kernel(const Gat
     }
   }
 }
-
-int lowest_bit(uint64_t x) { return x == 0 ? 1 << 30 : static_cast<int>(x & (~x + 1) & 0x3FFFFFFF); }
 
 // Whether output rows are the bytes of stored rows.
 bool copies(const GatherRowsParams& p) {
@@ -259,7 +229,8 @@ bool fits_warps(const GatherRowsParams& p, const Plan& plan) {
   if (p.row_ids.count > int64_t{kResidentWarps} * num_multiprocessors()) return false;
   if (copies(p)) return true;
   const int64_t elements = kVectorBytes / dtype_bytes(p.out_dtype);
-  const int64_t load_bytes = std::min<int64_t>(elements * row_value_bytes(p.source.format, kScaleBlock) / kScaleBlock, kVectorBytes);
+  const int64_t load_bytes =
+      std::min<int64_t>(elements * row_value_bytes(p.source.format, kScaleBlock) / kScaleBlock, kVectorBytes);
   const bool scale_words = (reinterpret_cast<uintptr_t>(p.source.scales) | p.source.scale_stride_bytes) % 4 == 0;
   return load_bytes <= plan.aligned_bytes && (p.source.format != RowFormat::kInt8Group32 || scale_words);
 }

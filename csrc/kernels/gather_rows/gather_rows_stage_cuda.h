@@ -1,8 +1,8 @@
 // How a tile of rows gets to shared memory: every sector once, by asynchronous copies of whole 128-byte lines.
 #pragma once
 
-#include "common/convert_cuda.h"
 #include "common/cuda_check.h"
+#include "common/stored_row_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
 
 namespace engram_kernels {
@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kThreads = 64;  // of many rows each: what a thread does once for a tile is a good part of its work
 constexpr int kWarp = 32;
-constexpr int kLineBytes = 128;
 constexpr int kRowsAtOnce = 8;  // of a group of lanes, so that a thread has 8 loads in flight at least
 
 // What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
@@ -35,11 +34,6 @@ struct Plan {
 };
 
 extern __shared__ __align__(16) unsigned char shared[];
-
-// Where a row of the tile comes from and goes to: the address of the 128-byte line in which it begins, in two words; the
-// place of that line in bytes of shared memory; how far into the line the row begins, or kAbsent: nothing is read.
-using StagedRow = uint4;
-constexpr int kAbsent = -(1 << 30);
 
 __device__ __forceinline__ StagedRow* staged(const Plan& plan) { return reinterpret_cast<StagedRow*>(shared + plan.staged_at); }
 __device__ __forceinline__ int64_t* staged_ids(const Plan& plan) { return reinterpret_cast<int64_t*>(shared + plan.ids_at); }
@@ -70,20 +64,6 @@ __device__ __forceinline__ bool stage_ids(const GatherRowsParams& p, const Plan&
 }
 
 __device__ __forceinline__ uint32_t shared_address() { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
-
-// Starts a copy of kBytes to shared memory where `copies`. Lines of 8-byte slots may be shared by rows: through L1.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const std::byte* from, bool copies) {
-  if constexpr (kBytes == 16) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to), "l"(from),
-                 "r"(static_cast<int>(copies))
-                 : "memory");
-  } else {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3;}" ::"r"(to), "l"(from),
-                 "r"(static_cast<int>(copies)), "n"(kBytes)
-                 : "memory");
-  }
-}
 
 // Starts the reads of kLines lines of every row of the tile, from line `first_line` of the row on.
 template <int kSlot, int kLines>

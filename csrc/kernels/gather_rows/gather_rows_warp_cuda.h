@@ -1,10 +1,11 @@
-// Rows of small batches: a warp carries a row from memory to memory. And the decoding that the tiles share with it.
+// Rows of small batches: a warp carries a row from memory to memory.
 //
 // The way through a tile is longer than the row takes: on an H200, 24 rows of 512 bytes took 3.0 us staged, 2.1 us like this.
 #pragma once
 
 #include "common/convert_cuda.h"
 #include "common/cuda_check.h"
+#include "common/stored_row_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/gather_rows/gather_rows_stage_cuda.h"
 
@@ -13,39 +14,13 @@ namespace {
 
 constexpr int kVectorBytes = 16;
 
-// kCount elements from `element` on of a row in shared or global memory, decoded to float.
-template <RowFormat kFormat, int kCount>
-__device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales, int element,
-                                       float tensor_scale, float* values) {
-  if constexpr (kFormat == RowFormat::kF32) {
-    load_floats<DType::kF32, kCount>(row + 4 * element, values);
-  } else if constexpr (kFormat == RowFormat::kBf16) {
-    load_floats<DType::kBf16, kCount>(row + 2 * element, values);
-  } else if constexpr (kFormat == RowFormat::kF16) {
-    load_floats<DType::kF16, kCount>(row + 2 * element, values);
-  } else {
-    uint32_t words[kCount / 4];
-    load_words<kCount / 4>(row + element, words);
-    float scale = tensor_scale;
-    if constexpr (kFormat == RowFormat::kInt8Group32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
-    if constexpr (kFormat == RowFormat::kFp8Block32 || kFormat == RowFormat::kFp8Block32Packed) {
-      scale = unpack_ue8m0(scales[element / kScaleBlock], s.zero_scale_is_zero);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      kFormat == RowFormat::kInt8Group32 ? unpack_int8(words[i], values + 4 * i) : unpack_fp8(words[i], values + 4 * i);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] *= scale;
-  }
-}
-
 // A warp's row to the output, decoded; null: zeros.
 template <DType kOut, RowFormat kFormat>
 __device__ __forceinline__ void decode_row(const RowSource& s, const std::byte* row, const std::byte* scales, int vectors,
                                            std::byte* out) {
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
-  const float tensor_scale = kFormat == RowFormat::kFp8Tensor && row != nullptr ? *reinterpret_cast<const float*>(s.scales) : 0.0F;
+  const float tensor_scale =
+      kFormat == RowFormat::kFp8Tensor && row != nullptr ? *reinterpret_cast<const float*>(s.scales) : 0.0F;
 #pragma unroll 4
   for (int v = threadIdx.x % kWarp; v < vectors; v += kWarp) {
     float values[kCount] = {};
@@ -67,7 +42,8 @@ __device__ __forceinline__ void copy_row(const std::byte* row, int bytes, std::b
 
 // Small batches: a warp a row, nothing is staged. With copies, rows as they are, in slots of plan.slot_bytes.
 template <DType kOut>
-__global__ void __launch_bounds__(kThreads) gather_rows_warp_per_row_kernel(const GatherRowsParams p, const Plan plan, bool copies) {
+__global__ void __launch_bounds__(kThreads)
+    gather_rows_warp_per_row_kernel(const GatherRowsParams p, const Plan plan, bool copies) {
   constexpr int kWarps = kThreads / kWarp;
   const RowSource& s = p.source;
 #pragma unroll 1

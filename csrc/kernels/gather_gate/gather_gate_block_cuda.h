@@ -1,0 +1,292 @@
+// Device code that the kernels of gather_gate share: how a block lies over a token, and how the token's rows get to it.
+// Included by .cu files only.
+//
+// A thread holds kVectors 16-byte vectors of hidden in each of up to kGroup branches, and decodes what lies there of the
+// memory vector once for all of them. A token's rows come to shared memory as they are stored, by asynchronous copies of
+// whole 128-byte lines, while the token before is worked on.
+#pragma once
+
+#include <algorithm>
+
+#include "common/stored_row_cuda.h"
+#include "kernels/gate/gate_row_cuda.h"
+#include "kernels/gather_gate/gather_gate.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr int kMaxWarps = 24;
+constexpr int kStaticBytes = 2048;  // of shared memory, at most
+
+extern __shared__ float4 shared[];
+
+// What the launcher derives from the params. Dynamic shared memory: what the kernel keeps of the weights, then the rows of
+// a token, each with its scales behind it, then the staged rows, then the ids.
+struct Tile {
+  int vectors;     // of a row of hidden
+  int branches;    // of a token
+  int tokens;
+  int slot_bytes;  // of one load of a row: 16, 8 or 4
+  int lines;       // that a row can touch
+  int row_bytes;   // read of a row
+  int row_pitch;   // bytes between rows in shared memory
+  int scale_bytes;  // of a row's scales that lie apart in memory
+  int scale_lanes;  // threads that fetch them
+  int rows_at, staged_at, ids_at;  // bytes into shared memory
+  int shared_bytes;
+};
+
+// Where a vector of the memory vector lies; one word, for the registers' sake.
+class Place {
+ public:
+  Place() = default;
+  __device__ __forceinline__ Place(int row, int element) : packed_(row << 16 | element) {}
+
+  __device__ __forceinline__ bool is_there() const { return packed_ >= 0; }  // else the block is wider than hidden
+  __device__ __forceinline__ int row() const { return packed_ >> 16; }
+  __device__ __forceinline__ int element() const { return packed_ & 0xFFFF; }
+
+ private:
+  int packed_;
+};
+constexpr int kMaxRowDim = 1 << 16;
+
+// What a thread knows of a token that is still to come.
+struct Coming {
+  int64_t id;  // of the row with the number of the thread
+  bool masked;
+};
+
+__device__ __forceinline__ unsigned char* shared_bytes_at(int at) { return reinterpret_cast<unsigned char*>(shared) + at; }
+__device__ __forceinline__ StagedRow* staged(const Tile& tile) {
+  return reinterpret_cast<StagedRow*>(shared_bytes_at(tile.staged_at));
+}
+__device__ __forceinline__ int64_t* staged_ids(const Tile& tile) {
+  return reinterpret_cast<int64_t*>(shared_bytes_at(tile.ids_at));
+}
+__device__ __forceinline__ bool is_absent(const StagedRow& row) { return static_cast<int>(row.w) == kAbsent; }
+
+// Asks for a token's id, to be used much later. Past the last token: a masked one.
+__device__ __forceinline__ Coming look_ahead(const GatherGateParams& p, int64_t t) {
+  Coming next{kNoRow, true};
+  if (t >= p.num_tokens) return next;
+  next.masked = p.masked(t);
+  if (threadIdx.x < p.columns) next.id = p.row_id(t, threadIdx.x);
+  return next;
+}
+
+// Says where the rows of a token are: a thread a row.
+__device__ __forceinline__ void describe_rows(const GatherGateParams& p, const Tile& tile, const Coming& next) {
+  const int r = static_cast<int>(threadIdx.x);
+  if (r >= p.columns) return;
+  const int64_t id = next.masked ? kNoRow : next.id;
+  const bool there = static_cast<uint64_t>(id) < static_cast<uint64_t>(p.table.num_rows);
+  if (!there && id != kNoRow) count_error(p.error_count);
+  const auto row = reinterpret_cast<uint64_t>(p.table.row(id));
+  const int into_line = static_cast<int>(row % kLineBytes);
+  const uint64_t line = row - into_line;
+  staged(tile)[r] = make_uint4(static_cast<uint32_t>(line), static_cast<uint32_t>(line >> 32), r * tile.row_pitch - into_line,
+                               there ? into_line : kAbsent);
+  if (tile.scale_bytes > 0) staged_ids(tile)[r] = id;
+}
+
+// Starts the reads of the rows described: kSlot bytes a lane, a line a group of lanes. Zeros for a row that is not there.
+template <int kSlot>
+__device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
+  constexpr int kLanes = kLineBytes / kSlot;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, lane_bytes = lane * kSlot;
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes_at(tile.rows_at))) + lane_bytes;
+#pragma unroll 1
+  for (int r = static_cast<int>(threadIdx.x) / kLanes; r < columns; r += static_cast<int>(blockDim.x) / kLanes) {
+    const StagedRow row = staged(tile)[r];
+    if (is_absent(row)) {
+      auto* to = reinterpret_cast<uint4*>(shared_bytes_at(tile.rows_at + r * tile.row_pitch));
+      for (int i = lane; i < tile.row_pitch / 16; i += kLanes) to[i] = make_uint4(0, 0, 0, 0);
+      continue;
+    }
+    const auto* from = reinterpret_cast<const std::byte*>(uint64_t{row.y} << 32 | row.x) + lane_bytes;
+    uint32_t to = base + row.z;
+    int at = lane_bytes - static_cast<int>(row.w);  // in the row
+#pragma unroll 4
+    for (int i = 0; i < tile.lines; ++i, at += kLineBytes, from += kLineBytes, to += kLineBytes) {
+      copy_async<kSlot>(to, from, static_cast<uint32_t>(at) < static_cast<uint32_t>(tile.row_bytes));
+    }
+  }
+}
+
+// The same for scales that lie apart: words where they are aligned, else bytes.
+__device__ __forceinline__ void stage_scales(const RowSource& s, const Tile& tile, int columns) {
+  const bool words = (reinterpret_cast<uintptr_t>(s.scales) | s.scale_stride_bytes | tile.scale_bytes) % 4 == 0;
+  const int step = words ? 4 : 1, lane = static_cast<int>(threadIdx.x) & (tile.scale_lanes - 1);
+#pragma unroll 1
+  for (int r = static_cast<int>(threadIdx.x) / tile.scale_lanes; r < columns; r += blockDim.x / tile.scale_lanes) {
+    if (is_absent(staged(tile)[r])) continue;
+    const std::byte* from = s.scales + staged_ids(tile)[r] * s.scale_stride_bytes;
+    unsigned char* to = shared_bytes_at(tile.rows_at + r * tile.row_pitch + tile.row_bytes);
+#pragma unroll 1
+    for (int at = lane * step; at < tile.scale_bytes; at += tile.scale_lanes * step) {
+      if (words) {
+        copy_async<4>(static_cast<uint32_t>(__cvta_generic_to_shared(to + at)), from + at, true);
+      } else {
+        to[at] = static_cast<unsigned char>(from[at]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void stage_rows(const GatherGateParams& p, const Tile& tile) {
+  const int columns = static_cast<int>(p.columns);
+  if (tile.slot_bytes == 16) stage_lines<16>(tile, columns);
+  if (tile.slot_bytes == 8) stage_lines<8>(tile, columns);
+  if (tile.slot_bytes == 4) stage_lines<4>(tile, columns);
+  if (tile.scale_bytes > 0) stage_scales(p.table, tile, columns);
+}
+
+// The vectors of this thread.
+template <int kElements, int kVectors>
+__device__ __forceinline__ void find_places(const GatherGateParams& p, const Tile& tile, Place (&places)[kVectors]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = first_vector<kVectors>() + j * kWarp, row = i * kElements / p.table.row_dim;
+    places[j] = i < tile.vectors ? Place(row, i * kElements - row * p.table.row_dim) : Place(-1, 0);
+  }
+}
+
+// A thread's part of the memory vector, out of shared memory; zeros where it has none.
+template <RowFormat kFormat, int kElements, int kVectors>
+__device__ __forceinline__ void decode_places(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
+                                              float (&e)[kVectors][kElements]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const Place place = places[j];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) e[j][i] = 0.0F;
+    if (!place.is_there()) continue;
+    const unsigned char* row = shared_bytes_at(tile.rows_at + place.row() * tile.row_pitch);
+    float scale = 0.0F;
+    if constexpr (kFormat == RowFormat::kFp8Tensor) {  // it may be NaN
+      if (is_absent(staged(tile)[place.row()])) continue;
+      scale = *reinterpret_cast<const float*>(p.table.scales);
+    }
+    if constexpr (kFormat == RowFormat::kF32 && kElements == 8) {
+      // half of the lanes begin with the upper half, so that neighbours read from other banks
+      const int swap = threadIdx.x / 4 % 2;
+      const auto* halves = reinterpret_cast<const float4*>(row + 4 * place.element());
+      const float4 a = halves[swap], b = halves[1 - swap], low = swap ? b : a, high = swap ? a : b;
+      e[j][0] = low.x, e[j][1] = low.y, e[j][2] = low.z, e[j][3] = low.w;
+      e[j][4] = high.x, e[j][5] = high.y, e[j][6] = high.z, e[j][7] = high.w;
+    } else {
+      decode<kFormat, kElements>(p.table, row, row + p.table.row_dim, place.element(), scale, e[j]);
+    }
+  }
+}
+
+template <int kElements, int kVectors>
+__device__ __forceinline__ void decode_memory(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
+                                              float (&e)[kVectors][kElements]) {
+  switch (p.table.format) {
+    case RowFormat::kF32:
+      return decode_places<RowFormat::kF32>(p, tile, places, e);
+    case RowFormat::kBf16:
+      return decode_places<RowFormat::kBf16>(p, tile, places, e);
+    case RowFormat::kF16:
+      return decode_places<RowFormat::kF16>(p, tile, places, e);
+    case RowFormat::kFp8Tensor:
+      return decode_places<RowFormat::kFp8Tensor>(p, tile, places, e);
+    case RowFormat::kInt8Group32:
+      return decode_places<RowFormat::kInt8Group32>(p, tile, places, e);
+    default:  // in shared memory the scales lie behind the values
+      return decode_places<RowFormat::kFp8Block32Packed>(p, tile, places, e);
+  }
+}
+
+// Four elements of a vector.
+template <DType kType>
+__device__ __forceinline__ void unpack_quad(const uint4& v, int quad, float (&values)[4]) {
+  if constexpr (kType == DType::kF32) {
+    unpack_vector<kType>(v, values);
+  } else {
+    unpack_pair<kType>(quad ? v.z : v.x, values, values + 1);
+    unpack_pair<kType>(quad ? v.w : v.y, values + 2, values + 3);
+  }
+}
+
+// The products of the two weights of four elements of vector i: from the block's shared memory, or from memory.
+template <int kElements, bool kStaged>
+__device__ __forceinline__ void products(const GatherGateParams& p, const Tile& tile, int branch, int i, int quad,
+                                         float (&values)[4]) {
+  if constexpr (kStaged) {
+    load_planes<4>(shared + (branch * (kElements / 4) + quad) * tile.vectors, tile.vectors, i, values);
+  } else {
+    float of_key[4];
+    const int64_t element = branch * p.hidden_size + i * kElements + quad * 4;
+    load_weights<4>(p.weights.w_hidden, p.weights.dtype, element, values);
+    load_weights<4>(p.weights.w_key, p.weights.dtype, element, of_key);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) values[n] *= of_key[n];
+  }
+}
+
+// Sums kCount values (a power of two) over a warp: lane l gets the sum of value l / (kWarp / kCount), in v[0].
+template <int kCount>
+__device__ __forceinline__ void spread_sums(float (&v)[kCount]) {
+#pragma unroll
+  for (int half = kCount / 2, offset = kWarp / 2; offset > 0; half /= 2, offset /= 2) {
+    const bool upper = (threadIdx.x & offset) != 0;
+#pragma unroll
+    for (int i = 0; i < (half > 0 ? half : 1); ++i) {
+      const float kept = half > 0 && upper ? v[i + half] : v[i], given = half > 0 && !upper ? v[i + half] : v[i];
+      v[i] = kept + __shfl_xor_sync(~0U, given, offset);
+    }
+  }
+}
+
+// Vectors of `count` branches of a token, from `branch` on; what is not there stays as it is.
+template <DType kType, int kGroup, int kVectors>
+__device__ __forceinline__ void load_group(const BranchRows& rows, int64_t t, int branch, int count,
+                                           const Place (&places)[kVectors], uint4 (&held)[kGroup][kVectors]) {
+#pragma unroll
+  for (int m = 0; m < kGroup; ++m) {
+    if (m >= count) break;
+    const auto* from = vector_at<const uint4>(rows, kType, t, branch + m, first_vector<kVectors>());
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      if (places[j].is_there()) held[m][j] = from[j * kWarp];
+    }
+  }
+}
+
+// One element of the memory vector, for the kernels that go element by element; counts a bad id where `counts`.
+__device__ __forceinline__ float memory_element(const GatherGateParams& p, int64_t t, int i, bool counts = false) {
+  const int row = i / p.table.row_dim, element = i - row * p.table.row_dim;
+  const int64_t id = p.row_id(t, row);
+  if (static_cast<uint64_t>(id) < static_cast<uint64_t>(p.table.num_rows)) return decode_element(p.table, id, element);
+  if (counts && element == 0 && id != kNoRow) count_error(p.error_count);
+  return 0.0F;
+}
+
+// Lays out a token's rows in shared memory from `at` bytes on. Returns whether the kernels of a block a token take them.
+inline bool lay_out(const GatherGateParams& p, int elements, int at, Tile* tile) {
+  const RowSource& s = p.table;
+  const int64_t row_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
+  const int aligned = lowest_bit(reinterpret_cast<uintptr_t>(s.rows) | static_cast<uint64_t>(s.row_stride_bytes));
+  tile->slot_bytes = std::min({aligned, lowest_bit(static_cast<uint64_t>(row_bytes)), kVectorBytes});
+  if (tile->slot_bytes < 4 || s.row_dim % elements != 0 || s.row_dim > kMaxRowDim) return false;
+  const int64_t lead = aligned >= kLineBytes ? 0 : kLineBytes - aligned;  // of a row into its first line, at most
+  tile->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
+  tile->row_bytes = static_cast<int>(row_bytes);
+  tile->scale_bytes = static_cast<int>(scale_bytes);
+  tile->scale_lanes = scale_bytes % 32 == 0 ? 8 : 2;
+  tile->row_pitch = static_cast<int>(ceil_div(row_bytes + scale_bytes, kVectorBytes) * kVectorBytes);
+  const int64_t rows = p.columns * tile->row_pitch, ids = scale_bytes > 0 ? p.columns * 8 : 0;
+  const int64_t bytes = at + rows + p.columns * static_cast<int64_t>(sizeof(StagedRow)) + ids;
+  if (bytes > max_shared_bytes() - kStaticBytes) return false;
+  tile->rows_at = at;
+  tile->staged_at = static_cast<int>(at + rows);
+  tile->ids_at = tile->staged_at + static_cast<int>(p.columns * static_cast<int64_t>(sizeof(StagedRow)));
+  tile->shared_bytes = static_cast<int>(bytes);
+  return true;
+}
+
+}  // namespace
+}  // namespace engram_kernels

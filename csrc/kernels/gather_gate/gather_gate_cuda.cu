@@ -1,0 +1,274 @@
+// CUDA kernels of gather_gate. Contract: gather_gate.h, gate.h; layout of a block: gather_gate_block_cuda.h.
+//
+// Mapping  a block takes a token after the other. Hidden stays in registers between the sums and the output, where the
+//          next token's takes its place; what a thread needs of the memory vector, decoded once for all branches, too. The
+//          products of the weights stay in shared memory for the life of the block where they fit. The second kernel,
+//          element by element, takes what is not aligned or too wide, and reads its inputs twice (then out of the cache).
+// Traffic  rows, ids and hidden once, output once; the weights once a block (else once a token, out of the cache).
+// Limits   the first kernel: rows on 16 bytes, row_dim a multiple of a vector's elements, 1,536 vectors in a branch.
+#include <algorithm>
+
+#include "kernels/gather_gate/gather_gate_block_cuda.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr int kMaxThreads = kMaxWarps * kWarp;
+constexpr int kThreadsPerSm = kMaxThreads;  // by registers
+constexpr int kRowThreads = 128;
+
+template <int kGroup>
+struct Sums {  // of a group, by warp
+  float of_branch[2 * kGroup][kMaxWarps + 1];  // dot, hidden^2
+  float key[kMaxWarps];                        // key^2
+  float gates[kGroup];
+};
+
+// Sums of the vectors of this warp, for the branches of the group.
+template <DType kType, bool kStaged, int kGroup, int kVectors>
+__device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
+                                          const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
+                                          const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
+  constexpr int kElements = kVectorElements<kType>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float v[2 * kGroup] = {};
+#pragma unroll
+  for (int m = 0; m < kGroup; ++m) {
+    if (m >= count) break;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = !places[j].is_there() ? 0 : first_vector<kVectors>() + j * kWarp;
+#pragma unroll
+      for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
+        float h[4], w[4];
+        products<kElements, kStaged>(p, tile, branch + m, i, quad, w);
+        unpack_quad<kType>(held[m][j], quad, h);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          v[2 * m] = fmaf(h[n], e[j][4 * quad + n] * w[n], v[2 * m]);
+          v[2 * m + 1] = fmaf(h[n], h[n], v[2 * m + 1]);
+        }
+      }
+    }
+  }
+  spread_sums(v);
+  if (lane % (kWarp / (2 * kGroup)) == 0) sums.of_branch[lane / (kWarp / (2 * kGroup))][warp] = v[0];
+  if (branch > 0) return;
+  float key[1] = {0};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) key[0] = fmaf(e[j][n], e[j][n], key[0]);
+  }
+  warp_sums(key);
+  if (lane == 0) sums.key[warp] = key[0];
+}
+
+// The gates of the group: a warp a branch.
+template <int kGroup>
+__device__ __forceinline__ void score_group(const GatherGateParams& p, int count, Sums<kGroup>& sums) {
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int m = threadIdx.x / kWarp; m < count; m += warps) {
+    float v[3] = {0, 0, 0};
+    if (lane < warps) v[0] = sums.of_branch[2 * m][lane], v[1] = sums.of_branch[2 * m + 1][lane], v[2] = sums.key[lane];
+    warp_sums(v);
+    if (lane == 0) sums.gates[m] = gate_score(p.options, p.hidden_size, v[0], v[1], v[2]).gate;
+  }
+}
+
+// Where the vectors come from that take the place of a group's when it is written.
+struct Following {
+  int token;
+  int branch;
+  int count;  // 0: there are none
+};
+
+// Writes the group, of a masked token as it is or as zeros, and asks for the next one.
+template <DType kType, bool kResidual, int kGroup, int kVectors>
+__device__ __forceinline__ void write_group(const GatherGateParams& p, int t, int branch, int count, bool masked,
+                                            const Place (&places)[kVectors], const float* gates,
+                                            const float (&e)[kVectors][kVectorElements<kType>], const Following& next,
+                                            uint4 (&held)[kGroup][kVectors]) {
+  constexpr int kElements = kVectorElements<kType>;
+#pragma unroll
+  for (int m = 0; m < kGroup; ++m) {
+    if (m < count) {
+      uint4* to = vector_at<uint4>(p.out, kType, t, branch + m, first_vector<kVectors>());
+      const float gate = masked ? 0.0F : gates[m];
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (!places[j].is_there()) continue;
+        if (masked) {
+          to[j * kWarp] = kResidual ? held[m][j] : make_uint4(0, 0, 0, 0);
+          continue;
+        }
+        float hs[kElements];
+        unpack_vector<kType>(held[m][j], hs);
+#pragma unroll
+        for (int n = 0; n < kElements; ++n) hs[n] = kResidual ? fmaf(gate, e[j][n], hs[n]) : gate * e[j][n];
+        store_floats<kType>(to + j * kWarp, hs);
+      }
+    }
+    if (m < next.count) {
+      const auto* from = vector_at<const uint4>(p.hidden, kType, next.token, next.branch + m, first_vector<kVectors>());
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (places[j].is_there()) held[m][j] = from[j * kWarp];
+      }
+    }
+  }
+}
+
+template <DType kType, bool kStaged, int kGroup, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
+  constexpr int kElements = kVectorElements<kType>;
+  __shared__ Sums<kGroup> sums;
+  for (int m = 0; kStaged && m < tile.branches; ++m) {
+    stage_weights<kElements, kVectors>(p.weights, p.hidden_size, m, tile.vectors, shared + m * (kElements / 4) * tile.vectors);
+  }
+  Place places[kVectors];
+  find_places<kElements>(p, tile, places);
+  Coming next = look_ahead(p, blockIdx.x);
+  uint4 held[kGroup][kVectors] = {};
+  load_group<kType, kGroup>(p.hidden, blockIdx.x, 0, min(kGroup, tile.branches), places, held);
+  describe_rows(p, tile, next);
+  __syncthreads();
+  stage_rows(p, tile);
+#pragma unroll 1
+  for (int t = blockIdx.x; t < tile.tokens; t += gridDim.x) {
+    const int next_token = t + gridDim.x;
+    const bool masked = next.masked, ends = next_token >= tile.tokens;
+    next = look_ahead(p, next_token);
+    wait_for_copies();
+    __syncthreads();
+    float e[kVectors][kElements];
+    if (!masked) decode_memory(p, tile, places, e);
+#pragma unroll 1
+    for (int branch = 0; branch < tile.branches; branch += kGroup) {
+      const int count = min(kGroup, tile.branches - branch);
+      const bool last = branch + count == tile.branches;
+      if (!masked) sum_group<kType, kStaged>(p, tile, branch, count, places, held, e, sums);
+      __syncthreads();  // also: the rows are decoded, and where they were is free
+      if (branch == 0) describe_rows(p, tile, next);
+      if (!masked) score_group(p, count, sums);
+      __syncthreads();
+      if (branch == 0 && !ends) stage_rows(p, tile);
+      const Following following{last ? next_token : t, last ? 0 : branch + kGroup,
+                                !last  ? min(kGroup, tile.branches - branch - kGroup)
+                                : ends ? 0
+                                       : min(kGroup, tile.branches)};
+      p.options.add_residual
+          ? write_group<kType, true>(p, t, branch, count, masked, places, sums.gates, e, following, held)
+          : write_group<kType, false>(p, t, branch, count, masked, places, sums.gates, e, following, held);
+    }
+  }
+}
+
+// Any size and alignment: a block a row.
+template <DType kType>
+__global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherGateParams p) {
+  __shared__ float4 partial[kRowThreads / kWarp];
+  __shared__ float score;
+  const int size = static_cast<int>(p.hidden_size), m = blockIdx.y;
+#pragma unroll 1
+  for (int64_t t = blockIdx.x; t < p.num_tokens; t += gridDim.x) {
+    const bool masked = p.masked(t);
+    const void* hidden = vector_at<std::byte>(p.hidden, kType, t, m, 0);
+    void* out = vector_at<std::byte>(p.out, kType, t, m, 0);
+    float sums[3] = {0, 0, 0};
+    for (int i = threadIdx.x; i < size && !masked; i += kRowThreads) {
+      const float h = load_element(hidden, kType, i), e = memory_element(p, t, i, m == 0);
+      const float w = load_element(p.weights.w_hidden, p.weights.dtype, int64_t{m} * size + i) *
+                      load_element(p.weights.w_key, p.weights.dtype, int64_t{m} * size + i);
+      sums[0] = fmaf(h, e * w, sums[0]), sums[1] = fmaf(h, h, sums[1]), sums[2] = fmaf(e, e, sums[2]);
+    }
+    branch_sums(sums, partial);
+    if (threadIdx.x == 0) score = gate_score(p.options, size, sums[0], sums[1], sums[2]).gate;
+    __syncthreads();
+    for (int i = threadIdx.x; i < size; i += kRowThreads) {
+      if (masked) {  // bits, not values: a NaN keeps its payload
+        for (int b = 0; b < dtype_bytes(kType); ++b) {
+          const auto* from = static_cast<const std::byte*>(hidden) + i * dtype_bytes(kType) + b;
+          static_cast<std::byte*>(out)[i * dtype_bytes(kType) + b] = p.options.add_residual ? *from : std::byte{0};
+        }
+        continue;
+      }
+      const float e = memory_element(p, t, i);
+      store_element(out, kType, i, p.options.add_residual ? fmaf(score, e, load_element(hidden, kType, i)) : score * e);
+    }
+    __syncthreads();  // score and partial are free again
+  }
+}
+
+template <DType kType, bool kStaged, int kGroup, int kVectors>
+void launch_tokens(const GatherGateParams& p, const Tile& tile, cudaStream_t stream) {
+  const auto kernel = gather_gate_tokens<kType, kStaged, kGroup, kVectors>;
+  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
+  const int threads = lanes_for(tile.vectors, kVectors);
+  const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
+  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kThreadsPerSm / threads);
+  kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
+  EK_CUDA_CHECK(cudaGetLastError());
+}
+
+// Whether the first kernel took it.
+template <DType kType, int kGroup, int kVectors>
+bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
+  constexpr int kElements = kVectorElements<kType>;
+  Tile tile{};
+  tile.vectors = static_cast<int>(p.hidden_size / kElements);
+  tile.branches = static_cast<int>(p.branches);
+  tile.tokens = static_cast<int>(p.num_tokens);
+  if (p.columns > lanes_for(tile.vectors, kVectors)) return false;  // a thread a row
+  const int64_t weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
+  if (weights < max_shared_bytes() && lay_out(p, kElements, static_cast<int>(weights), &tile)) {
+    launch_tokens<kType, true, kGroup, kVectors>(p, tile, stream);
+    return true;
+  }
+  if (!lay_out(p, kElements, 0, &tile)) return false;
+  launch_tokens<kType, false, kGroup, kVectors>(p, tile, stream);
+  return true;
+}
+
+template <DType kType>
+bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
+  constexpr int kElements = kVectorElements<kType>, kBytes = dtype_bytes(kType);
+  if (p.num_tokens > INT32_MAX / 2 || p.hidden_size % kElements != 0 || !on_vectors(p.weights) ||
+      !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
+    return false;
+  }
+  const int64_t vectors = p.hidden_size / kElements;
+  return vectors <= kMaxThreads       ? launch_tokens<kType, 4, 1>(p, stream)
+         : vectors <= 2 * kMaxThreads ? launch_tokens<kType, 1, 2>(p, stream)
+                                      : false;
+}
+
+template <DType kType>
+void launch(const GatherGateParams& p, cudaStream_t stream) {
+  if (launch_tokens<kType>(p, stream)) return;
+  const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, int64_t{num_multiprocessors()} * 16)),
+                  static_cast<unsigned>(p.branches));
+  gather_gate_rows<kType><<<grid, kRowThreads, 0, stream>>>(p);
+  EK_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace
+
+void gather_gate_cuda(const GatherGateParams& p, void* stream) {
+  check_params(p);
+  if (p.num_tokens == 0) return;
+  EK_CHECK(p.branches <= kMaxGridY, "gather_gate: " << p.branches << " branches, expected at most " << kMaxGridY);
+  EK_CHECK(p.hidden_size <= INT32_MAX, "gather_gate: hidden_size is " << p.hidden_size << ", expected less than 2^31");
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (p.dtype) {
+    case DType::kF32:
+      return launch<DType::kF32>(p, on);
+    case DType::kBf16:
+      return launch<DType::kBf16>(p, on);
+    case DType::kF16:
+      return launch<DType::kF16>(p, on);
+  }
+}
+
+}  // namespace engram_kernels
