@@ -17,6 +17,19 @@ OP = "gather_rows_cuda"
 BYTE_FORMATS = tuple(f for f in ROW_FORMATS if f.startswith(("fp8", "int8")))
 
 
+MANY = 65  # ids: more than a multiprocessor holds warps
+WAYS = {"warp_per_row": 132, "tiles": 1}  # multiprocessors: a batch of MANY ids is small, or not
+
+
+@pytest.fixture(params=WAYS)
+def device(request):
+    """One on which MANY ids or more go the way that is the fixture's parameter, where rows are aligned for it."""
+    device = Device(multiprocessors=WAYS[request.param])
+    yield device
+    for launch in device.launches:
+        assert "warp_per_row" not in launch.kernel or request.param == "warp_per_row", launch.kernel
+
+
 def every_byte(row_format, row_dim):
     """A table that holds every byte value as an element under every scale byte (or a few scales where they are floats)."""
     values = torch.arange(256, dtype=torch.uint8).reshape(-1, 32)  # 8 blocks
@@ -84,36 +97,47 @@ def check(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, zero
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-def test_gather_rows_matches_reference(row_format, out_dtype):
-    for row_dim, count, options in ((256, 133, {"cta_order": "random"}), (64, 65, {}), (32, 1, {})):
+def test_gather_rows_matches_reference(row_format, out_dtype, device):
+    for row_dim, count, options in ((256, 133, {"cta_order": "random"}), (64, MANY, {}), (32, 130, {})):
         rows, scales = random_rows(row_format, 50, row_dim, torch.Generator().manual_seed(1))
-        device = Device(options=options)
+        device.options = options
         for dtype in (torch.int32, torch.int64):
             launches = check(rows, scales, random_ids(count, 50, dtype=dtype), row_format, row_dim, out_dtype, device=device)
-            assert "by_element" not in launches[0].kernel or (row_format.endswith("packed") and row_dim < 128)
+            if row_format.endswith("packed") and row_dim < 128:
+                continue  # rows of 33 or 66 bytes are not aligned
+            assert ("warp_per_row" in launches[0].kernel) == (device.multiprocessors == WAYS["warp_per_row"])
+            assert "by_element" not in launches[0].kernel
 
 
 @pytest.mark.parametrize("row_format", BYTE_FORMATS)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row_dim", [256, 32])
-def test_gather_rows_every_byte(row_format, out_dtype, row_dim):
+def test_gather_rows_every_byte(row_format, out_dtype, row_dim, device):
     rows, scales = every_byte(row_format, row_dim)
+    ids = torch.arange(len(rows)).repeat(-(-MANY // len(rows)))
     for zero_scale in (False, True):
-        check(rows, scales, torch.arange(len(rows)), row_format, row_dim, out_dtype, zero_scale)
+        check(rows, scales, ids, row_format, row_dim, out_dtype, zero_scale, device=device)
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_gather_rows_one_row(row_format):
+    rows, scales = random_rows(row_format, 1, 32, torch.Generator().manual_seed(1))
+    launches = check(rows, scales, torch.tensor([0]), row_format, 32)
+    assert launches[0].grid == (1, 1, 1)
 
 
 @pytest.mark.parametrize("row_format", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-def test_gather_rows_special_floats(row_format, out_dtype):
+def test_gather_rows_special_floats(row_format, out_dtype, device):
     values = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65504, 65520, 1e-7, -6e-8, 3e38, 1e-45,
                            1.00390625])
     rows = values.repeat(8).reshape(2, 48).to({"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[row_format])
-    check(rows, None, torch.tensor([0, 1, -1]), row_format, 48, out_dtype)
+    check(rows, None, torch.tensor([0, 1, -1]).repeat(MANY), row_format, 48, out_dtype, device=device)
 
 
-def test_gather_rows_every_bf16_is_copied_bit_for_bit():
+def test_gather_rows_every_bf16_is_copied_bit_for_bit(device):
     rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).reshape(256, 256)
-    got = simulate(rows, None, torch.arange(256), "bf16", 256)[0]
+    got = simulate(rows, None, torch.arange(256), "bf16", 256, device=device)[0]
     assert torch.equal(got.view(torch.int16), rows.view(torch.int16))
 
 
@@ -122,11 +146,12 @@ STRIDES = {"dense": (264, 0), "padded_288": (288, 0), "padded_320": (320, 0), "o
 
 
 @pytest.mark.parametrize("pitch, lead", STRIDES.values(), ids=STRIDES.keys())
-def test_gather_rows_packed_strides(pitch, lead):
+def test_gather_rows_packed_strides(pitch, lead, device):
     rows, _ = random_rows("fp8_e4m3_block32_packed", 40, 256, torch.Generator().manual_seed(2))
     ids = random_ids(77, 40, seed=3)
-    check(rows, None, ids, "fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead)
-    got, errors, _ = simulate(rows, None, ids, "fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead, as_stored=True)
+    check(rows, None, ids, "fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead, device=device)
+    got, errors, _ = simulate(rows, None, ids, "fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead, as_stored=True,
+                              device=device)
     assert torch.equal(got, torch.where(ids[:, None] < 0, 0, rows[ids.long()])) and errors == 0
 
 
@@ -137,11 +162,12 @@ SHAPES = {  # name: (row_format, row_dim)
 
 
 @pytest.mark.parametrize("row_format, row_dim", SHAPES.values(), ids=SHAPES.keys())
-def test_gather_rows_any_shape(row_format, row_dim):
+def test_gather_rows_any_shape(row_format, row_dim, device):
     rows, scales = random_rows(row_format, 20, row_dim, torch.Generator().manual_seed(4))
+    ids = random_ids(MANY, 20, seed=5)
     for out_dtype in DTYPES:
-        check(rows, scales, random_ids(21, 20, seed=5), row_format, row_dim, out_dtype)
-    check(rows, scales, random_ids(21, 20, seed=5), row_format, row_dim, out_lead=2)
+        check(rows, scales, ids, row_format, row_dim, out_dtype, device=device)
+    check(rows, scales, ids, row_format, row_dim, out_lead=2, device=device)
 
 
 def test_gather_rows_no_ids_and_no_rows():
@@ -154,43 +180,42 @@ def test_gather_rows_no_ids_and_no_rows():
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 @pytest.mark.parametrize("row_dim", [256, 4096], ids=["staged", "by_element"])
-def test_gather_rows_bad_ids_give_zeros_and_are_counted(row_format, row_dim):
+def test_gather_rows_bad_ids_give_zeros_and_are_counted(row_format, row_dim, device):
     """-1 reads nothing, and neither does what is out of range: the table has no byte before its first row or behind its last."""
     rows, scales = random_rows(row_format, 3, row_dim, torch.Generator().manual_seed(6))
     if row_format == "fp8_e4m3_tensor":
         scales = torch.tensor([float("nan")])  # must not reach the zeros
     ids = torch.tensor([-1, 3, -2, 2, 2**31 - 1, -2**31, 0], dtype=torch.int64)
     for wide in ([], [2**62, -2**63, 2**40]):
-        bad = torch.cat([ids, torch.tensor(wide, dtype=torch.int64)])
-        got, errors, _ = simulate(rows, scales, bad, row_format, row_dim)
+        bad = torch.cat([ids, torch.tensor(wide, dtype=torch.int64)]).repeat(10)
+        got, errors, _ = simulate(rows, scales, bad, row_format, row_dim, device=device)
         good = torch.where((bad >= 0) & (bad < 3), bad, -1)
         want = reference(rows, scales, good, row_format, row_dim, False, torch.bfloat16)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-        assert errors == 4 + len(wide)
+        assert errors == 10 * (4 + len(wide))
 
 
-def test_gather_rows_of_no_ids_at_all_reads_no_row():
+def test_gather_rows_of_no_ids_at_all_reads_no_row(device):
     rows, _ = random_rows("fp8_e4m3_block32_packed", 3, 256, torch.Generator().manual_seed(6))
-    result = simulate(rows, None, torch.full((99,), -1), "fp8_e4m3_block32_packed", 256)[2][0].result
+    result = simulate(rows, None, torch.full((99,), -1), "fp8_e4m3_block32_packed", 256, device=device)[2][0].result
     assert "rows" not in result.buffers
 
 
 @pytest.mark.parametrize("row_format", ["bf16", "fp8_e4m3_block32_packed"])
-def test_gather_rows_far_behind_four_gib(row_format):
+def test_gather_rows_far_behind_four_gib(row_format, device):
     rows, _ = random_rows(row_format, 50, 256, torch.Generator().manual_seed(7))
     shift = 9 * 2**30 // bytes_of(rows).shape[1]
-    ids = random_ids(60, 50, seed=8, none=0)
-    got, errors, _ = simulate(rows, None, ids + shift, row_format, 256, shift_rows=shift)
+    ids = random_ids(MANY, 50, seed=8, none=0)
+    got, errors, _ = simulate(rows, None, ids + shift, row_format, 256, shift_rows=shift, device=device)
     assert torch.equal(got, reference(rows, None, ids, row_format, 256, False, torch.bfloat16)) and errors == 0
 
 
-def test_gather_rows_in_the_background_uses_few_blocks():
-    rows, _ = random_rows("bf16", 50, 256, torch.Generator().manual_seed(9))
+def test_gather_rows_in_the_background_uses_few_blocks(device):
     for as_stored in (False, True):
         row_format = "fp8_e4m3_block32_packed" if as_stored else "bf16"
         rows, _ = random_rows(row_format, 50, 256, torch.Generator().manual_seed(9))
         ids = random_ids(500, 50, seed=10)
-        got, _, launches = simulate(rows, None, ids, row_format, 256, max_blocks=3, as_stored=as_stored)
+        got, _, launches = simulate(rows, None, ids, row_format, 256, max_blocks=3, as_stored=as_stored, device=device)
         assert launches[0].grid == (3, 1, 1)
         want = torch.where(ids[:, None] < 0, 0, rows[ids.long()])
         assert torch.equal(got, want)
@@ -215,15 +240,24 @@ COSTS = {  # name: (row_format, row_dim, stored in the output as they are)
 NUM_ROWS = 960
 
 
-@pytest.fixture(scope="module", params=COSTS.values(), ids=COSTS.keys())
-def cost(request):
+def cost_of(row_format, row_dim, as_stored, multiprocessors):
     """(launch, bytes of a row, bytes of an output row) for distinct rows in random order."""
-    row_format, row_dim, as_stored = request.param
     rows, scales = random_rows(row_format, NUM_ROWS, row_dim, torch.Generator().manual_seed(11))
     ids = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(12)).to(torch.int32)
-    launch = simulate(rows, scales, ids, row_format, row_dim, as_stored=as_stored)[2][0]
+    launch = simulate(rows, scales, ids, row_format, row_dim, as_stored=as_stored, device=Device(multiprocessors))[2][0]
     row_bytes = bytes_of(rows).shape[1]
     return launch, row_bytes, row_bytes if as_stored else 2 * row_dim
+
+
+@pytest.fixture(scope="module", params=COSTS.values(), ids=COSTS.keys())
+def cost(request):
+    """Of a large batch."""
+    return cost_of(*request.param, multiprocessors=1)
+
+
+@pytest.fixture(scope="module", params=COSTS.values(), ids=COSTS.keys())
+def small_batch_cost(request):
+    return cost_of(*request.param, multiprocessors=132)
 
 
 def lines(launch, space, kind):
@@ -241,6 +275,18 @@ def test_gather_rows_reads_each_sector_once(cost):
     # 264-byte rows share their first and last sectors with their neighbours: 9 sectors a row are the least
     least = NUM_ROWS * (9 if row_bytes == 264 else row_bytes // 32)
     assert read["load_sectors"] <= 1.02 * least
+
+
+def test_gather_rows_small_batch_reads_and_writes_each_sector_once(small_batch_cost):
+    launch, row_bytes, out_bytes = small_batch_cost
+    read, written = launch.result.buffers["rows"], launch.result.buffers["out"]
+    assert "warp_per_row" in launch.kernel
+    # the scale byte behind the values is a load of its own, of a sector that the row has touched
+    scale_reads = 8 * 4 if row_bytes == 264 and out_bytes == 512 else 0
+    assert read["unique_bytes_read"] == NUM_ROWS * row_bytes and read["load_bytes"] <= NUM_ROWS * (row_bytes + scale_reads)
+    assert written["store_bytes"] == written["unique_bytes_written"] == NUM_ROWS * out_bytes
+    # 33 slots of 8 bytes are 32 and one: 9 sectors, and one of them again
+    assert written["store_sectors"] <= (NUM_ROWS * 10 if out_bytes == 264 else 1.02 * written["unique_sectors_written"])
 
 
 def test_gather_rows_writes_once_and_coalesced(cost):

@@ -1,6 +1,5 @@
 // Rows of small batches: a warp carries a row from memory to memory.
-//
-// The way through a tile is longer than the row takes: on an H200, 24 rows of 512 bytes took 3.0 us staged, 2.1 us like this.
+// The way through a tile, with its barriers, is longer than a row takes from memory.
 #pragma once
 
 #include "common/convert_cuda.h"
