@@ -16,6 +16,7 @@ import engram_kernels as ek
 from engram_kernels.reference.gate import gate as reference_gate
 
 H, M, C, D = 5120, 4, 24, 256  # DeepSeek-V4.1-Flash
+TOKENS = (1, 16, 128, 512, 4096, 16384)
 ROUNDS, CALLS = 7, 20
 
 
@@ -147,7 +148,7 @@ def main():
           f"and writes counted; one from pinned host memory {peaks['link'] / 1e9:.1f} GB/s.\n")
     print("| op | tokens | us | GB/s | of the copy's rate | peer's time over ours | Triton's time over ours |\n"
           "|---|---|---|---|---|---|---|")
-    lines = [measure(op, tokens, make, peaks[moves]) for op, moves, make in workloads() for tokens in (1, 16, 512, 4096)]
+    lines = [measure(op, tokens, make, peaks[moves]) for op, moves, make in workloads() for tokens in TOKENS]
     if args.json:
         args.json.write_text(json.dumps({"provenance": "measured", "device": name, "torch": torch.__version__,
                                          "copy_bytes_a_second": peaks, "lines": lines}, indent=2) + "\n")
