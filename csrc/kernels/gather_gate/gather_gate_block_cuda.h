@@ -43,6 +43,8 @@ class Place {
   __device__ __forceinline__ Place(int row, int element) : packed_(row << 16 | element) {}
 
   __device__ __forceinline__ bool is_there() const { return packed_ >= 0; }  // else the block is wider than hidden
+  // What follows from it is computed anew behind this, not kept in a register for each of the formats over a loop.
+  __device__ __forceinline__ void hide() { asm volatile("" : "+r"(packed_)); }
   __device__ __forceinline__ int row() const { return packed_ >> 16; }
   __device__ __forceinline__ int element() const { return packed_ & 0xFFFF; }
 
@@ -67,9 +69,9 @@ __device__ __forceinline__ int64_t* staged_ids(const Tile& tile) {
 __device__ __forceinline__ bool is_absent(const StagedRow& row) { return static_cast<int>(row.w) == kAbsent; }
 
 // Asks for a token's id, to be used much later. Past the last token: a masked one.
-__device__ __forceinline__ Coming look_ahead(const GatherGateParams& p, int64_t t) {
+__device__ __forceinline__ Coming look_ahead(const GatherGateParams& p, const Tile& tile, int t) {
   Coming next{kNoRow, true};
-  if (t >= p.num_tokens) return next;
+  if (t >= tile.tokens) return next;
   next.masked = p.masked(t);
   if (threadIdx.x < p.columns) next.id = p.row_id(t, threadIdx.x);
   return next;
@@ -107,7 +109,7 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
     const auto* from = reinterpret_cast<const std::byte*>(uint64_t{row.y} << 32 | row.x) + lane_bytes;
     uint32_t to = base + row.z;
     int at = lane_bytes - static_cast<int>(row.w);  // in the row
-#pragma unroll 4
+#pragma unroll 1
     for (int i = 0; i < tile.lines; ++i, at += kLineBytes, from += kLineBytes, to += kLineBytes) {
       copy_async<kSlot>(to, from, static_cast<uint32_t>(at) < static_cast<uint32_t>(tile.row_bytes));
     }
@@ -158,7 +160,8 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
                                               float (&e)[kVectors][kElements]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const Place place = places[j];
+    Place place = places[j];
+    place.hide();
 #pragma unroll
     for (int i = 0; i < kElements; ++i) e[j][i] = 0.0F;
     if (!place.is_there()) continue;
@@ -211,6 +214,18 @@ __device__ __forceinline__ void unpack_quad(const uint4& v, int quad, float (&va
   }
 }
 
+// Its words: two, or four of float.
+template <DType kType>
+__device__ __forceinline__ void pack_quad(const float (&values)[4], uint32_t* words) {
+  if constexpr (kType == DType::kF32) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) words[n] = __float_as_uint(values[n]);
+  } else {
+    words[0] = pack_pair<kType>(values[0], values[1]);
+    words[1] = pack_pair<kType>(values[2], values[3]);
+  }
+}
+
 // The products of the two weights of four elements of vector i: from the block's shared memory, or from memory.
 template <int kElements, bool kStaged>
 __device__ __forceinline__ void products(const GatherGateParams& p, const Tile& tile, int branch, int i, int quad,
@@ -241,18 +256,36 @@ __device__ __forceinline__ void spread_sums(float (&v)[kCount]) {
   }
 }
 
-// Vectors of `count` branches of a token, from `branch` on; what is not there stays as it is.
+// Where this thread's first vector of a branch lies.
+template <DType kType, int kVectors>
+__device__ __forceinline__ std::byte* first_vector_at(const BranchRows& rows, int t, int branch) {
+  return reinterpret_cast<std::byte*>(vector_at<uint4>(rows, kType, t, branch, first_vector<kVectors>()));
+}
+
+template <int kVectors>
+__device__ __forceinline__ void load_vectors(const std::byte* from, const Place (&places)[kVectors], uint4 (&to)[kVectors]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (places[j].is_there()) to[j] = reinterpret_cast<const uint4*>(from)[j * kWarp];
+  }
+}
+
+template <int kVectors>
+__device__ __forceinline__ void store_vectors(std::byte* to, const Place (&places)[kVectors], const uint4 (&from)[kVectors]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (places[j].is_there()) reinterpret_cast<uint4*>(to)[j * kWarp] = from[j];
+  }
+}
+
+// The vectors of `count` branches; `from` is that of the first one. What is not there stays as it is.
 template <DType kType, int kGroup, int kVectors>
-__device__ __forceinline__ void load_group(const BranchRows& rows, int64_t t, int branch, int count,
+__device__ __forceinline__ void load_group(const BranchRows& rows, const std::byte* from, int count,
                                            const Place (&places)[kVectors], uint4 (&held)[kGroup][kVectors]) {
 #pragma unroll
-  for (int m = 0; m < kGroup; ++m) {
+  for (int m = 0; m < kGroup; ++m, from += rows.branch_stride * dtype_bytes(kType)) {
     if (m >= count) break;
-    const auto* from = vector_at<const uint4>(rows, kType, t, branch + m, first_vector<kVectors>());
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      if (places[j].is_there()) held[m][j] = from[j * kWarp];
-    }
+    load_vectors(from, places, held[m]);
   }
 }
 
