@@ -32,7 +32,8 @@ struct Tile {
   int row_pitch;   // bytes between rows in shared memory
   int scale_bytes;  // of a row's scales that lie apart in memory
   int scale_lanes;  // threads that fetch them
-  int rows_at, staged_at, ids_at;  // bytes into shared memory
+  int shares_at;                  // float4 into shared memory; of the backward pass
+  int rows_at, staged_at, ids_at;  // bytes into it
   int shared_bytes;
 };
 
