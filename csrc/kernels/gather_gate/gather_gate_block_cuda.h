@@ -235,6 +235,7 @@ __device__ __forceinline__ void products(const GatherGateParams& p, const Tile& 
     load_planes<4>(shared + (branch * (kElements / 4) + quad) * tile.vectors, tile.vectors, i, values);
   } else {
     float of_key[4];
+    asm volatile("" : "+r"(i));  // no address for each vector and dtype is kept in registers over the loop
     const int64_t element = branch * p.hidden_size + i * kElements + quad * 4;
     load_weights<4>(p.weights.w_hidden, p.weights.dtype, element, values);
     load_weights<4>(p.weights.w_key, p.weights.dtype, element, of_key);
