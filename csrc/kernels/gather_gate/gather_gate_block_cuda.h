@@ -15,6 +15,7 @@
 namespace engram_kernels {
 namespace {
 
+constexpr int kVectors = 2;  // of a thread in a branch
 constexpr int kMaxWarps = 24;
 constexpr int kStaticBytes = 2048;  // of shared memory, at most
 
@@ -146,7 +147,7 @@ __device__ __forceinline__ void stage_rows(const GatherGateParams& p, const Tile
 }
 
 // The vectors of this thread.
-template <int kElements, int kVectors>
+template <int kElements>
 __device__ __forceinline__ void find_places(const GatherGateParams& p, const Tile& tile, Place (&places)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
@@ -156,7 +157,7 @@ __device__ __forceinline__ void find_places(const GatherGateParams& p, const Til
 }
 
 // A thread's part of the memory vector, out of shared memory; zeros where it has none.
-template <RowFormat kFormat, int kElements, int kVectors>
+template <RowFormat kFormat, int kElements>
 __device__ __forceinline__ void decode_places(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
 #pragma unroll
@@ -185,7 +186,7 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
   }
 }
 
-template <int kElements, int kVectors>
+template <int kElements>
 __device__ __forceinline__ void decode_memory(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
   switch (p.table.format) {
@@ -245,26 +246,28 @@ __device__ __forceinline__ void products(const GatherGateParams& p, const Tile& 
 }
 
 // Sums kCount values (a power of two) over a warp: lane l gets the sum of value l / (kWarp / kCount), in v[0].
-template <int kCount>
-__device__ __forceinline__ void spread_sums(float (&v)[kCount]) {
+template <int kCount, int kOffset = kWarp / 2>
+__device__ __forceinline__ void spread_sums(float* v) {
+  if constexpr (kCount > 1) {  // each half of the lanes goes on with half of the values
+    const bool upper = (threadIdx.x & kOffset) != 0;
 #pragma unroll
-  for (int half = kCount / 2, offset = kWarp / 2; offset > 0; half /= 2, offset /= 2) {
-    const bool upper = (threadIdx.x & offset) != 0;
-#pragma unroll
-    for (int i = 0; i < (half > 0 ? half : 1); ++i) {
-      const float kept = half > 0 && upper ? v[i + half] : v[i], given = half > 0 && !upper ? v[i + half] : v[i];
-      v[i] = kept + __shfl_xor_sync(~0U, given, offset);
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float kept = upper ? v[i + kCount / 2] : v[i], given = upper ? v[i] : v[i + kCount / 2];
+      v[i] = kept + __shfl_xor_sync(~0U, given, kOffset);
     }
+    spread_sums<kCount / 2, kOffset / 2>(v);
+  } else if constexpr (kOffset > 0) {
+    v[0] += __shfl_xor_sync(~0U, v[0], kOffset);
+    spread_sums<1, kOffset / 2>(v);
   }
 }
 
 // Where this thread's first vector of a branch lies.
-template <DType kType, int kVectors>
+template <DType kType>
 __device__ __forceinline__ std::byte* first_vector_at(const BranchRows& rows, int t, int branch) {
   return reinterpret_cast<std::byte*>(vector_at<uint4>(rows, kType, t, branch, first_vector<kVectors>()));
 }
 
-template <int kVectors>
 __device__ __forceinline__ void load_vectors(const std::byte* from, const Place (&places)[kVectors], uint4 (&to)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
@@ -272,7 +275,6 @@ __device__ __forceinline__ void load_vectors(const std::byte* from, const Place 
   }
 }
 
-template <int kVectors>
 __device__ __forceinline__ void store_vectors(std::byte* to, const Place (&places)[kVectors], const uint4 (&from)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
@@ -281,7 +283,7 @@ __device__ __forceinline__ void store_vectors(std::byte* to, const Place (&place
 }
 
 // The vectors of `count` branches; `from` is that of the first one. What is not there stays as it is.
-template <DType kType, int kGroup, int kVectors>
+template <DType kType, int kGroup>
 __device__ __forceinline__ void load_group(const BranchRows& rows, const std::byte* from, int count,
                                            const Place (&places)[kVectors], uint4 (&held)[kGroup][kVectors]) {
 #pragma unroll

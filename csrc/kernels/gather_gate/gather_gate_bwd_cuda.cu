@@ -16,8 +16,6 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kVectors = 2;
-
 template <DType kType, int kGroup>
 constexpr int kMaxThreads = kGroup > 1 ? 384 : kType == DType::kF32 ? 768 : 512;  // by registers
 
@@ -41,7 +39,7 @@ struct Group {
 
 template <DType kType>
 __device__ __forceinline__ Group group_at(const GatherGateBwdParams& p, int t, int branch, int count) {
-  return {first_vector_at<kType, kVectors>(p.forward.hidden, t, branch), first_vector_at<kType, kVectors>(p.grad_out, t, branch),
+  return {first_vector_at<kType>(p.forward.hidden, t, branch), first_vector_at<kType>(p.grad_out, t, branch),
           count};
 }
 
@@ -85,7 +83,7 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
       }
     }
   }
-  spread_sums(v);
+  spread_sums<4 * kGroup>(v);
   const int lane = threadIdx.x % kWarp;
   if (lane % kLanes == 0) sums.by_warp[lane / kLanes][threadIdx.x / kWarp] = v[0];
 }
@@ -137,7 +135,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
                                             const float (&e)[kVectors][kVectorElements<kType>],
                                             float (&grad_e)[kVectors][kVectorElements<kType>], Group next, Held<kGroup>& held) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4, kBytes = dtype_bytes(kType);
-  std::byte* to = first_vector_at<kType, kVectors>(p.grad_hidden, t, branch);
+  std::byte* to = first_vector_at<kType>(p.grad_hidden, t, branch);
 #pragma unroll
   for (int m = 0; m < kGroup; ++m) {
     if (m < count) {
@@ -172,7 +170,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
 template <DType kType, int kGroup>
 __device__ __forceinline__ void pass_group(const GatherGateBwdParams& p, int t, int branch, int count,
                                            const Place (&places)[kVectors], const Held<kGroup>& held) {
-  std::byte* to = first_vector_at<kType, kVectors>(p.grad_hidden, t, branch);
+  std::byte* to = first_vector_at<kType>(p.grad_hidden, t, branch);
 #pragma unroll
   for (int m = 0; m < kGroup; ++m, to += p.grad_hidden.branch_stride * dtype_bytes(kType)) {
     if (m >= count) break;

@@ -13,8 +13,8 @@
 namespace engram_kernels {
 namespace {
 
-template <int kGroup>
-constexpr int kMaxThreads = kGroup > 1 ? 640 : 768;  // of an SM too, by registers
+template <bool kStaged, int kGroup>
+constexpr int kMaxThreads = kGroup == 1 ? 768 : kStaged ? 640 : 512;  // of an SM too, by registers
 constexpr int kRowThreads = 128;
 
 template <int kGroup>
@@ -25,7 +25,7 @@ struct Sums {  // of a group, by warp
 };
 
 // Sums of the vectors of this warp, for the branches of the group.
-template <DType kType, bool kStaged, int kGroup, int kVectors>
+template <DType kType, bool kStaged, int kGroup>
 __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
                                           const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
                                           const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
       }
     }
   }
-  spread_sums(v);
+  spread_sums<2 * kGroup>(v);
   if (lane % (kWarp / (2 * kGroup)) == 0) sums.of_branch[lane / (kWarp / (2 * kGroup))][warp] = v[0];
   if (branch > 0) return;
   float key[1] = {0};
@@ -84,7 +84,7 @@ struct Following {
 };
 
 // Writes the group and asks for the next one.
-template <DType kType, bool kResidual, int kGroup, int kVectors>
+template <DType kType, bool kResidual, int kGroup>
 __device__ __forceinline__ void write_group(const GatherGateParams& p, int count, const Place (&places)[kVectors],
                                             const float* gates, const float (&e)[kVectors][kVectorElements<kType>],
                                             std::byte* to, Following next, uint4 (&held)[kGroup][kVectors]) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void write_group(const GatherGateParams& p, int count
 }
 
 // The same for a masked token: hidden as it is, or zeros.
-template <int kGroup, int kVectors>
+template <int kGroup>
 __device__ __forceinline__ void pass_group(bool residual, int64_t stride, int count, const Place (&places)[kVectors],
                                            std::byte* to, const uint4 (&held)[kGroup][kVectors]) {
 #pragma unroll
@@ -127,8 +127,8 @@ __device__ __forceinline__ void pass_group(bool residual, int64_t stride, int co
   }
 }
 
-template <DType kType, bool kStaged, int kGroup, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads<kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
+template <DType kType, bool kStaged, int kGroup>
+__global__ void __launch_bounds__(kMaxThreads<kStaged, kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>;
   __shared__ Sums<kGroup> sums;
   for (int m = 0; kStaged && m < tile.branches; ++m) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads<kGroup>) gather_gate_tokens(const 
   find_places<kElements>(p, tile, places);
   Coming next = look_ahead(p, tile, blockIdx.x);
   uint4 held[kGroup][kVectors] = {};
-  load_group<kType>(p.hidden, first_vector_at<kType, kVectors>(p.hidden, blockIdx.x, 0), min(kGroup, tile.branches), places, held);
+  load_group<kType>(p.hidden, first_vector_at<kType>(p.hidden, blockIdx.x, 0), min(kGroup, tile.branches), places, held);
   describe_rows(p, tile, next);
   __syncthreads();
   stage_rows(p, tile);
@@ -160,10 +160,10 @@ __global__ void __launch_bounds__(kMaxThreads<kGroup>) gather_gate_tokens(const 
       __syncthreads();
       const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
       if (branch == 0 && !ends) stage_rows(p, tile);
-      std::byte* to = first_vector_at<kType, kVectors>(p.out, t, branch);
+      std::byte* to = first_vector_at<kType>(p.out, t, branch);
       const Following following =
-          left > 0 ? Following{first_vector_at<kType, kVectors>(p.hidden, t, branch + kGroup), min(kGroup, left)}
-                   : Following{first_vector_at<kType, kVectors>(p.hidden, t + gridDim.x, 0), ends ? 0 : min(kGroup, tile.branches)};
+          left > 0 ? Following{first_vector_at<kType>(p.hidden, t, branch + kGroup), min(kGroup, left)}
+                   : Following{first_vector_at<kType>(p.hidden, t + gridDim.x, 0), ends ? 0 : min(kGroup, tile.branches)};
       if (masked) {
         pass_group(p.options.add_residual, p.out.branch_stride * dtype_bytes(kType), count, places, to, held);
         load_group<kType>(p.hidden, following.from, following.count, places, held);
@@ -212,47 +212,37 @@ __global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherG
   }
 }
 
-template <DType kType, bool kStaged, int kGroup, int kVectors>
-void launch_tokens(const GatherGateParams& p, const Tile& tile, cudaStream_t stream) {
-  const auto kernel = gather_gate_tokens<kType, kStaged, kGroup, kVectors>;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
-  const int threads = lanes_for(tile.vectors, kVectors);
-  const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
-  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kGroup> / threads);
-  kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
-  EK_CUDA_CHECK(cudaGetLastError());
-}
-
-// Whether the first kernel took it.
-template <DType kType, int kGroup, int kVectors>
+// Whether it was launched: the block is not too wide, and what it holds fits.
+template <DType kType, bool kStaged, int kGroup>
 bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
   constexpr int kElements = kVectorElements<kType>;
+  const int64_t vectors = p.hidden_size / kElements, weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
+  if (vectors > kVectors * kMaxThreads<kStaged, kGroup> || (kStaged && weights > max_shared_bytes())) return false;
+  const int threads = lanes_for(vectors, kVectors);
   Tile tile{};
-  tile.vectors = static_cast<int>(p.hidden_size / kElements);
+  tile.vectors = static_cast<int>(vectors);
   tile.branches = static_cast<int>(p.branches);
   tile.tokens = static_cast<int>(p.num_tokens);
-  if (p.columns > lanes_for(tile.vectors, kVectors)) return false;  // a thread a row
-  const int64_t weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
-  if (weights < max_shared_bytes() && lay_out(p, kElements, static_cast<int>(weights), &tile)) {
-    launch_tokens<kType, true, kGroup, kVectors>(p, tile, stream);
-    return true;
-  }
-  if (!lay_out(p, kElements, 0, &tile)) return false;
-  launch_tokens<kType, false, kGroup, kVectors>(p, tile, stream);
+  if (p.columns > threads || !lay_out(p, kElements, kStaged ? static_cast<int>(weights) : 0, &tile)) return false;
+  const auto kernel = gather_gate_tokens<kType, kStaged, kGroup>;
+  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
+  const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
+  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kStaged, kGroup> / threads);
+  kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
+  EK_CUDA_CHECK(cudaGetLastError());
   return true;
 }
 
+// Whether the kernel of a block a token took it.
 template <DType kType>
 bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
-  constexpr int kElements = kVectorElements<kType>, kBytes = dtype_bytes(kType);
-  if (p.num_tokens > INT32_MAX / 2 || p.hidden_size % kElements != 0 || !on_vectors(p.weights) ||
+  constexpr int kBytes = dtype_bytes(kType);
+  if (p.num_tokens > INT32_MAX / 2 || p.hidden_size % kVectorElements<kType> != 0 || !on_vectors(p.weights) ||
       !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
     return false;
   }
-  const int64_t vectors = p.hidden_size / kElements;
-  return vectors <= 2 * kMaxThreads<4>   ? launch_tokens<kType, 4, 2>(p, stream)
-         : vectors <= 2 * kMaxThreads<1> ? launch_tokens<kType, 1, 2>(p, stream)
-                                         : false;
+  return launch_tokens<kType, true, 4>(p, stream) || launch_tokens<kType, false, 4>(p, stream) ||
+         launch_tokens<kType, true, 1>(p, stream) || launch_tokens<kType, false, 1>(p, stream);
 }
 
 template <DType kType>
