@@ -16,6 +16,7 @@ namespace engram_kernels {
 namespace {
 
 constexpr int kVectors = 2;  // of a thread in a branch
+constexpr int kLinesAtOnce = 4;
 constexpr int kMaxWarps = 24;
 constexpr int kStaticBytes = 2048;  // of shared memory, at most
 
@@ -105,6 +106,7 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
     const StagedRow row = staged(tile)[r];
     if (is_absent(row)) {
       auto* to = reinterpret_cast<uint4*>(shared_bytes_at(tile.rows_at + r * tile.row_pitch));
+#pragma unroll 1
       for (int i = lane; i < tile.row_pitch / 16; i += kLanes) to[i] = make_uint4(0, 0, 0, 0);
       continue;
     }
@@ -112,8 +114,13 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
     uint32_t to = base + row.z;
     int at = lane_bytes - static_cast<int>(row.w);  // in the row
 #pragma unroll 1
-    for (int i = 0; i < tile.lines; ++i, at += kLineBytes, from += kLineBytes, to += kLineBytes) {
-      copy_async<kSlot>(to, from, static_cast<uint32_t>(at) < static_cast<uint32_t>(tile.row_bytes));
+    for (int line = 0; line < tile.lines; line += kLinesAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kLinesAtOnce; ++i) {  // behind the row's end nothing is copied
+        copy_async<kSlot>(to + i * kLineBytes, from + i * kLineBytes,
+                          static_cast<uint32_t>(at + i * kLineBytes) < static_cast<uint32_t>(tile.row_bytes));
+      }
+      at += kLinesAtOnce * kLineBytes, from += kLinesAtOnce * kLineBytes, to += kLinesAtOnce * kLineBytes;
     }
   }
 }
@@ -268,10 +275,12 @@ __device__ __forceinline__ std::byte* first_vector_at(const BranchRows& rows, in
   return reinterpret_cast<std::byte*>(vector_at<uint4>(rows, kType, t, branch, first_vector<kVectors>()));
 }
 
+// kWhole: all vectors are there.
+template <bool kWhole = false>
 __device__ __forceinline__ void load_vectors(const std::byte* from, const Place (&places)[kVectors], uint4 (&to)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    if (places[j].is_there()) to[j] = reinterpret_cast<const uint4*>(from)[j * kWarp];
+    if (kWhole || places[j].is_there()) to[j] = reinterpret_cast<const uint4*>(from)[j * kWarp];
   }
 }
 

@@ -128,8 +128,8 @@ __device__ __forceinline__ void quad_gradients(const Slopes& s, const uint4& hid
   pack_quad<kType>(h, words);
 }
 
-// Writes hidden's gradient of the group and asks for the next one.
-template <DType kType, bool kStaged, bool kResidual, int kGroup>
+// Writes hidden's gradient of the group and asks for the next one. kWhole: the thread has all its vectors.
+template <DType kType, bool kStaged, bool kResidual, bool kWhole, int kGroup>
 __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const Tile& tile, int t, int branch, int count,
                                             const Place (&places)[kVectors], const Slopes* slopes,
                                             const float (&e)[kVectors][kVectorElements<kType>],
@@ -142,7 +142,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
       const Slopes s = slopes[m];
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (!places[j].is_there()) continue;
+        if (!kWhole && !places[j].is_there()) continue;
         const int i = first_vector<kVectors>() + j * kWarp;
         uint32_t words[4];
 #pragma unroll
@@ -158,8 +158,8 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
       }
     }
     if (m < next.count) {
-      load_vectors(next.hidden, places, held.hidden[m]);
-      load_vectors(next.grad, places, held.grad[m]);
+      load_vectors<kWhole>(next.hidden, places, held.hidden[m]);
+      load_vectors<kWhole>(next.grad, places, held.grad[m]);
     }
     to += p.grad_hidden.branch_stride * kBytes;
     next.hidden += p.forward.hidden.branch_stride * kBytes, next.grad += p.grad_out.branch_stride * kBytes;
@@ -217,10 +217,12 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
     if (masked) {
       pass_group<kType>(p, t, branch, count, places, held);
       load_groups<kType>(p, following, places, held);
-    } else if (f.options.add_residual) {
-      write_group<kType, kStaged, true>(p, tile, t, branch, count, places, sums.slopes, e, grad_e, following, held);
+    } else if (!f.options.add_residual) {
+      write_group<kType, kStaged, false, false>(p, tile, t, branch, count, places, sums.slopes, e, grad_e, following, held);
+    } else if (places[kVectors - 1].is_there()) {
+      write_group<kType, kStaged, true, true>(p, tile, t, branch, count, places, sums.slopes, e, grad_e, following, held);
     } else {
-      write_group<kType, kStaged, false>(p, tile, t, branch, count, places, sums.slopes, e, grad_e, following, held);
+      write_group<kType, kStaged, true, false>(p, tile, t, branch, count, places, sums.slopes, e, grad_e, following, held);
     }
   }
   write_rows<kType>(p, tile, t, places, grad_e);

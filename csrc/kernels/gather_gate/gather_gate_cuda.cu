@@ -83,8 +83,8 @@ struct Following {
   int count;              // branches; 0: there is nothing to come
 };
 
-// Writes the group and asks for the next one.
-template <DType kType, bool kResidual, int kGroup>
+// Writes the group and asks for the next one. kWhole: the thread has all its vectors.
+template <DType kType, bool kResidual, bool kWhole, int kGroup>
 __device__ __forceinline__ void write_group(const GatherGateParams& p, int count, const Place (&places)[kVectors],
                                             const float* gates, const float (&e)[kVectors][kVectorElements<kType>],
                                             std::byte* to, Following next, uint4 (&held)[kGroup][kVectors]) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void write_group(const GatherGateParams& p, int count
       const float gate = gates[m];
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (!places[j].is_there()) continue;
+        if (!kWhole && !places[j].is_there()) continue;
         uint32_t words[4];
 #pragma unroll
         for (int quad = 0; quad < kElements / 4; ++quad) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void write_group(const GatherGateParams& p, int count
         store_words(to + j * kWarp * kVectorBytes, words);
       }
     }
-    if (m < next.count) load_vectors(next.from, places, held[m]);
+    if (m < next.count) load_vectors<kWhole>(next.from, places, held[m]);
     to += p.out.branch_stride * dtype_bytes(kType), next.from += p.hidden.branch_stride * dtype_bytes(kType);
   }
 }
@@ -167,10 +167,12 @@ __global__ void __launch_bounds__(kMaxThreads<kStaged, kGroup>) gather_gate_toke
       if (masked) {
         pass_group(p.options.add_residual, p.out.branch_stride * dtype_bytes(kType), count, places, to, held);
         load_group<kType>(p.hidden, following.from, following.count, places, held);
-      } else if (p.options.add_residual) {
-        write_group<kType, true>(p, count, places, sums.gates, e, to, following, held);
+      } else if (!p.options.add_residual) {
+        write_group<kType, false, false>(p, count, places, sums.gates, e, to, following, held);
+      } else if (places[kVectors - 1].is_there()) {
+        write_group<kType, true, true>(p, count, places, sums.gates, e, to, following, held);
       } else {
-        write_group<kType, false>(p, count, places, sums.gates, e, to, following, held);
+        write_group<kType, true, false>(p, count, places, sums.gates, e, to, following, held);
       }
     }
   }
