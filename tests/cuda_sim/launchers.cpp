@@ -27,11 +27,15 @@ EK_LAUNCHER(gather_rows_bwd_cuda, GatherRowsBwdParams)
 EK_LAUNCHER(gate_cuda, GateParams)
 EK_LAUNCHER(gate_bwd_cuda, GateBwdParams)
 EK_LAUNCHER(gather_gate_cuda, GatherGateParams)
+EK_LAUNCHER(gather_gate_bwd_cuda, GatherGateBwdParams)
 EK_LAUNCHER(short_conv_cuda, ShortConvParams)
 EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
 
 extern "C" int64_t gate_bwd_cuda_scratch_bytes(const engram_kernels::GateBwdParams* p) {
   return engram_kernels::gate_bwd_cuda_scratch_bytes(*p);
+}
+extern "C" int64_t gather_gate_bwd_cuda_scratch_bytes(const engram_kernels::GatherGateBwdParams* p) {
+  return engram_kernels::gather_gate_bwd_cuda_scratch_bytes(*p);
 }
 extern "C" int64_t short_conv_bwd_cuda_scratch_bytes(const engram_kernels::ShortConvBwdParams* p) {
   try {

@@ -15,6 +15,8 @@
 namespace engram_kernels {
 namespace {
 
+constexpr int kVectors = 2;  // of a thread in a branch
+constexpr int kLinesAtOnce = 4;
 constexpr int kMaxWarps = 24;
 constexpr int kStaticBytes = 2048;  // of shared memory, at most
 
@@ -32,7 +34,8 @@ struct Tile {
   int row_pitch;   // bytes between rows in shared memory
   int scale_bytes;  // of a row's scales that lie apart in memory
   int scale_lanes;  // threads that fetch them
-  int rows_at, staged_at, ids_at;  // bytes into shared memory
+  int shares_at;                  // float4 into shared memory; of the backward pass
+  int rows_at, staged_at, ids_at;  // bytes into it
   int shared_bytes;
 };
 
@@ -43,6 +46,8 @@ class Place {
   __device__ __forceinline__ Place(int row, int element) : packed_(row << 16 | element) {}
 
   __device__ __forceinline__ bool is_there() const { return packed_ >= 0; }  // else the block is wider than hidden
+  // What follows from it is computed anew behind this, not kept in a register for each of the formats over a loop.
+  __device__ __forceinline__ void hide() { asm volatile("" : "+r"(packed_)); }
   __device__ __forceinline__ int row() const { return packed_ >> 16; }
   __device__ __forceinline__ int element() const { return packed_ & 0xFFFF; }
 
@@ -67,9 +72,9 @@ __device__ __forceinline__ int64_t* staged_ids(const Tile& tile) {
 __device__ __forceinline__ bool is_absent(const StagedRow& row) { return static_cast<int>(row.w) == kAbsent; }
 
 // Asks for a token's id, to be used much later. Past the last token: a masked one.
-__device__ __forceinline__ Coming look_ahead(const GatherGateParams& p, int64_t t) {
+__device__ __forceinline__ Coming look_ahead(const GatherGateParams& p, const Tile& tile, int t) {
   Coming next{kNoRow, true};
-  if (t >= p.num_tokens) return next;
+  if (t >= tile.tokens) return next;
   next.masked = p.masked(t);
   if (threadIdx.x < p.columns) next.id = p.row_id(t, threadIdx.x);
   return next;
@@ -101,15 +106,21 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
     const StagedRow row = staged(tile)[r];
     if (is_absent(row)) {
       auto* to = reinterpret_cast<uint4*>(shared_bytes_at(tile.rows_at + r * tile.row_pitch));
+#pragma unroll 1
       for (int i = lane; i < tile.row_pitch / 16; i += kLanes) to[i] = make_uint4(0, 0, 0, 0);
       continue;
     }
     const auto* from = reinterpret_cast<const std::byte*>(uint64_t{row.y} << 32 | row.x) + lane_bytes;
     uint32_t to = base + row.z;
     int at = lane_bytes - static_cast<int>(row.w);  // in the row
-#pragma unroll 4
-    for (int i = 0; i < tile.lines; ++i, at += kLineBytes, from += kLineBytes, to += kLineBytes) {
-      copy_async<kSlot>(to, from, static_cast<uint32_t>(at) < static_cast<uint32_t>(tile.row_bytes));
+#pragma unroll 1
+    for (int line = 0; line < tile.lines; line += kLinesAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kLinesAtOnce; ++i) {  // behind the row's end nothing is copied
+        copy_async<kSlot>(to + i * kLineBytes, from + i * kLineBytes,
+                          static_cast<uint32_t>(at + i * kLineBytes) < static_cast<uint32_t>(tile.row_bytes));
+      }
+      at += kLinesAtOnce * kLineBytes, from += kLinesAtOnce * kLineBytes, to += kLinesAtOnce * kLineBytes;
     }
   }
 }
@@ -143,7 +154,7 @@ __device__ __forceinline__ void stage_rows(const GatherGateParams& p, const Tile
 }
 
 // The vectors of this thread.
-template <int kElements, int kVectors>
+template <int kElements>
 __device__ __forceinline__ void find_places(const GatherGateParams& p, const Tile& tile, Place (&places)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
@@ -153,12 +164,13 @@ __device__ __forceinline__ void find_places(const GatherGateParams& p, const Til
 }
 
 // A thread's part of the memory vector, out of shared memory; zeros where it has none.
-template <RowFormat kFormat, int kElements, int kVectors>
+template <RowFormat kFormat, int kElements>
 __device__ __forceinline__ void decode_places(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const Place place = places[j];
+    Place place = places[j];
+    place.hide();
 #pragma unroll
     for (int i = 0; i < kElements; ++i) e[j][i] = 0.0F;
     if (!place.is_there()) continue;
@@ -181,7 +193,7 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
   }
 }
 
-template <int kElements, int kVectors>
+template <int kElements>
 __device__ __forceinline__ void decode_memory(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
   switch (p.table.format) {
@@ -211,6 +223,18 @@ __device__ __forceinline__ void unpack_quad(const uint4& v, int quad, float (&va
   }
 }
 
+// Its words: two, or four of float.
+template <DType kType>
+__device__ __forceinline__ void pack_quad(const float (&values)[4], uint32_t* words) {
+  if constexpr (kType == DType::kF32) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) words[n] = __float_as_uint(values[n]);
+  } else {
+    words[0] = pack_pair<kType>(values[0], values[1]);
+    words[1] = pack_pair<kType>(values[2], values[3]);
+  }
+}
+
 // The products of the two weights of four elements of vector i: from the block's shared memory, or from memory.
 template <int kElements, bool kStaged>
 __device__ __forceinline__ void products(const GatherGateParams& p, const Tile& tile, int branch, int i, int quad,
@@ -219,6 +243,7 @@ __device__ __forceinline__ void products(const GatherGateParams& p, const Tile& 
     load_planes<4>(shared + (branch * (kElements / 4) + quad) * tile.vectors, tile.vectors, i, values);
   } else {
     float of_key[4];
+    asm volatile("" : "+r"(i));  // no address for each vector and dtype is kept in registers over the loop
     const int64_t element = branch * p.hidden_size + i * kElements + quad * 4;
     load_weights<4>(p.weights.w_hidden, p.weights.dtype, element, values);
     load_weights<4>(p.weights.w_key, p.weights.dtype, element, of_key);
@@ -228,31 +253,52 @@ __device__ __forceinline__ void products(const GatherGateParams& p, const Tile& 
 }
 
 // Sums kCount values (a power of two) over a warp: lane l gets the sum of value l / (kWarp / kCount), in v[0].
-template <int kCount>
-__device__ __forceinline__ void spread_sums(float (&v)[kCount]) {
+template <int kCount, int kOffset = kWarp / 2>
+__device__ __forceinline__ void spread_sums(float* v) {
+  if constexpr (kCount > 1) {  // each half of the lanes goes on with half of the values
+    const bool upper = (threadIdx.x & kOffset) != 0;
 #pragma unroll
-  for (int half = kCount / 2, offset = kWarp / 2; offset > 0; half /= 2, offset /= 2) {
-    const bool upper = (threadIdx.x & offset) != 0;
-#pragma unroll
-    for (int i = 0; i < (half > 0 ? half : 1); ++i) {
-      const float kept = half > 0 && upper ? v[i + half] : v[i], given = half > 0 && !upper ? v[i + half] : v[i];
-      v[i] = kept + __shfl_xor_sync(~0U, given, offset);
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float kept = upper ? v[i + kCount / 2] : v[i], given = upper ? v[i] : v[i + kCount / 2];
+      v[i] = kept + __shfl_xor_sync(~0U, given, kOffset);
     }
+    spread_sums<kCount / 2, kOffset / 2>(v);
+  } else if constexpr (kOffset > 0) {
+    v[0] += __shfl_xor_sync(~0U, v[0], kOffset);
+    spread_sums<1, kOffset / 2>(v);
   }
 }
 
-// Vectors of `count` branches of a token, from `branch` on; what is not there stays as it is.
-template <DType kType, int kGroup, int kVectors>
-__device__ __forceinline__ void load_group(const BranchRows& rows, int64_t t, int branch, int count,
+// Where this thread's first vector of a branch lies.
+template <DType kType>
+__device__ __forceinline__ std::byte* first_vector_at(const BranchRows& rows, int t, int branch) {
+  return reinterpret_cast<std::byte*>(vector_at<uint4>(rows, kType, t, branch, first_vector<kVectors>()));
+}
+
+// kWhole: all vectors are there.
+template <bool kWhole = false>
+__device__ __forceinline__ void load_vectors(const std::byte* from, const Place (&places)[kVectors], uint4 (&to)[kVectors]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (kWhole || places[j].is_there()) to[j] = reinterpret_cast<const uint4*>(from)[j * kWarp];
+  }
+}
+
+__device__ __forceinline__ void store_vectors(std::byte* to, const Place (&places)[kVectors], const uint4 (&from)[kVectors]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (places[j].is_there()) reinterpret_cast<uint4*>(to)[j * kWarp] = from[j];
+  }
+}
+
+// The vectors of `count` branches; `from` is that of the first one. What is not there stays as it is.
+template <DType kType, int kGroup>
+__device__ __forceinline__ void load_group(const BranchRows& rows, const std::byte* from, int count,
                                            const Place (&places)[kVectors], uint4 (&held)[kGroup][kVectors]) {
 #pragma unroll
-  for (int m = 0; m < kGroup; ++m) {
+  for (int m = 0; m < kGroup; ++m, from += rows.branch_stride * dtype_bytes(kType)) {
     if (m >= count) break;
-    const auto* from = vector_at<const uint4>(rows, kType, t, branch + m, first_vector<kVectors>());
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      if (places[j].is_there()) held[m][j] = from[j * kWarp];
-    }
+    load_vectors(from, places, held[m]);
   }
 }
 

@@ -13,8 +13,8 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kMaxThreads = kMaxWarps * kWarp;
-constexpr int kThreadsPerSm = kMaxThreads;  // by registers
+template <bool kStaged, int kGroup>
+constexpr int kMaxThreads = kGroup == 1 ? 768 : kStaged ? 640 : 512;  // of an SM too, by registers
 constexpr int kRowThreads = 128;
 
 template <int kGroup>
@@ -25,7 +25,7 @@ struct Sums {  // of a group, by warp
 };
 
 // Sums of the vectors of this warp, for the branches of the group.
-template <DType kType, bool kStaged, int kGroup, int kVectors>
+template <DType kType, bool kStaged, int kGroup>
 __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
                                           const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
                                           const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
       }
     }
   }
-  spread_sums(v);
+  spread_sums<2 * kGroup>(v);
   if (lane % (kWarp / (2 * kGroup)) == 0) sums.of_branch[lane / (kWarp / (2 * kGroup))][warp] = v[0];
   if (branch > 0) return;
   float key[1] = {0};
@@ -77,51 +77,58 @@ __device__ __forceinline__ void score_group(const GatherGateParams& p, int count
   }
 }
 
-// Where the vectors come from that take the place of a group's when it is written.
+// What takes the place of a group's vectors when it is written: those of the next group, or of the next token.
 struct Following {
-  int token;
-  int branch;
-  int count;  // 0: there are none
+  const std::byte* from;  // of the first branch
+  int count;              // branches; 0: there is nothing to come
 };
 
-// Writes the group, of a masked token as it is or as zeros, and asks for the next one.
-template <DType kType, bool kResidual, int kGroup, int kVectors>
-__device__ __forceinline__ void write_group(const GatherGateParams& p, int t, int branch, int count, bool masked,
-                                            const Place (&places)[kVectors], const float* gates,
-                                            const float (&e)[kVectors][kVectorElements<kType>], const Following& next,
-                                            uint4 (&held)[kGroup][kVectors]) {
+// Writes the group and asks for the next one. kWhole: the thread has all its vectors.
+template <DType kType, bool kResidual, bool kWhole, int kGroup>
+__device__ __forceinline__ void write_group(const GatherGateParams& p, int count, const Place (&places)[kVectors],
+                                            const float* gates, const float (&e)[kVectors][kVectorElements<kType>],
+                                            std::byte* to, Following next, uint4 (&held)[kGroup][kVectors]) {
   constexpr int kElements = kVectorElements<kType>;
 #pragma unroll
   for (int m = 0; m < kGroup; ++m) {
     if (m < count) {
-      uint4* to = vector_at<uint4>(p.out, kType, t, branch + m, first_vector<kVectors>());
-      const float gate = masked ? 0.0F : gates[m];
+      const float gate = gates[m];
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (!places[j].is_there()) continue;
-        if (masked) {
-          to[j * kWarp] = kResidual ? held[m][j] : make_uint4(0, 0, 0, 0);
-          continue;
+        if (!kWhole && !places[j].is_there()) continue;
+        uint32_t words[4];
+#pragma unroll
+        for (int quad = 0; quad < kElements / 4; ++quad) {
+          float h[4];
+          unpack_quad<kType>(held[m][j], quad, h);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) h[n] = kResidual ? fmaf(gate, e[j][4 * quad + n], h[n]) : gate * e[j][4 * quad + n];
+          pack_quad<kType>(h, words + 2 * quad);
         }
-        float hs[kElements];
-        unpack_vector<kType>(held[m][j], hs);
-#pragma unroll
-        for (int n = 0; n < kElements; ++n) hs[n] = kResidual ? fmaf(gate, e[j][n], hs[n]) : gate * e[j][n];
-        store_floats<kType>(to + j * kWarp, hs);
+        store_words(to + j * kWarp * kVectorBytes, words);
       }
     }
-    if (m < next.count) {
-      const auto* from = vector_at<const uint4>(p.hidden, kType, next.token, next.branch + m, first_vector<kVectors>());
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (places[j].is_there()) held[m][j] = from[j * kWarp];
-      }
-    }
+    if (m < next.count) load_vectors<kWhole>(next.from, places, held[m]);
+    to += p.out.branch_stride * dtype_bytes(kType), next.from += p.hidden.branch_stride * dtype_bytes(kType);
   }
 }
 
-template <DType kType, bool kStaged, int kGroup, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
+// The same for a masked token: hidden as it is, or zeros.
+template <int kGroup>
+__device__ __forceinline__ void pass_group(bool residual, int64_t stride, int count, const Place (&places)[kVectors],
+                                           std::byte* to, const uint4 (&held)[kGroup][kVectors]) {
+#pragma unroll
+  for (int m = 0; m < kGroup; ++m, to += stride) {
+    if (m >= count) break;
+    uint4 written[kVectors];
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) written[j] = residual ? held[m][j] : make_uint4(0, 0, 0, 0);
+    store_vectors(to, places, written);
+  }
+}
+
+template <DType kType, bool kStaged, int kGroup>
+__global__ void __launch_bounds__(kMaxThreads<kStaged, kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>;
   __shared__ Sums<kGroup> sums;
   for (int m = 0; kStaged && m < tile.branches; ++m) {
@@ -129,38 +136,44 @@ __global__ void __launch_bounds__(kMaxThreads) gather_gate_tokens(const GatherGa
   }
   Place places[kVectors];
   find_places<kElements>(p, tile, places);
-  Coming next = look_ahead(p, blockIdx.x);
+  Coming next = look_ahead(p, tile, blockIdx.x);
   uint4 held[kGroup][kVectors] = {};
-  load_group<kType, kGroup>(p.hidden, blockIdx.x, 0, min(kGroup, tile.branches), places, held);
+  load_group<kType>(p.hidden, first_vector_at<kType>(p.hidden, blockIdx.x, 0), min(kGroup, tile.branches), places, held);
   describe_rows(p, tile, next);
   __syncthreads();
   stage_rows(p, tile);
 #pragma unroll 1
   for (int t = blockIdx.x; t < tile.tokens; t += gridDim.x) {
-    const int next_token = t + gridDim.x;
-    const bool masked = next.masked, ends = next_token >= tile.tokens;
-    next = look_ahead(p, next_token);
+    const bool masked = next.masked;
+    next = look_ahead(p, tile, t + gridDim.x);
     wait_for_copies();
     __syncthreads();
     float e[kVectors][kElements];
     if (!masked) decode_memory(p, tile, places, e);
 #pragma unroll 1
     for (int branch = 0; branch < tile.branches; branch += kGroup) {
-      const int count = min(kGroup, tile.branches - branch);
-      const bool last = branch + count == tile.branches;
+      const int count = min(kGroup, tile.branches - branch), left = tile.branches - branch - count;
       if (!masked) sum_group<kType, kStaged>(p, tile, branch, count, places, held, e, sums);
       __syncthreads();  // also: the rows are decoded, and where they were is free
       if (branch == 0) describe_rows(p, tile, next);
       if (!masked) score_group(p, count, sums);
       __syncthreads();
+      const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
       if (branch == 0 && !ends) stage_rows(p, tile);
-      const Following following{last ? next_token : t, last ? 0 : branch + kGroup,
-                                !last  ? min(kGroup, tile.branches - branch - kGroup)
-                                : ends ? 0
-                                       : min(kGroup, tile.branches)};
-      p.options.add_residual
-          ? write_group<kType, true>(p, t, branch, count, masked, places, sums.gates, e, following, held)
-          : write_group<kType, false>(p, t, branch, count, masked, places, sums.gates, e, following, held);
+      std::byte* to = first_vector_at<kType>(p.out, t, branch);
+      const Following following =
+          left > 0 ? Following{first_vector_at<kType>(p.hidden, t, branch + kGroup), min(kGroup, left)}
+                   : Following{first_vector_at<kType>(p.hidden, t + gridDim.x, 0), ends ? 0 : min(kGroup, tile.branches)};
+      if (masked) {
+        pass_group(p.options.add_residual, p.out.branch_stride * dtype_bytes(kType), count, places, to, held);
+        load_group<kType>(p.hidden, following.from, following.count, places, held);
+      } else if (!p.options.add_residual) {
+        write_group<kType, false, false>(p, count, places, sums.gates, e, to, following, held);
+      } else if (places[kVectors - 1].is_there()) {
+        write_group<kType, true, true>(p, count, places, sums.gates, e, to, following, held);
+      } else {
+        write_group<kType, true, false>(p, count, places, sums.gates, e, to, following, held);
+      }
     }
   }
 }
@@ -201,47 +214,37 @@ __global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherG
   }
 }
 
-template <DType kType, bool kStaged, int kGroup, int kVectors>
-void launch_tokens(const GatherGateParams& p, const Tile& tile, cudaStream_t stream) {
-  const auto kernel = gather_gate_tokens<kType, kStaged, kGroup, kVectors>;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
-  const int threads = lanes_for(tile.vectors, kVectors);
-  const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
-  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kThreadsPerSm / threads);
-  kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
-  EK_CUDA_CHECK(cudaGetLastError());
-}
-
-// Whether the first kernel took it.
-template <DType kType, int kGroup, int kVectors>
+// Whether it was launched: the block is not too wide, and what it holds fits.
+template <DType kType, bool kStaged, int kGroup>
 bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
   constexpr int kElements = kVectorElements<kType>;
+  const int64_t vectors = p.hidden_size / kElements, weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
+  if (vectors > kVectors * kMaxThreads<kStaged, kGroup> || (kStaged && weights > max_shared_bytes())) return false;
+  const int threads = lanes_for(vectors, kVectors);
   Tile tile{};
-  tile.vectors = static_cast<int>(p.hidden_size / kElements);
+  tile.vectors = static_cast<int>(vectors);
   tile.branches = static_cast<int>(p.branches);
   tile.tokens = static_cast<int>(p.num_tokens);
-  if (p.columns > lanes_for(tile.vectors, kVectors)) return false;  // a thread a row
-  const int64_t weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
-  if (weights < max_shared_bytes() && lay_out(p, kElements, static_cast<int>(weights), &tile)) {
-    launch_tokens<kType, true, kGroup, kVectors>(p, tile, stream);
-    return true;
-  }
-  if (!lay_out(p, kElements, 0, &tile)) return false;
-  launch_tokens<kType, false, kGroup, kVectors>(p, tile, stream);
+  if (p.columns > threads || !lay_out(p, kElements, kStaged ? static_cast<int>(weights) : 0, &tile)) return false;
+  const auto kernel = gather_gate_tokens<kType, kStaged, kGroup>;
+  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
+  const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
+  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kStaged, kGroup> / threads);
+  kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
+  EK_CUDA_CHECK(cudaGetLastError());
   return true;
 }
 
+// Whether the kernel of a block a token took it.
 template <DType kType>
 bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
-  constexpr int kElements = kVectorElements<kType>, kBytes = dtype_bytes(kType);
-  if (p.num_tokens > INT32_MAX / 2 || p.hidden_size % kElements != 0 || !on_vectors(p.weights) ||
+  constexpr int kBytes = dtype_bytes(kType);
+  if (p.num_tokens > INT32_MAX / 2 || p.hidden_size % kVectorElements<kType> != 0 || !on_vectors(p.weights) ||
       !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
     return false;
   }
-  const int64_t vectors = p.hidden_size / kElements;
-  return vectors <= kMaxThreads       ? launch_tokens<kType, 4, 1>(p, stream)
-         : vectors <= 2 * kMaxThreads ? launch_tokens<kType, 1, 2>(p, stream)
-                                      : false;
+  return launch_tokens<kType, true, 4>(p, stream) || launch_tokens<kType, false, 4>(p, stream) ||
+         launch_tokens<kType, true, 1>(p, stream) || launch_tokens<kType, false, 1>(p, stream);
 }
 
 template <DType kType>
