@@ -1,72 +1,145 @@
-// CUDA kernels of the backward pass of gate. Contract: gate.h; layout of a block: gate_row_cuda.h.
+// CUDA kernels of the backward pass of gate. Contract: gate.h; layout of a block: gate_token_cuda.h.
 //
-// Mapping  a block takes a token after the other, all its branches at once. Hidden, key and the output's gradient stay in
-//          registers from the sums to the gradients. The value's gradient is summed over the branches through shared
-//          memory, a vector of each thread a time. sum_t a h k, of which both weight gradients are multiples, is
-//          collected in shared memory and written once a block; a last kernel adds the blocks' shares in their order, so
-//          that the bits depend on the number of blocks only. Three plain kernels take what is not aligned or too wide.
+// Mapping  a block takes a token after the other, kBranches branches at once. A thread keeps hidden, key and the output's
+//          gradient of its vectors in registers from the sums to the gradients, adds the value's gradient over the branches there,
+//          and loads a branch of the next token as soon as it is done with that of this one: loads are in flight while the
+//          gradients are computed. sum_t a h k, of which both weight gradients are multiples, is collected in shared memory
+//          and written once a block; a last kernel adds the blocks' shares in their order, so that the bits depend on the
+//          number of blocks only. What is not aligned, of 4 bytes or too wide: gate_bwd_any_cuda.h.
 // Traffic  least: hidden, key, grad_out and value read, grad_hidden, grad_key and grad_value written once, (5 M + 2) H a
 //          token. On top a share of 4 M H bytes a block, written and read: 4 % of the least with 32 tokens a block.
-// Limits   the first kernel: 2-byte elements, rows on 16 bytes, 5 * kMaxThreads vectors in a token's branches.
+// Limits   2-byte elements, rows on 16 bytes, kMaxThreads * kVectors vectors a row, 8 M H bytes of shared memory.
 #include <algorithm>
+#include <utility>
 
-#include "kernels/gate/gate_row_cuda.h"
+#include "kernels/gate/gate_bwd_any_cuda.h"
+#include "kernels/gate/gate_token_cuda.h"
 
 namespace engram_kernels {
 namespace {
 
-constexpr int kMaxThreads = 512;
-constexpr int kVectors = 5;  // of a thread
-constexpr int kElements = 8;
+constexpr int kMaxThreads = 384;
+constexpr int kElements = 8;  // of a vector
 constexpr int kPlanes = kElements / 4;
+constexpr int kShare = kPlanes, kGradOut = 2 * kPlanes;  // slots of a vector behind the weights: the weights' gradient, grad_out
+constexpr int kSlots = kGradOut + 1;
+constexpr int kWeightColumns = 32, kWeightRows = 8;
+constexpr int kTokensABlock = 16;   // at least, for more than one block a multiprocessor
 constexpr int kStaticBytes = 1024;  // of shared memory, at most
-constexpr int kPlainThreads = 128;
-constexpr int kPlainChunks = 64;  // of tokens, for the weights
 
 extern __shared__ float4 shared[];
 
-struct Slopes {  // of a (token, branch)
-  float a, b, c, gate;
+template <int kBranches, int kVectors>
+using Place = Slots<kBranches, kVectors, kSlots>;
+
+// What a thread holds of a token in registers; grad_out and value are in slots.
+template <int kBranches, int kVectors>
+struct Held {
+  uint4 hidden[kBranches][kVectors], key[kBranches][kVectors];
 };
 
-struct Tile {
-  int vectors;   // of a row
-  int branches;  // of a token, all in the block
-  int lanes;     // threads a branch
-  int tokens;
-  // float4 of dynamic shared memory
-  __host__ __device__ int rows() const { return branches * kPlanes * vectors; }
-  __host__ __device__ int shares_at() const { return rows(); }
-  __host__ __device__ int exchange_at() const { return 2 * rows(); }
-  __host__ __device__ int exchange() const { return branches * kPlanes * lanes; }
-  __host__ __device__ int value_at() const { return exchange_at() + 2 * exchange(); }
-  __host__ __device__ int size() const { return value_at() + vectors; }
+// The arrays as the kernel addresses them.
+struct Arrays {
+  TokenRows hidden, key, grad_out, value, grad_hidden, grad_key, grad_value;
 };
 
-__device__ __forceinline__ Slopes slopes_of(const GateParams& p, const float (&sums)[4]) {
-  const GateScore score = gate_score(p.options, p.hidden_size, sums[0], sums[1], sums[2]);
-  const GateSlopes s = gate_slopes(p.options, p.hidden_size, score, sums[3]);
-  return {s.a, s.b, s.c, score.gate};
-}
-
-template <DType kType>
-__device__ __forceinline__ void stage_value(const GateParams& p, int64_t t, int vectors, float4* value) {
-  const auto* row =
-      reinterpret_cast<const uint4*>(static_cast<const std::byte*>(p.value) + t * p.value_stride * dtype_bytes(kType));
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < vectors; i += blockDim.x * blockDim.y) copy_async(value + i, row + i);
+// Behind the slots: the value's vectors, then, between two groups, its gradient.
+template <int kBranches, int kVectors>
+__device__ __forceinline__ float4* value_slots(const TokenTile& tile) {
+  return shared + Place<kBranches, kVectors>::size(tile) + threadIdx.x;
 }
 
 // The masked token: its output is hidden, or nothing.
 template <DType kType>
-__device__ __forceinline__ void pass_gradient(const GateBwdParams& p, int64_t t, int vectors) {
+__device__ __forceinline__ void pass_gradient(const GateBwdParams& p, int t, int vectors) {
   const uint4 zeros = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    const uint4 g = p.forward.options.add_residual ? *vector_at<const uint4>(p.grad_out, kType, t, threadIdx.y, i) : zeros;
-    *vector_at<uint4>(p.grad_hidden, kType, t, threadIdx.y, i) = g;
-    *vector_at<uint4>(p.grad_key, kType, t, threadIdx.y, i) = zeros;
-    if (threadIdx.y == 0) static_cast<uint4*>(p.grad_value)[t * vectors + i] = zeros;
+#pragma unroll 1
+    for (int m = 0; m < p.forward.branches; ++m) {
+      *vector_at<uint4>(p.grad_hidden, kType, t, m, i) =
+          p.forward.options.add_residual ? *vector_at<const uint4>(p.grad_out, kType, t, m, i) : zeros;
+      *vector_at<uint4>(p.grad_key, kType, t, m, i) = zeros;
+    }
+    static_cast<uint4*>(p.grad_value)[int64_t{t} * vectors + i] = zeros;
   }
 }
+
+// The block's first token from t on that is not masked; masked ones are passed on the way.
+template <DType kType>
+__device__ __forceinline__ int next_token(const GateBwdParams& p, const TokenTile& tile, int t) {
+#pragma unroll 1
+  for (; t < tile.tokens && p.forward.masked(t); t += gridDim.x) pass_gradient<kType>(p, t, tile.vectors);
+  return t;
+}
+
+// Loads steps into `held` and its slots. A vector in every branch, then the next one with the branches in reverse: so the
+// addresses move by a branch, and are back at the first one in the end.
+template <int kBranches, int kVectors>
+struct Loader {
+  static_assert(kVectors % 2 == 0);
+  const Arrays& arrays;
+  const TokenTile& tile;
+  std::byte *hidden, *key, *grad_out;
+  int token;
+
+  __device__ __forceinline__ Loader(const Arrays& a, const TokenTile& tile, const Step& s)
+      : arrays(a),
+        tile(tile),
+        hidden(a.hidden.at(s.token, first_vector<kVectors>())),
+        key(a.key.at(s.token, first_vector<kVectors>())),
+        grad_out(a.grad_out.at(s.token, first_vector<kVectors>())),
+        token(s.token) {
+    if (s.branch == 0) return;
+    arrays.hidden.go_branches(&hidden, s.branch), arrays.key.go_branches(&key, s.branch);
+    arrays.grad_out.go_branches(&grad_out, s.branch);
+  }
+  __device__ __forceinline__ void next_branch(bool back) {
+    arrays.hidden.next_branch(&hidden, back), arrays.key.next_branch(&key, back);
+  }
+  __device__ __forceinline__ void load(int m, int j, Held<kBranches, kVectors>* held) const {
+    load_if(has(j), hidden + j * kWarp * kVectorBytes, &held->hidden[m][j]);
+    load_if(has(j), key + j * kWarp * kVectorBytes, &held->key[m][j]);
+  }
+  // of all branches at once: the compiler puts empty instructions in front of such copies
+  __device__ __forceinline__ void copy_grad_out(int j, float4* slots) {
+#pragma unroll
+    for (int n = 0; n < kBranches; ++n) {
+      if (n > 0) arrays.grad_out.next_branch(&grad_out, j % 2 != 0);
+      copy_if(has(j), grad_out + j * kWarp * kVectorBytes,
+              slots + Place<kBranches, kVectors>::at(j % 2 == 0 ? n : kBranches - 1 - n, j, kGradOut));
+    }
+  }
+  __device__ __forceinline__ void copy_value() const {
+    const std::byte* value = arrays.value.at(token, first_vector<kVectors>());
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      copy_if(has(j), value + j * kWarp * kVectorBytes, value_slots<kBranches, kVectors>(tile) + j * blockDim.x);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool has(int j) const {
+    return token < tile.tokens && first_vector<kVectors>() + j * kWarp < tile.vectors;
+  }
+};
+
+// Where a thread writes the gradients of a step.
+struct Writer {
+  const Arrays& arrays;
+  std::byte *hidden, *key, *value;
+
+  __device__ __forceinline__ Writer(const Arrays& a, const Step& s, int first)
+      : arrays(a),
+        hidden(a.grad_hidden.at(s.token, first)),
+        key(a.grad_key.at(s.token, first)),
+        value(a.grad_value.at(s.token, first)) {
+    if (s.branch > 0) arrays.grad_hidden.go_branches(&hidden, s.branch), arrays.grad_key.go_branches(&key, s.branch);
+  }
+  __device__ __forceinline__ void next_branch(bool back) {
+    arrays.grad_hidden.next_branch(&hidden, back), arrays.grad_key.next_branch(&key, back);
+  }
+};
 
 template <DType kType>
 __device__ __forceinline__ void unpack_half(const uint4& v, int half, float* values) {
@@ -74,287 +147,273 @@ __device__ __forceinline__ void unpack_half(const uint4& v, int half, float* val
   unpack_pair<kType>(half ? v.w : v.y, values + 2, values + 3);
 }
 
-// Gradients of hidden and key of one vector; adds a h k to the thread's share and leaves gate * grad_out in the exchange.
-template <DType kType>
-__device__ __forceinline__ void gradients(const Slopes& s, bool residual, const uint4 (&in)[3], const float4* weights,
-                                          float4* shares, int vectors, int i, uint4* grad_hidden, uint4* grad_key,
-                                          float4* exchange) {
-  uint32_t to_hidden[4], to_key[4];
+// The thread's part of the sums [kind][branch].
+template <DType kType, int kBranches, int kVectors>
+__device__ __forceinline__ void add_sums(const Held<kBranches, kVectors>& held, const float4* slots, const float4* values,
+                                         float (&sums)[kSums * kBranches]) {
+  uint4 value[kVectors];
 #pragma unroll
-  for (int plane = 0; plane < kPlanes; ++plane) {  // four elements a time, for the registers' sake
+  for (int j = 0; j < kVectors; ++j) value[j] = reinterpret_cast<const uint4&>(values[j * blockDim.x]);
+#pragma unroll
+  for (int m = 0; m < kBranches; ++m) {
+    const float4* of_branch = slots + Place<kBranches, kVectors>::at(m, 0, 0);
+    const auto slot = [&](int j, int i) -> const float4& { return of_branch[Place<kBranches, kVectors>::at(0, j, i)]; };
+    sums[kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held.hidden[m][j], held.hidden[m][j]); });
+    sums[2 * kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held.key[m][j], held.key[m][j]); });
+    sums[3 * kBranches + m] = product_sum<kType, kVectors>(
+        [&](int j, auto add) { add(reinterpret_cast<const uint4&>(slot(j, kGradOut)), value[j]); });
+    float dot = 0;
+#pragma unroll
+    for (int n = 0; n < kVectors * kPlanes; ++n) {  // four elements a time, for the registers' sake
+      const int j = n / kPlanes, plane = n % kPlanes;
+      float h[4], k[4], w[4];
+      unpack_half<kType>(held.hidden[m][j], plane, h);
+      unpack_half<kType>(held.key[m][j], plane, k);
+      read_slot(slot(j, plane), w);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dot = fmaf(h[e], k[e] * w[e], dot);
+    }
+    sums[m] = dot;
+  }
+}
+
+// Gradients of hidden and key of one vector; adds a h k to its share and gate * grad_out to grad_value.
+template <DType kType, bool kResidual, int kBranches, int kVectors>
+__device__ __forceinline__ void gradients(const Slopes& s, const Held<kBranches, kVectors>& held, int m, int j, float4* slots,
+                                          float* grad_value, uint32_t (&to_hidden)[4], uint32_t (&to_key)[4]) {
+  const uint4 grad_out = reinterpret_cast<const uint4&>(slots[Place<kBranches, kVectors>::at(m, j, kGradOut)]);
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane) {
     float h[4], k[4], g[4], w[4], x[4];
-    unpack_half<kType>(in[0], plane, h);
-    unpack_half<kType>(in[1], plane, k);
-    unpack_half<kType>(in[2], plane, g);
-    load_planes<4>(shares + plane * vectors, vectors, i, x);
-    load_planes<4>(weights + plane * vectors, vectors, i, w);
+    unpack_half<kType>(held.hidden[m][j], plane, h);
+    unpack_half<kType>(held.key[m][j], plane, k);
+    unpack_half<kType>(grad_out, plane, g);
+    float4* share = slots + Place<kBranches, kVectors>::at(m, j, kShare + plane);
+    read_slot(slots[Place<kBranches, kVectors>::at(m, j, plane)], w);
+    read_slot(*share, x);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float ah = s.a * h[e];
       x[e] = fmaf(ah, k[e], x[e]);
-      h[e] = fmaf(s.a * w[e], k[e], fmaf(-s.b, h[e], residual ? g[e] : 0.0F));
+      grad_value[4 * plane + e] = fmaf(s.gate, g[e], grad_value[4 * plane + e]);
+      h[e] = fmaf(s.a * w[e], k[e], kResidual ? fmaf(-s.b, h[e], g[e]) : -s.b * h[e]);
       k[e] = fmaf(w[e], ah, -s.c * k[e]);
-      g[e] *= s.gate;
     }
-    store_planes<4>(shares + plane * vectors, vectors, i, x);
-    store_planes<4>(exchange + plane * blockDim.x, blockDim.x, threadIdx.x, g);
+    *share = make_float4(x[0], x[1], x[2], x[3]);
+    if (plane + 1 < kPlanes) __syncwarp();  // no instruction, but keeps the compiler from mixing the halves, for want of registers
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       to_hidden[2 * plane + e] = pack_pair<kType>(h[2 * e], h[2 * e + 1]);
       to_key[2 * plane + e] = pack_pair<kType>(k[2 * e], k[2 * e + 1]);
     }
   }
-  store_words(grad_hidden, to_hidden);
-  store_words(grad_key, to_key);
 }
 
-// One vector of the value's gradient, the branches added in their order.
-template <DType kType>
-__device__ __forceinline__ void write_value_gradient(const Tile& tile, const float4* exchange, uint4* to) {
-  float sum[kElements] = {};
-#pragma unroll 1
-  for (int m = 0; m < tile.branches; ++m) {
-    float of_branch[kElements];
-    load_planes<kElements>(exchange + m * kPlanes * tile.lanes, tile.lanes, threadIdx.x, of_branch);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) sum[e] += of_branch[e];
-  }
-  store_floats<kType>(to, sum);
-}
-
-template <DType kType>
-__device__ __forceinline__ void token_gradients(const GateBwdParams& p, const Tile& tile, int t, const float4* value) {
-  __shared__ float4 partial[kMaxThreads / kWarp];
-  __shared__ Slopes slopes[kMaxThreads / kWarp];
-  const int vectors = tile.vectors, branch = threadIdx.y, first = first_vector<kVectors>();
-  const float4* weights = shared + branch * kPlanes * vectors;
-  const auto* hidden = vector_at<const uint4>(p.forward.hidden, kType, t, branch, 0);
-  const auto* key = vector_at<const uint4>(p.forward.key, kType, t, branch, 0);
-  const auto* grad_out = vector_at<const uint4>(p.grad_out, kType, t, branch, 0);
-  uint4 in[kVectors][3];
-  float sums[4] = {0, 0, 0, 0};  // dot, hidden^2, key^2, grad_out . value
+// The gradients of `now`, which is held; then the loader's step is.
+template <DType kType, bool kResidual, int kBranches, int kVectors>
+__device__ __forceinline__ void write_gradients(const Step& now, const Slopes* slopes, float4* next_slots,
+                                                Held<kBranches, kVectors>* held, Loader<kBranches, kVectors> loader) {
+  const TokenTile& tile = loader.tile;
+  Writer writer(loader.arrays, now, first_vector<kVectors>());
+  const bool last_branches = now.branch + kBranches == tile.groups * kBranches;
+  float4* slots = shared + Place<kBranches, kVectors>::first(tile, now.branch / kBranches);
+  float4* between = value_slots<kBranches, kVectors>(tile) + kVectors * blockDim.x;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * kWarp;
-    if (i >= vectors) break;
-    in[j][0] = hidden[i], in[j][1] = key[i], in[j][2] = grad_out[i];
-  }
+    const bool mine = first_vector<kVectors>() + j * kWarp < tile.vectors, back = j % 2 != 0;
+    const int offset = j * kWarp * kVectorBytes;
+    float grad_value[kElements] = {};
+    if (now.branch > 0) load_planes<kElements>(between + j * kPlanes * blockDim.x, blockDim.x, 0, grad_value);
+    uint32_t words[4];
 #pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * kWarp;
-    if (i >= vectors) break;
-    float h[kElements], k[kElements], x[kElements], g[kElements];
-    unpack_vector<kType>(in[j][0], h);
-    unpack_vector<kType>(in[j][1], k);
-    load_planes<kElements>(weights, vectors, i, x);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      sums[0] = fmaf(h[e], k[e] * x[e], sums[0]);
-      sums[1] = fmaf(h[e], h[e], sums[1]);
-      sums[2] = fmaf(k[e], k[e], sums[2]);
+    for (int n = 0; n < kBranches; ++n) {
+      if (n > 0) writer.next_branch(back), loader.next_branch(back);
+      const int m = back ? kBranches - 1 - n : n;
+      uint32_t to_key[4];
+      gradients<kType, kResidual>(slopes[m], *held, m, j, slots, grad_value, words, to_key);
+      store_if(mine, writer.hidden + offset, words);
+      store_if(mine, writer.key + offset, to_key);
+      loader.load(m, j, held);
+      __syncwarp();  // as above
     }
-    unpack_vector<kType>(in[j][2], g);
-    unpack_vector<kType>(reinterpret_cast<const uint4*>(value)[i], x);
+    loader.copy_grad_out(j, next_slots);
+    if (last_branches) {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) sums[3] = fmaf(g[e], x[e], sums[3]);
-  }
-  branch_sums(sums, partial);
-  if (threadIdx.x == 0) slopes[branch] = slopes_of(p.forward, sums);
-  __syncthreads();
-  const Slopes s = slopes[branch];
-  auto* grad_hidden = vector_at<uint4>(p.grad_hidden, kType, t, branch, 0);
-  auto* grad_key = vector_at<uint4>(p.grad_key, kType, t, branch, 0);
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * kWarp;
-    float4* exchange = shared + tile.exchange_at() + j % 2 * tile.exchange();
-    if (i < vectors) {
-      gradients<kType>(s, p.forward.options.add_residual, in[j], weights, shared + tile.shares_at() + branch * kPlanes * vectors,
-                       vectors, i, grad_hidden + i, grad_key + i, exchange + branch * kPlanes * tile.lanes);
-    }
-    __syncthreads();  // the other exchange is free again after it, too
-    if (j % tile.branches == branch && i < vectors) {
-      write_value_gradient<kType>(tile, exchange, static_cast<uint4*>(p.grad_value) + int64_t{t} * vectors + i);
+      for (int i = 0; i < 4; ++i) words[i] = pack_pair<kType>(grad_value[2 * i], grad_value[2 * i + 1]);
+      store_if(mine, writer.value + offset, words);
+    } else {
+      store_planes<kElements>(between + j * kPlanes * blockDim.x, blockDim.x, 0, grad_value);
     }
   }
 }
 
-template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads) gate_bwd_tokens(const GateBwdParams p, const Tile tile) {
+template <DType kType, int kBranches, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, 1) gate_bwd_tokens(const GateBwdParams p, const Arrays arrays, const TokenTile tile) {
+  __shared__ float partial[kMaxThreads / kWarp * kSums * kBranches];
+  __shared__ Slopes slopes[kBranches];
   const GateParams& f = p.forward;
-  const int vectors = tile.vectors;
-  stage_weights<kElements, kVectors>(f.weights, f.hidden_size, threadIdx.y, vectors, shared + threadIdx.y * kPlanes * vectors);
-  float4* shares = shared + tile.shares_at() + threadIdx.y * kPlanes * vectors;
-  for (int i = threadIdx.x; i < kPlanes * vectors; i += blockDim.x) shares[i] = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-  for (int t = blockIdx.x; t < tile.tokens; t += gridDim.x) {
-    if (f.masked(t)) {
-      pass_gradient<kType>(p, t, vectors);
-      continue;
+  stage_slots<kType, kBranches, kVectors, kSlots>(f.weights, f.hidden_size, tile, shared);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) value_slots<kBranches, kVectors>(tile)[j * blockDim.x] = make_float4(0, 0, 0, 0);
+  Held<kBranches, kVectors> held{};
+  Step now{next_token<kType>(p, tile, blockIdx.x), 0};
+  float4* slots = shared + Place<kBranches, kVectors>::first(tile, 0);
+  Loader<kBranches, kVectors> loader(arrays, tile, now);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+    for (int n = 0; n < kBranches; ++n) {
+      if (n > 0) loader.next_branch(j % 2 != 0);
+      loader.load(j % 2 == 0 ? n : kBranches - 1 - n, j, &held);
     }
-    float4* value = shared + tile.value_at();
-    stage_value<kType>(f, t, vectors, value);
-    wait_for_copies();
-    __syncthreads();  // also: the shares are zero, and the last token's exchange is read
-    token_gradients<kType>(p, tile, t, value);
+    loader.copy_grad_out(j, slots);
   }
-  __syncthreads();
-  auto* out = static_cast<float4*>(p.scratch) + (int64_t{blockIdx.x} * tile.branches + threadIdx.y) * kPlanes * vectors;
-  for (int i = threadIdx.x; i < kPlanes * vectors; i += blockDim.x) out[i] = shares[i];
+  loader.copy_value();
+#pragma unroll 1
+  while (now.token < tile.tokens) {
+    Step next{now.token, now.branch + kBranches};
+    if (next.branch == tile.groups * kBranches) next = {next_token<kType>(p, tile, now.token + gridDim.x), 0};
+    float sums[kSums * kBranches], of_branch[kSums];
+    wait_for_copies();  // each thread reads what it copied itself
+    add_sums<kType>(held, slots, value_slots<kBranches, kVectors>(tile), sums);
+    const Loader<kBranches, kVectors> next_loader(arrays, tile, next);
+    if (next.branch == 0) next_loader.copy_value();
+    token_sums<kBranches>(sums, tile, partial, of_branch);
+    if (threadIdx.x < kBranches) slopes[threadIdx.x] = slopes_of(f, of_branch);
+    __syncthreads();
+    slots = shared + Place<kBranches, kVectors>::first(tile, next.branch / kBranches);
+    f.options.add_residual ? write_gradients<kType, true>(now, slopes, slots, &held, next_loader)
+                           : write_gradients<kType, false>(now, slopes, slots, &held, next_loader);
+    now = next;
+  }
+  // the shares as they lie, without what is between them; each thread wrote its own
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int group = 0; group < tile.groups; ++group) {
+    const int at = Place<kBranches, kVectors>::first(tile, group);
+    auto* out = static_cast<float4*>(p.scratch) +
+                (int64_t{blockIdx.x} * Place<kBranches, kVectors>::size(tile) + at - lane) / kSlots * kPlanes + lane;
+#pragma unroll
+    for (int i = 0; i < kBranches * kVectors * kPlanes; ++i) {
+      out[i * kWarp] = shared[at + (i / kPlanes * kSlots + kShare + i % kPlanes) * kWarp];
+    }
+  }
 }
 
-// Weight gradients out of the shares [count][branches * hidden_size]; `planes` float4 planes a row, or 0 for rows as they are.
-__global__ void __launch_bounds__(kPlainThreads)
-    gate_bwd_weights(const GateBwdParams p, const float* shares, int count, int planes) {
+// Where the shares lie: rows as they are, or [group][warp][branch][vector][plane][lane][4].
+struct ShareOrder {
+  int branches, vectors;  // of a thread; 0 branches: rows as they are
+  int warps;
+};
+
+// The element of the weights whose share is the i-th, or -1.
+__device__ __forceinline__ int64_t element_of(const GateParams& f, const ShareOrder& order, int i) {
+  if (order.branches == 0) return i;
+  const int lane = i / 4 % kWarp;
+  i /= 4 * kWarp;
+  const int plane = i % kPlanes, j = i / kPlanes % order.vectors;
+  i /= order.vectors * kPlanes;
+  const int m = i % order.branches, warp = i / order.branches % order.warps, group = i / order.branches / order.warps;
+  const int vector = (warp * order.vectors + j) * kWarp + lane;
+  if (vector * kElements >= f.hidden_size) return -1;
+  return (int64_t{group} * order.branches + m) * f.hidden_size + vector * kElements + plane * 4;
+}
+
+// Weight gradients out of `count` times `size` shares, a thread a share in every kWeightRows-th of them.
+__global__ void __launch_bounds__(kWeightColumns* kWeightRows)
+    gate_bwd_weights(const GateBwdParams p, const float* shares, int count, int size, const ShareOrder order) {
+  __shared__ float partial[kWeightRows][kWeightColumns];
   const GateParams& f = p.forward;
-  const int64_t weights = f.branches * f.hidden_size;
-  const int64_t i = int64_t{blockIdx.x} * kPlainThreads + threadIdx.x;  // where the share lies
-  if (i >= weights) return;
+  const int i = blockIdx.x * kWeightColumns + threadIdx.x;
   float sum = 0;
+  if (i < size) {
 #pragma unroll 8
-  for (int n = 0; n < count; ++n) sum += shares[n * weights + i];
-  int64_t element = i;
-  if (planes > 0) {
-    const int size = static_cast<int>(f.hidden_size), row = static_cast<int>(i) / size, at = static_cast<int>(i) % size;
-    const int plane = at / (size / planes), in_plane = at % (size / planes);
-    element = int64_t{row} * size + in_plane / 4 * (4 * planes) + plane * 4 + in_plane % 4;
+    for (int n = threadIdx.y; n < count; n += kWeightRows) sum += shares[int64_t{n} * size + i];
   }
+  partial[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || i >= size) return;
+  for (int n = 1; n < kWeightRows; ++n) sum += partial[n][threadIdx.x];
+  int64_t element = element_of(f, order, i);
+  if (element < 0) return;
+  if (order.branches > 0) element += i % 4;
   const DType dtype = f.weights.dtype;
   store_element(p.grad_w_hidden, dtype, element, sum * load_element(f.weights.w_key, dtype, element));
   store_element(p.grad_w_key, dtype, element, sum * load_element(f.weights.w_hidden, dtype, element));
 }
 
-// ---- any size and alignment ------------------------------------------------------------------------------------------
-
-// The slopes of every (token, branch), a block each; zeros for a masked token.
-template <DType kType>
-__global__ void __launch_bounds__(kPlainThreads, 8) gate_bwd_slopes(const GateBwdParams p, Slopes* slopes) {
-  __shared__ float4 partial[kPlainThreads / kWarp];
-  const GateParams& f = p.forward;
-  const int size = static_cast<int>(f.hidden_size), m = blockIdx.y;
-#pragma unroll 1
-  for (int64_t t = blockIdx.x; t < f.num_tokens; t += gridDim.x) {
-    const void* hidden = vector_at<std::byte>(f.hidden, kType, t, m, 0);
-    const void* key = vector_at<std::byte>(f.key, kType, t, m, 0);
-    const void* grad_out = vector_at<std::byte>(p.grad_out, kType, t, m, 0);
-    float sums[4] = {0, 0, 0, 0};
-    for (int i = threadIdx.x; i < size && !f.masked(t); i += kPlainThreads) {
-      const float h = load_element(hidden, kType, i), k = load_element(key, kType, i);
-      const float w = load_element(f.weights.w_hidden, f.weights.dtype, int64_t{m} * size + i) *
-                      load_element(f.weights.w_key, f.weights.dtype, int64_t{m} * size + i);
-      sums[0] = fmaf(h, k * w, sums[0]), sums[1] = fmaf(h, h, sums[1]), sums[2] = fmaf(k, k, sums[2]);
-      sums[3] = fmaf(load_element(grad_out, kType, i), load_element(f.value, kType, t * f.value_stride + i), sums[3]);
-    }
-    branch_sums(sums, partial);
-    if (threadIdx.x == 0) slopes[t * f.branches + m] = f.masked(t) ? Slopes{0, 0, 0, 0} : slopes_of(f, sums);
-    __syncthreads();
-  }
-}
-
-// A thread takes an element of a token in every branch.
-template <DType kType>
-__global__ void __launch_bounds__(kPlainThreads, 8) gate_bwd_elements(const GateBwdParams p, const Slopes* slopes) {
-  const GateParams& f = p.forward;
-  const int size = static_cast<int>(f.hidden_size);
-#pragma unroll 1
-  for (int64_t t = blockIdx.x; t < f.num_tokens; t += gridDim.x) {
-    const bool masked = f.masked(t);
-#pragma unroll 1
-    for (int i = blockIdx.y * kPlainThreads + threadIdx.x; i < size; i += gridDim.y * kPlainThreads) {
-      float grad_value = 0;
-#pragma unroll 1
-      for (int m = 0; m < f.branches; ++m) {
-        const float g = load_element(vector_at<std::byte>(p.grad_out, kType, t, m, 0), kType, i);
-        float to_hidden = f.options.add_residual ? g : 0.0F, to_key = 0;
-        if (!masked) {
-          const Slopes s = slopes[t * f.branches + m];
-          const float h = load_element(vector_at<std::byte>(f.hidden, kType, t, m, 0), kType, i);
-          const float k = load_element(vector_at<std::byte>(f.key, kType, t, m, 0), kType, i);
-          const float w = load_element(f.weights.w_hidden, f.weights.dtype, int64_t{m} * size + i) *
-                          load_element(f.weights.w_key, f.weights.dtype, int64_t{m} * size + i);
-          to_hidden = fmaf(s.a * w, k, fmaf(-s.b, h, to_hidden));
-          to_key = fmaf(w, s.a * h, -s.c * k);
-          grad_value += s.gate * g;
-        }
-        store_element(vector_at<std::byte>(p.grad_hidden, kType, t, m, 0), kType, i, to_hidden);
-        store_element(vector_at<std::byte>(p.grad_key, kType, t, m, 0), kType, i, to_key);
-      }
-      store_element(p.grad_value, kType, t * size + i, grad_value);
-    }
-  }
-}
-
-// The shares of kPlainChunks chunks of tokens, whose bounds depend on the number of tokens only.
-template <DType kType>
-__global__ void __launch_bounds__(kPlainThreads, 8) gate_bwd_shares(const GateBwdParams p, const Slopes* slopes, float* shares) {
-  const GateParams& f = p.forward;
-  const int size = static_cast<int>(f.hidden_size), m = blockIdx.y;
-  const int64_t chunk = ceil_div(f.num_tokens, int64_t{kPlainChunks});
-  const int64_t begin = blockIdx.z * chunk, end = begin + chunk < f.num_tokens ? begin + chunk : f.num_tokens;
-  const int i = blockIdx.x * kPlainThreads + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0;
-#pragma unroll 1
-  for (int64_t t = begin; t < end; ++t) {
-    if (f.masked(t)) continue;
-    const float h = load_element(vector_at<std::byte>(f.hidden, kType, t, m, 0), kType, i);
-    sum = fmaf(slopes[t * f.branches + m].a * h, load_element(vector_at<std::byte>(f.key, kType, t, m, 0), kType, i), sum);
-  }
-  shares[(int64_t{blockIdx.z} * f.branches + m) * size + i] = sum;
-}
-
 // ---- launches --------------------------------------------------------------------------------------------------------
 
-bool takes_tokens(const GateBwdParams& p, Tile* tile) {
+// Whether the arrays lie as the first kernel wants.
+bool arrays_of(const GateBwdParams& p, Arrays* arrays) {
   const GateParams& f = p.forward;
-  if (f.dtype == DType::kF32 || f.hidden_size % kElements != 0) return false;
-  const int64_t vectors = f.hidden_size / kElements;
-  if (vectors > int64_t{kVectors} * kMaxThreads) return false;
-  const int lanes = lanes_for(vectors, kVectors);
-  if (lanes * f.branches > kMaxThreads || f.num_tokens > INT32_MAX / 2) return false;
-  *tile = {static_cast<int>(vectors), static_cast<int>(f.branches), lanes, static_cast<int>(f.num_tokens)};
-  return tile->size() * kVectorBytes + kStaticBytes <= max_shared_bytes();
-}
-
-bool is_aligned(const GateBwdParams& p) {
-  const GateParams& f = p.forward;
-  bool ok = on_vectors(f.weights) && on_vectors({const_cast<void*>(f.value), f.value_stride, 0}, f.num_tokens, 1, 2) &&
-            reinterpret_cast<uintptr_t>(p.grad_value) % kVectorBytes == 0;
+  const BranchRows value{const_cast<void*>(f.value), f.value_stride, 0}, grad_value{p.grad_value, f.hidden_size, 0};
+  constexpr int kBytes = 2;
+  bool ok = on_vectors(f.weights);
   for (const BranchRows* rows : {&f.hidden, &f.key, &p.grad_out, &p.grad_hidden, &p.grad_key}) {
-    ok = ok && on_vectors(*rows, f.num_tokens, f.branches, 2);
+    ok = ok && has_token_rows(*rows, f.num_tokens, f.branches, kBytes);
   }
+  for (const BranchRows& rows : {value, grad_value}) ok = ok && has_token_rows(rows, f.num_tokens, 1, kBytes);
+  *arrays = {token_rows(f.hidden, kBytes), token_rows(f.key, kBytes), token_rows(p.grad_out, kBytes), token_rows(value, kBytes),
+             token_rows(p.grad_hidden, kBytes), token_rows(p.grad_key, kBytes), token_rows(grad_value, kBytes)};
   return ok;
 }
 
-int64_t token_blocks(const GateParams& f) { return std::min(f.num_tokens, int64_t{num_multiprocessors()}); }
+struct Launch {
+  ShareOrder order;
+  TokenTile tile;
+  int shared_bytes;
+  int64_t shares;  // of a block
+  int blocks;
+};
 
-template <DType kType>
-void launch_tokens(const GateBwdParams& p, const Tile& tile, cudaStream_t stream) {
-  const auto kernel = gate_bwd_tokens<kType>;
-  const int bytes = tile.size() * kVectorBytes;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  const dim3 block(static_cast<unsigned>(tile.lanes), static_cast<unsigned>(tile.branches));
-  kernel<<<static_cast<unsigned>(token_blocks(p.forward)), block, bytes, stream>>>(p, tile);
-  EK_CUDA_CHECK(cudaGetLastError());
-}
-
-template <DType kType>
-void launch_plain(const GateBwdParams& p, cudaStream_t stream) {
+// The first of the compiled shapes that holds these rows; false: none does.
+bool plan_tokens(const GateBwdParams& p, Launch* launch) {
   const GateParams& f = p.forward;
-  auto* slopes = static_cast<Slopes*>(p.scratch);
-  auto* shares = reinterpret_cast<float*>(slopes + f.num_tokens * f.branches);
-  const auto branches = static_cast<unsigned>(f.branches);
-  const auto columns = static_cast<unsigned>(ceil_div(f.hidden_size, int64_t{kPlainThreads}));
-  const auto tokens = static_cast<unsigned>(std::min(f.num_tokens, int64_t{num_multiprocessors()} * 16));
-  gate_bwd_slopes<kType><<<dim3(tokens, branches), kPlainThreads, 0, stream>>>(p, slopes);
-  gate_bwd_elements<kType><<<dim3(tokens, std::min(columns, 64U)), kPlainThreads, 0, stream>>>(p, slopes);
-  gate_bwd_shares<kType><<<dim3(columns, branches, kPlainChunks), kPlainThreads, 0, stream>>>(p, slopes, shares);
+  if (f.dtype == DType::kF32 || f.hidden_size % kElements != 0 || f.num_tokens > INT32_MAX / 2) return false;
+  const int64_t vectors = f.hidden_size / kElements;
+  for (const auto [branches, per_thread] : {std::pair{4, 2}, {2, 2}, {1, 4}}) {
+    if (branches == 4 && f.dtype == DType::kF16) continue;  // spills registers on sm_100
+    if (f.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
+    const int threads = lanes_for(vectors, per_thread), warps = threads / kWarp;
+    const int64_t padded = per_thread * threads, slots = f.branches * padded * kSlots;
+    const int64_t bytes = (slots + padded * (f.branches > branches ? 1 + kPlanes : 1)) * kVectorBytes;
+    if (bytes > max_shared_bytes() - kStaticBytes) continue;
+    *launch = {{branches, per_thread, warps},
+               {static_cast<int>(vectors), warps, static_cast<int>(f.branches / branches), static_cast<int>(f.num_tokens)},
+               static_cast<int>(bytes), slots / kSlots * kPlanes * 4};
+    // more blocks a multiprocessor only where each still takes tokens enough to be worth its share of the weights' gradients
+    const int64_t sms = num_multiprocessors(), resident = std::min(kMaxThreads / threads, max_shared_bytes() / launch->shared_bytes);
+    const int64_t worth = std::max(int64_t{1}, f.num_tokens / (sms * kTokensABlock));
+    launch->blocks = static_cast<int>(std::min(f.num_tokens, sms * std::min(resident, worth)));
+    return true;
+  }
+  return false;
+}
+
+template <DType kType, int kBranches, int kVectors>
+void launch_tokens(const GateBwdParams& p, const Arrays& arrays, const Launch& launch, cudaStream_t stream) {
+  const auto kernel = gate_bwd_tokens<kType, kBranches, kVectors>;
+  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes));
+  kernel<<<static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.tile.warps * kWarp), launch.shared_bytes, stream>>>(
+      p, arrays, launch.tile);
   EK_CUDA_CHECK(cudaGetLastError());
 }
 
-void launch_weights(const GateBwdParams& p, const float* shares, int64_t count, int planes, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(p.forward.branches * p.forward.hidden_size, int64_t{kPlainThreads});
-  gate_bwd_weights<<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(p, shares, static_cast<int>(count), planes);
+template <DType kType>
+void launch_tokens(const GateBwdParams& p, const Arrays& arrays, const Launch& launch, cudaStream_t stream) {
+  if constexpr (kType == DType::kBf16) {
+    if (launch.order.branches == 4) return launch_tokens<kType, 4, 2>(p, arrays, launch, stream);
+  }
+  launch.order.branches == 2 ? launch_tokens<kType, 2, 2>(p, arrays, launch, stream)
+                             : launch_tokens<kType, 1, 4>(p, arrays, launch, stream);
+}
+
+void launch_weights(const GateBwdParams& p, const float* shares, int64_t count, int64_t size, const ShareOrder& order,
+                    cudaStream_t stream) {
+  const dim3 block(kWeightColumns, kWeightRows);
+  gate_bwd_weights<<<static_cast<unsigned>(ceil_div(size, int64_t{kWeightColumns})), block, 0, stream>>>(
+      p, shares, static_cast<int>(count), static_cast<int>(size), order);
   EK_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -362,8 +421,11 @@ void launch_weights(const GateBwdParams& p, const float* shares, int64_t count, 
 
 int64_t gate_bwd_cuda_scratch_bytes(const GateBwdParams& p) {
   const GateParams& f = p.forward;
-  const int64_t row_bytes = f.branches * f.hidden_size * int64_t{sizeof(float)};
-  return std::max(token_blocks(f) * row_bytes, f.num_tokens * f.branches * int64_t{sizeof(Slopes)} + kPlainChunks * row_bytes);
+  const int64_t plain = f.num_tokens * f.branches * int64_t{sizeof(Slopes)} +
+                        kPlainChunks * f.branches * f.hidden_size * int64_t{sizeof(float)};
+  Launch launch;
+  if (f.num_tokens == 0 || !plan_tokens(p, &launch)) return plain;
+  return std::max(plain, launch.blocks * launch.shares * int64_t{sizeof(float)});
 }
 
 void gate_bwd_cuda(const GateBwdParams& p, void* stream) {
@@ -372,10 +434,11 @@ void gate_bwd_cuda(const GateBwdParams& p, void* stream) {
   EK_CHECK(f.branches <= kMaxGridY, "gate: " << f.branches << " branches, expected at most " << kMaxGridY);
   EK_CHECK(f.hidden_size * f.branches <= INT32_MAX, "gate: " << f.branches << " rows of " << f.hidden_size << " are too many");
   const auto on = static_cast<cudaStream_t>(stream);
-  Tile tile;
-  if (f.num_tokens > 0 && takes_tokens(p, &tile) && is_aligned(p)) {
-    f.dtype == DType::kBf16 ? launch_tokens<DType::kBf16>(p, tile, on) : launch_tokens<DType::kF16>(p, tile, on);
-    return launch_weights(p, static_cast<const float*>(p.scratch), token_blocks(f), kPlanes, on);
+  Launch launch;
+  Arrays arrays;
+  if (f.num_tokens > 0 && arrays_of(p, &arrays) && plan_tokens(p, &launch)) {
+    f.dtype == DType::kBf16 ? launch_tokens<DType::kBf16>(p, arrays, launch, on) : launch_tokens<DType::kF16>(p, arrays, launch, on);
+    return launch_weights(p, static_cast<const float*>(p.scratch), launch.blocks, launch.shares, launch.order, on);
   }
   if (f.num_tokens > 0) {
     f.dtype == DType::kF32    ? launch_plain<DType::kF32>(p, on)
@@ -383,7 +446,7 @@ void gate_bwd_cuda(const GateBwdParams& p, void* stream) {
                               : launch_plain<DType::kF16>(p, on);
   }
   const auto* shares = reinterpret_cast<const float*>(static_cast<Slopes*>(p.scratch) + f.num_tokens * f.branches);
-  launch_weights(p, shares, f.num_tokens > 0 ? kPlainChunks : 0, 0, on);
+  launch_weights(p, shares, f.num_tokens > 0 ? kPlainChunks : 0, f.branches * f.hidden_size, {}, on);
 }
 
 }  // namespace engram_kernels
