@@ -1,6 +1,7 @@
 """How Triton kernels are launched: no compilation for another number of tokens, warm-up, launch parameters, refusals."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,11 @@ def test_triton_refuses_overlap_and_gradients_of_out():
     layout = EngramSpec.deepseek_v41().layout()
     with pytest.raises(IndexError, match=r"token_ids\[1\] is -5"):
         ngram_hash(torch.tensor([3, -5]), torch.tensor([0, 2], dtype=torch.int32), layout, backend="triton")
+
+
+def test_triton_kernels_use_what_the_oldest_triton_has():
+    """pyproject says triton>=3.5: tests/golden/triton_3_5_language.txt is dir(triton.language) of 3.5.0."""
+    oldest = set((ROOT / "tests/golden/triton_3_5_language.txt").read_text().split())
+    sources = [path.read_text() for path in (ROOT / "python/engram_kernels/triton_kernels").glob("*.py")]
+    used = {name for text in sources for name in re.findall(r"\btl\.(\w+)", text)}
+    assert len(used) > 20 and used - oldest == set()

@@ -56,17 +56,19 @@ def why_not_on(device_index: int) -> str | None:
     return f"the Triton kernels need sm_80 or later; the GPU is sm_{major}{minor}"
 
 
-def implementation(op: str, check_data: Callable[..., None] | None, in_place: str | None) -> Callable[..., Any]:
+def implementation(op: str, check_data: Callable[..., None] | None, in_place: str | None, updates: str | None) -> Callable[..., Any]:
     """What `backends.select` returns: takes the op's tensor-level arguments and `out`.
 
     Args:
         op: op name.
         check_data: raises for bad data; called in the interpreter, where the data can be looked at, before anything is written.
         in_place: name of the argument that `out` may be; None: `out` shares memory with no argument.
+        updates: name of an optional argument that is written; a call that gives it is one of the op `<op>_update`.
     """
     def run(*args, out=None):
         refuse_forward_ad(op)
         tensors = [x for x in args if isinstance(x, Tensor)]
+        written = None if updates is None else dict(zip(argument_names(op), args, strict=False)).get(updates)
         if out is not None:
             if wants_grad(*tensors, out):
                 raise ValueError(f"{op}: out cannot be given while an input requires grad; leave it away or use torch.no_grad()")
@@ -74,23 +76,29 @@ def implementation(op: str, check_data: Callable[..., None] | None, in_place: st
                 if isinstance(x, Tensor):
                     expect_apart(op, name, x, out, may_be_same=name == in_place)
         if is_compiling() or (out is None and wants_grad(*tensors)):
-            twin = getattr(getattr(torch.ops, NAMESPACE), op)
+            twin = getattr(getattr(torch.ops, NAMESPACE), op if written is None else f"{op}_update")
+            named = dict(zip(argument_names(op), args, strict=False))
             if out is None:
-                return twin.default(*args)
-            twin.out(*args, out=out)
+                return twin.default(**named)
+            twin.out(**named, out=out)
             return out
         if INTERPRETED and check_data is not None:
             check_data(*args)
         out = launch_function(op)(*args, out=out)
-        mark_written(out)
+        mark_written(out, written)
         return out
     return run
 
 
 @functools.cache
 def launch_function(op: str) -> Callable[..., Any]:
-    """The function `op` of triton_kernels/<op>.py, or of the file of the op that it is the backward of. Imports Triton."""
-    return getattr(importlib.import_module(f"engram_kernels.triton_kernels.{op.removesuffix('_bwd')}"), op)
+    """The function `op` of triton_kernels/<op>.py, or of the file of the op that it belongs to. Imports Triton."""
+    return getattr(importlib.import_module(f"engram_kernels.triton_kernels.{stem(op)}"), op)
+
+
+def stem(op: str) -> str:
+    """The op that a backward or an update belongs to."""
+    return op.removesuffix("_bwd").removesuffix("_update")
 
 
 @functools.cache
@@ -101,7 +109,7 @@ def argument_names(op: str) -> tuple[str, ...]:
 
 def define_twin(op: str) -> None:
     """Defines `engram_kernels_triton::<op>` from the schemas and fakes of `engram_kernels::<op>`, unless it is there."""
-    if op in _twins or why_not(op.removesuffix("_bwd")):
+    if op in _twins or why_not(stem(op)):
         return
     _twins.add(op)
     packet = getattr(torch.ops.engram_kernels, op)
@@ -133,10 +141,12 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
         setup_context: as torch.library.register_autograd has it.
         lib: the library of `engram_kernels`.
     """
-    libraries = {"engram_kernels": lib}
-    define_twin(op)
-    if op in _twins:
-        libraries[NAMESPACE] = _LIB
-    for namespace, library in libraries.items():
+    for namespace, library in libraries_of(op, lib).items():
         torch.library.register_autograd(f"{namespace}::{op}", functools.partial(backward, getattr(torch.ops, namespace)),
                                         setup_context=setup_context, lib=library)
+
+
+def libraries_of(op: str, lib: Any) -> dict[str, Any]:
+    """Namespaces that have `op`, and their libraries; its twin is defined."""
+    define_twin(op)
+    return {"engram_kernels": lib} | ({NAMESPACE: _LIB} if op in _twins else {})

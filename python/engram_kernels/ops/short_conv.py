@@ -14,7 +14,7 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import LIB
-from engram_kernels._triton import register_autograd
+from engram_kernels._triton import libraries_of, register_autograd
 from engram_kernels.reference.short_conv import short_conv as _reference
 from engram_kernels.reference.short_conv import short_conv_update as _reference_update
 
@@ -197,8 +197,10 @@ def _refuse_grad(overload):
     return kernel
 
 
-LIB.impl("short_conv_update", _refuse_grad(torch.ops.engram_kernels.short_conv_update.default), "Autograd")
-LIB.impl("short_conv_update.out", _refuse_grad(torch.ops.engram_kernels.short_conv_update.out), "Autograd")
+for _namespace, _library in libraries_of("short_conv_update", LIB).items():
+    _update = getattr(torch.ops, _namespace).short_conv_update
+    _library.impl("short_conv_update", _refuse_grad(_update.default), "Autograd")
+    _library.impl("short_conv_update.out", _refuse_grad(_update.out), "Autograd")
 register_autograd("short_conv", _backward, _setup_context, LIB)
 register_autograd("short_conv_bwd", no_second_derivative("short_conv"), None, LIB)
-backends.register_op("short_conv", _checked_reference, _compiled, check_data=_check_data)
+backends.register_op("short_conv", _checked_reference, _compiled, check_data=_check_data, updates="state")

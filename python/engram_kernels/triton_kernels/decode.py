@@ -1,10 +1,17 @@
 """Stored rows to float32 and float32 to outputs, shared by the kernels that read rows. Semantics 5."""
+import math
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from engram_kernels import _triton
 
 BLOCK = tl.constexpr(32)  # elements that share a scale
+FLOAT, FP8_TENSOR, FP8_BLOCK, INT8_GROUP = (tl.constexpr(i) for i in range(4))
+CODES = {"f32": FLOAT, "bf16": FLOAT, "f16": FLOAT, "fp8_e4m3_tensor": FP8_TENSOR, "fp8_e4m3_block32": FP8_BLOCK,
+         "fp8_e4m3_block32_packed": FP8_BLOCK, "int8_group32": INT8_GROUP}
 # the interpreter truncates where a GPU rounds to nearest even, and is wrong about subnormals
 _EMULATE_BF16 = tl.constexpr(_triton.INTERPRETED)
 
@@ -43,3 +50,51 @@ def round_to(x, dtype: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def decode_rows(rows, scales, ids, present, row_units, scale_stride, start, CODE: tl.constexpr, D: tl.constexpr,
+                UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr):
+    """float32 [COUNT, WIDTH]: elements start.. of the rows `ids`, int64 in range; 0 where not `present` and past D."""
+    element = start + tl.arange(0, WIDTH)[None, :]
+    inside = present[:, None] & (element < D)
+    # a whole number of units, so that the compiler knows how rows are aligned
+    stored = tl.load(rows + ids[:, None] * (row_units.to(tl.int64) * UNIT) + element, mask=inside, other=0)
+    if CODE == FLOAT:
+        return to_float(stored)
+    elif CODE == FP8_TENSOR:
+        # a scale below zero, or NaN, must not touch the zeros of a row that is not there
+        return tl.where(inside, fp8_e4m3_to_float(stored) * tl.load(scales), 0.0)
+    else:
+        block = start // BLOCK + tl.arange(0, WIDTH // BLOCK)[None, :]
+        at = scales + ids[:, None] * scale_stride.to(tl.int64) + block
+        scale = tl.load(at, mask=present[:, None] & (block < D // BLOCK), other=0)
+        if CODE == FP8_BLOCK:
+            values, factor = fp8_e4m3_to_float(stored), ue8m0_to_float(scale, ZERO_SCALE_IS_ZERO)
+        else:
+            values, factor = stored.to(tl.float32), scale
+        values = tl.reshape(values, [COUNT, WIDTH // BLOCK, BLOCK]) * factor[:, :, None]
+        return tl.reshape(values, [COUNT, WIDTH])
+
+
+class RowArgs(NamedTuple):
+    """Stored rows as the kernels take them: tensors and strides, then constants."""
+    rows: Tensor
+    scales: Tensor | None
+    num_rows: int
+    row_units: int  # elements from row to row, in units of `unit`
+    scale_stride: int  # elements
+    code: int
+    unit: int
+
+
+def row_args(rows: Tensor, scales: Tensor | None, row_format: str, row_dim: int) -> RowArgs:
+    """`rows` and `scales` of a table as its kernels take them."""
+    code = CODES[row_format].value
+    if row_format == "fp8_e4m3_block32_packed":
+        scales = rows[:, row_dim:]
+    stride = rows.stride(0)
+    # 8 stored bytes a thread make 16 bytes of bfloat16 output
+    unit = math.gcd(stride, 16 // rows.element_size() if code == FLOAT.value else 8)
+    return RowArgs(rows, scales, rows.shape[0], stride // unit, 0 if scales is None or scales.dim() == 1 else scales.stride(0),
+                   code, unit)

@@ -48,7 +48,7 @@ def gate_kernel(hidden, key, value, w_hidden, w_key, mask, out, num_tokens, hidd
             element = (i % CHUNKS) * CHUNK + lane
             held = held + (load_weights(w_hidden, w_key, (i // CHUNKS) * SIZE + element, element < SIZE),)
     for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
-        t = tl.to_tensor(token).to(tl.int64)
+        t = tl.cast(token, tl.int64)
         alive = True
         if mask is not None:
             alive = tl.load(mask + t) == 0
@@ -93,7 +93,7 @@ def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hi
     lane = tl.arange(0, CHUNK)
     dtype: tl.constexpr = grad_hidden.dtype.element_ty
     for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
-        t = tl.to_tensor(token).to(tl.int64)
+        t = tl.cast(token, tl.int64)
         alive = True
         if mask is not None:
             alive = tl.load(mask + t) == 0
@@ -154,7 +154,7 @@ def gate_products_bwd_kernel(hidden, key, slopes, partial, num_tokens, hidden_to
     element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
     for token in tl.range(part, num_tokens.to(tl.int32), tl.num_programs(2)):
-        t = tl.to_tensor(token).to(tl.int64)
+        t = tl.cast(token, tl.int64)
         a = tl.load(slopes + t * BRANCHES + m)
         inside = element < tl.where(a != 0, SIZE, 0)  # what hides under a mask is not read
         h = to_float(tl.load(row_of(hidden, t, m, hidden_token, hidden_branch, UNIT) + element, mask=inside, other=0.0))
@@ -169,7 +169,7 @@ def gate_weights_bwd_kernel(partial, w_hidden, w_key, grad_w_hidden, grad_w_key,
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
     for part in tl.range(0, num_parts.to(tl.int32)):
-        total += tl.load(partial + tl.to_tensor(part).to(tl.int64) * TOTAL + at, mask=at < TOTAL, other=0.0)
+        total += tl.load(partial + tl.cast(part, tl.int64) * TOTAL + at, mask=at < TOTAL, other=0.0)
     dtype: tl.constexpr = grad_w_hidden.dtype.element_ty
     w_h = to_float(tl.load(w_hidden + at, mask=at < TOTAL, other=0.0))
     w_k = to_float(tl.load(w_key + at, mask=at < TOTAL, other=0.0))

@@ -6,20 +6,15 @@ Mapping  a program takes a tile of rows, all elements of each (wide rows in chun
 Traffic  every byte of a row once, the output once, 4 or 8 B an id.
 Limits   byte strides of rows are 64-bit; D is a constant, so a table's width compiles once.
 """
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram_kernels.triton_kernels.decode import BLOCK, fp8_e4m3_to_float, round_to, to_float, ue8m0_to_float
+from engram_kernels.triton_kernels.decode import BLOCK, FLOAT, decode_rows, round_to, row_args, to_float
 from engram_kernels.triton_kernels.launch import error_counter, launch
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
-FLOAT, FP8_TENSOR, FP8_BLOCK, INT8_GROUP = (tl.constexpr(i) for i in range(4))
-CODES = {"f32": FLOAT, "bf16": FLOAT, "f16": FLOAT, "fp8_e4m3_tensor": FP8_TENSOR, "fp8_e4m3_block32": FP8_BLOCK,
-         "fp8_e4m3_block32_packed": FP8_BLOCK, "int8_group32": INT8_GROUP}
 MAX_CHUNK = 2048  # elements of a row at a time
 BWD_CHUNK = 256
 
@@ -35,32 +30,15 @@ def gather_rows_kernel(rows, scales, row_ids, out, errors, count, num_rows, row_
     present = (ids >= 0) & (ids < num_rows)
     tl.atomic_add(errors + tl.zeros([ROWS], tl.int32), 1, mask=inside & (ids != -1) & ~present, sem="relaxed")
     ids = tl.where(present, ids, 0)
-    # a whole number of units, so that the compiler knows how rows are aligned
-    row = rows + ids[:, None] * (row_units.to(tl.int64) * UNIT)
     to = out + (first + slot)[:, None] * D
     for start in tl.range(0, D, CHUNK):
         element = start + tl.arange(0, CHUNK)[None, :]
-        if CODE == FLOAT:
-            # of the output dtype they are copied bit for bit
-            values = tl.load(row + element, mask=present[:, None] & (element < D), other=0.0)
-            if out.dtype.element_ty != rows.dtype.element_ty:
-                values = round_to(to_float(values), out.dtype.element_ty)
+        if CODE == FLOAT and out.dtype.element_ty == rows.dtype.element_ty:  # bit for bit
+            at = rows + ids[:, None] * (row_units.to(tl.int64) * UNIT) + element
+            values = tl.load(at, mask=present[:, None] & (element < D), other=0.0)
         else:
-            stored = tl.load(row + element, mask=present[:, None] & (element < D), other=0)
-            if CODE == FP8_TENSOR:
-                # a scale below zero, or NaN, must not touch the zeros of a row that is not there
-                values = tl.where(present[:, None], fp8_e4m3_to_float(stored) * tl.load(scales), 0.0)
-            else:
-                block = start // BLOCK + tl.arange(0, CHUNK // BLOCK)[None, :]
-                at = scales + ids[:, None] * scale_stride.to(tl.int64) + block
-                scale = tl.load(at, mask=present[:, None] & (block < D // BLOCK), other=0)
-                if CODE == FP8_BLOCK:
-                    values, factor = fp8_e4m3_to_float(stored), ue8m0_to_float(scale, ZERO_SCALE_IS_ZERO)
-                else:
-                    values, factor = stored.to(tl.float32), scale
-                values = tl.reshape(values, [ROWS, CHUNK // BLOCK, BLOCK]) * factor[:, :, None]
-                values = tl.reshape(values, [ROWS, CHUNK])
-            values = round_to(values, out.dtype.element_ty)
+            values = round_to(decode_rows(rows, scales, ids, present, row_units, scale_stride, start, CODE, D, UNIT, ROWS, CHUNK,
+                                          ZERO_SCALE_IS_ZERO), out.dtype.element_ty)
         tl.store(to + element, values, mask=inside[:, None] & (element < D))
 
 
@@ -89,20 +67,15 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     count = row_ids.numel()
     if count == 0:
         return out
-    code = CODES[row_format].value
-    if row_format == "fp8_e4m3_block32_packed":
-        scales = rows[:, row_dim:]
     chunk = min(max(triton.next_power_of_2(row_dim), BLOCK.value), MAX_CHUNK)
     size = shape_class(count)
     tuned = parameters("gather_rows", row_ids.device, size)
     tile_rows = max(1, tuned["tile"] // chunk)
-    # 8 stored bytes a thread make 16 bytes of bfloat16 output
-    row_stride = rows.stride(0)
-    unit = math.gcd(row_stride, 16 // rows.element_size() if code == FLOAT.value else 8)
-    args = (rows, scales, row_ids, out, error_counter("gather_rows", row_ids.device), count, rows.shape[0], row_stride // unit,
-            0 if scales is None or scales.dim() == 1 else scales.stride(0))
+    table = row_args(rows, scales, row_format, row_dim)
+    args = (table.rows, table.scales, row_ids, out, error_counter("gather_rows", row_ids.device), count, table.num_rows,
+            table.row_units, table.scale_stride)
     launch(gather_rows_kernel, (triton.cdiv(count, tile_rows), 1, 1), args,
-           (code, row_dim, unit, chunk, tile_rows, zero_scale_is_zero), tuned["num_warps"])
+           (table.code, row_dim, table.unit, chunk, tile_rows, zero_scale_is_zero), tuned["num_warps"])
     return out
 
 

@@ -1,0 +1,192 @@
+"""Triton kernels of short_conv, forward, decode step and backward. Contract and formula: csrc/kernels/short_conv/short_conv.h.
+
+Mapping  a program has a branch and every dilation-th token of a stretch: the rows that its taps reach are the last ones that it
+         walked over, and stay in registers, normalized. It walks from sequence to sequence; where it enters one, or a stretch,
+         it loads what the taps reach, from the state where the chunk does not go back so far.
+Traffic  of L tokens walked, L + width - 1 rows read and L written; a decode step reads width rows and writes two. The state is
+         written by a launch of its own, since a program would overwrite what another still has to read.
+Bits     a row is summed in one order, whoever walks over it: warps and tiles depend on H alone. So any chunking gives the same.
+Limits   H, M and width are constants, so a model compiles once.
+"""
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engram_kernels.triton_kernels.decode import round_to, to_float
+from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, chunk_of, row_of
+from engram_kernels.triton_kernels.launch import error_counter, launch
+from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
+from engram_kernels.triton_kernels.tuning import parameters, shape_class
+
+COPY_CHUNK = 1024
+COUNT_CHUNK = tl.constexpr(128)
+
+
+@triton.jit
+def load_constants(weight, norm_weight, m, c, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile c of the norm weight and of each tap."""
+    element = c * CHUNK + tl.arange(0, CHUNK)
+    at = m * SIZE + element
+    found = (to_float(tl.load(norm_weight + at, mask=element < SIZE, other=0.0)),)
+    for j in tl.static_range(WIDTH):
+        found = found + (to_float(tl.load(weight + at * WIDTH + j, mask=element < SIZE, other=0.0)),)
+    return found
+
+
+@triton.jit
+def load_row(row, other_row, in_x, in_state, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Tiles of a row of x, or of the state where that is given, as they are stored; zeros where neither has it."""
+    raws = ()
+    for c in tl.static_range((SIZE + CHUNK - 1) // CHUNK):
+        element = c * CHUNK + tl.arange(0, CHUNK)
+        raw = tl.load(row + element, mask=(element < SIZE) & in_x, other=0.0)
+        if other_row is not None:
+            raw = tl.where(in_x, raw, tl.load(other_row + element, mask=(element < SIZE) & in_state, other=0.0))
+        raws = raws + (raw,)
+    return raws
+
+
+@triton.jit
+def inverse_rms(raws, eps, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    squares = tl.zeros([CHUNK], tl.float32)
+    for c in tl.static_range((SIZE + CHUNK - 1) // CHUNK):
+        squares += to_float(raws[c]) * to_float(raws[c])
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(squares, 0), SIZE * 1.0) + eps))
+
+
+@triton.jit
+def walk_of(program, steps, dilation, num_tokens):
+    """(first, end) of the tokens that a program walks over, in steps of `dilation`."""
+    p = program.to(tl.int64)
+    first = (p // dilation) * steps * dilation + p % dilation
+    return first, tl.minimum(first + steps * dilation, num_tokens)
+
+
+@triton.jit
+def short_conv_kernel(x, weight, norm_weight, cu_seqlens, positions, state, out, errors, num_tokens, x_token, x_branch,
+                      state_sequence, num_sequences, search_steps, steps, dilation, eps, SIZE: tl.constexpr,
+                      BRANCHES: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, HOLD: tl.constexpr):
+    CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
+    m = tl.program_id(1)
+    if m == 0:
+        count_bad_sequences(cu_seqlens, errors, num_tokens, num_sequences, COUNT_CHUNK)
+    held = ()
+    if HOLD:
+        for c in tl.static_range(CHUNKS):
+            held = held + load_constants(weight, norm_weight, m, c, SIZE, WIDTH, CHUNK)
+    t, last = walk_of(tl.program_id(0), steps, dilation, num_tokens)
+    slots = tl.maximum((WIDTH - 1) * dilation, 1)
+    while t < last:
+        sequence = sequence_of(cu_seqlens, t.to(tl.int32), num_sequences, search_steps)
+        begin = tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0)
+        end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), last)
+        oldest = begin  # that a tap can reach
+        if state is not None:
+            oldest = begin - tl.maximum(tl.load(positions + sequence).to(tl.int64), 0)
+        ring = ()
+        for j in tl.static_range(WIDTH - 1):
+            earlier = t - (WIDTH - 1 - j) * dilation
+            stored = None
+            if state is not None:
+                slot = tl.maximum(earlier - oldest, 0) % slots
+                stored = state + sequence.to(tl.int64) * state_sequence + (slot * BRANCHES + m) * SIZE
+            raws = load_row(row_of(x, tl.maximum(earlier, 0), m, x_token, x_branch, UNIT), stored, earlier >= begin,
+                            earlier >= oldest, SIZE, CHUNK)
+            scale = inverse_rms(raws, eps, SIZE, CHUNK)
+            for c in tl.static_range(CHUNKS):
+                constants = (held[c * (WIDTH + 1)],) if HOLD else load_constants(weight, norm_weight, m, c, SIZE, 0, CHUNK)
+                ring = ring + (to_float(raws[c]) * scale * constants[0],)
+        for _ in tl.range(0, tl.maximum((end - t + dilation - 1) // dilation, 1).to(tl.int32)):
+            raws = load_row(row_of(x, t, m, x_token, x_branch, UNIT), None, True, False, SIZE, CHUNK)
+            scale = inverse_rms(raws, eps, SIZE, CHUNK)
+            normed, new_ring = (), ()
+            for c in tl.static_range(CHUNKS):
+                if HOLD:
+                    taps = ()
+                    for j in tl.static_range(WIDTH + 1):
+                        taps = taps + (held[c * (WIDTH + 1) + j],)
+                else:
+                    taps = load_constants(weight, norm_weight, m, c, SIZE, WIDTH, CHUNK)
+                here = to_float(raws[c])
+                normed = normed + (here * scale * taps[0],)
+                z = tl.zeros([CHUNK], tl.float32)
+                for j in tl.static_range(WIDTH - 1):  # not a zero: the weight may be Inf
+                    z += tl.where(t - (WIDTH - 1 - j) * dilation >= oldest, taps[1 + j] * ring[j * CHUNKS + c], 0.0)
+                z += taps[WIDTH] * normed[c]
+                result = round_to(here + tl.div_rn(z, 1.0 + tl.exp(-z)), out.dtype.element_ty)
+                element = c * CHUNK + tl.arange(0, CHUNK)
+                tl.store(out + (t * BRANCHES + m) * SIZE + element, result, mask=element < SIZE)
+            for i in tl.static_range((WIDTH - 1) * CHUNKS):
+                new_ring = new_ring + ((ring + normed)[i + CHUNKS],)
+            ring = new_ring
+            t += dilation
+
+
+@triton.jit
+def short_conv_state_kernel(x, cu_seqlens, positions, state, errors, num_tokens, x_token, x_branch, state_sequence, slots,
+                            SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
+    p, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence, back = p // slots, p % slots
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+    position = tl.load(positions + sequence).to(tl.int64)
+    tl.atomic_add(errors, 1, mask=(position < 0) & (back == 0) & (m == 0), sem="relaxed")
+    t = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - 1 - back
+    if (t >= tl.maximum(begin, 0)) & (t < num_tokens):
+        slot = (tl.maximum(position, 0) + t - begin) % slots
+        to = state + sequence * state_sequence + (slot * BRANCHES + m) * SIZE
+        for start in tl.range(0, SIZE, CHUNK):
+            element = start + tl.arange(0, CHUNK)
+            inside = element < SIZE
+            tl.store(to + element, tl.load(row_of(x, t, m, x_token, x_branch, UNIT) + element, mask=inside), mask=inside)
+
+
+def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float,
+               positions: Tensor | None = None, state: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x + silu(conv(norm(x))) [T, M, H], and the state updated; see `engram_kernels.short_conv`. Bad bounds are counted."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_tokens, branches, size = x.shape
+    num_sequences, width = cu_seqlens.shape[0] - 1, weight.shape[2]
+    if num_tokens == 0 or num_sequences == 0:
+        return out
+    steps = steps_of(num_tokens, branches, parameters("short_conv", x.device, shape_class(num_tokens))["programs"])
+    num_warps = warps_of(size)
+    chunk = chunk_of(size, num_warps)
+    strides, errors = x.stride()[:2], error_counter("short_conv", x.device)
+    unit = math.gcd(ELEMENTS_A_THREAD, *strides)
+    units = tuple(s // unit for s in strides)
+    state_stride = 0 if state is None else state.stride(0)
+    launch(short_conv_kernel, (walks_of(num_tokens, dilation, steps), branches, 1),
+           (x, weight, norm_weight, cu_seqlens, positions, state, out, errors, num_tokens, *units, state_stride, num_sequences,
+            (num_sequences - 1).bit_length(), steps, dilation, float(eps)),
+           (size, branches, unit, width, chunk, (width + 1) * triton.cdiv(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD), num_warps)
+    if state is not None and width > 1:
+        slots = (width - 1) * dilation
+        launch(short_conv_state_kernel, (num_sequences * slots, branches, 1),
+               (x, cu_seqlens, positions, state, errors, num_tokens, *units, state_stride, slots),
+               (size, branches, unit, min(triton.next_power_of_2(size), COPY_CHUNK)), 4)
+    return out
+
+
+def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, positions: Tensor, dilation: int,
+                      eps: float, state: Tensor, out: Tensor | None = None) -> Tensor:
+    """`short_conv` with a state, its arguments in the order of the op of this name."""
+    return short_conv(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, out)
+
+
+def warps_of(size: int) -> int:
+    """Of a program, by the row alone, so that every launch sums a row in the same order."""
+    return 4 if size <= 4 * 32 * ELEMENTS_A_THREAD else 8
+
+
+def steps_of(num_tokens: int, branches: int, programs: int) -> int:
+    """Tokens that a program walks over: few enough for `programs` of them."""
+    return max(1, num_tokens * branches // programs)
+
+
+def walks_of(num_tokens: int, dilation: int, steps: int) -> int:
+    """How many walks of `steps` tokens there are; in the last stretch some may be empty."""
+    return min(dilation, num_tokens) if steps * dilation >= num_tokens else dilation * triton.cdiv(num_tokens, steps * dilation)
