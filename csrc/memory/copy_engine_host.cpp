@@ -27,14 +27,20 @@ using Clock = std::chrono::steady_clock;
 
 int64_t now_ns() { return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count(); }
 
+// How a launch ended. A message and not an exception: every waiter gets an exception of its own.
+struct Outcome {
+  enum { kDone, kBadId, kFailed } kind = kDone;
+  std::string message;
+  EngineTimes times;
+};
+
 class HostEvent final : public EngineEvent {
  public:
-  void finish(std::exception_ptr error, const EngineTimes& times) {
+  void finish(Outcome outcome) {
     {
       const std::lock_guard lock(mutex_);
       done_ = true;
-      error_ = std::move(error);
-      times_ = times;
+      outcome_ = std::move(outcome);
     }
     changed_.notify_all();
   }
@@ -47,13 +53,14 @@ class HostEvent final : public EngineEvent {
     } else if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), done)) {
       return false;
     }
-    if (error_) std::rethrow_exception(error_);
+    if (outcome_.kind == Outcome::kBadId) throw std::out_of_range(outcome_.message);
+    if (outcome_.kind == Outcome::kFailed) throw EngineError(outcome_.message);
     return true;
   }
 
   bool times(EngineTimes* times) {
     const std::lock_guard lock(mutex_);
-    *times = times_;
+    *times = outcome_.times;
     return done_;
   }
 
@@ -61,8 +68,7 @@ class HostEvent final : public EngineEvent {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool done_ = false;
-  std::exception_ptr error_;
-  EngineTimes times_;
+  Outcome outcome_;
 };
 
 HostEvent& of(const Event& event) { return static_cast<HostEvent&>(*event); }
@@ -122,8 +128,7 @@ class HostEngine final : public CopyEngine {
   };
   struct Finished {
     std::shared_ptr<HostEvent> event;
-    std::exception_ptr error;
-    EngineTimes times;
+    Outcome outcome;
   };
 
   void run() {
@@ -139,15 +144,18 @@ class HostEngine final : public CopyEngine {
       Task task = std::move(tasks_.front());
       tasks_.pop_front();
       lock.unlock();
-      Finished finished{task.event, nullptr, {}};
+      Finished finished{task.event, {}};
+      Outcome& outcome = finished.outcome;
       delay();
-      finished.times.begin_ns = now_ns();
+      outcome.times.begin_ns = now_ns();
       try {
         execute(task);
-      } catch (...) {
-        finished.error = std::current_exception();
+      } catch (const std::out_of_range& err) {
+        outcome = {Outcome::kBadId, err.what(), outcome.times};
+      } catch (const std::exception& err) {
+        outcome = {Outcome::kFailed, err.what(), outcome.times};
       }
-      finished.times.end_ns = now_ns();
+      outcome.times.end_ns = now_ns();
       task = {};  // what it keeps alive goes before anybody is told
       finished_.push_back(std::move(finished));
       show_finished(options_.faults.reorder ? kMaxHeldBack : 0);
@@ -181,7 +189,7 @@ class HostEngine final : public CopyEngine {
     while (finished_.size() > held_back) {
       Finished finished = std::move(finished_.back());
       finished_.pop_back();
-      finished.event->finish(std::move(finished.error), finished.times);
+      finished.event->finish(std::move(finished.outcome));
     }
   }
 

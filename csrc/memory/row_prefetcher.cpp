@@ -98,11 +98,14 @@ int64_t RowPrefetcher::submit(const PrefetchIds& ids, double timeout_s) {
   check_process();
   const RequestPtr request = admit(ids, timeout_s);
   const int64_t number = request->number;  // another thread may wait for it, and forget it, from here on
+  std::exception_ptr error;
+  bool launched = true;
   try {
-    if (begin(request, ids)) arrived(request, nullptr);
+    launched = begin(request, ids);
   } catch (...) {
-    arrived(request, std::current_exception());
+    error = std::current_exception();
   }
+  if (launched) arrived(request, std::move(error));
   const std::lock_guard lock(mutex_);
   if (--submitting_ == 0 && closed_) submitted_.notify_all();
   return number;
@@ -163,7 +166,7 @@ void RowPrefetcher::work() {
       error = std::current_exception();
     }
     request->fetch_end_ns = steady_ns();
-    arrived(request, error);
+    arrived(request, std::move(error));
     lock.lock();
   }
 }
@@ -202,7 +205,7 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
   const int64_t begin_ns = steady_ns();
   RequestPtr request;
   std::exception_ptr error;
-  bool ready = false;
+  bool ready = false, failed = false;
   {
     std::unique_lock lock(mutex_);
     const auto found = tickets_.find(ticket);
@@ -211,16 +214,16 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
     }
     request = found->second;
     ready = deadline.wait(request->changed, lock, [&] { return request->settled || request->gone; });
-    error = request->error;
+    failed = request->error != nullptr || request->gone;
   }
-  if (ready && error == nullptr && !request->cancelled) {
+  if (ready && !failed) {
     try {
       ready = wait_events(*request, deadline.left_s(), stream, false);
     } catch (...) {
       error = std::current_exception();
     }
+    if (error == nullptr) error = bad_ids_of(ticket);
   }
-  if (error == nullptr) error = bad_ids_of(ticket);
   const std::lock_guard lock(mutex_);
   counters_.exposed_wait_ns += steady_ns() - begin_ns;
   if (tickets_.count(ticket) == 0 || request->gone) {
@@ -230,6 +233,7 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
   if (!ready) EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << ticket << " did not arrive in " << timeout_s << " s");
   tickets_.erase(ticket);
   count(*request, begin_ns);
+  if (request->error != nullptr) error = std::move(request->error);  // no thread holds it but this one
   if (error != nullptr) {
     ++counters_.failed;
     free_slot(*request);
@@ -357,11 +361,12 @@ void RowPrefetcher::drain(double timeout_s) {
         EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << request->number << " did not arrive in " << timeout_s << " s");
       }
     }
+    std::erase_if(requests, [](const RequestPtr& request) { return !request->settled; });
   }
   for (const RequestPtr& request : requests) {
     bool done = true;
     try {
-      done = request->gone || wait_events(*request, deadline.left_s(), 0, true);
+      done = wait_events(*request, deadline.left_s(), 0, true);
     } catch (...) {  // that ticket's own wait says so
     }
     if (!done) EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << request->number << " did not arrive in " << timeout_s << " s");
