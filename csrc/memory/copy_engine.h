@@ -28,9 +28,10 @@ class EngineEvent {
 };
 using Event = std::shared_ptr<EngineEvent>;  // null: done
 
-// In this order: wait for both `after`, copy, gather. A gather whose params have an error_count has ids that nobody has checked.
+// In this order: wait for both events, copy, gather. A gather whose params have an error_count has ids that nobody has checked.
 struct EngineLaunch {
-  Event after[2];
+  Event after;  // what used the memory before
+  Event ready;  // recorded for this launch, where its inputs are made
   std::byte* copy_to = nullptr;
   const std::byte* copy_from = nullptr;
   int64_t copy_bytes = 0;
@@ -66,7 +67,7 @@ class CopyEngine {
   // Orders what the caller queues next behind the event. CPU threads: blocks, at most timeout_s (negative: for ever); false: it
   // is not done.
   virtual bool wait_on(const Event& event, uintptr_t stream, double timeout_s) = 0;
-  virtual bool wait_host(const Event& event, double timeout_s) = 0;  // blocks
+  virtual bool wait_host(const Event& event, double timeout_s) = 0;      // blocks
   virtual bool times(const Event& event, EngineTimes* times) const = 0;  // false: unknown
 };
 
@@ -84,5 +85,8 @@ struct HostEngineOptions {
   EngineFaults faults;
 };
 std::shared_ptr<CopyEngine> make_host_engine(const HostEngineOptions& options);
+#ifdef EK_WITH_CUDA
+std::shared_ptr<CopyEngine> make_cuda_engine(int device);
+#endif
 
 }  // namespace engram_kernels

@@ -163,7 +163,7 @@ class HostEngine final : public CopyEngine {
     }
   }
 
-  // launch.after is of this stream, and so before it: see record_on
+  // launch.after is of this stream, and so before it; launch.ready is null: see record_on
   void execute(Task& task) {
     const EngineLaunch& launch = task.launch;
     if (options_.faults.error > 0 && std::uniform_real_distribution<double>(0, 1)(random_) < options_.faults.error) {

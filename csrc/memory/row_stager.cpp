@@ -70,7 +70,7 @@ std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& read
     const RingSlot slot = take_slot();
     Event copied;
     try {
-      copied = engine_->launch({{ready, nullptr}, slot.host, from + begin, bytes, nullptr, nullptr});
+      copied = engine_->launch({nullptr, ready, slot.host, from + begin, bytes, nullptr, nullptr});
       engine_->wait_host(copied, -1);
     } catch (...) {
       ring_->give(slot.number, copied);
@@ -84,7 +84,7 @@ std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& read
 
 void RowStager::stage(const GatherRowsParams& gather, const Event& after, const std::atomic<bool>& cancelled,
                       std::vector<Event>* events, StageCounters* counters) {
-  if (gather.row_ids.count == 0) events->push_back(engine_->launch({{after, nullptr}, nullptr, nullptr, 0, nullptr, nullptr}));
+  if (gather.row_ids.count == 0) events->push_back(engine_->launch({after, nullptr, nullptr, nullptr, 0, nullptr, nullptr}));
   const int64_t id_bytes = gather.row_ids.are_int64 ? 8 : 4;
   const int64_t out_bytes = int64_t{gather.source.row_dim} * dtype_bytes(gather.out_dtype);
   for (int64_t begin = 0; begin < gather.row_ids.count; begin += block_ids_) {
@@ -106,8 +106,7 @@ void RowStager::stage(const GatherRowsParams& gather, const Event& after, const 
       part.row_ids.data = slot.device + block.ids_at;
       const bool copies = slot.device != slot.host;
       if (copies) counters->moved_bytes += block.bytes;
-      events->push_back(engine_->launch({{events->empty() ? after : nullptr, nullptr},
-                                         slot.device, slot.host, copies ? block.bytes : 0, &part, nullptr}));
+      events->push_back(engine_->launch({events->empty() ? after : nullptr, nullptr, slot.device, slot.host, copies ? block.bytes : 0, &part, nullptr}));
     } catch (...) {
       ring_->give(slot.number, nullptr);
       throw;

@@ -123,6 +123,7 @@ class Caller {
 
   void finish_one() {
     const Ticket ticket = tickets_.back();
+    if (draw(0, 30) == 0) prefetcher_.cancel(ticket.number + draw(-8, 8));  // another's, as like as not
     if (draw(0, 15) == 0) {
       tickets_.pop_back();
       outcomes_.cancelled += prefetcher_.cancel(ticket.number);

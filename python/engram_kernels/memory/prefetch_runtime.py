@@ -45,7 +45,7 @@ class CompiledRuntime:
     """Tickets and slots. Holds what the C++ object only knows the addresses of: the ring, the table, ids on a device."""
 
     def __init__(self, options: RuntimeOptions):
-        self._table, self._device = options.table, options.device
+        self._table, self._device, self._policy = options.table, options.device, options.policy
         self._ring = _ring_memory(options)
         self._slots = self._ring.view(options.out_dtype).view(options.depth + 1, -1)
         self._engine = options.engine or _make_engine(options)
@@ -53,13 +53,13 @@ class CompiledRuntime:
         self._scales = options.table.scales
         if self._scales is not None and self._scales.dim() == 1:
             self._scales = self._scales.to(options.device)  # one number, which every gather reads
-        direct = options.policy in ("uva", "device") or (options.policy == "staged" and self._engine.reads_host_memory)
+        self._direct = options.policy in ("uva", "device") or (options.policy == "staged" and self._engine.reads_host_memory)
         if options.policy == "uva":
             for memory in (options.table.rows, self._scales):
                 if memory is not None and memory.device.type == "cpu":
                     self._register(memory)
         self._impl = _C.RowPrefetcher({
-            **_table_of(options.table, self._scales), "direct": direct, "on_device": options.table.tier == "device",
+            **_table_of(options.table, self._scales), "direct": self._direct, "on_device": options.table.tier == "device",
             "staging_bytes": options.staging_bytes, "num_threads": options.threads,
             "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
             "slots": self._ring.data_ptr(), "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
@@ -70,6 +70,9 @@ class CompiledRuntime:
     def submit(self, row_ids: Tensor, timeout_s: float) -> int:
         """A ticket."""
         on_device = row_ids.device.type != "cpu"
+        if self._device.type != "cpu" and torch.cuda.is_current_stream_capturing() and not (self._direct and on_device):
+            raise RuntimeError(f"RowPrefetcher: under graph capture the policy must be uva or device and the ids on "
+                               f"{self._device}; got policy {self._policy!r} and ids on {row_ids.device}")
         ids = (row_ids.data_ptr(), row_ids.numel(), row_ids.dtype == torch.int64, on_device, self._stream())
         ticket: int = self._impl.submit(ids, row_ids.shape, timeout_s)
         return ticket
