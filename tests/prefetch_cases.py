@@ -1,7 +1,9 @@
 """Tables and ways that rows take, for the tests of the prefetcher."""
+import threading
+
 import torch
 
-from engram_kernels import RowPrefetcher, RowTable
+from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory import row_table
 from engram_kernels.testing import random_rows
@@ -64,3 +66,21 @@ def prefetcher(table, way, engine_options=None, **options):
     if has_device_memory or engine_options:
         options["_engine"] = _C.host_engine(2, has_device_memory=has_device_memory, **(engine_options or {}))
     return RowPrefetcher(table, policy=policy, **options)
+
+
+def check(pf, ids, truth):
+    torch.testing.assert_close(pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S), gather_rows(truth, ids), rtol=0, atol=0)
+
+
+def in_thread(run):
+    """(thread, results): what `run` returned or raised."""
+    results = []
+
+    def target():
+        try:
+            results.append(run())
+        except BaseException as err:
+            results.append(err)
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread, results

@@ -1,4 +1,4 @@
-"""Ways that rows take: each equals gather_rows bit for bit; which one "auto" takes; what is counted, traced and held in memory."""
+"""Ways that rows take: each equals gather_rows bit for bit; which one "auto" takes; counters, trace, memory."""
 import json
 import subprocess
 import sys
@@ -11,11 +11,16 @@ from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels.memory.prefetch_policy import choose_policy, read_surface
 from engram_kernels.memory.row_format import ROW_FORMATS
 
-SURFACE = {"schema_version": 1, "cells": [
-    {"probe": "staged", "row_bytes": 256, "rows_per_s": 3e7}, {"probe": "staged", "row_bytes": 256, "rows_per_s": 1e7},
-    {"probe": "uva", "row_bytes": 256, "rows_per_s": 2e7}, {"probe": "uva", "row_bytes": 4096, "rows_per_s": 9e7},
-    {"probe": "staged", "row_bytes": 4096, "rows_per_s": 1e6}, {"probe": "gather_host", "row_bytes": 64},
-    {"probe": "file", "row_bytes": 264, "rows_per_s": None}]}
+
+def cell(placement, row_bytes, rows_per_s, **more):
+    return {"probe": "gpu_gather", "placement": placement, "row_bytes": row_bytes, "rows_per_s": rows_per_s, "status": "ok",
+            "beside": "nothing", "cold": True, **more}
+
+
+SURFACE = {"schema_version": 1, "cells": [  # as engram-kernels profile writes them
+    cell("staged", 256, 3e7, rows=4096), cell("staged", 256, 1e7, rows=1), cell("uva", 256, 2e7), cell("uva", 4096, 9e7),
+    cell("staged", 4096, 1e6), cell("uva", 256, 8e9, status="invalid"), cell("uva", 256, 8e9, cold=False),
+    cell("uva", 256, 8e9, beside="gemm"), {"probe": "host_limits", "status": "ok"}]}
 
 
 @pytest.fixture
@@ -113,8 +118,9 @@ def test_prefetch_in_a_compiled_graph(way, tables):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         for seed in range(3):
             ids = make_ids(6, 2, seed=seed)
-            torch.testing.assert_close(compiled(x, ids, pf.handle), step(x, ids, pf.handle), equal_nan=True)
-            torch.testing.assert_close(step(x, ids, pf.handle), gather_rows(table, ids).float().sum(-1) + (x @ x).sum(), equal_nan=True)
+            want = gather_rows(table, ids).float().sum(-1) + (x @ x).sum()
+            for run in (compiled, step):
+                torch.testing.assert_close(run(x, ids, pf.handle), want, equal_nan=True)
         torch.library.opcheck(torch.ops.engram_kernels.prefetch_wait,
                               (torch.ops.engram_kernels.prefetch_submit(ids, pf.handle), ids, pf.handle),
                               test_utils="test_schema")
@@ -151,12 +157,12 @@ def test_prefetch_auto_takes_the_measured_surface(tmp_path):
     assert "measured: staged 1e+06 rows/s, uva 9e+07 rows/s" in choose_policy("auto", large, cuda, path).reason
     assert choose_policy("auto", small, cuda, None) == choose_policy("auto", large, cuda, None)  # pageable, nothing measured
     assert choose_policy("auto", small, cuda, None).name == "staged"
-    for text, why in (("{", "JSONDecodeError"), ('{"schema_version": 9, "cells": []}', "schema_version is 9, expected 1"), ("[]", "TypeError"),
-                      ('{"schema_version": 1}', "KeyError")):
+    for text, why in (("{", "JSONDecodeError"), ('{"schema_version": 9, "cells": []}', "schema_version is 9, expected 1"),
+                      ("[]", "TypeError"), ('{"schema_version": 1}', "KeyError")):
         path.write_text(text)
-        with pytest.raises(ValueError, match=rf"{path} is no surface of engram-kernels profile: .*{why}"):
+        with pytest.raises(ValueError, match=rf"{path} is no report of engram-kernels profile: .*{why}"):
             choose_policy("auto", small, cuda, path)
-    path.write_text('{"schema_version": 1, "cells": [{"probe": "uva", "row_bytes": 8, "rows_per_s": 1}]}')
+    path.write_text('{"schema_version": 1, "cells": [{"placement": "uva", "row_bytes": 8, "rows_per_s": 1}]}')
     with pytest.raises(ValueError, match="has no rows_per_s of both staged and uva; it has uva"):
         choose_policy("auto", small, cuda, path)
 
@@ -187,7 +193,7 @@ SLACK_BYTES = 8 << 20  # threads, the allocator; the queue's buffers of the file
 
 @pytest.mark.parametrize("way", ["direct", "staged", "file"])
 def test_prefetch_memory_is_ring_cache_and_ids(way, tables):
-    """The formula of docs/prefetch.md: rings + cache + 40 bytes an id in flight + a constant; the table is 256 MiB (64 in the file)."""
+    """As docs/prefetch.md has it: rings + cache + 40 bytes an id in flight + a constant. The table: 256 MiB; 64 in the file."""
     if way == "file":
         RowTable.create(tables.path, torch.zeros(1 << 18, 64), row_format="f32")
     run = subprocess.run([sys.executable, "-c", MEMORY, way, str(tables.path)], capture_output=True, text=True, check=True)

@@ -1,14 +1,26 @@
-"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs."""
+"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs. The compiled runtime and its
+stand-in, which have the same contract; more of the compiled one in test_prefetch_{policy,faults,lifetime}.py."""
 import threading
 
 import pytest
 import torch
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
-from engram_kernels.memory.row_prefetcher import PrefetchQueueFull
+from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.memory import row_prefetcher
+from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.testing import random_rows
 
 TIMEOUT_S = 30
+
+
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def runtime(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(row_prefetcher, "COMPILE_ERROR", "the test wants the stand-in")
+    elif COMPILE_ERROR:
+        pytest.skip(COMPILE_ERROR)
+    return request.param
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -143,3 +155,47 @@ def test_row_prefetcher_takes_a_trained_table():
     with RowPrefetcher(RowTable.from_tensor(weight, row_format="f32"), out_dtype=torch.float32) as prefetcher:
         rows = prefetcher.wait(prefetcher.submit(torch.tensor([3, 3])), timeout_s=TIMEOUT_S)
     torch.testing.assert_close(rows, weight.detach()[[3, 3]])
+
+
+def test_row_prefetcher_cancel_drain_and_close(table):
+    ids = make_ids(6)
+    prefetcher = RowPrefetcher(table, depth=2)
+    doomed, kept = prefetcher.submit(ids), prefetcher.submit(ids)
+    assert prefetcher.cancel(doomed) and not prefetcher.cancel(doomed)
+    with pytest.raises(KeyError, match=f"ticket {doomed} is unknown, was cancelled, or was waited for before"):
+        prefetcher.wait(doomed, timeout_s=TIMEOUT_S)
+    prefetcher.drain(TIMEOUT_S)
+    torch.testing.assert_close(prefetcher.wait(kept, timeout_s=0), gather_rows(table, ids), rtol=0, atol=0)
+    tickets = [prefetcher.submit(ids, timeout_s=TIMEOUT_S) for _ in range(2)]
+    with pytest.raises(PrefetchQueueFull):
+        prefetcher.submit(ids, timeout_s=0.01)
+    with pytest.raises(ValueError, match="raise ring_bytes or submit fewer"):
+        prefetcher.submit(torch.zeros(1 << 22, dtype=torch.int32))
+    prefetcher.close()
+    with pytest.raises((PrefetchCancelled, KeyError)):
+        prefetcher.wait(tickets[0], timeout_s=TIMEOUT_S)
+    stats = prefetcher.stats()
+    assert (stats["requests"], stats["cancelled"], stats["depth"]) == (1, 1, 2)
+
+
+def test_row_prefetcher_verifies_rows(table):
+    ids = make_ids(40)
+    with RowPrefetcher(table, verify_rows=100) as prefetcher:
+        prefetcher.wait(prefetcher.submit(ids), timeout_s=TIMEOUT_S)
+        if table.tier == "host":
+            ticket = prefetcher.submit(ids)
+            prefetcher.drain(TIMEOUT_S)
+            table.rows.bitwise_xor_(torch.tensor(1, dtype=torch.uint8))
+            with pytest.raises(RuntimeError, match=r"verify: tier host: row \d+ of position \d+ is not what gather_rows reads"):
+                prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
+
+
+def test_row_prefetcher_trace(runtime, table, tmp_path):
+    with RowPrefetcher(table) as prefetcher:
+        prefetcher.wait(prefetcher.submit(make_ids(3)), timeout_s=TIMEOUT_S)
+        if runtime == "python":
+            with pytest.raises(RuntimeError, match="a trace needs the compiled module"):
+                prefetcher.trace(tmp_path / "trace.json")
+        else:
+            prefetcher.trace(tmp_path / "trace.json")
+            assert "tier host" in (tmp_path / "trace.json").read_text()

@@ -130,14 +130,19 @@ void translate_prefetch_error(std::exception_ptr error) {
 void bind_prefetcher(py::module_& m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::register_exception_translator(&translate_prefetch_error);
-  py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(m, "CopyEngine", "What a prefetcher runs on. See csrc/memory/copy_engine.h.")
+  py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(m, "CopyEngine",
+                                                      "What a prefetcher runs on. See csrc/memory/copy_engine.h.")
       .def_property_readonly("name", &CopyEngine::name)
       .def_property_readonly("reads_host_memory", &CopyEngine::reads_host_memory)
-      .def("register_host", [](CopyEngine& e, uintptr_t at, int64_t bytes) {
-        return e.register_host(reinterpret_cast<const std::byte*>(at), bytes);
-      }, py::arg("address"), py::arg("bytes"), "Lets gathers read this memory; False: they can already.")
-      .def("unregister_host", [](CopyEngine& e, uintptr_t at) { e.unregister_host(reinterpret_cast<const std::byte*>(at)); },
-           py::arg("address"));
+      .def(
+          "register_host",
+          [](CopyEngine& e, uintptr_t at, int64_t bytes) {
+            return e.register_host(reinterpret_cast<const std::byte*>(at), bytes);
+          },
+          py::arg("address"), py::arg("bytes"), "Lets gathers read this memory; False: they can already.")
+      .def(
+          "unregister_host", [](CopyEngine& e, uintptr_t at) { e.unregister_host(reinterpret_cast<const std::byte*>(at)); },
+          py::arg("address"));
   m.def("host_engine", &host_engine, py::arg("num_threads"), py::arg("has_device_memory") = false, py::arg("seed") = 0,
         py::arg("error") = 0.0, py::arg("max_delay_us") = 0, py::arg("reorder") = false,
         "An engine of CPU threads. All but the first argument are for tests; see HostEngineOptions.");

@@ -80,7 +80,7 @@ struct EngineFaults {
 };
 
 struct HostEngineOptions {
-  int num_threads = 1;           // that a gather takes, the stream's own included
+  int num_threads = 1;             // that a gather takes, the stream's own included
   bool has_device_memory = false;  // as a device with memory of its own: rows are staged and copied. For tests
   EngineFaults faults;
 };

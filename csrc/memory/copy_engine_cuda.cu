@@ -15,16 +15,17 @@
 #include "memory/copy_engine.h"
 #include "memory/process_owned.h"
 
-#define EK_ENGINE_CHECK(expr)                                                                              \
-  do {                                                                                                     \
-    const cudaError_t ek_error = (expr);                                                                   \
+#define EK_ENGINE_CHECK(expr)                                                                             \
+  do {                                                                                                    \
+    const cudaError_t ek_error = (expr);                                                                  \
     if (ek_error != cudaSuccess) EK_THROW_AS(EngineError, #expr << ": " << cudaGetErrorString(ek_error)); \
   } while (0)
 
 namespace engram_kernels {
 namespace {
 
-constexpr int64_t kRegisterBytes = int64_t{1} << 30;  // at a time: one call for a whole table can fail for want of one large range
+constexpr int64_t kRegisterBytes = int64_t{1}
+                                   << 30;  // at a time: one call for a whole table can fail for want of one large range
 constexpr uintptr_t kPageBytes = 4096;
 constexpr auto kPoll = std::chrono::microseconds(20);
 
@@ -193,8 +194,8 @@ class CudaEngine final : public CopyEngine {
     follow(stream_, launch.ready, capture);  // first: it brings the stream into the graph that is captured
     follow(stream_, launch.after, capture);
     if (launch.copy_bytes > 0) {
-      EK_ENGINE_CHECK(cudaMemcpyAsync(launch.copy_to, launch.copy_from, static_cast<size_t>(launch.copy_bytes),
-                                      cudaMemcpyDefault, stream_));
+      EK_ENGINE_CHECK(
+          cudaMemcpyAsync(launch.copy_to, launch.copy_from, static_cast<size_t>(launch.copy_bytes), cudaMemcpyDefault, stream_));
     }
     if (launch.gather != nullptr) {
       try {

@@ -206,8 +206,6 @@ class HostEngine final : public CopyEngine {
 
 }  // namespace
 
-std::shared_ptr<CopyEngine> make_host_engine(const HostEngineOptions& options) { 
-  return make_process_owned<HostEngine>(options);
-}
+std::shared_ptr<CopyEngine> make_host_engine(const HostEngineOptions& options) { return make_process_owned<HostEngine>(options); }
 
 }  // namespace engram_kernels

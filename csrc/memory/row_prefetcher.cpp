@@ -8,6 +8,7 @@
 
 #include "common/error.h"
 #include "memory/deadline.h"
+#include "memory/prefetch_request.h"
 
 namespace engram_kernels {
 namespace {
@@ -15,26 +16,6 @@ namespace {
 constexpr const char* kName = "RowPrefetcher";
 
 }  // namespace
-
-struct RowPrefetcher::Request {
-  int64_t number = 0, count = 0;
-  RowIds ids{};  // in `kept_ids`, or on the device
-  std::vector<int64_t> sizes;
-  std::vector<std::byte> kept_ids;
-  Event ids_ready, slot_free;
-  int slot = -1;
-  bool ids_on_device = false;
-  std::atomic<bool> cancelled{false};
-  int64_t submitted_ns = 0, fetch_begin_ns = 0, fetch_end_ns = 0;
-  StageCounters staged;
-
-  // of the prefetcher's lock
-  bool settled = false;  // launched or failed: what is above does not change any more
-  bool gone = false;     // cancelled: its slot is free once it is settled
-  std::exception_ptr error;
-  std::vector<Event> events;
-  std::condition_variable changed;
-};
 
 RowPrefetcher::RowPrefetcher(const PrefetcherOptions& options, std::shared_ptr<CopyEngine> engine)
     : options_(options),
@@ -278,41 +259,6 @@ std::exception_ptr RowPrefetcher::bad_ids_of(int64_t ticket) {
   return nullptr;
 }
 
-// Under the lock: a request that was waited for.
-void RowPrefetcher::count(const Request& request, int64_t waited_since_ns) {
-  PrefetchCounters& c = counters_;
-  const StageCounters& staged = request.staged;
-  const bool from_file = options_.stager.file != nullptr;
-  const TraceTrack tier = from_file                    ? TraceTrack::kFile
-                          : options_.stager.on_device ? TraceTrack::kDevice
-                                                      : TraceTrack::kHost;
-  const TraceTrack decode = options_.stager.direct ? tier : engine_->reads_host_memory() ? TraceTrack::kHost : TraceTrack::kDevice;
-  ++c.requests;
-  c.requested += request.count;
-  c.unique += staged.unique;
-  c.cached_rows += staged.cached_rows;
-  c.file_rows += staged.file_rows;
-  if (!from_file) (options_.stager.on_device ? c.device_rows : c.host_rows) += staged.unique;
-  const RowSource& table = options_.stager.table;
-  c.payload_bytes += request.count * (row_value_bytes(table.format, table.row_dim) + row_scale_bytes(table.format, table.row_dim));
-  c.moved_bytes += staged.moved_bytes;
-  const int64_t now = steady_ns();
-  const auto span = [&](TraceTrack track, const char* name, int64_t rows, int64_t begin, int64_t end) {
-    trace_.add({track, name, request.number, rows, begin, end});
-  };
-  if (request.fetch_end_ns > 0) {
-    c.fetch_ns += request.fetch_end_ns - request.fetch_begin_ns;
-    span(tier, "fetch", staged.unique, request.fetch_begin_ns, request.fetch_end_ns);
-  }
-  for (const Event& event : request.events) {
-    EngineTimes times;
-    if (!engine_->times(event, &times)) continue;
-    c.fetch_ns += times.end_ns - times.begin_ns;
-    span(decode, "gather", request.count, times.begin_ns, times.end_ns);
-  }
-  span(TraceTrack::kCaller, "wait", request.count, waited_since_ns, now);
-}
-
 // Under the lock: what still writes to the slot is before whatever writes to it next.
 void RowPrefetcher::free_slot(const Request& request) {
   slots_.give(request.slot, request.events.empty() ? request.slot_free : request.events.back());
@@ -369,7 +315,8 @@ void RowPrefetcher::drain(double timeout_s) {
       done = wait_events(*request, deadline.left_s(), 0, true);
     } catch (...) {  // that ticket's own wait says so
     }
-    if (!done) EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << request->number << " did not arrive in " << timeout_s << " s");
+    if (!done)
+      EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << request->number << " did not arrive in " << timeout_s << " s");
   }
 }
 
@@ -388,19 +335,8 @@ void RowPrefetcher::close() {
   if (worker_.joinable()) worker_.join();
   try {
     engine_->wait_host(engine_->launch({}), -1);  // what was launched writes to the slots
-  } catch (...) {  // its tickets are gone
+  } catch (...) {                                 // its tickets are gone
   }
 }
-
-PrefetchCounters RowPrefetcher::counters() const {
-  const std::lock_guard lock(mutex_);
-  PrefetchCounters counters = counters_;
-  counters.queued = static_cast<int64_t>(queue_.size());
-  return counters;
-}
-
-std::string RowPrefetcher::chrome_trace() const { return trace_.json(); }
-
-int64_t RowPrefetcher::memory_bytes() const { return (options_.depth + 1) * options_.slot_bytes + stager_->memory_bytes(); }
 
 }  // namespace engram_kernels

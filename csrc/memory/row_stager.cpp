@@ -9,9 +9,9 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int64_t kAlign = 256;         // of the parts of a slot, for the widest loads of a device
-constexpr int64_t kPrefetchRows = 16;   // requested ahead of the copy: a random row is a DRAM access away
-constexpr int64_t kGrainRows = 256;     // of a thread
+constexpr int64_t kAlign = 256;        // of the parts of a slot, for the widest loads of a device
+constexpr int64_t kPrefetchRows = 16;  // requested ahead of the copy: a random row is a DRAM access away
+constexpr int64_t kGrainRows = 256;    // of a thread
 constexpr int64_t kCacheLine = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -47,8 +47,8 @@ RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine
   const int64_t id_bytes = options_.direct ? 8 : row_bytes_ + scale_bytes_ + 4;
   block_ids_ = std::min((slot_bytes - 3 * kAlign) / id_bytes, int64_t{1} << 30);
   EK_CHECK(block_ids_ >= 1, "RowPrefetcher: staging_bytes is " << options_.staging_bytes << ", expected at least "
-                                                              << kNumSlots * (id_bytes + 4 * kAlign) << " for rows of "
-                                                              << row_bytes_ + scale_bytes_ << " bytes");
+                                                               << kNumSlots * (id_bytes + 4 * kAlign) << " for rows of "
+                                                               << row_bytes_ + scale_bytes_ << " bytes");
   ring_ = std::make_unique<StagingRing>(kNumSlots, slot_bytes, engine_);
 }
 
@@ -106,7 +106,8 @@ void RowStager::stage(const GatherRowsParams& gather, const Event& after, const 
       part.row_ids.data = slot.device + block.ids_at;
       const bool copies = slot.device != slot.host;
       if (copies) counters->moved_bytes += block.bytes;
-      events->push_back(engine_->launch({events->empty() ? after : nullptr, nullptr, slot.device, slot.host, copies ? block.bytes : 0, &part, nullptr}));
+      events->push_back(engine_->launch(
+          {events->empty() ? after : nullptr, nullptr, slot.device, slot.host, copies ? block.bytes : 0, &part, nullptr}));
     } catch (...) {
       ring_->give(slot.number, nullptr);
       throw;

@@ -158,7 +158,8 @@ class Caller {
   void check(const Ticket& ticket, const float* rows) const {
     for (size_t i = 0; i < ticket.ids.size(); ++i) {
       for (int j = 0; j < kRowDim; ++j) {
-        const float wanted = ticket.ids[i] == kNoRow ? 0 : value(ticket.ids[i], j), got = rows[i * kRowDim + static_cast<size_t>(j)];
+        const float wanted = ticket.ids[i] == kNoRow ? 0 : value(ticket.ids[i], j),
+                    got = rows[i * kRowDim + static_cast<size_t>(j)];
         if (got != wanted) {
           fail("ticket " + std::to_string(ticket.number) + ", row " + std::to_string(ticket.ids[i]) + ": got " +
                std::to_string(got) + ", wanted " + std::to_string(wanted));
@@ -209,9 +210,8 @@ void run(const Way& way, double seconds, uint64_t seed, const std::vector<float>
     const auto until = Clock::now() + std::chrono::microseconds(static_cast<int64_t>(seconds * 1e6));
     std::vector<std::thread> threads;
     for (int i = 0; i < kThreads; ++i) {
-      threads.emplace_back([&, i] {
-        Caller(prefetcher, slots.data(), slot_floats, seed * 100 + static_cast<uint64_t>(i), outcomes).run(until);
-      });
+      threads.emplace_back(
+          [&, i] { Caller(prefetcher, slots.data(), slot_floats, seed * 100 + static_cast<uint64_t>(i), outcomes).run(until); });
     }
     if (seed % 2 == 1) {  // closed under the callers
       std::this_thread::sleep_until(until - std::chrono::milliseconds(100));
@@ -251,14 +251,16 @@ int main(int argc, char** argv) {
   char path[] = "/tmp/stress_prefetcher.XXXXXX";
   const int fd = mkstemp(path);
   const auto bytes = static_cast<ssize_t>(table.size() * sizeof(float));
-  if (fd < 0 || write(fd, table.data(), static_cast<size_t>(bytes)) != bytes || fsync(fd) != 0) fail("the table cannot be written");
+  if (fd < 0 || write(fd, table.data(), static_cast<size_t>(bytes)) != bytes || fsync(fd) != 0)
+    fail("the table cannot be written");
   unlink(path);
   std::atomic<bool> done{false};
   std::thread watchdog([&done] { watch(done); });
   constexpr int kRounds = 2;  // the second is closed under its callers
   const double share = seconds / (kRounds * static_cast<double>(std::size(kWays)));
   for (int round = 0; round < kRounds; ++round) {
-    for (size_t w = 0; w < std::size(kWays); ++w) run(kWays[w], share, seed * 1000 + w * 2 + static_cast<uint64_t>(round), table, fd);
+    for (size_t w = 0; w < std::size(kWays); ++w)
+      run(kWays[w], share, seed * 1000 + w * 2 + static_cast<uint64_t>(round), table, fd);
   }
   done = true;
   watchdog.join();

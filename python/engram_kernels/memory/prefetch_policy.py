@@ -58,8 +58,8 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
         allowed = ("staged", "uva") if device.type != "cpu" else ("staged", "uva", "device")
     if policy != "auto":
         if policy not in allowed:
-            raise ValueError(f"RowPrefetcher: policy {policy!r} cannot read a table of tier {table.tier!r} for {device}; expected "
-                             f"{' or '.join(allowed)}")
+            raise ValueError(f"RowPrefetcher: policy {policy!r} cannot read a table of tier {table.tier!r} for {device}; "
+                             f"expected {' or '.join(allowed)}")
         return Policy(policy, "named")
     if len(allowed) == 1:
         return Policy(allowed[0], f"the table is of tier {table.tier!r}")
@@ -72,33 +72,34 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
     if not rates.keys() >= {"staged", "uva"}:
         raise ValueError(f"RowPrefetcher: {surface} has no rows_per_s of both staged and uva; it has "
                          f"{', '.join(sorted(rates)) or 'none'}")
-    best = max(("staged", "uva"), key=lambda probe: rates[probe])
+    best = max(("staged", "uva"), key=lambda name: rates[name])
     return Policy(best, f"measured: staged {rates['staged']:.3g} rows/s, uva {rates['uva']:.3g} rows/s")
 
 
 def read_surface(path: str | os.PathLike[str], row_bytes: int) -> dict[str, float]:
-    """Rows/s of each probe of a measured surface, at the row size nearest to `row_bytes` (on a log scale; the best cell there).
+    """Rows/s of random rows on a GPU by placement, at the row size nearest to `row_bytes` (on a log scale; the best cell there).
 
     Args:
-        path: JSON with "schema_version" and "cells", each with "probe", "row_bytes" and "rows_per_s"; other keys and cells
-            without a rate are passed over.
+        path: a report of `engram-kernels profile`. Of its cells those count that have a "placement", "row_bytes" and
+            "rows_per_s", are not of another "status" than "ok", and had fresh ids and nothing beside them.
         row_bytes: bytes of a row.
 
     Returns:
-        probe -> rows/s.
+        placement ("staged", "uva", ..) -> rows/s.
 
     Raises:
-        ValueError: the file cannot be read or is no such JSON; names the path.
+        ValueError: the file cannot be read or is no such report; names the path.
     """
     try:
         surface: Any = json.loads(Path(path).read_text())
         if surface["schema_version"] != SURFACE_VERSION:
             raise ValueError(f"schema_version is {surface['schema_version']}, expected {SURFACE_VERSION}")
-        nearest: dict[str, tuple[float, float]] = {}  # probe: distance, -rows/s
+        nearest: dict[str, tuple[float, float]] = {}  # placement: distance, -rows/s
         for cell in surface["cells"]:
-            if cell.get("rows_per_s") and cell.get("row_bytes"):
+            alone = cell.get("beside", "nothing") == "nothing" and cell.get("cold", True)
+            if cell.get("status", "ok") == "ok" and alone and cell.get("rows_per_s") and cell.get("row_bytes"):
                 entry = (abs(math.log(cell["row_bytes"] / row_bytes)), -float(cell["rows_per_s"]))
-                nearest[cell["probe"]] = min(nearest.get(cell["probe"], entry), entry)
+                nearest[cell["placement"]] = min(nearest.get(cell["placement"], entry), entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ValueError(f"RowPrefetcher: {path} is no surface of engram-kernels profile: {type(err).__name__}: {err}") from None
-    return {probe: -rate for probe, (_, rate) in nearest.items()}
+        raise ValueError(f"RowPrefetcher: {path} is no report of engram-kernels profile: {type(err).__name__}: {err}") from None
+    return {placement: -rate for placement, (_, rate) in nearest.items()}

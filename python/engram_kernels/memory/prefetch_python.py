@@ -44,8 +44,8 @@ class PythonRuntime:
         options = self._options
         row_bytes = options.table.row_dim * options.out_dtype.itemsize
         if row_ids.numel() * row_bytes > options.slot_bytes:
-            raise ValueError(f"RowPrefetcher: {row_ids.numel()} ids need {row_ids.numel() * row_bytes} bytes of rows, a slot of the "
-                             f"ring has {options.slot_bytes}; raise ring_bytes or submit fewer")
+            raise ValueError(f"RowPrefetcher: {row_ids.numel()} ids need {row_ids.numel() * row_bytes} bytes of rows, a slot of "
+                             f"the ring has {options.slot_bytes}; raise ring_bytes or submit fewer")
         with self._changed:
             self._wait_for(lambda: self._closed or (self._in_flight < options.depth and bool(self._free)), timeout_s)
             if self._closed:
