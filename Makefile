@@ -28,7 +28,7 @@ CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python -
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
-.PHONY: demo test test-asan test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
+.PHONY: demo test test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -38,7 +38,8 @@ test: $(VENV)/.built
 	TRITON_INTERPRET=0 python -m pytest -q tests/ptxsim/tests/test_triton.py
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
-OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_safety.py)
+OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_safety.py \
+  test_row_prefetcher.py test_prefetch_faults.py test_prefetch_lifetime.py)
 test-asan: $(VENV)/.built
 	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
 	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
@@ -47,7 +48,14 @@ test-asan: $(VENV)/.built
 	cmake --build build-asan/cmake
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  python -m pytest -q $(OP_TESTS) -k "not compiles and not triton" $(ARGS)
+	  python -m pytest -q $(OP_TESTS) -k "not compiles and not triton and not million" $(ARGS)
+
+# The prefetcher (csrc/memory, no torch) with 16 threads that do everything at random, under the sanitizers in turn.
+STRESS_SECONDS := 60
+test-stress: $(VENV)/.python
+	for sanitizer in thread address,undefined; do \
+	  cmake -S tests/stress -B build-stress/$$sanitizer -G Ninja -DEK_SANITIZER=$$sanitizer > /dev/null && \
+	  cmake --build build-stress/$$sanitizer && build-stress/$$sanitizer/stress_prefetcher $(STRESS_SECONDS) || exit 1; done
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed
@@ -86,7 +94,7 @@ format: $(VENV)/.lint
 	find csrc tests/cuda_sim -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
-	rm -rf build build-asan build-gpu python/*.egg-info python/engram_kernels/_C*.so
+	rm -rf build build-asan build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so
 
 $(VENV)/.python:
 	@command -v $(COMPILER) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }

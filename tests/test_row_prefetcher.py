@@ -1,13 +1,26 @@
-"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs."""
+"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs. The compiled runtime and its
+stand-in, which have the same contract; more of the compiled one in test_prefetch_{policy,faults,lifetime}.py."""
 import threading
 
 import pytest
 import torch
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.memory import row_prefetcher
+from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.testing import random_rows
 
 TIMEOUT_S = 30
+
+
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def runtime(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(row_prefetcher, "COMPILE_ERROR", "the test wants the stand-in")
+    elif COMPILE_ERROR:
+        pytest.skip(COMPILE_ERROR)
+    return request.param
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -38,8 +51,8 @@ def test_row_prefetcher_equals_gather_rows(table, depth):
         stats = prefetcher.stats()
     for ids, rows in zip(requests, got, strict=True):
         torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
-    assert stats["requests"] == len(requests) and stats["rows"] == sum(ids.numel() for ids in requests)
-    assert stats["payload_bytes"] == stats["rows"] * table.row_bytes
+    assert stats["requests"] == len(requests) and stats["requested"] == sum(ids.numel() for ids in requests)
+    assert stats["payload_bytes"] == stats["requested"] * table.row_bytes
     assert stats["in_flight"] == 0 and stats["fetch_s"] > 0
 
 
@@ -59,8 +72,7 @@ def test_row_prefetcher_rows_stay_until_the_next_wait(table):
     with RowPrefetcher(table, depth=1) as prefetcher:
         rows = prefetcher.wait(prefetcher.submit(ids[0]), timeout_s=TIMEOUT_S)
         ticket = prefetcher.submit(ids[1])  # fetched while `rows` is being read
-        while prefetcher.stats()["requests"] < 2:
-            threading.Event().wait(0.001)
+        prefetcher.drain(TIMEOUT_S)
         torch.testing.assert_close(rows, gather_rows(table, ids[0]), rtol=0, atol=0)
         torch.testing.assert_close(prefetcher.wait(ticket, timeout_s=TIMEOUT_S), gather_rows(table, ids[1]), rtol=0, atol=0)
 
@@ -79,7 +91,7 @@ def test_row_prefetcher_error_reaches_its_own_ticket(table):
 def test_row_prefetcher_full_ring_closed_and_unknown_tickets(table):
     prefetcher = RowPrefetcher(table, depth=1)
     ticket = prefetcher.submit(make_ids(3))
-    with pytest.raises(RuntimeError, match="1 requests are in flight, as many as depth allows"):
+    with pytest.raises(PrefetchQueueFull, match="1 requests are in flight, as many as depth allows"):
         prefetcher.submit(make_ids(3))
     prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
     with pytest.raises(KeyError, match="was waited for before"):
@@ -92,34 +104,19 @@ def test_row_prefetcher_full_ring_closed_and_unknown_tickets(table):
         prefetcher.submit(make_ids(3))
 
 
-def test_row_prefetcher_timeout_leaves_the_ticket_valid(table, monkeypatch):
-    release = threading.Event()
-    from engram_kernels.memory import row_prefetcher
-    fetch = row_prefetcher.RowPrefetcher._fetch
-
-    def slow_fetch(self, request):
-        release.wait(TIMEOUT_S)
-        fetch(self, request)
-
-    monkeypatch.setattr(row_prefetcher.RowPrefetcher, "_fetch", slow_fetch)
-    with RowPrefetcher(table) as prefetcher:
-        ids = make_ids(6)
-        ticket = prefetcher.submit(ids)
-        with pytest.raises(TimeoutError, match="did not arrive in 0.02 s"):
-            prefetcher.wait(ticket, timeout_s=0.02)
-        release.set()
-        rows = prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
-        torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
-        assert prefetcher.stats()["exposed_wait_s"] >= 0.02
-
-
 def test_row_prefetcher_rejects_bad_arguments(table):
     with pytest.raises(TypeError, match="table must be a RowTable, got Tensor"):
         RowPrefetcher(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="depth is 0, expected at least 1"):
         RowPrefetcher(table, depth=0)
-    with pytest.raises(ValueError, match="device is cuda, expected cpu"):
-        RowPrefetcher(table, device="cuda")
+    with pytest.raises(ValueError, match="device is meta, expected cpu or cuda"):
+        RowPrefetcher(table, device="meta")
+    with pytest.raises(ValueError, match="ring_bytes is -1"):
+        RowPrefetcher(table, ring_bytes=-1)
+    with pytest.raises(ValueError, match="out_dtype is torch.int8"):
+        RowPrefetcher(table, out_dtype=torch.int8)
+    with pytest.raises(ValueError, match="policy is 'fastest', expected one of auto"):
+        RowPrefetcher(table, policy="fastest")
 
 
 def test_row_prefetcher_wait_into_out_from_many_threads(table):
@@ -158,3 +155,47 @@ def test_row_prefetcher_takes_a_trained_table():
     with RowPrefetcher(RowTable.from_tensor(weight, row_format="f32"), out_dtype=torch.float32) as prefetcher:
         rows = prefetcher.wait(prefetcher.submit(torch.tensor([3, 3])), timeout_s=TIMEOUT_S)
     torch.testing.assert_close(rows, weight.detach()[[3, 3]])
+
+
+def test_row_prefetcher_cancel_drain_and_close(table):
+    ids = make_ids(6)
+    prefetcher = RowPrefetcher(table, depth=2)
+    doomed, kept = prefetcher.submit(ids), prefetcher.submit(ids)
+    assert prefetcher.cancel(doomed) and not prefetcher.cancel(doomed)
+    with pytest.raises(KeyError, match=f"ticket {doomed} is unknown, was cancelled, or was waited for before"):
+        prefetcher.wait(doomed, timeout_s=TIMEOUT_S)
+    prefetcher.drain(TIMEOUT_S)
+    torch.testing.assert_close(prefetcher.wait(kept, timeout_s=0), gather_rows(table, ids), rtol=0, atol=0)
+    tickets = [prefetcher.submit(ids, timeout_s=TIMEOUT_S) for _ in range(2)]
+    with pytest.raises(PrefetchQueueFull):
+        prefetcher.submit(ids, timeout_s=0.01)
+    with pytest.raises(ValueError, match="raise ring_bytes or submit fewer"):
+        prefetcher.submit(torch.zeros(1 << 22, dtype=torch.int32))
+    prefetcher.close()
+    with pytest.raises((PrefetchCancelled, KeyError)):
+        prefetcher.wait(tickets[0], timeout_s=TIMEOUT_S)
+    stats = prefetcher.stats()
+    assert (stats["requests"], stats["cancelled"], stats["depth"]) == (1, 1, 2)
+
+
+def test_row_prefetcher_verifies_rows(table):
+    ids = make_ids(40)
+    with RowPrefetcher(table, verify_rows=100) as prefetcher:
+        prefetcher.wait(prefetcher.submit(ids), timeout_s=TIMEOUT_S)
+        if table.tier == "host":
+            ticket = prefetcher.submit(ids)
+            prefetcher.drain(TIMEOUT_S)
+            table.rows.bitwise_xor_(torch.tensor(1, dtype=torch.uint8))
+            with pytest.raises(RuntimeError, match=r"verify: tier host: row \d+ of position \d+ is not what gather_rows reads"):
+                prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
+
+
+def test_row_prefetcher_trace(runtime, table, tmp_path):
+    with RowPrefetcher(table) as prefetcher:
+        prefetcher.wait(prefetcher.submit(make_ids(3)), timeout_s=TIMEOUT_S)
+        if runtime == "python":
+            with pytest.raises(RuntimeError, match="a trace needs the compiled module"):
+                prefetcher.trace(tmp_path / "trace.json")
+        else:
+            prefetcher.trace(tmp_path / "trace.json")
+            assert "tier host" in (tmp_path / "trace.json").read_text()

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/cuda_launch.h"
+#include "memory/copy_engine.h"
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of engram_kernels; importing this registers the CUDA ops with torch";
@@ -17,4 +18,5 @@ PYBIND11_MODULE(_C_cuda, m) {
       },
       pybind11::call_guard<pybind11::gil_scoped_release>(),
       "[(op, device index, count)] of the data errors since the last call; waits for the devices.");
+  m.def("cuda_engine", &engram_kernels::make_cuda_engine, pybind11::arg("device"), "A CopyEngine of _C on a CUDA device.");
 }

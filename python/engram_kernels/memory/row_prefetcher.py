@@ -1,190 +1,244 @@
 """RowPrefetcher: rows of a table fetched behind the caller's compute."""
-import queue
-import threading
-import time
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram_kernels._checks import expect_tensor
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
+from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.memory.prefetch_errors import PrefetchCancelled, PrefetchQueueFull
+from engram_kernels.memory.prefetch_ops import register_prefetcher
+from engram_kernels.memory.prefetch_policy import choose_policy
+from engram_kernels.memory.prefetch_python import PythonRuntime
+from engram_kernels.memory.prefetch_runtime import CompiledRuntime, RuntimeOptions
+from engram_kernels.memory.row_table import RowTable, expect_row_ids
 from engram_kernels.ops.gather_rows import gather_rows
 
+__all__ = ["PrefetchCancelled", "PrefetchQueueFull", "RowPrefetcher"]
 
-class _Ticket:
-    """One submitted request and the buffer that its rows go to."""
+_SLOT_BYTES = 64 << 20      # of the default ring: 4096 tokens of 24 bf16 rows of 256 take 48 MiB
+_STAGING_BYTES = 32 << 20
+_IDS_STAGING_BYTES = 2 << 20  # where ids alone are staged
+_BACKGROUND_BLOCKS = 16     # of a gather on a GPU
 
-    def __init__(self, row_ids: Tensor, buffer: Tensor):
-        self.row_ids = row_ids
-        self.rows = buffer
-        self.done = threading.Event()
-        self.error: BaseException | None = None
+
+@dataclasses.dataclass
+class _Submitted:
+    shape: torch.Size
+    row_ids: Tensor | None  # held: a device reads them; or verify does
 
 
 class RowPrefetcher:
-    """Gathers rows on a worker thread while the caller computes.
+    """Fetches rows behind the caller's compute: `submit` ids, compute, `wait` for the rows.
 
-    Scope: one table, one worker, requests in the order of their submission, a ring of ``depth + 1`` buffers: ``depth``
-    requests in flight and the rows that the caller is reading. It does not cache rows between requests.
+    Scope: one table, requests in the order of their submission, a ring of ``depth + 1`` slots: ``depth`` requests in flight and
+    the rows that the caller is reading. Rows equal ``gather_rows(table, row_ids, out_dtype)`` bit for bit, whatever the tier and
+    policy. Rows of a request that cross a link do so once, however often their ids occur. No cache between requests but that of
+    a file table.
 
-    Rows equal ``gather_rows(table, row_ids, out_dtype)`` bit for bit. An error of a request is raised by the `wait` of its
-    own ticket and leaves the others whole.
-
-    Ownership: `table` and `row_ids` must not change while a request is in flight. The tensor that `wait` returns is valid
-    until the next `wait` without ``out=``; pass ``out=`` to keep rows longer. Threads: `submit` and `wait(out=)` may be called
-    from several threads, `wait` without ``out=`` from one; a ticket is waited for once. Rows carry no gradient. Not to be used
-    in a child after a fork: the worker stays with the parent.
+    Ownership: the table must not change while a request is in flight, and neither may ids on a GPU; ids in host memory are
+    copied. The tensor that `wait` returns is valid until the next `wait` without ``out=``; pass ``out=`` to keep rows longer.
+    Threads: every method may be called from several threads, `wait` without ``out=`` from one; a ticket is waited for once. Rows
+    carry no gradient. After a fork the child must make its own. Failure: an error of a request is raised by the `wait` of its own
+    ticket and leaves the others whole; docs/prefetch.md lists them.
 
     Args:
-        table: where the rows are, in memory or in a file.
-        device: where the rows are wanted; "cpu".
+        table: where the rows are, in memory, on a device or in a file.
+        device: where the rows are wanted.
         depth: requests that may be in flight, at least 1.
-        out_dtype: dtype of the rows.
+        out_dtype: dtype of the rows: float32, bfloat16 or float16.
+        policy: "auto", "staged", "uva", "device" or "file"; `stats` tells which it became and why.
+        ring_bytes: bytes of the ring; a request may have as many rows as fit into one of its depth + 1 slots. None: 64 MiB a
+            slot. On the CPU memory is taken as slots are used, on a GPU at once.
+        staging_bytes: memory for rows and ids on their way (registered host memory, and as much on a GPU). None: 32 MiB, or
+            2 MiB where ids alone are staged.
+        threads: CPU threads that gather; None: as many as torch uses.
+        background: leave the machine to others: one CPU thread (unless `threads` says more), few blocks of a GPU.
+        surface: JSON of `engram-kernels profile`, for "auto".
+        verify_rows: rows of each request that `wait` reads again through `gather_rows` and compares. 0: none.
+        trace_spans: how many spans `trace` can show, the last ones.
 
     Raises:
         TypeError: `table` is no RowTable.
-        ValueError: `depth` is less than 1, or `device` is not "cpu".
+        ValueError: an argument is out of range, or the policy cannot read the table.
+        RuntimeError: the device is not available.
 
     Source: `spec/semantics.md` section 11; the ids depend on tokens alone, so a step's rows can be fetched during the one before.
     """
 
-    def __init__(self, table: RowTable, device: str | torch.device = "cpu", depth: int = 1,
-                 out_dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, table: RowTable, device: str | torch.device = "cpu", depth: int = 4,
+                 out_dtype: torch.dtype = torch.bfloat16, *, policy: str = "auto", ring_bytes: int | None = None,
+                 staging_bytes: int | None = None, threads: int | None = None, background: bool = False,
+                 surface: str | os.PathLike[str] | None = None, verify_rows: int = 0, trace_spans: int = 4096,
+                 _engine: Any = None):
         if not isinstance(table, RowTable):
             raise TypeError(f"RowPrefetcher: table must be a RowTable, got {type(table).__name__}")
-        if depth < 1:
-            raise ValueError(f"RowPrefetcher: depth is {depth}, expected at least 1")
-        if torch.device(device).type != "cpu":
-            raise ValueError(f"RowPrefetcher: device is {device}, expected cpu")
-        self._table, self._out_dtype, self._depth = table, out_dtype, depth
-        self._tickets: dict[int, _Ticket] = {}
-        self._free = [torch.empty(0, dtype=out_dtype) for _ in range(depth + 1)]
-        self._reading: Tensor | None = None  # the buffer that the last wait returned
-        self._next_ticket = 0
-        self._lock = threading.Lock()
-        self._work: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
-        self._closed = False
-        self._counts = {"requests": 0, "rows": 0, "payload_bytes": 0, "fetch_s": 0.0, "exposed_wait_s": 0.0}
-        self._worker = threading.Thread(target=self._run, name="engram-row-prefetcher", daemon=True)
-        self._worker.start()
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"RowPrefetcher: device is {device}, expected cpu or cuda")
+        if out_dtype not in FLOAT_DTYPES:
+            raise ValueError(f"RowPrefetcher: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+        ring_bytes = (depth + 1) * _SLOT_BYTES if ring_bytes is None else ring_bytes
+        for name, value, least in (("depth", depth, 1), ("ring_bytes", ring_bytes, 0), ("threads", threads, 1),
+                                   ("staging_bytes", staging_bytes, 1), ("verify_rows", verify_rows, 0),
+                                   ("trace_spans", trace_spans, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"RowPrefetcher: {name} is {value}, expected at least {least}")
+        self.table, self.device, self.out_dtype, self.row_dim = table, device, out_dtype, table.row_dim
+        self._policy = choose_policy(policy, table, device, surface)
+        if staging_bytes is None:
+            staging_bytes = _IDS_STAGING_BYTES if self._policy.name in ("uva", "device") else _STAGING_BYTES
+        threads = threads or (1 if background else torch.get_num_threads())
+        self._options = RuntimeOptions(table, self._policy.name, device, out_dtype, depth, ring_bytes, staging_bytes, threads,
+                                       _BACKGROUND_BLOCKS if background else 0, trace_spans, _engine)
+        self._verify_rows = verify_rows
+        self._submitted: dict[int, _Submitted] = {}
+        self._runtime: Any = PythonRuntime(self._options) if COMPILE_ERROR else CompiledRuntime(self._options)
+        self._marks = _NvtxMarks() if device.type == "cuda" else contextlib.nullcontext
+        self.handle = register_prefetcher(self)  # its number for the torch ops
 
-    def submit(self, row_ids: Tensor) -> int:
+    def submit(self, row_ids: Tensor, timeout_s: float | None = 0.0) -> int:
         """Starts fetching the rows of `row_ids`; returns a ticket without waiting for data.
 
         Args:
-            row_ids: int32 or int64, any shape, on the CPU; -1 means zeros.
+            row_ids: int32 or int64, any shape, contiguous, on the CPU or on `device`; -1 means zeros.
+            timeout_s: seconds to wait for a place in the ring; 0: do not wait; None: no limit.
 
         Returns:
-            A ticket for `wait`.
+            A ticket for `wait`. Ids that name no row fail it.
 
         Raises:
-            RuntimeError: the prefetcher is closed, or `depth` requests are in flight and none was waited for.
+            TypeError: `row_ids` is no tensor.
+            ValueError: dtype, device or strides are wrong, or the rows do not fit into a slot.
+            PrefetchQueueFull: `depth` requests are in flight, and none ended in time. A RuntimeError.
+            RuntimeError: the prefetcher is closed, or was made before a fork.
 
-        Source: semantics 11. Bad ids are reported by `wait`.
+        Source: semantics 11.
         """
-        if not isinstance(row_ids, Tensor):
-            raise TypeError(f"RowPrefetcher: row_ids must be a tensor, got {type(row_ids).__name__}")
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("RowPrefetcher: submit after close")
-            if len(self._tickets) >= self._depth:
-                raise RuntimeError(f"RowPrefetcher: {self._depth} requests are in flight, as many as depth allows; "
-                                   "wait for one first")
-            ticket, number = _Ticket(row_ids, self._free.pop()), self._next_ticket
-            self._tickets[number] = ticket
-            self._next_ticket += 1
-            self._work.put(ticket)
-        return number
+        on_device = isinstance(row_ids, Tensor) and row_ids.device == self.device
+        expect_row_ids("RowPrefetcher", row_ids, self.device if on_device else torch.device("cpu"))
+        with self._marks("prefetch submit"):
+            ticket: int = self._runtime.submit(row_ids, _seconds(timeout_s))
+        keeps = self._verify_rows > 0 or row_ids.device.type != "cpu"
+        self._submitted[ticket] = _Submitted(row_ids.shape, row_ids if keeps else None)
+        return ticket
 
     def wait(self, ticket: int, out: Tensor | None = None, timeout_s: float | None = None) -> Tensor:
-        """The rows of a ticket, in the order of its ids, duplicates included.
+        """The rows of a ticket, in the order of its ids, duplicates included; on a GPU in the order of the current stream.
 
         Args:
             ticket: what `submit` returned.
-            out: [*row_ids.shape, D], written and returned instead of the prefetcher's own buffer.
-            timeout_s: seconds to wait at most; None: no limit.
+            out: [*row_ids.shape, D] on `device`, written and returned instead of the prefetcher's own slot.
+            timeout_s: seconds to wait at most; None: no limit. Work that is queued on a GPU is not waited for.
 
         Returns:
             [*row_ids.shape, D] rows; without `out`, valid until the next `wait`.
 
         Raises:
             ValueError: `out` has another shape or dtype; the ticket stays valid.
-            KeyError: no such ticket, or it was waited for before.
+            KeyError: no such ticket, or it was cancelled or waited for before.
             TimeoutError: the rows did not come in time; the ticket stays valid.
+            PrefetchCancelled: the ticket was cancelled, or the prefetcher closed, meanwhile. A RuntimeError.
             Exception: what went wrong with this request, such as IndexError for a bad id or OSError for a bad file.
         """
-        with self._lock:
-            if ticket not in self._tickets:
-                raise KeyError(f"RowPrefetcher: ticket {ticket} is unknown or was waited for before")
-            request = self._tickets[ticket]
-        shape = (*request.row_ids.shape, self._table.row_dim)
+        request = self._submitted.get(ticket)
+        if request is None:
+            raise KeyError(f"RowPrefetcher: ticket {ticket} is unknown, was cancelled, or was waited for before")
+        shape = (*request.shape, self.row_dim)
         if out is not None:
-            expect_tensor("RowPrefetcher.wait", "out", out, (self._out_dtype,), shape, torch.device("cpu"))
-        start = time.perf_counter()
-        arrived = request.done.wait(timeout_s)
-        waited = time.perf_counter() - start
-        with self._lock:
-            self._counts["exposed_wait_s"] += waited
-            if not arrived:
-                raise TimeoutError(f"RowPrefetcher: ticket {ticket} did not arrive in {timeout_s} s")
-            if self._tickets.pop(ticket, None) is None:
-                raise KeyError(f"RowPrefetcher: ticket {ticket} was waited for by another thread")
-            if request.error is not None:
-                self._free.append(request.rows)
-                raise request.error
-            if out is None:
-                if self._reading is not None:
-                    self._free.append(self._reading)
-                self._reading = request.rows
-        rows = request.rows[:request.row_ids.numel() * self._table.row_dim].view(shape)
+            expect_tensor("RowPrefetcher.wait", "out", out, (self.out_dtype,), shape, self.device)
+        with self._marks("prefetch wait"):
+            try:
+                slot = self._runtime.wait(ticket, _seconds(timeout_s), out is not None)
+            finally:
+                if not self._runtime.knows(ticket):
+                    self._submitted.pop(ticket, None)
+        rows = self._runtime.rows(slot, request.shape.numel() * self.row_dim).view(shape)
         if out is None:
+            self._verify(request, rows)
             return rows
-        out.copy_(rows)
-        with self._lock:
-            self._free.append(request.rows)  # only now: the worker may write into it at once
+        try:
+            self._verify(request, rows)
+            out.copy_(rows)
+        finally:
+            self._runtime.release(slot)  # only now: the next request may be written into it at once
         return out
 
+    def cancel(self, ticket: int) -> bool:
+        """Gives a ticket up. Its slot is free once nothing writes to it; a `wait` for it in another thread ends.
+
+        Returns:
+            False: there is no such ticket, or it was waited for before.
+        """
+        self._submitted.pop(ticket, None)
+        return bool(self._runtime.cancel(ticket))
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Waits until every request that was submitted has arrived or failed; their tickets stay.
+
+        Raises:
+            TimeoutError: they did not in `timeout_s` seconds.
+        """
+        self._runtime.drain(_seconds(timeout_s))
+
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: requests, rows, payload_bytes (as stored), fetch_s (worker busy), exposed_wait_s."""
-        with self._lock:
-            return dict(self._counts, depth=self._depth, in_flight=len(self._tickets))
+        """Counters since the start, all measured, of requests that were waited for.
+
+        Returns:
+            requests, failed, cancelled; requested (rows) and unique (that were looked up); hits (of `unique`, by tier: device,
+            host, cache, file); payload_bytes (of the rows requested, as stored) and moved_bytes (read from a file or copied to a
+            device); fetch_s (busy) and exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of
+            the rings; tier, policy and policy_reason; provenance.
+        """
+        return {**self._runtime.counters(), "depth": self._options.depth, "tier": self.table.tier, "policy": self._policy.name,
+                "policy_reason": self._policy.reason, "provenance": "measured"}
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the last `trace_spans` spans as a Chrome trace (Perfetto opens it): a track a tier, and one of the caller."""
+        Path(path).write_text(self._runtime.chrome_trace())
 
     def close(self) -> None:
-        """Finishes what is in flight and stops the worker. Tickets that were not waited for are dropped."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._work.put(None)
-        self._worker.join()
-        self._tickets.clear()
+        """Drops requests that are in flight, ends the threads. Rows that `wait` returned stay readable."""
+        self._runtime.close()
+        self._submitted.clear()
 
-    def __enter__(self) -> "RowPrefetcher":
+    def __enter__(self) -> RowPrefetcher:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self) -> None:
-        while (request := self._work.get()) is not None:
-            start = time.perf_counter()
-            try:
-                self._fetch(request)
-            except BaseException as err:  # whatever it is belongs to the ticket's wait
-                request.error = err
-            with self._lock:
-                self._counts["requests"] += 1
-                self._counts["fetch_s"] += time.perf_counter() - start
-                if request.error is None:
-                    self._counts["rows"] += request.row_ids.numel()
-                    self._counts["payload_bytes"] += request.row_ids.numel() * self._table.row_bytes
-            request.done.set()
+    def _verify(self, request: _Submitted, rows: Tensor) -> None:
+        """Compares some rows of a request with what gather_rows reads."""
+        if not self._verify_rows or request.row_ids is None or request.row_ids.numel() == 0:
+            return
+        ids = request.row_ids.reshape(-1).cpu()
+        sample = torch.randint(0, ids.numel(), (self._verify_rows,))
+        plain = ids[sample].to(self.table.device_for(rows))
+        with torch.no_grad():
+            expected = gather_rows(self.table, plain, self.out_dtype).to(rows.device)
+        integers = torch.int32 if self.out_dtype == torch.float32 else torch.int16
+        wrong = (rows.reshape(-1, self.row_dim)[sample].view(integers) != expected.view(integers)).any(-1).cpu()
+        if wrong.any():
+            where = f"tier {self.table.tier}" + (f": {self.table.path}" if self.table.path else "")
+            raise RuntimeError(f"RowPrefetcher: verify: {where}: row {ids[sample][wrong][0].item()} of position "
+                               f"{sample[wrong][0].item()} is not what gather_rows reads")
 
-    def _fetch(self, request: _Ticket) -> None:
-        size = request.row_ids.numel() * self._table.row_dim
-        if request.rows.numel() < size:
-            request.rows = torch.empty(size, dtype=self._out_dtype)
-        out = request.rows[:size].view(*request.row_ids.shape, self._table.row_dim)
-        with torch.no_grad():  # a thread of its own does not inherit the caller's grad mode
-            gather_rows(self._table, request.row_ids, self._out_dtype, out=out)
+
+class _NvtxMarks:
+    """Ranges that Nsight shows, around the calls of a prefetcher for a GPU."""
+
+    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return torch.cuda.nvtx.range(f"engram_kernels: {name}")
+
+
+def _seconds(timeout_s: float | None) -> float:
+    return -1.0 if timeout_s is None else max(0.0, float(timeout_s))

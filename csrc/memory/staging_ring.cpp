@@ -1,0 +1,43 @@
+#include "memory/staging_ring.h"
+
+#include <utility>
+
+namespace engram_kernels {
+
+StagingRing::StagingRing(int num_slots) {
+  for (int i = 0; i < num_slots; ++i) free_.push_back({i, nullptr, nullptr, nullptr});
+}
+
+StagingRing::StagingRing(int num_slots, int64_t slot_bytes, std::shared_ptr<CopyEngine> engine)
+    : engine_(std::move(engine)), slot_bytes_(slot_bytes) {
+  host_ = engine_->allocate_host(num_slots * slot_bytes);
+  device_ = host_;
+  if (!engine_->reads_host_memory()) {
+    try {
+      device_ = engine_->allocate_device(num_slots * slot_bytes);
+    } catch (...) {
+      engine_->free_host(host_);
+      throw;
+    }
+  }
+  for (int i = 0; i < num_slots; ++i) give(i, nullptr);
+}
+
+StagingRing::~StagingRing() {
+  if (engine_ == nullptr) return;
+  if (device_ != host_) engine_->free_device(device_);
+  engine_->free_host(host_);
+}
+
+RingSlot StagingRing::take() {
+  RingSlot slot = std::move(free_.front());
+  free_.pop_front();
+  return slot;
+}
+
+void StagingRing::give(int number, Event after) {
+  const int64_t at = number * slot_bytes_;
+  free_.push_back({number, std::move(after), host_ == nullptr ? nullptr : host_ + at, host_ == nullptr ? nullptr : device_ + at});
+}
+
+}  // namespace engram_kernels

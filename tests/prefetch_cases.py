@@ -1,0 +1,86 @@
+"""Tables and ways that rows take, for the tests of the prefetcher."""
+import threading
+
+import torch
+
+from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.memory import row_table
+from engram_kernels.testing import random_rows
+
+if not COMPILE_ERROR:
+    from engram_kernels import _C
+
+TIMEOUT_S = 60
+NUM_ROWS, ROW_DIM = 3000, 64
+# tier of the table, policy, whether the engine has device memory of its own (CPU threads that act as a GPU does)
+WAYS = {
+    "host_staged": ("host", "staged", False),
+    "host_staged_to_a_device": ("host", "staged", True),
+    "host_uva_from_a_device": ("host", "uva", True),
+    "host_device": ("host", "device", False),
+    "file": ("file", "file", False),
+    "file_to_a_device": ("file", "file", True),
+}
+
+
+def make_rows(row_format, num_rows=NUM_ROWS, row_dim=ROW_DIM):
+    return random_rows(row_format, num_rows, row_dim, torch.Generator().manual_seed(0))
+
+
+def make_ids(*shape, seed=0, num_rows=NUM_ROWS):
+    """Ids with duplicates and gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, num_rows, shape, generator=generator, dtype=torch.int32)
+    ids = torch.where(torch.rand(shape, generator=generator) < 0.3, ids % 7, ids)
+    ids.view(-1)[::9] = -1
+    return ids
+
+
+class Tables:
+    """Makes tables of both tiers with the same rows; `reader` is that of the last file, for faults."""
+
+    def __init__(self, folder, monkeypatch):
+        self.path, self.reader = folder / "table.safetensors", None
+        make_reader = row_table.make_reader
+
+        def keep(*args):
+            self.reader = make_reader(*args)
+            return self.reader
+        monkeypatch.setattr(row_table, "make_reader", keep)
+
+    def make(self, tier, row_format="fp8_e4m3_block32", **open_options):
+        rows, scales = make_rows(row_format)
+        row_dim = ROW_DIM if row_format.endswith("packed") else None
+        table = RowTable.from_tensor(rows, scales, row_format=row_format, row_dim=row_dim)
+        if tier == "host":
+            return table
+        RowTable.create(self.path, rows, scales, row_format, row_dim=row_dim)
+        return RowTable.open(self.path, **open_options)
+
+
+def prefetcher(table, way, engine_options=None, **options):
+    """A prefetcher by name of its way; small rings, so that large requests take several blocks."""
+    _, policy, has_device_memory = WAYS[way]
+    options = {"ring_bytes": 1 << 20, "staging_bytes": 1 << 15, **options}
+    if has_device_memory or engine_options:
+        options["_engine"] = _C.host_engine(2, has_device_memory=has_device_memory, **(engine_options or {}))
+    return RowPrefetcher(table, policy=policy, **options)
+
+
+def check(pf, ids, truth):
+    torch.testing.assert_close(pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S), gather_rows(truth, ids), rtol=0, atol=0)
+
+
+def in_thread(run):
+    """(thread, results): what `run` returned or raised."""
+    results = []
+
+    def target():
+        try:
+            results.append(run())
+        except BaseException as err:
+            results.append(err)
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread, results

@@ -1,0 +1,186 @@
+"""The prefetcher's life: closed, forked, used by many threads, for long. Nothing hangs, nothing grows, no thread is left."""
+import contextlib
+import os
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, check, in_thread, make_ids, prefetcher
+
+from engram_kernels import RowPrefetcher, gather_rows
+from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    return Tables(tmp_path, monkeypatch)
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return request.param
+
+
+def num_threads():
+    """Of this process, without those that the kernel makes for io_uring."""
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            names.append(path.read_text())
+    return sum(not name.startswith("iou-") for name in names)
+
+
+@pytest.mark.parametrize("tier", ["host", "file"])
+def test_prefetch_close_in_flight(tier, tables):
+    table = tables.make(tier, **(dict(io="preadv_buffered", queue_depth=1) if tier == "file" else {}))
+    if tier == "file":
+        tables.reader.inject_faults(max_delay_us=200_000)
+    pf = prefetcher(table, "file" if tier == "file" else "host_staged", dict(max_delay_us=100_000), ring_bytes=4 << 20)
+    ids = torch.arange(0, NUM_ROWS, 3)
+    tickets = [pf.submit(ids) for _ in range(4)]
+    waiting = [in_thread(lambda t=t: pf.wait(t, timeout_s=TIMEOUT_S)) for t in tickets]
+    blocked = in_thread(lambda: pf.submit(ids, timeout_s=TIMEOUT_S))
+    time.sleep(0.02)
+    start = time.perf_counter()
+    pf.close()
+    assert time.perf_counter() - start < 5
+    for thread, results in (*waiting, blocked):
+        thread.join(TIMEOUT_S)
+        assert isinstance(results[0], torch.Tensor | RuntimeError | int), results  # int: a place came free before
+    assert any(isinstance(results[0], PrefetchCancelled) for _, results in waiting)
+    pf.close()
+    with pytest.raises(RuntimeError, match="submit after close"):
+        pf.submit(ids)
+
+
+def test_prefetch_rows_outlive_close(tables):
+    table, ids = tables.make("host"), make_ids(9)
+    with prefetcher(table, "host_staged") as pf:
+        rows = pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
+    del pf
+    torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
+
+
+def test_prefetch_exception_in_the_consumer(way, tables):
+    table = tables.make(WAYS[way][0])
+    for i in range(30):
+        if i == 10:
+            before = num_threads()
+        with pytest.raises(ZeroDivisionError), prefetcher(table, way, depth=3) as pf:
+            pf.submit(make_ids(300))
+            pf.wait(pf.submit(make_ids(10)), timeout_s=TIMEOUT_S)
+            raise ZeroDivisionError
+    assert num_threads() <= before
+
+
+def test_prefetch_out_that_cannot_be_written(tables):
+    """The slot comes back when the copy into `out` fails."""
+    table = tables.make("host")
+    with prefetcher(table, "host_staged", depth=1) as pf:
+        for _ in range(5):
+            out = torch.zeros(1, ROW_DIM, dtype=torch.bfloat16).expand(4, ROW_DIM)  # elements that share memory
+            with pytest.raises(RuntimeError, match="single memory location"):
+                pf.wait(pf.submit(make_ids(4)), out=out, timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("has_threads", [False, True])
+def test_prefetch_after_a_fork(has_threads, way, tables):
+    truth, table = tables.make("host"), tables.make(WAYS[way][0])
+    ids = make_ids(100)
+    pf = prefetcher(table, way, depth=3)
+    if has_threads:
+        pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
+        ticket = pf.submit(ids)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for call in (lambda: pf.submit(ids), lambda: pf.drain(1)):
+                with pytest.raises(RuntimeError, match="made before a fork"):
+                    call()
+            pf.close()
+            own = RowPrefetcher(table)
+            check(own, ids, truth)
+            own.close()
+            del pf
+            code = 0
+        finally:
+            os._exit(code)
+    until = time.monotonic() + TIMEOUT_S
+    while (waited := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    if waited == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert waited == (child, 0)
+    if has_threads:
+        torch.testing.assert_close(pf.wait(ticket, timeout_s=TIMEOUT_S), gather_rows(truth, ids), rtol=0, atol=0)
+    check(pf, ids, truth)
+    pf.close()
+
+
+def test_prefetch_many_threads(way, tables):
+    """16 callers of one prefetcher, with faults; the C++ twin of this runs under ThreadSanitizer (tests/stress)."""
+    tier = WAYS[way][0]
+    truth, table = tables.make("host"), tables.make(tier, **(dict(cache_bytes=1 << 15) if tier == "file" else {}))
+    if tier == "file":
+        tables.reader.inject_faults(seed=5, eio=0.001, shorter=0.1, reorder=True, max_delay_us=50)
+    wrong, outcomes, until = [], set(), time.monotonic() + 2
+
+    def run(seed, pf):
+        rng = random.Random(seed)
+        while time.monotonic() < until:
+            ids = make_ids(rng.randrange(60), seed=rng.randrange(1 << 30))
+            out = torch.empty(*ids.shape, ROW_DIM, dtype=torch.bfloat16)
+            try:
+                ticket = pf.submit(ids, timeout_s=rng.choice((0.0, 0.01, None)))
+                if rng.random() < 0.1:
+                    pf.cancel(ticket)
+                    continue
+                pf.wait(ticket, out=out, timeout_s=TIMEOUT_S)
+                outcomes.add("right")
+                if not torch.equal(out.view(torch.int16), gather_rows(truth, ids).view(torch.int16)):
+                    wrong.append(ids)
+            except PrefetchQueueFull:
+                outcomes.add("full")
+            except (OSError, RuntimeError) as err:
+                outcomes.add("failed")
+                if "tier" not in str(err):
+                    wrong.append(err)
+            except BaseException as err:
+                wrong.append(err)
+
+    with prefetcher(table, way, dict(seed=2, error=0.01, max_delay_us=50, reorder=True), depth=6) as pf:
+        threads = [threading.Thread(target=run, args=(seed, pf), daemon=True) for seed in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+        assert not any(thread.is_alive() for thread in threads) and wrong == []
+        assert pf.stats()["in_flight"] == 0
+    assert "right" in outcomes
+
+
+def size_of_process():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096, len(os.listdir("/proc/self/fd")), num_threads()
+
+
+def test_prefetch_a_million_submits_do_not_grow(tables):
+    counts = {"host_staged": 900_000, "host_staged_to_a_device": 60_000, "file": 40_000}
+    for way, count in counts.items():
+        table = tables.make(WAYS[way][0], **(dict(cache_bytes=1 << 15) if WAYS[way][0] == "file" else {}))
+        ids = make_ids(24)
+        with prefetcher(table, way, depth=2) as pf:
+            for i in range(count):
+                if i == count // 10:
+                    before = size_of_process()
+                pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
+            after = size_of_process()
+            assert after[0] - before[0] < 1 << 20 and after[1:] == before[1:]
+            assert pf.stats()["requests"] == count and len(pf._submitted) == 0
