@@ -19,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa", [](const char* name) { ek::set_cpu_isa(ek::cpu_isa_from_name(name)); }, pybind11::arg("name"),
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
   ek::bind_memory(m);
+  ek::bind_host_table(m);
 }

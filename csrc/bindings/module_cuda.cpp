@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/cuda_launch.h"
+#include "memory/host_registrar.h"
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of engram_kernels; importing this registers the CUDA ops with torch";
@@ -17,4 +18,12 @@ PYBIND11_MODULE(_C_cuda, m) {
       },
       pybind11::call_guard<pybind11::gil_scoped_release>(),
       "[(op, device index, count)] of the data errors since the last call; waits for the devices.");
+  m.def(
+      "host_registrar",
+      [] {
+        const engram_kernels::HostRegistrar r = engram_kernels::cuda_host_registrar();
+        return std::make_tuple(reinterpret_cast<uintptr_t>(r.register_host), reinterpret_cast<uintptr_t>(r.unregister_host),
+                               reinterpret_cast<uintptr_t>(r.error_text), r.counts_memlock);
+      },
+      "cudaHostRegister, as arguments of _C.HostRegistrar.");
 }
