@@ -1,9 +1,9 @@
 """Segments that processes of one machine share: a file in memory with a manifest, counted by locks that die with their holder.
 
 A segment is a file ``engram-NAME`` in a directory of tmpfs. Byte 0: the manifest, one page; byte 2 MiB: the data. Its maker
-holds an exclusive lock (flock) while it fills it, every user a shared one afterwards. Locks belong to open files: the kernel drops
-those of a process that dies in any way. So a segment that is locked exclusively is being filled, one that is locked is in use, and
-one that is not is nobody's: the next one who comes along removes it. What the file says of its owner is for messages only.
+holds an exclusive lock (flock) while it fills it, every user a shared one afterwards. Locks belong to open files: the kernel
+drops those of a process that dies in any way. So a segment that is locked exclusively is being filled, one that is locked is in
+use, and one that is not is nobody's: the next one who comes along removes it. What the file says of its owner is for messages.
 """
 from __future__ import annotations
 
