@@ -131,8 +131,8 @@ void HostTable::place(const std::vector<int>& numa_nodes) {
   unsigned long mask[kMaxNodes / (8 * sizeof(unsigned long))] = {};
   for (const int node : numa_nodes) mask[node / (8 * sizeof(long))] |= 1UL << (node % (8 * sizeof(long)));
   const int mode = numa_nodes.size() == 1 ? kMpolPreferred : kMpolInterleave;
-  if (syscall(SYS_mbind, data_, static_cast<unsigned long>(mapped_bytes_), mode, mask, static_cast<unsigned long>(kMaxNodes),
-              0) != 0) {
+  const unsigned long bits = kMaxNodes + 1;  // the kernel takes one off
+  if (syscall(SYS_mbind, data_, static_cast<unsigned long>(mapped_bytes_), mode, mask, bits, 0) != 0) {
     std::ostringstream nodes;
     for (const int node : numa_nodes) nodes << ' ' << node;
     EK_THROW_MEMORY(errno, "memory cannot be placed on NUMA nodes" << nodes.str() << ": " << std::strerror(errno));
