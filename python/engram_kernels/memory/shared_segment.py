@@ -31,8 +31,8 @@ _MAGIC = b"EKSHARE\0"
 _HEADER = struct.Struct("<8sIIII")  # magic, version, state, bytes of JSON, crc32 of what is before it here and of the JSON
 HEADER_BYTES = 4096
 _FILLING, _READY = 1, 2
-_POLL_S = 0.01
-_GRACE_S = 2.0  # for a last user that is just leaving
+POLL_S = 0.01
+GRACE_S = 2.0  # for a last user that is just leaving
 
 
 class NotOurs(ValueError):
@@ -90,7 +90,9 @@ def write_manifest(fd: int, manifest: Manifest, ready: bool) -> None:
 def read_manifest(op: str, fd: int, path: Path) -> Manifest:
     """The manifest of a segment that is locked. ValueError says what is wrong with it, with the numbers."""
     header = os.pread(fd, HEADER_BYTES, 0)
-    magic, version, state, text_bytes, crc = _HEADER.unpack(header.ljust(_HEADER.size, b"\0")[:_HEADER.size])
+    if len(header) < _HEADER.size:
+        raise NotOurs(f"{op}: {path} is no table segment: it has {len(header)} bytes")
+    magic, version, state, text_bytes, crc = _HEADER.unpack(header[:_HEADER.size])
     if magic != _MAGIC:
         raise NotOurs(f"{op}: {path} is no table segment: it begins with {magic!r}, expected {_MAGIC!r}")
     if version != VERSION:
@@ -168,17 +170,17 @@ def join(op: str, path: Path, timeout_s: float, wait_for_new: bool) -> tuple[int
         except FileNotFoundError:
             if not wait_for_new or waited >= timeout_s:
                 raise
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             filling = _is_filling(fd)
             os.close(fd)
-            if waited >= (timeout_s if filling else max(timeout_s, _GRACE_S)):
+            if waited >= (timeout_s if filling else max(timeout_s, GRACE_S)):
                 raise TimeoutError(errno.ETIMEDOUT, f"{op}: another process still "
                                    f"{'fills' if filling else 'locks'} it after {waited:.1f} s", str(path)) from None
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
             continue
         if not is_linked(fd, path):  # its last user left between the two calls
             os.close(fd)
@@ -192,7 +194,7 @@ def join(op: str, path: Path, timeout_s: float, wait_for_new: bool) -> tuple[int
             release(fd, path)
             if not wait_for_new or waited >= timeout_s:
                 raise
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         except BaseException:
             release(fd, path)
             raise

@@ -81,8 +81,12 @@ def share(table: RowTable, name: str, timeout_s: float, numa: int | None, direct
                 continue
             try:
                 return _join(op, type(table), path, wanted, (max(deadline - time.monotonic(), 0), False))
-            except (FileNotFoundError, shared_segment.HalfWritten):
-                continue  # its last user left, or its maker died: now it is ours to fill
+            except (FileNotFoundError, shared_segment.HalfWritten) as err:
+                # its last user left, or its maker died: now it is ours to fill, as soon as others have seen so too
+                if time.monotonic() >= deadline + shared_segment.GRACE_S:
+                    raise TimeoutError(errno.ETIMEDOUT, f"{err}; yet a process keeps it locked", str(path)) from None
+                time.sleep(shared_segment.POLL_S)
+                continue
             except shared_segment.NotOurs as err:
                 raise FileExistsError(errno.EEXIST, f"{err}; remove it, or share by another name", str(path)) from None
             except ValueError as err:
