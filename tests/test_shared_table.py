@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from shared_worker import shm, worker  # noqa: F401  fixtures
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory import host_table, shared_segment, shared_table
@@ -14,6 +13,7 @@ from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.testing import random_rows
 
+pytest_plugins = ("shared_worker",)
 R, D = 3001, 64
 IDS = torch.randint(-1, R, (40, 7), generator=torch.Generator().manual_seed(1))
 
@@ -104,12 +104,13 @@ def test_shared_table_by_another_process(worker, shm):
     assert other.do("del t\ngc.collect()") == "done" and segments(shm) == []
 
 
-def test_shared_table_goes_with_a_program_that_ends(worker, shm):
-    other = worker()
-    assert other.do("t = RowTable.from_tensor(torch.ones(9, 8), row_format='f32').share('t', directory=shm)") == "done"
-    assert segments(shm) == ["engram-t"]
-    other.end()
-    assert segments(shm) == []
+def test_shared_table_goes_with_a_program_that_ends(shm):
+    """Its table is still in use then."""
+    script = ("import os, sys, torch\nfrom engram_kernels.memory.row_table import RowTable\n"
+              "table = RowTable.from_tensor(torch.ones(9, 8), row_format='f32').share('t', directory=sys.argv[1])\n"
+              "print(os.listdir(sys.argv[1]))")
+    result = subprocess.run([sys.executable, "-c", script, str(shm)], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "['engram-t']\n" and result.stderr == "" and segments(shm) == []
 
 
 def test_shared_table_of_all_processes_that_call_share(worker, shm, tmp_path):
@@ -196,10 +197,11 @@ def test_shared_table_after_a_fork(worker, shm):
     shared = source.share("t", directory=shm)
     parent = worker()
     parent.do("t = RowTable.attach('t', directory=shm)")
-    for leave in ("os._exit(0)", "sys.exit(0)"):
-        assert parent.do("pid = os.fork()\nif pid == 0:\n    import atexit\n    ok = int(gather_rows(t, torch.tensor([7]))"
-                         ".view(torch.int16)[0, 3])\n    del t\n    gc.collect()\n    os.write(2, b'') if ok == "
-                         f"{int(source.rows.view(torch.int16)[7, 3])} else os._exit(3)\n    {leave}") == "done"
+    for leave in ("pass", "weakref.finalize._exitfunc()"):
+        assert parent.do("pid = os.fork()\nif pid == 0:\n"
+                         "    got = int(gather_rows(t, torch.tensor([7])).view(torch.int16)[0, 3])\n"
+                         f"    {leave}\n    del t\n    gc.collect()\n"
+                         f"    os._exit(0 if got == {int(source.rows.view(torch.int16)[7, 3])} else 3)") == "done"
         assert parent.do("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == "0"
         assert shared.memory_stats()["users"] == 2 and segments(shm) == ["engram-t"]
     # the lock is one: the parent's end takes the name, the child's rows stay

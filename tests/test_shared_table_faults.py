@@ -11,13 +11,13 @@ import zlib
 
 import pytest
 import torch
-from shared_worker import shm, worker  # noqa: F401  fixtures
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory import shared_segment, shared_table
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 
+pytest_plugins = ("shared_worker",)
 R = 3000
 ROWS = torch.arange(R * 8).view(R, 8).float()
 SHARE = f"RowTable.from_tensor(torch.arange({R * 8}).view({R}, 8).float(), row_format='f32').share('t', directory=shm)"
@@ -98,7 +98,7 @@ def test_shared_table_of_the_dead(recovery, worker, shm):
 def test_shared_table_maker_is_killed_while_filling(worker, shm):
     maker = worker()
     maker.do(DIE_AFTER_A_PIECE)
-    assert maker.do(f"t = {SHARE}") == "" and maker.process.wait() == -9
+    assert maker.do(f"t = {SHARE}") == "" and maker.exit_code() == -9
     assert segments(shm) == ["engram-t"]
     with pytest.raises(ValueError, match=r"RowTable.attach: .*engram-t is half-written: it was made by process "
                                          f"{maker.process.pid}, which is gone, before it was full; share it anew"):
@@ -120,7 +120,7 @@ def test_shared_table_waiters_take_over_from_the_dead(worker, shm):
     waiters[0].send("t = RowTable.attach('t', timeout_s=60, directory=shm)")
     waiters[1].send(f"t = {SHARE}")
     waiters[2].send(f"t = {SHARE}")
-    assert [one.answer() for one in waiters] == ["done"] * 3 and maker.process.wait() == -9
+    assert [one.answer() for one in waiters] == ["done"] * 3 and maker.exit_code() == -9
     for one in waiters:
         assert one.do("int(t.rows[-1, -1])") == str(R * 8 - 1)
     assert waiters[0].do("t.memory_stats()['users']") == "3"
@@ -153,7 +153,7 @@ def test_shared_table_is_not_written_to(worker, shm):
     """A stray write ends the process that does it, and no row changes for the others."""
     shared, other = source().share("t", directory=shm), worker()
     other.do(ATTACH)
-    assert other.do("t.rows[5] = 1") == "" and other.process.wait() == -11
+    assert other.do("t.rows[5] = 1") == "" and other.exit_code() == -11
     assert intact(shared) and shared.memory_stats()["users"] == 1
 
 
