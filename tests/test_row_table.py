@@ -2,6 +2,7 @@
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -251,6 +252,26 @@ def test_row_table_file_written_to_while_open(tmp_path, reader):
     os.utime(tmp_path / "t", ns=(info.st_atime_ns, info.st_mtime_ns + 1))  # the clock of the file system may tick slowly
     with pytest.raises(OSError, match="t: the file was written to after it was opened"):
         gather_rows(table, torch.tensor([0]))
+
+
+def test_row_table_file_written_to_within_the_tick_of_its_opening(tmp_path, reader):
+    """A kernel that stamps writes with the last clock tick: the stamp of a write right after opening is not that of before."""
+    path, coarse = tmp_path / "t", 5  # CLOCK_REALTIME_COARSE
+    create(path)
+    for _ in range(20):
+        stamp = time.clock_gettime_ns(coarse)
+        os.utime(path, ns=(stamp, stamp))
+        table = RowTable.open(path)
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\0")
+        stamp = time.clock_gettime_ns(coarse)
+        os.utime(path, ns=(stamp, stamp))
+        with pytest.raises(OSError, match="the file was written to after it was opened"):
+            gather_rows(table, torch.tensor([0]))
+    future = time.time_ns() + 3600 * 10**9
+    os.utime(path, ns=(future, future))
+    RowTable.open(path).read_rows(torch.tensor([0]))  # nothing to wait for
 
 
 def test_file_readers_check_their_arguments(tmp_path, reader):

@@ -5,5 +5,6 @@
 namespace engram_kernels {
 
 void bind_memory(pybind11::module_& m);  // the classes of csrc/memory
+void bind_host_table(pybind11::module_& m);
 
 }  // namespace engram_kernels

@@ -21,4 +21,5 @@ PYBIND11_MODULE(_C, m) {
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
   ek::bind_memory(m);
   ek::bind_prefetcher(m);
+  ek::bind_host_table(m);
 }

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "memory/file_state.h"
 #include "memory/read_plan.h"
 
 namespace engram_kernels {
@@ -33,14 +34,11 @@ constexpr int kEndOfFile = 0;   // as an error number
     throw FileReadError((error), ek_os.str()); \
   } while (0)
 
-struct FileState {
-  int64_t size, changed_ns;
-};
-
-FileState state_of(int fd, const std::string& path) {
-  struct stat info;
-  if (fstat(fd, &info) != 0) EK_THROW_READ(errno, path << ": fstat failed: " << std::strerror(errno));
-  return {info.st_size, int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
+FileState state_of(int fd, const std::string& path, int (*look)(int, FileState*) = file_state) {
+  FileState state;
+  const int error = look(fd, &state);
+  if (error != 0) EK_THROW_READ(error, path << ": fstat failed: " << std::strerror(error));
+  return state;
 }
 
 // Bytes that can be had without swapping; 0: unknown.
@@ -77,7 +75,7 @@ FileReader::FileReader(int fd, std::string path, int queue_depth, const std::str
     : path_(std::move(path)), queue_depth_(queue_depth) {
   EK_CHECK(queue_depth >= 1 && queue_depth <= kMaxQueueDepth,
            "FileReader: queue_depth is " << queue_depth << ", expected [1, " << kMaxQueueDepth << "]");
-  const FileState state = state_of(fd, path_);
+  const FileState state = state_of(fd, path_, settled_file_state);
   size_ = state.size;
   changed_ns_ = state.changed_ns;
   fd_ = fcntl(fd, F_DUPFD_CLOEXEC, 0);

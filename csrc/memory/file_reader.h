@@ -10,7 +10,8 @@
 //             queue_depth * kMaxReadBytes of buffers. After a fork the child makes queues and threads of its own.
 // Failure     FileReadError; the output is then unspecified. Short reads are continued. A read of several rows that fails is
 //             repeated row by row, so that the error names the row that cannot be read. A file whose size or time of change is
-//             not what it was when it was opened is such a failure, found after the read and before it counts as a success.
+//             not what it was when it was opened is such a failure, found after the read and before it counts as a success;
+//             opening a file that was written to in the same clock tick waits for the next (file_state.h).
 #pragma once
 
 #include <atomic>

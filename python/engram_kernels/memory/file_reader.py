@@ -1,6 +1,7 @@
 """Rows of an open file by index: the compiled reader, or its stand-in where the compiled module is missing."""
 import errno
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from engram_kernels._library import COMPILE_ERROR
 
 # offset, stride_bytes, row_bytes, num_rows of the rows of one array
 FileExtent = tuple[int, int, int, int]
+_CLOCK_REALTIME_COARSE = 5  # of Linux; the time module has no name for it
 IO_BACKENDS = ("auto", "io_uring", "preadv", "io_uring_buffered", "preadv_buffered")
 
 
@@ -27,7 +29,7 @@ class PythonFileReader:
             raise ValueError(f"FileReader: queue_depth is {queue_depth}, expected [1, 4096]")
         if io not in IO_BACKENDS:
             raise ValueError(f"FileReader: io is {io!r}, expected one of {', '.join(IO_BACKENDS)}")
-        info = os.fstat(fd)
+        info = _settled_stat(fd)
         self._path, self._size, self._changed_ns = path, info.st_size, info.st_mtime_ns
         self._fd = os.dup(fd)
 
@@ -78,6 +80,16 @@ class PythonFileReader:
         if info.st_mtime_ns != self._changed_ns:
             raise OSError(errno.EIO, f"tier file: {self._path}: the file was written to after it was opened; row {row} may not "
                                      "be what it was")
+
+
+def _settled_stat(fd: int) -> os.stat_result:
+    """The state of a file from which every later write differs: see csrc/memory/file_state.h."""
+    for _ in range(50):
+        info, tick_ns = os.fstat(fd), time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+        if not tick_ns <= info.st_mtime_ns <= tick_ns + 10**9:
+            break
+        time.sleep(1e-3)
+    return info
 
 
 class PythonFileTier:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engram_kernels.memory import capacity
 from engram_kernels.memory.row_format import ROW_FORMATS
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.memory.safetensors_file import Extent, lay_out
@@ -165,8 +166,9 @@ class _Part:
                 kept = os.pwrite(self._log_fd, json.dumps(self._identity).encode() + b"\n", 0)
             os.ftruncate(self._log_fd, kept)  # what follows the last whole line is of a chunk that is not
             self._log_bytes = kept
-        free = os.statvfs(self.path).f_bavail * os.statvfs(self.path).f_frsize
-        with self._step(f"{self._file_bytes} bytes cannot be reserved ({free} are free)"):
+        missing = max(self._file_bytes - os.fstat(self._fd).st_blocks * 512, 0)
+        capacity.check_directory("pack", f"the rest of {self.target}", missing, self.target.parent, capacity.DISK_REMEDY)
+        with self._step(f"{self._file_bytes} bytes cannot be reserved"):
             os.posix_fallocate(self._fd, 0, self._file_bytes)
             os.pwrite(self._fd, bytes(8), 0)  # a header length of 0: no table
         return self._done

@@ -1,7 +1,11 @@
 """How rows are stored: the facts of semantics 5 that tables and files need. The kernels' copy is csrc/common/row_format.h."""
 import dataclasses
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from engram_kernels._checks import expect_tensor
 
 SCALE_BLOCK = 32  # elements that share a scale
 
@@ -69,3 +73,37 @@ def check_shape(op: str, name: str, row_dim: object, width: int) -> None:
         least = "at least " if row_format.is_packed else ""
         raise ValueError(f"{op}: rows are {width} elements wide, expected {least}{wanted} for row_format {name!r} and row_dim "
                          f"{row_dim}")
+
+
+def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: int | None) -> tuple[Tensor, Tensor | None, int]:
+    """Raises unless tensors hold rows of a format: the rows as stored, their scales, and D. Rules: `RowTable.from_tensor`."""
+    fmt = row_format_of(op, row_format)
+    rows = _as_stored(weight, torch.float8_e4m3fn)
+    scales = _as_stored(scales, torch.float8_e8m0fnu)
+    expect_tensor(op, "weight", rows, (fmt.dtype,), ("R", "stride"), None, 0)
+    if rows.shape[0] > 1 and rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(f"{op}: the elements of a row of weight must be contiguous, got strides {list(rows.stride())}")
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"{op}: the rows of weight overlap: strides {list(rows.stride())} for shape {list(rows.shape)}")
+    if row_dim is None:
+        if fmt.is_packed:
+            raise ValueError(f"{op}: row_dim is needed for row_format {row_format!r}: rows may be padded")
+        row_dim = int(rows.shape[1])
+    check_shape(op, row_format, row_dim, rows.shape[1])
+    wanted = fmt.scale_shape(rows.shape[0], row_dim)
+    if wanted is None and scales is not None:
+        raise ValueError(f"{op}: row_format {row_format!r} has no scales, got {list(scales.shape)}")
+    if wanted is not None:
+        assert fmt.scale_dtype is not None
+        if scales is None:
+            raise ValueError(f"{op}: row_format {row_format!r} needs scales of shape {list(wanted)}, got none")
+        scales = scales.reshape(1) if wanted == (1,) and scales.dim() == 0 else scales
+        expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, rows.device)
+        if scales.dim() == 2 and scales.shape[0] > 1 and ((scales.shape[1] > 1 and scales.stride(1) != 1)
+                                                          or scales.stride(0) < scales.shape[1]):
+            raise ValueError(f"{op}: the scales of a row must be contiguous, got strides {list(scales.stride())}")
+    return rows, scales, row_dim
+
+
+def _as_stored(x: Any, fp8: torch.dtype) -> Any:
+    return x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == fp8 else x

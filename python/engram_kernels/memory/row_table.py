@@ -1,9 +1,7 @@
 """RowTable: the rows of one memory layer, in memory or in a file."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,16 +11,16 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
+from engram_kernels.memory import shared_table
 from engram_kernels.memory.file_reader import make_reader
-from engram_kernels.memory.row_format import FLOAT_FORMATS, ROW_FORMATS, check_shape, row_format_of
+from engram_kernels.memory.host_table import TableLayout, copy_to_host_table, memory_stats, pin_host_table
+from engram_kernels.memory.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
+from engram_kernels.memory.row_ids import expect_in_range, expect_row_ids
 from engram_kernels.memory.safetensors_file import open_regular, read_header
 from engram_kernels.memory.table_file import TableFile, find_tensor, metadata_int
 from engram_kernels.memory.table_writer import Chunk, write_table
 
 __all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
-
-_HUGE_PAGE_BYTES = 2 << 20
-_ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +53,7 @@ class RowTable:
     path: Path | None = None
     tier: str = "host"
     _file: TableFile | None = None
+    _memory: Any = None  # a HostTable, or a SharedMemory with one
 
     @property
     def num_rows(self) -> int:
@@ -79,12 +78,14 @@ class RowTable:
 
     def __repr__(self) -> str:
         where = f", path={str(self.path)!r}" if self.path else ""
+        if isinstance(self._memory, shared_table.SharedMemory):
+            where = f", shared as {self._memory.name!r}"
         return (f"RowTable({self.num_rows} rows of {self.row_dim}, {self.row_format}, {self.row_bytes} bytes a row, "
                 f"tier={self.tier!r}{where})")
 
     @classmethod
     def from_tensor(cls, weight: Tensor, scales: Tensor | None = None, row_format: str = "bf16", copy: bool = False,
-                    zero_scale_is_zero: bool = False, row_dim: int | None = None) -> RowTable:
+                    zero_scale_is_zero: bool = False, row_dim: int | None = None, numa: int | None = None) -> RowTable:
         """A table over tensors.
 
         Args:
@@ -92,49 +93,33 @@ class RowTable:
                 The rows may lie apart (a sliced view); the elements of a row may not.
             scales: as `RowTable.scales` (float8_e8m0fnu counts as uint8).
             row_format: a name of `spec/semantics.md` section 5.
-            copy: True: copy into memory of its own, with huge pages asked for: random rows then cost no TLB miss. Detached.
+            copy: True: copy into memory of its own, exactly as large, in huge pages where the system has them: random rows
+                then cost no TLB miss. Detached. `memory_stats` says what was got.
             zero_scale_is_zero: what a scale byte of 0 means.
             row_dim: D; needed for the packed format, else the width of `weight`.
+            numa: of a copy: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
 
         Returns:
             The table; without `copy` it shares memory, and gradients, with `weight`.
 
         Raises:
             TypeError: an argument is no tensor.
-            ValueError: dtype, shape, device or stride does not fit the format.
+            ValueError: dtype, shape, device or stride does not fit the format, or there is no such node.
+            OSError: there is no room for a copy (`CapacityError`): names the limit, what it leaves, and what to do.
 
         Source: `spec/semantics.md` section 5.
         """
         op = "RowTable.from_tensor"
-        fmt = row_format_of(op, row_format)
-        rows = _as_stored(weight, torch.float8_e4m3fn)
-        scales = _as_stored(scales, torch.float8_e8m0fnu)
-        expect_tensor(op, "weight", rows, (fmt.dtype,), ("R", "stride"), None, 0)
-        if rows.shape[0] > 1 and rows.shape[1] > 1 and rows.stride(1) != 1:
-            raise ValueError(f"{op}: the elements of a row of weight must be contiguous, got strides {list(rows.stride())}")
-        if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-            raise ValueError(f"{op}: the rows of weight overlap: strides {list(rows.stride())} for shape {list(rows.shape)}")
-        if row_dim is None:
-            if fmt.is_packed:
-                raise ValueError(f"{op}: row_dim is needed for row_format {row_format!r}: rows may be padded")
-            row_dim = rows.shape[1]
-        check_shape(op, row_format, row_dim, rows.shape[1])
-        wanted = fmt.scale_shape(rows.shape[0], row_dim)
-        if wanted is None and scales is not None:
-            raise ValueError(f"{op}: row_format {row_format!r} has no scales, got {list(scales.shape)}")
-        if wanted is not None:
-            assert fmt.scale_dtype is not None
-            if scales is None:
-                raise ValueError(f"{op}: row_format {row_format!r} needs scales of shape {list(wanted)}, got none")
-            scales = scales.reshape(1) if wanted == (1,) and scales.dim() == 0 else scales
-            expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, rows.device)
-            if scales.dim() == 2 and scales.shape[0] > 1 and ((scales.shape[1] > 1 and scales.stride(1) != 1)
-                                                              or scales.stride(0) < scales.shape[1]):
-                raise ValueError(f"{op}: the scales of a row must be contiguous, got strides {list(scales.stride())}")
-        if copy:
-            rows = _in_huge_pages(rows)
-            scales = None if scales is None else _in_huge_pages(scales)
-        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, tier="host" if rows.device.type == "cpu" else "device")
+        rows, scales, row_dim = check_tensors(op, weight, scales, row_format, row_dim)
+        host: Any = None
+        if copy and rows.device.type == "cpu":
+            layout = TableLayout.of(row_format, rows.shape[0], rows.shape[1], row_dim)
+            rows, scales, host = copy_to_host_table(op, rows, scales, layout, numa)
+        elif copy:
+            rows = rows.detach().clone(memory_format=torch.contiguous_format)
+            scales = None if scales is None else scales.detach().clone(memory_format=torch.contiguous_format)
+        tier = "host" if rows.device.type == "cpu" else "device"
+        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, tier=tier, _memory=host)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], rows: Tensor | Iterable[Chunk], scales: Tensor | None = None,
@@ -158,7 +143,8 @@ class RowTable:
         Raises:
             TypeError: a piece is no tensor.
             ValueError: a dtype or shape is wrong, or the pieces are not `num_rows` rows. Nothing is left behind.
-            OSError: the directory is missing or read-only, the disk is full, or a write failed; names the path and the step.
+            OSError: the directory is missing or read-only, the disk is too full (`CapacityError`), or a write failed; names the
+                path and the step.
                 Nothing is left behind, an old file is whole.
 
         Source: the file is safetensors with tensors "rows" and "scales"; the format is in its metadata.
@@ -256,7 +242,7 @@ class RowTable:
         """
         op = "RowTable.read_rows"
         expect_row_ids(op, row_ids, self.device)
-        _expect_in_range(op, row_ids, self.num_rows, lowest=0)
+        expect_in_range(op, row_ids, self.num_rows, lowest=0)
         ids = row_ids.reshape(-1).to(torch.int64)
         per_row = self.scales is not None and self.scales.dim() == 2
         out_rows = self._staging(op, "out_rows", self.rows, ids, out_rows)
@@ -289,6 +275,92 @@ class RowTable:
         """
         return {} if self._file is None else dict(self._file.tier.stats())
 
+    def share(self, name: str, *, timeout_s: float = 600.0, numa: int | None = None,
+              directory: str = shared_table.DIRECTORY) -> RowTable:
+        """Puts the table into a segment that all processes of this machine can use: one copy for all.
+
+        Every process may call it: the first fills the segment, straight from a file where the table is in one; the others wait
+        for it and use it. Segments that crashed processes left are removed first.
+
+        Args:
+            name: 1 to 128 of letters, digits, "_", "-" and ".".
+            timeout_s: seconds to wait for another process that is filling it.
+            numa: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
+            directory: of a tmpfs.
+
+        Returns:
+            A table of tier "host" with the same rows, read-only: writing to them is a fault. It is in use while its rows are;
+            the last process that uses it removes it, and a process that dies in any way no longer counts.
+
+        Raises:
+            ValueError: the name cannot be one.
+            FileExistsError: another table is in use by this name; says how it differs.
+            TimeoutError: another process did not finish filling it in time.
+            OSError: there is no room (`CapacityError`: names the limit, what it leaves, and what to do), the directory cannot be
+                written to, or the source cannot be read. Nothing is left behind.
+        """
+        return shared_table.share(self, name, timeout_s, numa, directory)
+
+    @classmethod
+    def attach(cls, name: str, like: RowTable | None = None, *, fingerprint: str | None = None, timeout_s: float = 0.0,
+               directory: str = shared_table.DIRECTORY) -> RowTable:
+        """The table that another process shares by a name. It is verified, and may outlive its maker.
+
+        Args:
+            name: as in `share`.
+            like: a table, such as one of the file, that it must equal in format, shape and fingerprint; None: any.
+            fingerprint: that it must have; None: any.
+            timeout_s: seconds to wait until it is there and full.
+            directory: as in `share`.
+
+        Returns:
+            As `share`.
+
+        Raises:
+            FileNotFoundError: no process shares a table by this name.
+            TimeoutError: it is still being filled.
+            ValueError: it holds another table, or is half-written, truncated, corrupt, damaged or of another version.
+            OSError: it cannot be opened or mapped, or belongs to another user.
+        """
+        return shared_table.attach(cls, name, like or fingerprint, timeout_s, directory)
+
+    @staticmethod
+    def unlink_stale(directory: str = shared_table.DIRECTORY) -> list[str]:
+        """Removes shared tables that no process uses, such as crashed ones left; their names. `share` does so too."""
+        return shared_table.unlink_stale(directory)
+
+    def fingerprint(self) -> str:
+        """A hash of shape, format and 1,024 rows spread evenly: what `attach` compares. It does not see a change elsewhere."""
+        return shared_table.fingerprint(self)
+
+    def pin(self, registrar: Any = None) -> None:
+        """Registers the memory of a copied or shared table with a device, 1 GiB at a time: the device reads it where it is.
+
+        Args:
+            registrar: a `_C.HostRegistrar` of another device runtime; None: CUDA.
+
+        Raises:
+            ValueError: the table has no memory of its own.
+            RuntimeError: there is no GPU, or no CUDA library.
+            OSError: the device refuses, and says why; or RLIMIT_MEMLOCK is too low (`CapacityError`), where the runtime heeds it.
+                Nothing stays pinned.
+        """
+        pin_host_table("RowTable.pin", getattr(self._memory, "host", self._memory), registrar)
+
+    def memory_stats(self) -> dict[str, Any]:
+        """What the memory of a copied or shared table is like now.
+
+        Returns:
+            bytes; mapped_bytes (whole pages); pages ("explicit" huge pages, "transparent" ones asked for, or "small");
+            resident_bytes and, of these, huge_bytes (None: unknown); pinned_bytes; numa_pages (of a sample, by node); of a shared
+            one name and users (None: unknown). Empty where the table has no memory of its own.
+        """
+        if self._memory is None:
+            return {}
+        if not isinstance(self._memory, shared_table.SharedMemory):
+            return memory_stats(self._memory)
+        return dict(memory_stats(self._memory.host), name=self._memory.name, users=self._memory.num_users())
+
     def stage(self, row_ids: Tensor) -> tuple[RowTable, Tensor]:
         """A table in memory that holds the rows of `row_ids`, and the ids into it: what an op gathers from.
 
@@ -307,7 +379,7 @@ class RowTable:
             return self, row_ids
         op = "gather_rows"
         expect_row_ids(op, row_ids, self.device)
-        _expect_in_range(op, row_ids, self.num_rows, lowest=-1)
+        expect_in_range(op, row_ids, self.num_rows, lowest=-1)
         present = row_ids != -1
         distinct, where = torch.unique(row_ids[present], return_inverse=True)
         rows, scales = self.read_rows(distinct)
@@ -321,40 +393,3 @@ class RowTable:
             return torch.empty(shape, dtype=like.dtype, device=ids.device)
         expect_tensor(op, name, out, (like.dtype,), shape, ids.device, dense_dims=2)
         return out
-
-
-def expect_row_ids(op: str, row_ids: object, device: torch.device) -> None:
-    """Raises unless `row_ids` is a contiguous int32 or int64 tensor on `device`."""
-    if not isinstance(row_ids, Tensor):
-        raise TypeError(f"{op}: row_ids must be a tensor, got {type(row_ids).__name__}")
-    if row_ids.dtype in _ID_DTYPES and row_ids.device == device and row_ids.is_contiguous():
-        return  # the common case, kept cheap
-    expect_tensor(op, "row_ids", row_ids, _ID_DTYPES, row_ids.shape, device, dense_dims=row_ids.dim())
-
-
-def _expect_in_range(op: str, row_ids: Tensor, num_rows: int, lowest: int) -> None:
-    wrong = row_ids < lowest
-    if num_rows <= torch.iinfo(row_ids.dtype).max:  # else no id of the dtype is too large, and the bound would wrap
-        wrong |= row_ids >= num_rows
-    if wrong.any():
-        where = wrong.nonzero()[0].tolist()
-        raise IndexError(f"{op}: row_ids{where} is {row_ids[tuple(where)].item()}, expected [0, {num_rows})"
-                         + (" or -1 (no row)" if lowest == -1 else ""))
-
-
-def _as_stored(x: Any, fp8: torch.dtype) -> Any:
-    return x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == fp8 else x
-
-
-def _in_huge_pages(x: Tensor) -> Tensor:
-    """A dense copy in anonymous memory of its own, on a 2 MiB boundary, with huge pages asked for where the system has them."""
-    if x.device.type != "cpu" or x.numel() == 0:
-        return x.detach().clone(memory_format=torch.contiguous_format)
-    # private: shared anonymous memory is a file to the kernel, and gets no huge pages
-    memory = mmap.mmap(-1, x.numel() * x.element_size() + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them: small pages serve, slower
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory alive
-    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start:start + x.numel() * x.element_size()].view(x.dtype).view(x.shape).copy_(x.detach())

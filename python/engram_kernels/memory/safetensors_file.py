@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engram_kernels.memory import capacity
+
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
 _ALIGN_BYTES = 4096  # data of files that we write starts on a page, which direct reads want
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
@@ -197,9 +199,10 @@ def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], m
         A `Writer` of the temporary file.
 
     Raises:
-        OSError: a step failed; names the path and the step. Nothing is left behind.
+        OSError: a step failed, or there is no room (`CapacityError`); names the path and the step. Nothing is left behind.
     """
     header, extents, file_bytes = lay_out(tensors, metadata)
+    capacity.check_directory("RowTable.create", f"the file {path}", file_bytes, path.parent, capacity.DISK_REMEDY)
     with _naming_path(path, "cannot be created in its directory"):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -1,0 +1,262 @@
+"""Tables that processes share: equal to their source, verified, one copy, counted, gone with the last user."""
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.memory import host_table, shared_segment, shared_table
+from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
+from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.testing import random_rows
+
+pytest_plugins = ("shared_worker",)
+R, D = 3001, 64
+IDS = torch.randint(-1, R, (40, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["compiled", "python"])
+def memory(request, monkeypatch):
+    """Both kinds of memory."""
+    if request.param == "compiled" and COMPILE_ERROR:
+        pytest.skip(COMPILE_ERROR)
+    if request.param == "python":
+        monkeypatch.setattr(host_table, "COMPILE_ERROR", "the compiled module is missing")
+    return request.param
+
+
+def table_of(row_format="bf16", seed=0, num_rows=R, **options):
+    rows, scales = random_rows(row_format, num_rows, D, torch.Generator().manual_seed(seed))
+    return RowTable.from_tensor(rows, scales, row_format, row_dim=D, **options)
+
+
+def same_rows(a, b):
+    stored = zip(a.read_rows(torch.arange(a.num_rows)), b.read_rows(torch.arange(b.num_rows)), strict=True)
+    return all(x is y is None or torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in stored) and torch.equal(
+        gather_rows(a, IDS % a.num_rows).view(torch.int16), gather_rows(b, IDS % b.num_rows).view(torch.int16))
+
+
+def segments(directory):
+    return sorted(os.listdir(directory))
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_shared_table_equals_its_source(row_format, memory, shm, tmp_path):
+    source = table_of(row_format, zero_scale_is_zero=True)
+    file = RowTable.create(tmp_path / "t", source.rows, source.scales, row_format, row_dim=D, zero_scale_is_zero=True)
+    for table in (source, file):
+        shared = table.share("t", directory=shm)
+        attached = RowTable.attach("t", like=file, directory=shm)
+        for one in (shared, attached):
+            assert same_rows(one, source) and one.tier == "host" and one.zero_scale_is_zero and one.path is None
+            assert one.fingerprint() == source.fingerprint() == file.fingerprint()
+            assert (one.row_format, one.row_dim, one.num_rows, one.row_bytes) == (row_format, D, R, source.row_bytes)
+        assert shared.memory_stats()["users"] == 2 and repr(shared).endswith("tier='host', shared as 't')")
+        del shared, one, attached
+        gc.collect()
+        assert segments(shm) == []
+
+
+def test_shared_table_of_padded_and_sliced_rows(memory, shm):
+    rows, _ = random_rows("fp8_e4m3_block32_packed", R, D, torch.Generator().manual_seed(0))
+    wide = torch.cat([rows, rows, rows], 1)[:, :rows.shape[1] + 14]
+    source = RowTable.from_tensor(wide, row_format="fp8_e4m3_block32_packed", row_dim=D)
+    shared = source.share("padded", directory=shm)
+    assert shared.rows.shape == wide.shape and shared.rows.is_contiguous() and torch.equal(shared.rows, wide)
+    assert same_rows(shared, source)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 1024, 1025])
+def test_shared_table_of_few_rows(num_rows, memory, shm):
+    source = table_of("int8_group32", num_rows=num_rows)
+    attached = [source.share("few", directory=shm), RowTable.attach("few", source, directory=shm)][1]
+    assert torch.equal(attached.rows, source.rows) and torch.equal(attached.scales, source.scales)
+
+
+def test_shared_table_takes_what_it_needs(compiled, shm):
+    shared = table_of(num_rows=100_000).share("t", directory=shm)
+    stats = shared.memory_stats()
+    assert stats["bytes"] == 100_000 * 128 and stats["name"] == "t" and stats["users"] == 1
+    info = os.stat(shm / "engram-t")
+    assert info.st_blocks * 512 <= 100_000 * 128 + 2 * 4096  # the manifest's page, and the end of the last one
+    gather_rows(shared, torch.arange(100_000))
+    assert shared.memory_stats()["resident_bytes"] == -(-100_000 * 128 // 4096) * 4096
+
+
+def test_shared_table_by_another_process(worker, shm):
+    source = table_of("fp8_e4m3_block32")
+    shared = source.share("t", directory=shm)
+    other = worker()
+    assert other.do("t = RowTable.attach('t', directory=shm)") == "done"
+    torch.save(IDS, shm / "ids")
+    other.do("torch.save(gather_rows(t, torch.load(f'{shm}/ids')), f'{shm}/rows')")
+    assert torch.equal(torch.load(shm / "rows").view(torch.int16), gather_rows(source, IDS).view(torch.int16))
+    os.unlink(shm / "ids")
+    os.unlink(shm / "rows")
+    assert shared.memory_stats()["users"] == 2 and other.do("t.memory_stats()['users']") == "2"
+    assert other.do("t.fingerprint()") == repr(source.fingerprint())
+    del shared
+    assert segments(shm) == ["engram-t"] and other.do("t.memory_stats()['users']") == "1"
+    assert other.do("int(t.rows[5, 5])") == str(int(source.rows[5, 5]))
+    assert other.do("del t\ngc.collect()") == "done" and segments(shm) == []
+
+
+def test_shared_table_goes_with_a_program_that_ends(shm):
+    """Its table is still in use then."""
+    script = ("import os, sys, torch\nfrom engram_kernels.memory.row_table import RowTable\n"
+              "table = RowTable.from_tensor(torch.ones(9, 8), row_format='f32').share('t', directory=sys.argv[1])\n"
+              "print(os.listdir(sys.argv[1]))")
+    result = subprocess.run([sys.executable, "-c", script, str(shm)], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "['engram-t']\n" and result.stderr == "" and segments(shm) == []
+
+
+def test_shared_table_of_all_processes_that_call_share(worker, shm, tmp_path):
+    """One fills, the others wait for it: the source is read once."""
+    source = table_of("fp8_e4m3_block32", num_rows=50_000)
+    RowTable.create(tmp_path / "t", source.rows, source.scales, "fp8_e4m3_block32")
+    workers = [worker() for _ in range(3)]
+    for one in workers:
+        one.do("fill = shared_table._fill")
+        one.do("shared_table._fill = lambda *args: (time.sleep(0.5), filled.append(1), fill(*args))")
+        one.do("filled = []")
+        one.do(f"file = RowTable.open({str(tmp_path / 't')!r})")
+    for one in workers:
+        one.send("t = file.share('t', directory=shm)")
+    assert [one.answer() for one in workers] == ["done"] * 3
+    assert sum(int(one.do("len(filled)")) for one in workers) == 1
+    attached = RowTable.attach("t", source, directory=shm)
+    assert same_rows(attached, source) and attached.memory_stats()["users"] == 4
+    for one in workers:
+        one.end()
+    assert attached.memory_stats()["users"] == 1
+    assert torch.equal(attached.rows, source.rows)
+
+
+def test_shared_table_by_a_name_in_use(memory, shm):
+    shared = table_of().share("t", directory=shm)
+    again = table_of().share("t", directory=shm)  # the same table
+    assert again.rows.data_ptr() != shared.rows.data_ptr() and shared.memory_stats()["users"] == 2
+    other = RowTable.from_tensor(torch.zeros(R, 32), row_format="f32")
+    for table, message in ((table_of(num_rows=R + 1), f"num_rows is {R}, expected {R + 1} "),
+                           (table_of(seed=1), "fingerprint is [0-9a-f]{32}, expected [0-9a-f]{32} "),
+                           (other, "row_format is bf16, expected f32, row_dim is 64, expected 32, width is 64, expected 32 "),
+                           (table_of(zero_scale_is_zero=True), "zero_scale_is_zero is False, expected True ")):
+        with pytest.raises(FileExistsError, match=rf"RowTable.share: \S*engram-t holds another table: {message}"
+                                                  rf"\(shared by process {os.getpid()}, which is running\)"):
+            table.share("t", directory=shm)
+        with pytest.raises(ValueError, match=rf"RowTable.attach: \S*engram-t holds another table: {message}"):
+            RowTable.attach("t", like=table, directory=shm)
+    assert shared.memory_stats()["users"] == 2 and same_rows(shared, table_of())
+    with pytest.raises(ValueError, match="fingerprint is .*, expected 123"):
+        RowTable.attach("t", fingerprint="123", directory=shm)
+    assert RowTable.attach("t", fingerprint=shared.fingerprint(), directory=shm).num_rows == R
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".", "..", ".hidden", "a b", "ä", "x" * 129, "a.tmp", None, "a\0"])
+def test_shared_table_names(name, shm):
+    for call in (lambda: table_of().share(name, directory=shm), lambda: RowTable.attach(name, directory=shm)):
+        with pytest.raises(ValueError, match="name is .*, expected 1 to 128 of letters"):
+            call()
+
+
+def test_shared_table_that_is_not_there(shm):
+    with pytest.raises(FileNotFoundError, match="RowTable.attach: no process shares a table by this name: '.*engram-t'"):
+        RowTable.attach("t", directory=shm)
+    with pytest.raises(FileNotFoundError, match="RowTable.share: cannot be created: No such file or directory"):
+        table_of().share("t", directory=shm / "missing")
+    assert RowTable.unlink_stale(shm / "missing") == []
+
+
+def test_shared_table_is_waited_for(worker, shm):
+    other = worker()
+    other.send("t = RowTable.attach('t', timeout_s=60, directory=shm)")
+    shared = table_of().share("t", directory=shm)
+    assert other.answer() == "done" and shared.memory_stats()["users"] == 2
+    other.end()
+
+
+def test_shared_table_still_being_filled(shm):
+    source = table_of()
+    path = shared_segment.segment_path("", "t", shm)
+    fd = shared_segment.create("", path, shared_table.describe(source))  # as a process that has come that far
+    for call in (lambda s: RowTable.attach("t", timeout_s=s, directory=shm),
+                 lambda s: source.share("t", timeout_s=s, directory=shm)):
+        for timeout_s in (0, 0.1):
+            with pytest.raises(TimeoutError, match=r"another process still fills it after \d+\.\d s: '.*engram-t'"):
+                call(timeout_s)
+    assert RowTable.unlink_stale(shm) == []
+    shared_segment.release(fd, path)
+
+
+def test_shared_table_after_a_fork(worker, shm):
+    """A child reads on, and neither its end nor its exit handlers take the segment from its parent."""
+    source = table_of()
+    shared = source.share("t", directory=shm)
+    parent = worker()
+    parent.do("t = RowTable.attach('t', directory=shm)")
+    for leave in ("pass", "weakref.finalize._exitfunc()"):
+        assert parent.do("pid = os.fork()\nif pid == 0:\n"
+                         "    got = int(gather_rows(t, torch.tensor([7])).view(torch.int16)[0, 3])\n"
+                         f"    {leave}\n    del t\n    gc.collect()\n"
+                         f"    os._exit(0 if got == {int(source.rows.view(torch.int16)[7, 3])} else 3)") == "done"
+        assert parent.do("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == "0"
+        assert shared.memory_stats()["users"] == 2 and segments(shm) == ["engram-t"]
+    # the lock is one: the parent's end takes the name, the child's rows stay
+    parent.do("r, w = os.pipe()\nr2, w2 = os.pipe()\npid = os.fork()\nif pid == 0:\n    os.read(r, 1)\n"
+              "    os.write(w2, b'y' if int(t.rows[:].view(torch.int16).long().sum()) == "
+              f"{int(source.rows.view(torch.int16).long().sum())} else b'n')\n    os._exit(0)")
+    del shared
+    assert parent.do("del t\ngc.collect()") == "done" and segments(shm) == []
+    assert parent.do("os.write(w, b'x')") == "1" and parent.do("os.read(r2, 1)") == "b'y'"
+    parent.do("os.waitpid(pid, 0)")
+
+
+def test_shared_table_does_not_leak(memory, shm):
+    """A thousand times shared and attached: no descriptor, no mapping, no file more."""
+    source = table_of(num_rows=50)
+
+    def counts():
+        gc.collect()
+        with open("/proc/self/maps") as maps:
+            return len(os.listdir("/proc/self/fd")), sum(1 for _ in maps), segments(shm)
+
+    source.share("t", directory=shm)
+    before = counts()
+    for _ in range(1000):
+        shared = source.share("t", directory=shm)
+        attached = RowTable.attach("t", directory=shm)
+        assert attached.rows[3, 3] == source.rows[3, 3]
+        del shared, attached
+    after = counts()
+    assert after[0] == before[0] and after[1] <= before[1] + 3 and after[2] == before[2] == []
+
+
+def test_shared_table_is_the_only_copy(compiled, shm, tmp_path):
+    """From a file of 192 MiB: what the process holds privately grows by the reader's buffers, not by the table."""
+    rows = torch.ones(192 << 11, 256, dtype=torch.bfloat16)
+    rows[:, 0] = torch.arange(192 << 11).bfloat16()
+    RowTable.create(tmp_path / "t", rows)
+    script = f"""
+import sys, threading, torch
+from engram_kernels.memory.row_table import RowTable
+def status(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+torch.set_num_threads(1)
+small = RowTable.open({str(tmp_path / "t")!r})
+small.read_rows(torch.arange(10_000))
+private, peak = status("RssAnon"), status("VmHWM")
+shared = RowTable.open({str(tmp_path / "t")!r}).share("t", directory={str(shm)!r})
+print(status("VmHWM") - peak, status("RssAnon") - private)
+attached = RowTable.attach("t", directory={str(shm)!r})
+assert int(attached.rows[-1, 0]) == int(shared.rows[-1, 0])
+print(status("RssAnon") - private)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert result.stderr == ""
+    peak, after_share, after_attach = map(int, result.stdout.split())
+    assert 190 << 10 < peak < 225 << 10  # the segment itself, and 33 MiB
+    assert after_share < 24 << 10 and after_attach < 24 << 10
