@@ -24,7 +24,7 @@ def add_arguments(commands: Any) -> None:
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     length = command.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="under a minute; the default")
-    length.add_argument("--full", action="store_true", help="under ten minutes: more sizes, and tables up to 80 %% of the free memory")
+    length.add_argument("--full", action="store_true", help="under ten minutes: more sizes, tables up to 80 %% of what is free")
     command.add_argument("--json", type=Path, metavar="F", help="write the report here; valid after every probe")
     command.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="which memory is measured")
     command.add_argument("--disk-dir", type=Path, default=Path(), help="where the disk probe makes its file, which has no name")
