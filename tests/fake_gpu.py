@@ -60,10 +60,12 @@ class NvmlError(Exception):
 
 
 CALLS = {
-    "nvmlDeviceGetName": b"Fake H200", "nvmlSystemGetDriverVersion": "580.1", "nvmlDeviceGetPciInfo": SimpleNamespace(busId="0000:00:00.0"),
+    "nvmlDeviceGetName": b"Fake H200", "nvmlSystemGetDriverVersion": "580.1",
+    "nvmlDeviceGetPciInfo": SimpleNamespace(busId="0000:00:00.0"),
     "nvmlDeviceGetCurrPcieLinkGeneration": 5, "nvmlDeviceGetCurrPcieLinkWidth": 16, "nvmlDeviceGetMaxPcieLinkGeneration": 5,
     "nvmlDeviceGetMaxPcieLinkWidth": 16, "nvmlDeviceGetPcieReplayCounter": 0, "nvmlDeviceGetClockInfo": 1980,
-    "nvmlDeviceGetMaxClockInfo": 3201, "nvmlDeviceGetMemoryBusWidth": 6144, "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=1 << 30),
+    "nvmlDeviceGetMaxClockInfo": 3201, "nvmlDeviceGetMemoryBusWidth": 6144,
+    "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=1 << 30),
     "nvmlDeviceGetBAR1MemoryInfo": SimpleNamespace(bar1Total=1 << 37), "nvmlDeviceGetCurrentClocksEventReasons": 1,
     "nvmlDeviceGetPowerUsage": 120_000, "nvmlDeviceGetEnforcedPowerLimit": 700_000, "nvmlDeviceGetTemperature": 40,
     "nvmlDeviceGetEccMode": [1, 1], "nvmlDeviceGetTotalEccErrors": 0, "nvmlDeviceGetMigMode": [0, 0],

@@ -12,7 +12,10 @@ from engram_kernels.profile.nvml import FIELDS, Nvml, link_payload_bytes_per_s, 
 from engram_kernels.profile.session import Options, Session
 
 # which fields each call serves
-SERVES = {"nvmlDeviceGetClockInfo": {"sm_clock_mhz", "memory_clock_mhz"}, "nvmlDeviceGetMaxClockInfo": {"sm_clock_max_mhz", "memory_clock_max_mhz"}}
+SERVES = {"nvmlDeviceGetClockInfo": {"sm_clock_mhz", "memory_clock_mhz"},
+          "nvmlDeviceGetMaxClockInfo": {"sm_clock_max_mhz", "memory_clock_max_mhz"}}
+FIELD_CALLS = [name for name in fake_gpu.CALLS if name not in (
+    "nvmlInit", "nvmlDeviceGetPcieThroughput", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByIndex")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +28,12 @@ def small():
     patch.setattr(session_module, "_CELL_SECONDS", {"quick": 0.0})
     patch.setattr(probes_gpu_gather, "_MAX_CALL_BYTES", 1 << 20)
     patch.setattr(probes_gpu_gather, "_SAMPLE_BYTES", 1 << 18)
+    patch.setattr(probes_gpu_gather, "_BESIDE_BYTES", 1 << 16)
+    patch.setattr(probes_gpu, "_STREAM_BYTES", 1 << 20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     patch.undo()
 
 
@@ -87,7 +95,7 @@ def test_profile_gpu_link_ceiling_is_that_of_the_link_under_load(session):
     assert state["facts"]["wire_bytes_per_payload_byte"] == pytest.approx(5e10 / state["facts"]["payload_bytes_per_s"])
 
 
-@pytest.mark.parametrize("call", [name for name in fake_gpu.CALLS if "Handle" not in name and name not in ("nvmlInit", "nvmlDeviceGetPcieThroughput")])
+@pytest.mark.parametrize("call", FIELD_CALLS)
 def test_profile_nvml_call_that_is_refused_costs_its_own_fields_only(call):
     values, unread = Nvml("x", 0, fake_gpu.FakeNvml()).read()
     assert set(values) == set(FIELDS) and unread == {}
@@ -154,7 +162,8 @@ def broken(name):
 
 @pytest.mark.parametrize("name, kept", [("host", {"gpu_stream"}), ("alias", {"gpu_stream", "gpu_link", "gpu_gather"}),
                                         ("seconds_beside", {"gpu_link_state"}), ("wall_seconds", {"gpu_stream", "gpu_gather"}),
-                                        ("empty", set()), ("gather_backend", {"gpu_stream", "gpu_link"}), ("free_bytes", {"gpu_link"}),
+                                        ("empty", set()), ("gather_backend", {"gpu_stream", "gpu_link"}),
+                                        ("free_bytes", {"gpu_link"}),
                                         ("both", {"gpu_stream", "gpu_gather"}), ("sync", {"gpu_stream"})])
 def test_profile_gpu_operation_that_breaks_leaves_the_other_probes(name, kept, compiled):
     session = run(open_gpu=broken(name))

@@ -19,7 +19,7 @@ MIB, GIB = 1 << 20, 1 << 30
 _TOKENS = {"quick": (1, 16, 512, 4096), "full": (1, 4, 16, 64, 512, 4096)}
 _ROW_BYTES = {"quick": (128, V41_ROW_BYTES, 512, 4096), "full": (64, 128, 256, V41_ROW_BYTES, 512, 1024, 2048, 4096)}
 _MAX_CALL_BYTES, _SAMPLE_BYTES, _MAX_CALLS = 64 * MIB, 64 * MIB, 20
-_GEMM = 4096
+_GEMM, _BESIDE_BYTES = 4096, 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def interference(session: Session, gpu: Any) -> None:
     size = _sizes(min(gpu.free_bytes() // 4, host_limit(session) // 4), (GIB,))[0]
     side = _GEMM if size == GIB else 256
     a, b, c = (torch.ones(side, side, dtype=torch.bfloat16, device=gpu.device) for _ in range(3))
-    source, target = gpu.host(16 * MIB, True), gpu.empty(16 * MIB)
+    source, target = gpu.host(_BESIDE_BYTES, True), gpu.empty(_BESIDE_BYTES)
     others = {"gemm": lambda: torch.mm(a, b, out=c), "copies": lambda: target.copy_(source, non_blocking=True)}
     for placement in ("uva", "hbm"):
         memory = gpu.host(size, True) if placement == "uva" else gpu.empty(size)

@@ -72,6 +72,10 @@ class Session:
         """Whether few cells are wanted."""
         return self.options.mode == "quick"
 
+    def seconds(self) -> float:
+        """Since the run began."""
+        return self.clock() - self._begin
+
     @property
     def last_level_bytes(self) -> int:
         """Bytes of the last-level cache; 32 MiB where the system does not tell."""
@@ -153,7 +157,7 @@ class Session:
     def report(self) -> dict[str, Any]:
         """The report as `profile.schema.json` describes it."""
         return {"schema_version": SCHEMA_VERSION, "mode": self.options.mode, "complete": self.complete,
-                "started": self._started, "seconds": round(self.clock() - self._begin, 3), "machine": self.machine,
+                "started": self._started, "seconds": round(self.seconds(), 3), "machine": self.machine,
                 "peaks": self.peaks, "probes": self.probes, "cells": self.cells}
 
     def write(self) -> None:
