@@ -102,29 +102,35 @@ def link_state(session: Session, gpu: Any, nvml: Nvml | None, why_not: Skip | No
         raise why_not
     size = _LOAD_BYTES
     host, device = gpu.host(size, True), gpu.empty(size)
-    for op, calls in (("h2d", [_copy(device, host)] * _LOAD_CALLS), ("d2h", [_copy(host, device)] * _LOAD_CALLS)):
-        _measure_load(session, gpu, nvml, {**base, "op": op}, (calls, size))
+    for op, call in (("h2d", _copy(device, host)), ("d2h", _copy(host, device))):
+        _measure_load(session, gpu, nvml, {**base, "op": op}, partial(list, [call] * _LOAD_CALLS), size)
     try:
         gpu.gather_backend()
-        rows = Gather(gpu, host, Shape("uva", V41_ROW_BYTES, size, min(size, MIB) // V41_ROW_BYTES))
-        _measure_load(session, gpu, nvml, {**base, "op": "uva_gather", "placement": "uva", "row_bytes": V41_ROW_BYTES},
-                      (rows.calls(), rows.shape.rows * V41_ROW_BYTES))
+        # several times the GPU's cache, and other rows in each call
+        rows = Gather(gpu, gpu.host(4 * size, True), Shape("uva", V41_ROW_BYTES, 4 * size, size // (8 * V41_ROW_BYTES)))
+        base.update(op="uva_gather", placement="uva", row_bytes=V41_ROW_BYTES)
+        _measure_load(session, gpu, nvml, base, rows.calls, rows.shape.rows * V41_ROW_BYTES)
     except Skip as skip:
         session.skip({**base, "op": "uva_gather"}, skip.kind, skip.text)
 
 
-def _measure_load(session: Session, gpu: Any, nvml: Nvml, base: JsonCell, load: tuple[list[Callable[[], object]], int]) -> None:
-    calls, bytes_a_call = load
+def _measure_load(session: Session, gpu: Any, nvml: Nvml, base: JsonCell, make_calls: Callable[[], list[Callable[[], object]]],
+                  bytes_a_call: int) -> None:
+    calls = 0
 
     def batch() -> None:
-        for call in calls:
+        nonlocal calls
+        made = make_calls()
+        for call in made:
             call()
+        calls += len(made)
         gpu.sync()
 
     batch()
+    calls = 0
     with LoadSampler(nvml) as sampler:
-        rounds, took = keep_busy(batch, _LOAD_SECONDS)
-    rate = rounds * len(calls) * bytes_a_call / took
+        took = keep_busy(batch, _LOAD_SECONDS)
+    rate = calls * bytes_a_call / took
     cell = {**base, "status": "ok", "verdict": "OK", "reason": None, "provenance": "measured",
             "facts": {**sampler.values, "payload_bytes_per_s": rate}, "flags": [f"{k}: {v}" for k, v in sampler.unread.items()]}
     if wire := sampler.sent if base["op"] == "d2h" else sampler.received:
