@@ -3,6 +3,7 @@
 
 #include "bindings/memory_binding.h"
 #include "bindings/prefetcher_binding.h"
+#include "bindings/probes_binding.h"
 #include "common/cpu_isa.h"
 
 namespace ek = engram_kernels;
@@ -22,4 +23,5 @@ PYBIND11_MODULE(_C, m) {
   ek::bind_memory(m);
   ek::bind_prefetcher(m);
   ek::bind_host_table(m);
+  ek::bind_probes(m);
 }
