@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/memory_binding.h"
+#include "bindings/probes_binding.h"
 #include "common/cpu_isa.h"
 
 namespace ek = engram_kernels;
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa", [](const char* name) { ek::set_cpu_isa(ek::cpu_isa_from_name(name)); }, pybind11::arg("name"),
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
   ek::bind_memory(m);
+  ek::bind_probes(m);
 }

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_info(commands)
+    _add_profile(commands)
     _add_bench(commands)
     _add_pack(commands)
     args = parser.parse_args(argv)
@@ -70,6 +71,11 @@ def _run_info(args: argparse.Namespace) -> int:
     found = info.collect()
     print(json.dumps(found, indent=2) if args.json else "\n".join(info.lines(found)))
     return 0
+
+
+def _add_profile(commands: Any) -> None:
+    from engram_kernels import profile_command
+    profile_command.add_arguments(commands)
 
 
 def _add_bench(commands: Any) -> None:

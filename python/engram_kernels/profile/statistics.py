@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import statistics
 import time
@@ -82,7 +81,6 @@ class Conditions:
 
     def __enter__(self) -> Conditions:
         self._steal, self._faults = _steal_ticks(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        self._load = os.getloadavg()[0]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -120,7 +118,21 @@ def measure(run: Callable[[], object], control: Callable[[], object] | None = No
     Returns:
         The summaries of `run` and `control`, in seconds a call; the flag "spread 12 %" where `spread` was not reached.
     """
-    run()
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        def seconds() -> float:
+            start = clock()
+            work()
+            return clock() - start
+        return seconds
+    return sample_until(timed(run), None if control is None else timed(control), spread=spread, min_rounds=min_rounds,
+                        max_rounds=max_rounds, max_seconds=max_seconds, clock=clock)
+
+
+def sample_until(sample: Callable[[], float], control: Callable[[], float] | None = None, *, spread: float = 0.03,
+                 min_rounds: int = MIN_ROUNDS, max_rounds: int = 200, max_seconds: float = 5.0,
+                 clock: Callable[[], float] = time.perf_counter) -> tuple[Summary, Summary | None]:
+    """`measure` for work that takes its own time: `sample` and `control` return seconds."""
+    sample()
     if control is not None:
         control()
     times: list[float] = []
@@ -129,12 +141,8 @@ def measure(run: Callable[[], object], control: Callable[[], object] | None = No
         begin = clock()
         while len(times) < max_rounds:
             if control is not None:
-                start = clock()
-                control()
-                controls.append(clock() - start)
-            start = clock()
-            run()
-            times.append(clock() - start)
+                controls.append(control())
+            times.append(sample())
             if len(times) >= min_rounds and (summarize(times).spread <= spread or clock() - begin > max_seconds):
                 break
     flags = list(conditions.flags)

@@ -1,0 +1,73 @@
+"""Memory to measure: anonymous, touched, with or without huge pages, and what the kernel really gave."""
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+
+import numpy as np
+
+from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.profile.cells import Skip
+
+_HUGE_BYTES = 2 << 20
+_SMAPS = Path("/proc/self/smaps")
+_KEEP_BYTES = 512 << 20  # for everything that is no table
+
+
+class Arena:
+    """Anonymous memory that is all there.
+
+    Attributes:
+        data: uint8 vector, aligned to a huge page. The memory goes with the last view of it.
+        huge_pages: whether the kernel gave huge pages for nearly all of it.
+
+    Args:
+        num_bytes: how much.
+        huge_pages: whether they are asked for.
+        cpus: whose threads touch it first; -1: any.
+        node: the NUMA node that it comes from; None: that of the threads.
+    """
+
+    def __init__(self, num_bytes: int, huge_pages: bool, cpus: list[int], node: int | None = None):
+        try:
+            mapping = mmap.mmap(-1, num_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as err:
+            raise Skip("NO_MEMORY", f"{num_bytes >> 20} MiB cannot be mapped: {err}") from None
+        try:
+            mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+        except OSError:
+            pass  # a kernel without them: `huge_pages` tells
+        whole = np.frombuffer(mapping, dtype=np.uint8)
+        start = -whole.ctypes.data % _HUGE_BYTES
+        self.data = whole[start:start + num_bytes]
+        if COMPILE_ERROR:
+            self.data[::mmap.PAGESIZE] = 1
+        else:
+            from engram_kernels import _C
+            if node is not None:
+                _C.probe_bind(self.data, node)
+            _C.probe_touch(self.data, cpus)
+        self.huge_pages = huge_page_bytes(self.data.ctypes.data) >= 0.9 * num_bytes
+
+
+def huge_page_bytes(address: int) -> int:
+    """Bytes of the mapping around `address` that lie in huge pages; 0 where the system does not tell."""
+    try:
+        lines = _SMAPS.read_text().splitlines()
+    except OSError:
+        return 0
+    inside = False
+    for line in lines:
+        if mapped := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(mapped[1], 16) <= address < int(mapped[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def table_limit(free_bytes: int | None, cgroup_bytes: int | None, wanted_max: int | None) -> int:
+    """Bytes that a table may have: 80 % of what is free, less what else is needed, and no more than the user allows."""
+    free = min(x for x in (free_bytes, cgroup_bytes, 1 << 62) if x is not None)
+    limit = max(int(0.8 * free) - _KEEP_BYTES, 0) if free < 1 << 62 else 1 << 30
+    return limit if wanted_max is None else min(limit, wanted_max)

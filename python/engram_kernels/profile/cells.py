@@ -1,0 +1,114 @@
+"""One measurement of a profile as the JSON object of `profile.schema.json`, and what is said of it."""
+from __future__ import annotations
+
+from typing import Any
+
+from engram_kernels.profile.statistics import Summary
+
+JsonCell = dict[str, Any]
+
+NOISY_SPREAD = 0.10  # width of the median's interval over the median
+CACHED_TABLES = 8  # a table of fewer last-level caches than this may be faster than memory
+PEAK_MARGIN = 1.02  # physical ceilings are exact but for the clock
+MEASURED_PEAK_MARGIN = 1.25  # of a peak that was itself measured
+# at least this share of a peak is expected of ops that do nothing but move bytes
+EXPECTED_SHARE = {"gpu_stream": 0.75, "gpu_link": 0.75, "host_gather": 0.9}
+
+ADVICE = {
+    "OK": "",
+    "LINK_DEGRADED": "the link runs below what the slot and the card allow: reseat the card, check the riser and the BIOS's PCIe settings",
+    "NUMA_REMOTE": "the memory is on another NUMA node than the reader: run under numactl --cpunodebind and --membind of the node that "
+                   "the table or the GPU is on",
+    "NO_HUGEPAGES": "the kernel gave no huge pages: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+    "THROTTLED": "clocks were held down while this was measured: check power limit, temperature and other users of the GPU",
+    "NOISY": "the machine was not quiet: other guests or processes ran; measure again, or read the interval and not the median",
+    "BELOW_REFERENCE": "slower than this kind of work should be here: see the facts of the cell, and compare with `engram-kernels info`",
+    "ABOVE_PEAK": "faster than the hardware can be: a cache answered, or the peak was measured in a bad moment; the number is not used",
+    "SKIPPED": "",
+    "FAILED": "the probe broke; the reason holds the error",
+}
+# the first that a cell of a probe has is the verdict of the probe; NOISY counts where a quarter of the cells is
+_BY_WEIGHT = ("FAILED", "ABOVE_PEAK", "THROTTLED", "LINK_DEGRADED", "NUMA_REMOTE", "NO_HUGEPAGES", "BELOW_REFERENCE")
+_NOISY_SHARE = 0.25
+
+
+class Skip(Exception):  # noqa: N818  no error: a measurement that cannot be made here
+    """Why a measurement cannot be made on this machine.
+
+    Args:
+        kind: one of the reasons in `profile.schema.json`.
+        text: what is missing, with numbers.
+    """
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind, self.text = kind, text
+
+
+def measured(cell: JsonCell, summary: Summary, control: Summary | None = None) -> JsonCell:
+    """`cell` with the numbers of `summary`, the rates that follow, and verdict OK or NOISY."""
+    result = {"provenance": "measured", "status": "ok", "verdict": "OK", "reason": None, **cell}
+    result.update(unit="s", median=summary.median, low=summary.low, high=summary.high, least=summary.least, q1=summary.q1,
+                  q3=summary.q3, samples=list(summary.samples), flags=[*cell.get("flags", []), *summary.flags],
+                  control=control.median if control else None)
+    for per_call, rate in (("rows", "rows_per_s"), ("bytes", "bytes_per_s")):
+        if cell.get(per_call):
+            result[rate] = cell[per_call] / summary.median
+    disturbed = any(flag.startswith("steal") or flag.endswith("major faults") for flag in summary.flags)
+    if summary.spread > NOISY_SPREAD or disturbed:
+        give_verdict(result, "NOISY")
+    return result
+
+
+def not_measured(cell: JsonCell, kind: str, text: str) -> JsonCell:
+    """`cell` without a number: failed where the reason is an error, else skipped."""
+    status, verdict = ("failed", "FAILED") if kind == "ERROR" else ("skipped", "SKIPPED")
+    return {"provenance": "measured", **cell, "status": status, "verdict": verdict, "advice": ADVICE[verdict],
+            "reason": {"kind": kind, "text": text}}
+
+
+def give_verdict(cell: JsonCell, verdict: str) -> None:
+    """Sets the verdict and what to do; a lighter one does not replace a heavier one."""
+    order = (*_BY_WEIGHT, "NOISY", "OK")
+    if order.index(verdict) <= order.index(cell.get("verdict", "OK")):
+        cell["verdict"], cell["advice"] = verdict, ADVICE[verdict]
+
+
+def against_peak(cell: JsonCell, name: str, peak: dict[str, Any], may_be_cached: bool) -> None:
+    """Divides the cell's rate by a peak; above what is possible it is invalid, below what is expected BELOW_REFERENCE.
+
+    Args:
+        cell: with `bytes_per_s`.
+        name, peak: of `peaks` in the report.
+        may_be_cached: the bytes fit, or were just used, so that a cache may answer: then nothing is judged.
+    """
+    if cell["status"] != "ok":
+        return
+    share = cell["bytes_per_s"] / peak["bytes_per_s"]
+    cell["peak"], cell["peak_share"] = name, share
+    if may_be_cached:
+        return
+    if share > (PEAK_MARGIN if peak.get("physical") else MEASURED_PEAK_MARGIN):
+        give_verdict(cell, "ABOVE_PEAK")
+        cell["status"] = "invalid"
+
+
+def expect_share(cell: JsonCell, share: float, of_what: str) -> None:
+    """BELOW_REFERENCE where `share` is less than what this probe should reach; the fact is kept either way."""
+    if cell["status"] == "ok":
+        cell.setdefault("facts", {})[f"share_of_{of_what}"] = share
+        if share < EXPECTED_SHARE[cell["probe"]]:
+            give_verdict(cell, "BELOW_REFERENCE")
+
+
+def verdict_of(cells: list[JsonCell]) -> tuple[str, str]:
+    """(verdict, what to do) of a probe from those of its cells."""
+    tried = [c for c in cells if c["status"] != "skipped"]
+    if not tried:
+        reasons = dict.fromkeys(f"{c['reason']['kind']}: {c['reason']['text']}" for c in cells)
+        return "SKIPPED", "; ".join(reasons)
+    for verdict in _BY_WEIGHT:
+        if any(c["verdict"] == verdict for c in tried):
+            return verdict, ADVICE[verdict]
+    noisy = sum(c["verdict"] == "NOISY" for c in tried)
+    return ("NOISY", ADVICE["NOISY"]) if noisy >= _NOISY_SHARE * len(tried) and noisy else ("OK", "")

@@ -1,0 +1,177 @@
+"""A run of the probes: time budget, cells, peaks, and a report file that is valid whenever the run ends."""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engram_kernels.profile.cells import JsonCell, Skip, against_peak, measured, not_measured, verdict_of
+from engram_kernels.profile.statistics import sample_until
+
+SCHEMA_VERSION = 1
+BUDGET_SECONDS = {"quick": 50.0, "full": 540.0}  # of 60 s and 10 minutes: starting up and drawing take the rest
+_CELL_SECONDS = {"quick": 0.12, "full": 0.6}
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose.
+
+    Attributes:
+        mode: "quick" or "full".
+        groups: which of "host", "disk", "gpu" are probed.
+        disk_folder: where the disk probe makes its file.
+        trace: a .npy file of row ids for the order "trace"; None: that order is left out.
+        max_memory_bytes: no table is larger; None: 80 % of the free memory.
+        gpu: index of the GPU.
+    """
+    mode: str = "quick"
+    groups: tuple[str, ...] = ("host", "disk", "gpu")
+    disk_folder: Path = Path()
+    trace: Path | None = None
+    max_memory_bytes: int | None = None
+    gpu: int = 0
+
+
+@dataclass
+class Session:
+    """What probes write to.
+
+    Attributes:
+        options: of the user.
+        machine: the machine block of the report.
+        path: where the report goes after each probe; None: nowhere.
+        cells, peaks, probes: of the report.
+        clock: seconds; injected by tests.
+    """
+    options: Options
+    machine: dict[str, Any]
+    path: Path | None = None
+    cells: list[JsonCell] = field(default_factory=list)
+    peaks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    complete: bool = False
+    tick: Callable[[], None] = lambda: None  # a cell is done
+
+    def __post_init__(self) -> None:
+        self._begin = self.clock()
+        self._started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._deadline = self._end = self._begin + BUDGET_SECONDS[self.options.mode]
+        self._control: Callable[[], float] | None = None
+
+    @property
+    def quick(self) -> bool:
+        """Whether few cells are wanted."""
+        return self.options.mode == "quick"
+
+    @property
+    def last_level_bytes(self) -> int:
+        """Bytes of the last-level cache; 32 MiB where the system does not tell."""
+        return self.machine["caches"]["last_level_bytes"] or 32 << 20
+
+    @contextlib.contextmanager
+    def probe(self, name: str, seconds: float, control: Callable[[], float] | None = None) -> Iterator[None]:
+        """Runs the body as probe `name`, for at most `seconds`, then sums up its cells and writes the report.
+
+        What the body raises ends this probe and no other: a `Skip` or an error becomes a cell.
+        """
+        begin, before = self.clock(), len(self.cells)
+        self._deadline, self._control = min(self._end, begin + seconds), control
+        interrupted = False
+        try:
+            yield
+        except Skip as skip:
+            self.add(not_measured({"probe": name}, skip.kind, skip.text))
+        except KeyboardInterrupt:
+            interrupted = True
+            self.add(not_measured({"probe": name}, "INTERRUPTED", "Ctrl-C"))
+            raise
+        except Exception as err:  # noqa: BLE001  a probe that breaks must not take the others with it
+            self.add(not_measured({"probe": name}, "ERROR", _describe(err)))
+        finally:
+            mine = self.cells[before:]
+            if not mine and not interrupted:
+                self.add(not_measured({"probe": name}, "ERROR", "the probe measured nothing"))
+                mine = self.cells[before:]
+            verdict, advice = verdict_of(mine)
+            self.probes[name] = {"verdict": verdict, "advice": advice, "cells": len(mine),
+                                 "seconds": round(self.clock() - begin, 3)}
+            self.write()
+
+    def measure(self, cell: JsonCell, sample: Callable[[], float], *, peak: str | None = None, may_be_cached: bool = False,
+                min_rounds: int = 9) -> JsonCell:
+        """Measures and files one cell. What `sample` raises becomes the reason of the cell.
+
+        Args:
+            cell: what is measured; `rows` and `bytes` are those of a call.
+            sample: seconds of a call.
+            peak: name of the peak to divide by.
+            may_be_cached: see `against_peak`.
+            min_rounds: samples at least.
+
+        Returns:
+            The cell, which is in `cells` too.
+        """
+        if self.clock() >= self._deadline:
+            return self.add(not_measured(cell, "TIME_BUDGET", f"the time of this probe in a {self.options.mode} run was used up"))
+        try:
+            seconds = _CELL_SECONDS[self.options.mode]
+            summary, control = sample_until(sample, self._control, min_rounds=min_rounds, max_seconds=seconds)
+            result = measured(cell, summary, control)
+        except Skip as skip:
+            return self.add(not_measured(cell, skip.kind, skip.text))
+        except Exception as err:  # noqa: BLE001  one cell
+            return self.add(not_measured(cell, "ERROR", _describe(err)))
+        if peak in self.peaks:
+            against_peak(result, peak, self.peaks[peak], may_be_cached)
+        return self.add(result)
+
+    def skip(self, cell: JsonCell, kind: str, text: str) -> JsonCell:
+        """Files a cell that cannot be measured."""
+        return self.add(not_measured(cell, kind, text))
+
+    def add(self, cell: JsonCell) -> JsonCell:
+        """Files a cell."""
+        self.cells.append(cell)
+        self.tick()
+        return cell
+
+    def set_peak(self, name: str, bytes_per_s: float, source: str, provenance: str = "measured", physical: bool = False) -> None:
+        """What later cells are divided by; of two measured ones of a name the higher stays."""
+        known = self.peaks.get(name)
+        if bytes_per_s > 0 and (known is None or bytes_per_s > known["bytes_per_s"]):
+            self.peaks[name] = {"bytes_per_s": bytes_per_s, "provenance": provenance, "source": source, "physical": physical}
+
+    def report(self) -> dict[str, Any]:
+        """The report as `profile.schema.json` describes it."""
+        return {"schema_version": SCHEMA_VERSION, "mode": self.options.mode, "complete": self.complete,
+                "started": self._started, "seconds": round(self.clock() - self._begin, 3), "machine": self.machine,
+                "peaks": self.peaks, "probes": self.probes, "cells": self.cells}
+
+    def write(self) -> None:
+        """Replaces the report file as a whole: a reader, or a run that is killed, never leaves half of one."""
+        if self.path is not None and self.cells:
+            write_whole(self.path, json.dumps(self.report(), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside `path`, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _describe(err: BaseException) -> str:
+    return f"{type(err).__name__}: {str(err).strip()[:500]}"
