@@ -50,27 +50,27 @@ def add_arguments(commands: Any, specs: Mapping[str, Callable[[], EngramSpec]]) 
     """Adds the command to the parser of `engram-kernels`; `specs` are the presets of `--spec`."""
     plan = commands.add_parser("plan", help="says where the table should live on a machine, what it costs there and what would "
                                             "change that")
-    plan.add_argument("--spec", default="deepseek_v41", help=f"{', '.join(specs)}, or a JSON file of EngramSpec.to_json; default: "
-                                                             "deepseek_v41")
+    plan.add_argument("--spec", default="deepseek_v41", help=f"{', '.join(specs)}, or a JSON file of EngramSpec.to_json; "
+                                                             "default: deepseek_v41")
     plan.add_argument("--preset", choices=("paper", *PAPER), help="predict the paper's table of offloaded inference instead")
     machine = plan.add_argument_group("machine")
     machine.add_argument("--profile", action="append", type=Path, default=[], metavar="F",
                          help="what engram-kernels profile --json measured; several: the later ones win")
     machine.add_argument("--gpu", choices=("none", *GPUS, "here"), help="the GPU planned for, by published constants; here: this "
                          "machine's, as a profile measured it; default: the profile's GPU, else none: the CPU computes")
-    for name, what in (("hbm", "device memory left beside weights and KV cache"), ("host", "host memory"), ("disk", "disk space")):
+    for name, what in (("hbm", "device memory left beside weights and KV cache"), ("host", "host memory"), ("disk", "disk")):
         machine.add_argument(f"--{name}-gib", type=float, metavar="GIB", help=f"{what}, for tables")
     machine.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs a node; default: 1")
     machine.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share the table; default: 1")
     work = plan.add_argument_group("workload")
     work.add_argument("--tokens-per-step", type=int, metavar="N", help=f"of one GPU; default: {_DEFAULT_TOKENS}, assumed")
-    work.add_argument("--step-ms", type=float, help=f"compute of a step without the memory; default: {_DEFAULT_STEP_MS:g}, assumed")
+    work.add_argument("--step-ms", type=float, help=f"compute of a step, no memory; default: {_DEFAULT_STEP_MS:g}, assumed")
     work.add_argument("--layers", type=int, metavar="N", help=f"of the model; default: at least {_DEFAULT_LAYERS}, assumed")
     work.add_argument("--ahead-ms", type=float, default=0.0, help="how long before a step its ids are known; default: 0")
     work.add_argument("--copies", type=int, default=1, metavar="N", help="of the table in a node's memory; default: 1, shared")
-    work.add_argument("--cache-gib", type=float, metavar="GIB", help="device memory of the hot-row cache; default: half of the room")
-    work.add_argument("--phase", choices=PHASES, default="decode", help="whether a step has a token of each sequence (decode, the "
-                                                                        "default) or consecutive ones")
+    work.add_argument("--cache-gib", type=float, metavar="GIB", help="device memory of the row cache; default: half of the room")
+    work.add_argument("--phase", choices=PHASES, default="decode",
+                      help="a step has a token of each sequence (decode, the default) or consecutive ones")
     source = work.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="count repeats in this text, with the spec's true hash")
     source.add_argument("--zipf", type=float, metavar="S", help="repeats of rows drawn from Zipf's law with this exponent")
@@ -78,7 +78,8 @@ def add_arguments(commands: Any, specs: Mapping[str, Callable[[], EngramSpec]]) 
     work.add_argument("--unique-ratio", type=float, metavar="R", help="distinct rows over rows, whatever the step")
     work.add_argument("--hit-rate", type=float, metavar="R", help="of the hot-row cache, whatever its size")
     output = plan.add_argument_group("output")
-    output.add_argument("--json", nargs="?", const="-", metavar="OUT", help="write every number with its provenance; alone: print it")
+    output.add_argument("--json", nargs="?", const="-", metavar="OUT",
+                        help="write every number with its provenance; alone: print it")
     output.add_argument("--no-run", action="store_true", help="do not run the pick here")
     output.add_argument("--simulate", type=Path, metavar="TRACE", help="run the layer schedule as discrete events and write a "
                                                                        "Chrome trace (opens in Perfetto)")
@@ -114,6 +115,8 @@ def _paper(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, specs: Mapping[str, Callable[[], EngramSpec]]) -> int:
+    if args.spec not in specs and not Path(args.spec).is_file():
+        raise UsageError(f"spec is {args.spec!r}, expected {', '.join(specs)} or a JSON file of EngramSpec.to_json")
     spec = specs[args.spec]() if args.spec in specs else EngramSpec.from_json(Path(args.spec))
     profiles = [(path, load_profile(path)) for path in args.profile]
     try:

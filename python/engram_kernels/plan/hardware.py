@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from engram_kernels.plan.quantity import Quantity, Surface, assumed, given, measured
 
 _FIELD = "measured by others, collected 2026-11: "
 _SHEET = "data sheet: "
+LEFT_SHARE = 0.1  # of device memory, beside weights and KV cache: what vLLM leaves by default
 GPUS = ("h100", "h800", "h200", "a100")
 
 
@@ -49,7 +51,7 @@ class Hardware:
     host_latency: Quantity
     disk_latency: Quantity
     network_latency: Quantity
-    gather_share: Quantity
+    gather_share: Quantity | None
     host_share: Quantity
 
     @property
@@ -81,20 +83,18 @@ def assumed_hardware(name: str) -> Hardware:
         raise ValueError(f"plan: gpu is {name!r}, expected none, {', '.join(GPUS)}")
     node = Hardware(
         name=name, hbm_bytes=None, hbm_stream=None, hbm_gather=None, uva=None, uva_counts_sectors=True, link=None, nvlink=None,
-        gpu_latency=None, copy_latency=None,
+        gpu_latency=None, copy_latency=None, gather_share=None,
         host_bytes=assumed(0.8 * 2**40, "B", "default: 80 % of 1 TiB of RAM"),
         disk_bytes=assumed(3.84e12, "B", "default: one 3.84 TB drive"),
         host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "this project's README: gather_rows 53.34 ns a row of 512 bytes with "
                           "2 threads of an EPYC; here 8 threads, taken to scale"),
         host_decode=assumed(264 / (53.34e-9 * 1.01 * 2) * 8, "B/s", "this project's README: gather_rows of packed fp8 in 1.01x "
                             "the 53.34 ns of a bf16 row with 2 threads of an EPYC; here 8 threads, taken to scale"),
-        disk_reads=assumed(75_000, "1/s", "this project's bench of the file tier: where the virtual disk of its machine ends, from "
-                           "depth 64 on"),
+        disk_reads=assumed(75_000, "1/s", "this project's bench of the file tier: where its virtual disk ends, from depth 64 on"),
         network=assumed(50e9, "B/s", _SHEET + "one 400 Gb/s NDR adapter a GPU"),
         host_latency=assumed(10e-6, "s", "this project's README: dispatch 6 to 9 us a call"),
         disk_latency=assumed(1 / 14_163, "s", "this project's bench of the file tier: one pread after the other"),
         network_latency=assumed(5e-6, "s", "default: an RDMA read and its completion"),
-        gather_share=assumed(8 / 132, "1", "default: a background gather holds 8 of 132 multiprocessors"),
         host_share=given(0, "1", "the CPU gathers, the GPU computes"))
     if name == "none":
         return dataclasses.replace(node, host_share=assumed(1, "1", "default: the gather takes the cores that would compute"))
@@ -102,18 +102,20 @@ def assumed_hardware(name: str) -> Hardware:
     pcie4 = name == "a100"
     uva: Quantity | Surface = assumed(35e9, "B/s", _FIELD + "UVA reads by SMs, PCIe 5 x16, H100")
     if pcie4:
-        uva = Surface(tuple((256.0, gib * 2.0**30, assumed(rate, "B/s", _FIELD + f"UVA reads by SMs, PCIe 4 x16, A100, {gib} GiB"))
+        source = _FIELD + "UVA reads by SMs, PCIe 4 x16, A100, {} GiB"
+        uva = Surface(tuple((256.0, gib * 2.0**30, assumed(rate, "B/s", source.format(gib)))
                             for gib, rate in ((1, 25e9), (20, 16.5e9))))
     return dataclasses.replace(
-        node, hbm_bytes=assumed(0.1 * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is left beside "
-                                "weights and KV cache"),
+        node, hbm_bytes=assumed(LEFT_SHARE * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is "
+                                "left beside weights and KV cache"),
         hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title),
         hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak"),
         uva=uva, nvlink=assumed(nvlink, "B/s", f"{_SHEET}{title}, one direction"),
         link=assumed(28e9 if pcie4 else 56e9, "B/s", _FIELD + "copy engine on PCIe 5 x16, 55 to 57 GB/s"
                      + ("; PCIe 4 has half of it" if pcie4 else "")),
         gpu_latency=assumed(3.7e-6, "s", _FIELD + "lookup kernel for one token, GB300, host table"),
-        copy_latency=assumed(10e-6, "s", "default: submit, event and wait of an asynchronous copy"))
+        copy_latency=assumed(10e-6, "s", "default: submit, event and wait of an asynchronous copy"),
+        gather_share=assumed(8 / 132, "1", "default: a background gather holds 8 of 132 multiprocessors"))
 
 
 def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | None, disk_bytes: float | None) -> Hardware:
@@ -122,7 +124,7 @@ def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | N
     Raises:
         ValueError: a size is not positive, or device memory is given where there is no GPU.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for field, value in (("hbm_bytes", hbm_bytes), ("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
         if value is None:
             continue
@@ -136,7 +138,7 @@ def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | N
 
 def this_node(hardware: Hardware, host_bytes: int | None, disk_bytes: int | None) -> Hardware:
     """The same machine with the memory and disk that are free here, as far as they are known."""
-    changes = {}
+    changes: dict[str, Any] = {}
     if host_bytes is not None:
         changes["host_bytes"] = measured(0.8 * host_bytes, "B", "80 % of the memory that is free here")
     if disk_bytes is not None:

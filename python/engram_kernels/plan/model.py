@@ -177,11 +177,11 @@ _WORK_INPUTS = {"tokens a step": "tokens", "step time": "step", "time that ids a
                 "unique ratio": "repeats"}
 _NODE_INPUTS = {"room in device memory": "hbm_bytes", "room in host memory": "host_bytes", "room on disk": "disk_bytes",
                 "row gather rate from HBM": "hbm_gather", "UVA rate": "uva", "copy engine rate": "link",
-                "host gather rate": "host_copy", "host gather rate, dequantizing": "host_decode", "disk reads a second": "disk_reads",
-                "network rate": "network", "NVLink rate": "nvlink", "GPU lookup latency": "gpu_latency",
-                "copy latency": "copy_latency", "host lookup latency": "host_latency", "disk latency": "disk_latency",
-                "network latency": "network_latency", "compute lost beside a UVA gather": "gather_share",
-                "compute lost beside a host gather": "host_share"}
+                "host gather rate": "host_copy", "host gather rate, dequantizing": "host_decode",
+                "disk reads a second": "disk_reads", "network rate": "network", "NVLink rate": "nvlink",
+                "GPU lookup latency": "gpu_latency", "copy latency": "copy_latency", "host lookup latency": "host_latency",
+                "disk latency": "disk_latency", "network latency": "network_latency",
+                "compute lost beside a UVA gather": "gather_share", "compute lost beside a host gather": "host_share"}
 
 
 def input_names() -> list[str]:

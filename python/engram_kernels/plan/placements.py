@@ -133,21 +133,21 @@ def _uva_rate(work: Workload, node: Hardware) -> Quantity:
 
 
 def _uva(work: Workload, node: Hardware) -> Lookup:
-    latency, = _device(node, "gpu_latency")
+    latency, share = _device(node, "gpu_latency", "gather_share")
     host = derived("B", lambda table, copies: table * copies, work.table_bytes, work.copies)
-    stage = Stage("link", _seconds(work.row_bytes, work.requested, _uva_rate(work, node)), node.gather_share)
+    stage = Stage("link", _seconds(work.row_bytes, work.requested, _uva_rate(work, node)), share)
     return Lookup(latency, (stage,), _ring(work), _fits(host, node.host_bytes, "host memory"))
 
 
 def _hbm_cache(work: Workload, node: Hardware) -> Lookup:
-    latency, hbm_rate = _device(node, "gpu_latency", "hbm_gather")
+    latency, hbm_rate, share = _device(node, "gpu_latency", "hbm_gather", "gather_share")
     slots = derived("rows", lambda c: c // (work.row_bytes + SLOT_BYTES), work.cache_bytes)
     hit_rate = work.repeats.hit_rate(slots.value / len(work.spec.layer_ids))
     hit_rows = derived("rows", lambda n, h, _: n * h, work.distinct, hit_rate, slots)
     missed = derived("rows", lambda n, h: n - h, work.distinct, hit_rows)
     hits = Stage("hbm", _seconds(work.row_bytes, hit_rows, rate_at(hbm_rate, work.row_bytes, max(work.cache_bytes.value, 1))),
                  _MEMORY_BOUND)
-    misses = Stage("link", _seconds(work.row_bytes, missed, _uva_rate(work, node)), node.gather_share)
+    misses = Stage("link", _seconds(work.row_bytes, missed, _uva_rate(work, node)), share)
     host = derived("B", lambda table, copies: table * copies, work.table_bytes, work.copies)
     device = derived("B", lambda c, ring: c + ring, work.cache_bytes, _ring(work))
     why_not = "the cache has no room: no device memory is given to it" if slots.value < 1 else (
@@ -198,7 +198,7 @@ def _file(work: Workload, node: Hardware) -> Lookup:
         parts = [work.spec.head_dim, work.row_bytes - work.spec.head_dim]
     pages = sum(touched(part, PAGE_BYTES) for part in parts)
     rows = work.distinct  # the reader fetches each page once
-    shard = derived("B", lambda table, copies, nodes: table * copies / nodes, work.table_bytes, work.copies, work.nodes)
+    shard = derived("B", lambda table, nodes: table / nodes, work.table_bytes, work.nodes)  # processes share a file
     reads = Stage("disk", _seconds(pages, rows, node.disk_reads, work.gpus), _NO_COMPUTE)
     # from buffers that the drive has just written: a small table
     stages = [reads, _host_gather(work, node, rows, PAGE_BYTES * max(rows.value, 1)), *_from_other_nodes(work, node, rows),

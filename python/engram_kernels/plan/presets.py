@@ -11,6 +11,7 @@ from engram_kernels.plan.workload import Workload, table_bytes
 from engram_kernels.spec import EngramSpec
 
 _PAPER = "arXiv 2601.07372"
+_TABLE = f"{_PAPER}, Table 4"
 SEQUENCES = 512
 
 
@@ -76,9 +77,10 @@ def paper_workload(name: str) -> Workload:
                               hidden_size=backbone.hidden_size, branches=1)
     return Workload(
         spec=spec, table_bytes=table_bytes(spec),
-        tokens=assumed(SEQUENCES, "tokens", f"{_PAPER}, Table 4: {SEQUENCES} sequences, each with one token a step"),
-        step=assumed(SEQUENCES / backbone.baseline, "s", f"{_PAPER}, Table 4: {SEQUENCES} tokens at {backbone.baseline} tokens/s"),
-        layers=assumed(backbone.layers, "1", backbone.shape_source), ahead=given(0, "s", "decode: ids are known when a step starts"),
+        tokens=assumed(SEQUENCES, "tokens", f"{_TABLE}: {SEQUENCES} sequences, each with one token a step"),
+        step=assumed(SEQUENCES / backbone.baseline, "s", f"{_TABLE}: {SEQUENCES} tokens at {backbone.baseline} tokens/s"),
+        layers=assumed(backbone.layers, "1", backbone.shape_source),
+        ahead=given(0, "s", "decode: ids are known when a step starts"),
         copies=given(1, "1", "preset"), gpus=given(1, "1", "preset"), nodes=given(1, "1", "preset"),
         cache_bytes=given(0, "B", "the paper caches nothing in HBM"), repeats=published_repeats(spec, "prose", "decode"))
 
@@ -98,7 +100,7 @@ def compare_with_paper(name: str) -> Comparison:
     module = derived("s", lambda w, rate, h: w / rate + h, weights, node.hbm_stream, hash_s)
     predicted = derived("1", lambda slower, m, step: 1 - step / (step + slower + m), outcome.slower_s, module, work.step)
     published = assumed(1 - backbone.with_memory / backbone.baseline, "1",
-                        f"{_PAPER}, Table 4: {backbone.with_memory} of {backbone.baseline} tokens/s")
+                        f"{_TABLE}: {backbone.with_memory} of {backbone.baseline} tokens/s")
     missing = derived("s", lambda slower, m, step, lost: step / (1 - lost) - step - slower - m, outcome.slower_s, module,
                       work.step, published)
     return Comparison(name, "staged", outcome.exposed_s, outcome.slower_s, module, predicted, published,

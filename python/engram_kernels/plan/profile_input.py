@@ -3,11 +3,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_kernels.plan.hardware import Hardware
+from engram_kernels.plan.hardware import LEFT_SHARE, Hardware
 from engram_kernels.plan.quantity import Provenance, Quantity, Surface, derived
 
 SCHEMA_VERSION = 1
@@ -69,7 +68,7 @@ def apply_profile(hardware: Hardware, report: dict[str, Any], source: str, of_gp
     cells = [c for c in report["cells"] if c["status"] == "ok"]
     changes = _host(cells, source) | _disk(cells, report["machine"], source) | _room(report["machine"], source)
     if of_gpu:
-        changes |= _gpu(cells, source)
+        changes |= _gpu(cells, report["machine"], source)
     return dataclasses.replace(hardware, **{k: v for k, v in changes.items() if v is not None})
 
 
@@ -110,7 +109,7 @@ def _room(machine: dict[str, Any], source: str) -> dict[str, Any]:
             "disk_bytes": disk and Quantity(float(disk), "B", Provenance.MEASURED, f"{source}: free disk space")}
 
 
-def _gpu(cells: list[Cell], source: str) -> dict[str, Any]:
+def _gpu(cells: list[Cell], machine: dict[str, Any], source: str) -> dict[str, Any]:
     gathers = [c for c in cells if c["probe"] == "gpu_gather" and c.get("order") in (None, "uniform")
                and c.get("beside") in (None, "nothing")]
     hbm = [c for c in gathers if c.get("placement") == "hbm"]
@@ -118,7 +117,10 @@ def _gpu(cells: list[Cell], source: str) -> dict[str, Any]:
     copies = [c for c in cells if c["probe"] == "gpu_link" and c.get("op") == "h2d" and c.get("pinned") is not False
               and c.get("engine") in (None, "copy") and c.get("bytes") and c.get("bytes_per_s")]
     streams = [c for c in cells if c["probe"] == "gpu_stream" and c.get("op") == "read" and c.get("bytes_per_s")]
-    changes: dict[str, Any] = {"hbm_gather": _surface(hbm, source), "uva": _surface(uva, source),
+    memory = (machine.get("gpu") or [{}])[0].get("memory_bytes")
+    room = memory and Quantity(LEFT_SHARE * memory, "B", Provenance.ASSUMED,
+                               f"{source}: memory of the GPU; default: a tenth is left")
+    changes: dict[str, Any] = {"hbm_bytes": room, "hbm_gather": _surface(hbm, source), "uva": _surface(uva, source),
                                "gpu_latency": _latency(uva or hbm, source)}
     if changes["uva"] is not None:
         changes["uva_counts_sectors"] = False
@@ -147,7 +149,6 @@ def _surface(cells: list[Cell], source: str) -> Surface | None:
         key = (cell["row_bytes"], cell["table_bytes"])
         if key not in best or _merit(cell) > _merit(best[key]):
             best[key] = cell
-    # a table that the caches or one odd size alone measured must not stand in for whole rows of the surface
     points = tuple((float(row), float(table), _of(cell, "bytes_per_s", "B/s", source)) for (row, table), cell in best.items())
     return Surface(points) if points else None
 
@@ -158,9 +159,8 @@ def _merit(cell: Cell) -> tuple[float, ...]:
 
 def _latency(cells: list[Cell], source: str) -> Quantity | None:
     """Seconds of the smallest call, where one was so small that it is all latency."""
-    small: Callable[[Cell], float] = lambda c: c["rows"]  # noqa: E731
     few = [c for c in cells if c.get("rows") and c["rows"] <= _FEW_ROWS and c.get("median")]
-    return _of(min(few, key=small), "median", "s", source) if few else None
+    return _of(min(few, key=lambda c: c["rows"]), "median", "s", source) if few else None
 
 
 def _of(cell: Cell, field: str, unit: str, source: str) -> Quantity:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def constant_repeats(unique_ratio: float | None, hit_rate: float | None, otherwi
     Raises:
         ValueError: one is not a ratio.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for field, name, value, low in (("unique", "unique ratio", unique_ratio, 1e-6), ("hits", "hit rate", hit_rate, 0.0)):
         if value is not None:
             if not low <= value <= 1:

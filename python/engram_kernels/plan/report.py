@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from engram_kernels.plan.hardware import Hardware
-from engram_kernels.plan.model import MAX_FACTOR, MAX_TOKENS, Flip, Plan, input_names, input_value
+from engram_kernels.plan.model import MAX_FACTOR, MAX_TOKENS, TIE, Flip, Plan, input_names, input_value
 from engram_kernels.plan.placements import TITLES
 from engram_kernels.plan.presets import PAPER, Comparison
 from engram_kernels.plan.quantity import Quantity
@@ -41,6 +41,10 @@ def _text(quantity: Quantity) -> str:
     if unit in ("tokens", "rows"):
         return f"{value:,.0f} {unit}"
     return f"{value:.4g}" if unit == "1" else f"{value:.3g} {unit}"
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < 10 else f"{ratio:.0f}x"
 
 
 class Printer:
@@ -91,7 +95,7 @@ def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> 
     step = work.step.value
     rows, styles = [], []
     for placement, o in plan.outcomes.items():
-        slower = "-" if o.slower_s is None else tagged(o.slower_s, f"{_text(o.slower_s)}, {o.slower_s.value / step:.2%}")
+        slower = "-" if o.slower_s is None else tagged(o.slower_s, f"{_text(o.slower_s)}, {_share(o.slower_s.value / step)}")
         largest = o.largest_tokens
         capped = f">= {_text(largest)}" if largest is not None and largest.value >= MAX_TOKENS else None
         rows.append((TITLES[placement], "yes" if o.why_not is None else f"no: {o.why_not}", tagged(o.lookup_s),
@@ -123,7 +127,9 @@ def verdict_lines(plan: Plan, work: Workload) -> list[str]:
         second = plan.outcomes[plan.runner_up]
         assert first.slower_s is not None and second.slower_s is not None
         more = (second.slower_s.value - first.slower_s.value) / work.step.value
-        lines.append(f"runner-up: {TITLES[plan.runner_up]}, a step {tagged(second.slower_s)} slower ({more:+.2%} of the step)")
+        why = f"{_share(more)} of the step more" if more > TIE else (
+            f"within {TIE:.1%} of the step, a tie: the pick frees more device memory or looks up sooner")
+        lines.append(f"runner-up: {TITLES[plan.runner_up]}, a step {tagged(second.slower_s)} slower ({why})")
     if plan.flip is None:
         lines.append(f"nothing flips it: no single input changed by up to {MAX_FACTOR:.0f} times makes another win")
     else:
@@ -141,9 +147,9 @@ def trial_lines(trial: Trial) -> list[str]:
     """The model's own error."""
     lines = [f"{trial.instead_of}; run instead: rows gathered by the CPU"] if trial.instead_of else []
     low, high = trial.spread
+    error = tagged(trial.error, f"{trial.error.value:+.0%}")
     return [*lines, f"run here: {TITLES[trial.placement]}, {trial.what}: predicted {tagged(trial.predicted)}, took "
-                    f"{tagged(trial.actual)} (quartiles {tagged(low)} to {tagged(high)}): the prediction is off by "
-                    f"{trial.error.value:+.0%}"]
+                    f"{tagged(trial.actual)} (quartiles {tagged(low)} to {tagged(high)}): the prediction is off by {error}"]
 
 
 def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> None:
@@ -158,18 +164,18 @@ def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> No
                      tagged(c.error_points, f"{c.error_points.value:+.2f} points"), tagged(c.missing_s)))
     printer.table(head, rows, [None] * len(rows))
     printer.say(LEGEND)
-    printer.say("Nothing is fitted. The model says that the rows are hidden; it does not know what the paper's harness (nano-vLLM, "
-                "Python) does a step beside that, and its steps are 512 tokens at the measured throughput.")
+    printer.say("Nothing is fitted. The model says that the rows are hidden; what the paper's harness (nano-vLLM, Python) does "
+                "beside that in a step it does not know. A step is 512 tokens at the throughput that was measured.")
 
 
 def simulated_lines(simulated: Simulated, placement: str, early: int | None) -> list[str]:
     """What the simulation says."""
     busy = ", ".join(f"{name} {tagged(share, f'{share.value:.0%}')}" for name, share in simulated.busy.items())
-    lines = [f"simulated, {TITLES[placement]}: {tagged(simulated.step_s)} a step, of it {tagged(simulated.exposed_s)} waiting for "
-             f"rows ({len(simulated.tasks):,} tasks; streams busy: {busy})"]
+    lines = [f"simulated, {TITLES[placement]}: {tagged(simulated.step_s)} a step, of it {tagged(simulated.exposed_s)} waiting "
+             f"for rows ({len(simulated.tasks):,} tasks; streams busy: {busy})"]
     if early is not None:
-        lines.append(f"early enough: a lookup submitted {early} layer{'' if early == 1 else 's'} before its own costs as little as "
-                     "one submitted when the step starts")
+        lines.append(f"early enough: a lookup submitted {early} layer{'' if early == 1 else 's'} before its own costs as little "
+                     "as one submitted when the step starts")
     return lines
 
 

@@ -15,6 +15,7 @@ from engram_kernels.plan.workload import Workload
 
 MAX_TASKS = 2_000_000
 _SHARED = ("host", "disk")  # one a node; every other stream is a GPU's own
+_Waits = dict[tuple[int, int], tuple[int, ...]]  # (node, GPU) -> tasks
 _EXCHANGED = ("network", "nvlink")  # an all-to-all: it starts when every GPU has its rows ready
 
 
@@ -102,14 +103,14 @@ class _Builder:
         self._tasks: list[Task] = []
 
     def build(self) -> list[Task]:
-        last: dict[tuple[int, int], tuple[int, ...]] = {rank: () for rank in self._ranks}  # compute so far
+        last: _Waits = {rank: () for rank in self._ranks}  # compute so far
         memories = sorted(self._work.spec.layer_ids)
         for step in range(self._schedule.steps):
             submits: dict[int, list[int]] = defaultdict(list)  # compute layer -> the memories submitted before it
             for memory in memories:
                 early = memory if self._schedule.early is None else min(self._schedule.early, memory)
                 submits[memory - early].append(memory)
-            arrived: dict[int, dict[tuple[int, int], tuple[int, ...]]] = {}
+            arrived: dict[int, _Waits] = {}
             for layer in range(self._layers):
                 for memory in submits[layer]:
                     arrived[memory] = self._lookup(f"step {step} layer {memory}", last)
@@ -119,10 +120,10 @@ class _Builder:
                                             self._work.step.value / self._layers, after),)
         return self._tasks
 
-    def _lookup(self, name: str, known: dict[tuple[int, int], tuple[int, ...]]) -> dict[tuple[int, int], tuple[int, ...]]:
+    def _lookup(self, name: str, known: _Waits) -> _Waits:
         """The pieces of one memory's rows on every GPU; returns what its layer must wait for."""
-        first = {rank: (self._add(f"{name} latency", rank, None, self._latency, known[rank]),) for rank in self._ranks}
-        done: dict[tuple[int, int], tuple[int, ...]] = {rank: () for rank in self._ranks}
+        first: _Waits = {rank: (self._add(f"{name} latency", rank, None, self._latency, known[rank]),) for rank in self._ranks}
+        done: _Waits = {rank: () for rank in self._ranks}
         for piece in range(CHUNKS):
             before = first
             for resource, seconds in self._stages:
