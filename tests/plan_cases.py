@@ -13,7 +13,7 @@ _UNITS = {"latency": "s", "bytes": "B", "share": "1", "reads": "1/s"}
 
 
 def machine(**changes):
-    """A machine on which every placement fits and gathers cost the compute nothing; numbers are measured, None is no such thing."""
+    """A machine on which every placement fits and gathers cost the compute nothing; all measured, None: no such thing."""
     values = dict(hbm_bytes=1e15, host_bytes=1e15, disk_bytes=1e15, hbm_stream=1e15, hbm_gather=1e21, uva=1 * GB, link=4 * GB,
                   host_copy=2 * GB, host_decode=2 * GB, disk_reads=1e3, nvlink=100 * GB, network=0.5 * GB, gpu_latency=0.0,
                   copy_latency=0.0, host_latency=0.0, disk_latency=0.0, network_latency=0.0, gather_share=0.0, host_share=0.0)
@@ -42,7 +42,8 @@ def repeats(unique=1.0, hits=0.0):
                    tuple((at, measured(hits, "1", "synthetic")) for at in (1.0, 1e15)))
 
 
-def workload(spec=SPEC, *, tokens=1000, step=0.01, layers=10, ahead=0.0, copies=1, gpus=1, nodes=1, cache=0.0, unique=1.0, hits=0.0):
+def workload(spec=SPEC, *, tokens=1000, step=0.01, layers=10, ahead=0.0, copies=1, gpus=1, nodes=1, cache=0.0, unique=1.0,
+             hits=0.0):
     """1000 tokens of `SPEC` are 16,000 rows and 2.048 MB."""
     return Workload(spec=spec, table_bytes=table_bytes(spec), repeats=repeats(unique, hits),
                     **{name: given(value, unit, "test") for name, value, unit in (

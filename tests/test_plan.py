@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from plan_cases import GB, SPEC, cpu_machine, in_layers, machine, workload
 
 from engram_kernels import EngramSpec
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, make_plan, published_repeats
@@ -25,7 +26,6 @@ from engram_kernels.plan.placements import PLACEMENTS, lookup
 from engram_kernels.plan.presets import PAPER, compare_with_paper, paper_workload
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, interpolate, measured, total
 from engram_kernels.plan.workload import table_bytes, touched
-from plan_cases import GB, SPEC, cpu_machine, in_layers, machine, workload
 
 TABLE = table_bytes(SPEC).value
 # what makes each placement the fastest: a machine and a workload in which all rows are waited for (layer 0)
@@ -223,7 +223,8 @@ def test_slower_inputs_never_expose_less(placement, tokens, factor, layer, uniqu
 @settings(max_examples=30, deadline=None)
 @drawn(st.sampled_from(PLACEMENTS), st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), RATES)
 def test_largest_hidden_step_is_the_largest(placement, layers, rate):
-    work, node = workload(in_layers(*layers), nodes=2, cache=1e6, hits=0.3), machine(uva=rate, host_copy=rate, disk_reads=rate / 1e3)
+    work = workload(in_layers(*layers), nodes=2, cache=1e6, hits=0.3)
+    node = machine(uva=rate, host_copy=rate, disk_reads=rate / 1e3)
     largest = evaluate(placement, work, node).largest_tokens.value
 
     def exposed(tokens):
@@ -238,7 +239,7 @@ def test_largest_hidden_step_is_the_largest(placement, layers, rate):
 @drawn(st.floats(1, 1e12), st.sampled_from(PLACEMENTS))
 def test_feasible_exactly_when_it_fits(room, placement):
     work = workload(cache=1e6, nodes=2)
-    fits = {"hbm": TABLE / 2, "uva": TABLE, "hbm_cache": TABLE, "staged": TABLE / 2, "file": TABLE / 2, "remote": TABLE}[placement]
+    fits = TABLE if placement in ("uva", "hbm_cache", "remote") else TABLE / 2
     field = {"hbm": "hbm_bytes", "file": "disk_bytes"}.get(placement, "host_bytes")
     assert (lookup(placement, work, machine(**{field: room})).why_not is None) == (room >= fits)
 
@@ -313,7 +314,8 @@ def test_paper_table_and_how_far_the_model_is_off(name):
 
 @pytest.mark.parametrize("change, message", [
     ({"tokens": 0}, "tokens is 0, expected at least 1"), ({"step": 0.0}, "step is 0 s, expected a positive time"),
-    ({"copies": 0}, "copies is 0, expected at least 1"), ({"layers": 3, "spec": in_layers(3)}, "the model has 3 layers, but spec"),
+    ({"copies": 0}, "copies is 0, expected at least 1"),
+    ({"layers": 3, "spec": in_layers(3)}, "the model has 3 layers, but spec"),
     ({"ahead": -1.0}, "ahead is -1, expected at least 0"), ({"cache": -1.0}, "cache_bytes is -1, expected at least 0")])
 def test_workload_rejects_nonsense(change, message):
     with pytest.raises(ValueError, match=message):

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from plan_cases import GB, cpu_machine, in_layers, machine, workload
 
 from engram_kernels.plan import Provenance
 from engram_kernels.plan.model import evaluate
 from engram_kernels.plan.placements import CHUNKS, PLACEMENTS, lookup
 from engram_kernels.plan.schedule import Schedule, early_enough, simulate, write_trace
 from engram_kernels.plan.simulate import Task, run_tasks
-from plan_cases import GB, cpu_machine, in_layers, machine, workload
 
 
 def ends(tasks):

@@ -81,7 +81,7 @@ def _add_profile(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     from engram_kernels.plan import command
-    command.add_arguments(commands, PRESETS)
+    command.add_arguments(commands, PRESETS, _progress)
 
 
 def _add_bench(commands: Any) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import shutil
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_kernels import info
+from engram_kernels.demo import DemoError
+from engram_kernels.demo.main import Progress
 from engram_kernels.plan import report
 from engram_kernels.plan.hardware import GPUS, Hardware, assumed_hardware, this_node, with_room
 from engram_kernels.plan.model import make_plan
@@ -24,6 +27,7 @@ from engram_kernels.plan.repeats import (
     PHASES,
     Repeats,
     constant_repeats,
+    no_progress,
     published_repeats,
     text_repeats,
     zipf_repeats,
@@ -38,6 +42,9 @@ _GIB = 2.0**30
 _DEFAULT_TOKENS, _DEFAULT_STEP_MS, _DEFAULT_LAYERS = 256, 10.0, 32
 
 
+Specs = Mapping[str, Callable[[], EngramSpec]]
+
+
 class UsageError(Exception):
     """An argument makes no sense; the message says which."""
 
@@ -46,8 +53,8 @@ class CapabilityError(Exception):
     """Something that was asked for is not here; the message says what."""
 
 
-def add_arguments(commands: Any, specs: Mapping[str, Callable[[], EngramSpec]]) -> None:
-    """Adds the command to the parser of `engram-kernels`; `specs` are the presets of `--spec`."""
+def add_arguments(commands: Any, specs: Specs, progress: Progress) -> None:
+    """Adds the command to the parser of `engram-kernels`; `specs` are the presets of `--spec`, `progress` opens a bar."""
     plan = commands.add_parser("plan", help="says where the table should live on a machine, what it costs there and what would "
                                             "change that")
     plan.add_argument("--spec", default="deepseek_v41", help=f"{', '.join(specs)}, or a JSON file of EngramSpec.to_json; "
@@ -87,17 +94,17 @@ def add_arguments(commands: Any, specs: Mapping[str, Callable[[], EngramSpec]]) 
     output.add_argument("--steps", type=int, default=3, metavar="N", help="that are simulated; default: 3")
     output.add_argument("--early", type=int, metavar="N", help="layers between a lookup's submission and its layer in the "
                                                                "simulation; default: from the start of the step")
-    plan.set_defaults(run=lambda args: run(args, specs))
+    plan.set_defaults(run=lambda args: run(args, specs, progress if importlib.util.find_spec("rich") else no_progress))
 
 
-def run(args: argparse.Namespace, specs: Mapping[str, Callable[[], EngramSpec]]) -> int:
+def run(args: argparse.Namespace, specs: Specs, progress: Progress) -> int:
     """Runs the command.
 
     Returns:
         0; 1: a file cannot be read or nothing fits; 2: an argument makes no sense; 5: what was asked for is not here.
     """
     try:
-        return _paper(args) if args.preset else _plan(args, specs)
+        return _paper(args) if args.preset else _plan(args, specs, progress)
     except UsageError as err:
         print(f"engram-kernels plan: {err}", file=sys.stderr)
         return USAGE
@@ -114,7 +121,7 @@ def _paper(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, specs: Mapping[str, Callable[[], EngramSpec]]) -> int:
+def _plan(args: argparse.Namespace, specs: Specs, progress: Progress) -> int:
     if args.spec not in specs and not Path(args.spec).is_file():
         raise UsageError(f"spec is {args.spec!r}, expected {', '.join(specs)} or a JSON file of EngramSpec.to_json")
     spec = specs[args.spec]() if args.spec in specs else EngramSpec.from_json(Path(args.spec))
@@ -130,10 +137,12 @@ def _plan(args: argparse.Namespace, specs: Mapping[str, Callable[[], EngramSpec]
     report.print_plan(plan, work, node, printer)
     simulated = None
     if args.simulate:
-        simulated = _simulate(args, work, node, plan.winner, printer)
+        with progress("simulates the schedule", 1):
+            simulated = _simulate(args, work, node, plan.winner, printer)
     trial = None
     if plan.winner is not None and not args.no_run:
-        trial = run_trial(plan.winner, work, _here(profiles))
+        with progress("runs the pick here", 1):
+            trial = run_trial(plan.winner, work, _here(profiles))
         for line in report.trial_lines(trial):
             printer.say(line)
     _write_json(args.json, report.plan_json(plan, work, node, trial, simulated))
@@ -191,7 +200,6 @@ def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> W
 
 
 def _repeats(args: argparse.Namespace, spec: EngramSpec) -> Repeats:
-    from engram_kernels.demo import DemoError
     if args.text is not None:
         if not args.text.is_file():
             raise ValueError(f"plan: {args.text} is no file")

@@ -108,8 +108,8 @@ def zipf_repeats(spec: EngramSpec, exponent: float) -> Repeats:
         raise ValueError(f"plan: Zipf exponent is {exponent}, expected a number in (0, 4]")
     rows = max(spec.layout().num_rows) // spec.num_columns  # a column draws from the table of its own head
     edges = np.unique(np.round(np.geomspace(1, rows + 1, 4000)))
-    weight = np.diff(edges)  # ranks that share a bin, each as likely as its geometric mean
-    probability = np.sqrt(edges[:-1] * edges[1:]) ** -exponent
+    weight = np.diff(edges)  # ranks that share a bin, each as likely as the mean of the first and the last; the first are alone
+    probability = np.sqrt(edges[:-1] * (edges[1:] - 1)) ** -exponent
     probability /= (probability * weight).sum()
     source = f"rows drawn independently from Zipf's law, exponent {exponent:g}"
 
@@ -136,7 +136,7 @@ def text_repeats(spec: EngramSpec, text: Path, phase: str) -> Repeats:
     from engram_kernels.ops.ngram_hash import ngram_hash
     if phase not in PHASES:
         raise ValueError(f"plan: phase is {phase!r}, expected {', '.join(PHASES)}")
-    tokens, token_map, _ = tokenize(DemoOptions(text=text, spec=spec), _no_progress)
+    tokens, token_map, _ = tokenize(DemoOptions(text=text, spec=spec), no_progress)
     ids = ngram_hash(tokens, torch.tensor([0, tokens.numel()], dtype=torch.int32), spec.layout(), token_map)[0].numpy()
     rows = ids.astype(np.int64)
     count = unique_ratio if phase == "prefill" else unique_ratio_of_sequences
@@ -184,5 +184,6 @@ def _hash_of(spec: EngramSpec) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def _no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that is not shown."""
     yield lambda count: None
