@@ -20,7 +20,8 @@ struct Bytes {
 
 Bytes bytes_of(const py::buffer& buffer, const char* name, bool writable) {
   const py::buffer_info info = buffer.request(writable);
-  EK_CHECK(info.ndim == 1 && (info.size <= 1 || info.strides[0] == info.itemsize), "probe: " << name << " must be a dense vector");
+  EK_CHECK(info.ndim == 1 && (info.size <= 1 || info.strides[0] == info.itemsize),
+           "probe: " << name << " must be a dense vector");
   return {static_cast<std::byte*>(info.ptr), info.size * info.itemsize};
 }
 
@@ -28,11 +29,11 @@ double stream(const std::string& loop, const py::buffer& a, const py::buffer& b,
   EK_CHECK(loop == "read" || loop == "copy" || loop == "triad", "probe: loop is '" << loop << "', expected read, copy or triad");
   const Bytes to = bytes_of(a, "a", true), from = bytes_of(b, "b", false), other = bytes_of(c, "c", false);
   EK_CHECK(to.size == from.size && to.size == other.size, "probe: the arrays differ in size");
-  EK_CHECK((reinterpret_cast<uintptr_t>(to.data) | reinterpret_cast<uintptr_t>(from.data) |
-            reinterpret_cast<uintptr_t>(other.data)) %
-                   kProbeLineBytes ==
-               0,
-           "probe: the arrays must be aligned to 64 bytes");
+  EK_CHECK(
+      (reinterpret_cast<uintptr_t>(to.data) | reinterpret_cast<uintptr_t>(from.data) | reinterpret_cast<uintptr_t>(other.data)) %
+              kProbeLineBytes ==
+          0,
+      "probe: the arrays must be aligned to 64 bytes");
   const StreamLoop kind = loop == "read" ? StreamLoop::kRead : loop == "copy" ? StreamLoop::kCopy : StreamLoop::kTriad;
   const StreamParams params{kind,
                             reinterpret_cast<double*>(to.data),
@@ -60,7 +61,7 @@ double plain_gather(const py::buffer& table, int64_t row_bytes, const py::buffer
   EK_CHECK(row_ids.request().item_type_is_equivalent_to<int64_t>(), "probe: row_ids must be int64");
   EK_CHECK(target.size == ids.size / 8 * row_bytes,
            "probe: out has " << target.size << " bytes, expected " << ids.size / 8 * row_bytes);
-  const PlainGatherParams params{rows.data,   target.data,           reinterpret_cast<const int64_t*>(ids.data),
+  const PlainGatherParams params{rows.data,    target.data,           reinterpret_cast<const int64_t*>(ids.data),
                                  ids.size / 8, rows.size / row_bytes, row_bytes,
                                  prefetch,     std::move(cpus)};
   const py::gil_scoped_release release;

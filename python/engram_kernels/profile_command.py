@@ -10,12 +10,14 @@ from typing import Any
 
 from engram_kernels.profile import machine
 from engram_kernels.profile.probes_disk import run_disk_probes
+from engram_kernels.profile.probes_gpu import run_gpu_probes
 from engram_kernels.profile.probes_host import run_host_probes
-from engram_kernels.profile.session import Options, Session
+from engram_kernels.profile.row_draws import load_trace
+from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, write_whole
 from engram_kernels.profile.show import print_report
 
-GROUPS = ("host", "disk", "gpu")
-INVALID, INTERRUPTED = 4, 130  # exit codes
+GROUPS: dict[str, Callable[[Session], None]] = {"host": run_host_probes, "disk": run_disk_probes, "gpu": run_gpu_probes}
+INVALID, NO_CAPABILITY, INTERRUPTED = 4, 5, 130  # exit codes
 
 
 def add_arguments(commands: Any) -> None:
@@ -23,10 +25,12 @@ def add_arguments(commands: Any) -> None:
     command = commands.add_parser("profile", help="measures memory, disk and GPU, and says what is wrong with them",
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     length = command.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="under a minute; the default")
-    length.add_argument("--full", action="store_true", help="under ten minutes: more sizes, and tables up to 80 %% of the free memory")
+    length.add_argument("--quick", action="store_true", help="under a minute; what is done without --full")
+    length.add_argument("--full", action="store_true", help="under ten minutes: more sizes, tables up to 80 %% of what is free")
     command.add_argument("--json", type=Path, metavar="F", help="write the report here; valid after every probe")
-    command.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="which memory is measured")
+    command.add_argument("--html", type=Path, metavar="F", help="write it as one page with figures; needs matplotlib")
+    command.add_argument("--plots", type=Path, metavar="DIR", help="write the figures here as PNG and SVG; needs matplotlib")
+    command.add_argument("--only", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="which memory is measured")
     command.add_argument("--disk-dir", type=Path, default=Path(), help="where the disk probe makes its file, which has no name")
     command.add_argument("--trace", type=Path, metavar="IDS.npy", help="row ids of a real run, as one more order")
     command.add_argument("--max-memory-gib", type=float, metavar="GIB", help="no table is larger; default: 80 %% of what is free")
@@ -35,46 +39,79 @@ def add_arguments(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.trace is not None:
+        load_trace(args.trace)  # a bad file is an error before anything is measured
     most = None if args.max_memory_gib is None else int(args.max_memory_gib * 2**30)
-    return run_profile(Options("full" if args.full else "quick", tuple(args.only), args.disk_dir, args.trace, most, args.gpu),
-                       args.json)
+    options = Options("full" if args.full else "quick", tuple(args.only), args.disk_dir, args.trace, most, args.gpu)
+    return run_profile(options, args.json, args.html, args.plots)
 
 
-def run_profile(options: Options, json_path: Path | None) -> int:
+def run_profile(options: Options, json_path: Path | None = None, html_path: Path | None = None, plots: Path | None = None) -> int:
     """Runs the probes, prints the table, writes what was asked for.
 
     Args:
         options: of the run.
         json_path: where the report goes as JSON; it is there, and valid, after every probe.
+        html_path: where it goes as one page.
+        plots: the folder of its figures.
 
     Returns:
-        0; 4 where a measurement is invalid; 130 after Ctrl-C, with what was measured until then.
+        0; 4 where a measurement is invalid; 5 where figures were asked for and matplotlib is missing (the JSON is written);
+        130 after Ctrl-C, with what was measured until then written too.
     """
     session = Session(options, machine.collect(options.disk_folder), json_path)
     interrupted = False
     try:
         with _progress(session):
-            _run_probes(session)
+            for name in options.groups:
+                GROUPS[name](session)
         session.complete = True
     except KeyboardInterrupt:
         interrupted = True
-        print("engram-kernels profile: interrupted", file=sys.stderr)
+        print("engram-kernels profile: interrupted; what was measured is kept", file=sys.stderr)
     session.write()
     report = session.report()
     print_report(report)
+    drawn = _draw(report, html_path, plots)
     if interrupted:
         return INTERRUPTED
-    return INVALID if any(c["status"] == "invalid" for c in report["cells"]) else 0
+    return INVALID if any(c["status"] == "invalid" for c in report["cells"]) else drawn
 
 
-def _run_probes(session: Session) -> None:
-    groups: dict[str, Callable[[Session], None]] = {"host": run_host_probes, "disk": run_disk_probes}
-    for name, run in groups.items():
-        if name in session.options.groups:
-            run(session)
+def _draw(report: dict[str, Any], html_path: Path | None, plots: Path | None) -> int:
+    if html_path is None and plots is None:
+        return 0
+    try:
+        from engram_kernels.profile.html import page
+        from engram_kernels.profile.plots import write_figures
+        if plots is not None:
+            write_figures(report, plots)
+        if html_path is not None:
+            write_whole(html_path, page(report))
+    except ImportError as err:
+        print(f"engram-kernels profile: figures need matplotlib: pip install 'engram-kernels[profile]' ({err})", file=sys.stderr)
+        return NO_CAPABILITY
+    return 0
 
 
 @contextlib.contextmanager
-def _progress(session: Session) -> Iterator[Any]:
-    """A line on a terminal that tells what is measured and how much of the time is used."""
-    yield None
+def _progress(session: Session) -> Iterator[None]:
+    """A bar on a terminal: what is measured, and how much of the longest time is used."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield
+        return
+    console = Console(stderr=True)
+    longest = BUDGET_SECONDS[session.options.mode]
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("of at most {task.total:.0f} s"),
+                  console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("profile", total=longest)
+
+        def tick() -> None:
+            bar.update(task, completed=min(session.seconds(), longest),
+                       description=f"{session.cells[-1]['probe']}, {len(session.cells)} cells")
+        session.tick = tick
+        yield
+

@@ -1,6 +1,7 @@
 """Memory to measure: anonymous, touched, with or without huge pages, and what the kernel really gave."""
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 from pathlib import Path
@@ -34,10 +35,8 @@ class Arena:
             mapping = mmap.mmap(-1, num_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as err:
             raise Skip("NO_MEMORY", f"{num_bytes >> 20} MiB cannot be mapped: {err}") from None
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them: `huge_pages` tells
             mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
-        except OSError:
-            pass  # a kernel without them: `huge_pages` tells
         whole = np.frombuffer(mapping, dtype=np.uint8)
         start = -whole.ctypes.data % _HUGE_BYTES
         self.data = whole[start:start + num_bytes]

@@ -16,23 +16,23 @@ EXPECTED_SHARE = {"gpu_stream": 0.75, "gpu_link": 0.75, "host_gather": 0.9}
 
 ADVICE = {
     "OK": "",
-    "LINK_DEGRADED": "the link runs below what the slot and the card allow: reseat the card, check the riser and the BIOS's PCIe settings",
-    "NUMA_REMOTE": "the memory is on another NUMA node than the reader: run under numactl --cpunodebind and --membind of the node that "
+    "LINK_DEGRADED": "the link runs below what slot and card allow: reseat the card, check riser and BIOS settings",
+    "NUMA_REMOTE": "memory and reader are on different NUMA nodes: numactl --cpunodebind --membind with the node that "
                    "the table or the GPU is on",
     "NO_HUGEPAGES": "the kernel gave no huge pages: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-    "THROTTLED": "clocks were held down while this was measured: check power limit, temperature and other users of the GPU",
-    "NOISY": "the machine was not quiet: other guests or processes ran; measure again, or read the interval and not the median",
-    "BELOW_REFERENCE": "slower than this kind of work should be here: see the facts of the cell, and compare with `engram-kernels info`",
-    "ABOVE_PEAK": "faster than the hardware can be: a cache answered, or the peak was measured in a bad moment; the number is not used",
+    "THROTTLED": "clocks were held down meanwhile: check power limit, temperature and other users",
+    "NOISY": "the machine was not quiet (other guests or processes): measure again, or read the interval instead of the median",
+    "BELOW_REFERENCE": "slower than such work should be here: see the facts of the cell and `engram-kernels info`",
+    "ABOVE_PEAK": "faster than the hardware can be: a cache answered, or the peak was measured in a bad moment; not to be used",
     "SKIPPED": "",
-    "FAILED": "the probe broke; the reason holds the error",
+    "FAILED": "the probe broke; its reason holds the error",
 }
 # the first that a cell of a probe has is the verdict of the probe; NOISY counts where a quarter of the cells is
 _BY_WEIGHT = ("FAILED", "ABOVE_PEAK", "THROTTLED", "LINK_DEGRADED", "NUMA_REMOTE", "NO_HUGEPAGES", "BELOW_REFERENCE")
 _NOISY_SHARE = 0.25
 
 
-class Skip(Exception):  # noqa: N818  no error: a measurement that cannot be made here
+class Skip(Exception):
     """Why a measurement cannot be made on this machine.
 
     Args:
@@ -54,7 +54,7 @@ def measured(cell: JsonCell, summary: Summary, control: Summary | None = None) -
     for per_call, rate in (("rows", "rows_per_s"), ("bytes", "bytes_per_s")):
         if cell.get(per_call):
             result[rate] = cell[per_call] / summary.median
-    disturbed = any(flag.startswith("steal") or flag.endswith("major faults") for flag in summary.flags)
+    disturbed = any(not flag.startswith("spread") for flag in summary.flags)
     if summary.spread > NOISY_SPREAD or disturbed:
         give_verdict(result, "NOISY")
     return result

@@ -30,9 +30,8 @@ _FULL_SIZES, _FULL_DEPTHS = (4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128
 
 def run_disk_probes(session: Session) -> None:
     """The one probe of the disk."""
-    with session.probe("disk_read", 9 if session.quick else 90):
-        with scratch_file(session) as (fd, num_bytes):
-            read(session, fd, num_bytes)
+    with session.probe("disk_read", 6 if session.quick else 90), scratch_file(session) as (fd, num_bytes):
+        read(session, fd, num_bytes)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ def run_host_probes(session: Session) -> None:
     """All of them, each for its share of the time."""
     fixed = None if COMPILE_ERROR else control()
     share = 1.0 if session.quick else 10.0
-    for name, seconds, run in (("host_limits", 1, limits), ("host_stream", 4, stream), ("host_memcpy", 3, memcpy),
-                               ("host_latency", 4, latency), ("host_gather", 18, gather)):
+    for name, seconds, run in (("host_limits", 1, limits), ("host_stream", 3, stream), ("host_memcpy", 2, memcpy),
+                               ("host_latency", 3, latency), ("host_gather", 12, gather)):
         with session.probe(name, seconds * share, fixed):
             run(session)
 
@@ -91,12 +92,11 @@ def stream(session: Session) -> None:
     a, b, c = (Arena(num_bytes, True, cpus) for _ in range(3))
     for loop, arrays in (("read", 1), ("copy", 2), ("triad", 3)):
         for threads in thread_counts():
-            cell = session.measure({"probe": "host_stream", "op": loop, "tier": "host", "placement": "host", "threads": threads,
-                                    "table_bytes": num_bytes, "bytes": arrays * num_bytes, "huge_pages": b.huge_pages},
-                                   lambda loop=loop, threads=threads: loops.probe_stream(loop, a.data, b.data, c.data, cpus[:threads]))
+            base = {"probe": "host_stream", "op": loop, "tier": "host", "placement": "host", "threads": threads,
+                    "table_bytes": num_bytes, "bytes": arrays * num_bytes, "huge_pages": b.huge_pages}
+            cell = session.measure(base, partial(loops.probe_stream, loop, a.data, b.data, c.data, cpus[:threads]))
             if cell["status"] == "ok":
                 session.set_peak(f"host_{loop}", cell["bytes_per_s"], f"{loop} of {num_bytes >> 20} MiB arrays in this run")
-    del a, b, c
     nodes = session.machine["numa"]
     if len(nodes) < 2:
         session.skip({"probe": "host_stream", "op": "read", "cpu_node": 0, "memory_node": 1}, "ONE_NUMA_NODE",
@@ -117,10 +117,10 @@ def _stream_by_node(session: Session, loops: Any, num_bytes: int) -> None:
         for cpu_node, cpus in sides.items():
             if not cpus:
                 continue
-            cell = session.measure({"probe": "host_stream", "op": "read", "tier": "host", "placement": "host", "threads": len(cpus),
-                                    "bytes": num_bytes, "table_bytes": num_bytes, "huge_pages": memory.huge_pages,
-                                    "cpu_node": cpu_node, "memory_node": memory_node},
-                                   lambda m=memory.data, on=cpus: loops.probe_stream("read", m, m, m, on))
+            base = {"probe": "host_stream", "op": "read", "tier": "host", "placement": "host", "threads": len(cpus),
+                    "bytes": num_bytes, "table_bytes": num_bytes, "huge_pages": memory.huge_pages,
+                    "cpu_node": cpu_node, "memory_node": memory_node}
+            cell = session.measure(base, partial(loops.probe_stream, "read", *[memory.data] * 3, cpus))
             if cpu_node != memory_node and cell["status"] == "ok":
                 give_verdict(cell, "NUMA_REMOTE")
 
@@ -133,11 +133,15 @@ def memcpy(session: Session) -> None:
     for num_bytes in (size for size in (4 << 10, 64 << 10, MIB, 16 * MIB, 256 * MIB) if size <= largest):
         for threads in sorted({1, len(cpus)}):
             repeats = max(1, 4 * MIB // num_bytes)
+            arrays = target.data[:num_bytes], source.data[:num_bytes]
             session.measure({"probe": "host_memcpy", "op": "memcpy", "tier": "host", "placement": "host", "threads": threads,
                              "table_bytes": num_bytes, "bytes": 2 * num_bytes, "huge_pages": source.huge_pages},
-                            lambda n=num_bytes, r=repeats, on=cpus[:threads]:
-                            loops.probe_memcpy(target.data[:n], source.data[:n], r, on) / r,
+                            partial(_copy_seconds, loops, arrays, repeats, cpus[:threads]),
                             peak="host_copy", may_be_cached=num_bytes < cached_below(session))
+
+
+def _copy_seconds(loops: Any, arrays: tuple[Any, Any], repeats: int, cpus: list[int]) -> float:
+    return float(loops.probe_memcpy(*arrays, repeats, cpus)) / repeats
 
 
 def cached_below(session: Session) -> int:
@@ -161,8 +165,9 @@ def latency(session: Session) -> None:
                 seconds, line = loops.probe_chase(memory.data, steps, line, cpu)
                 return float(seconds) / steps
 
-            cell = session.measure({"probe": "host_latency", "op": "load", "tier": "host", "placement": "host", "threads": 1,
-                                    "table_bytes": num_bytes, "row_bytes": 64, "rows": 1, "huge_pages": memory.huge_pages}, sample)
+            base = {"probe": "host_latency", "op": "load", "tier": "host", "placement": "host", "threads": 1,
+                    "table_bytes": num_bytes, "row_bytes": 64, "rows": 1, "huge_pages": memory.huge_pages}
+            cell = session.measure(base, sample)
             if huge_pages and not memory.huge_pages and num_bytes >= 16 * MIB:
                 give_verdict(cell, "NO_HUGEPAGES")
             if cell["status"] == "ok":
@@ -234,8 +239,8 @@ def shapes(session: Session, sizes: list[int], huge_pages: bool, has_trace: bool
             for size in reversed(sizes) for row in row_sizes for threads in sorted({1, all_threads}, reverse=True)]
     if not huge_pages:
         return [s for s in main if s.row_bytes in (V41_ROW_BYTES, 512) and (s.threads == all_threads or not session.quick)]
-    calls = [Shape(row, largest, "uniform", threads, rows) for row in (V41_ROW_BYTES, 512) for rows in (V41_COLUMNS, 16 * V41_COLUMNS)
-             for threads in sorted({1, all_threads})]
+    calls = [Shape(row, largest, "uniform", threads, rows) for row in (V41_ROW_BYTES, 512)
+             for rows in (V41_COLUMNS, 16 * V41_COLUMNS) for threads in sorted({1, all_threads})]
     orders = [Shape(row, largest, order, all_threads, rows_a_call(row))
               for row in ((512,) if session.quick else (V41_ROW_BYTES, 512))
               for order in ("sorted", "deduplicated", "zipf", *(["trace"] if has_trace else []))]

@@ -10,7 +10,8 @@ ORDERS = ("uniform", "sorted", "deduplicated", "zipf", "trace")
 _SCATTER = 0x9E3779B1  # odd: spreads the frequent rows over the table
 
 
-def draw(order: str, num_rows: int, count: int, rng: np.random.Generator, trace: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+def draw(order: str, num_rows: int, count: int, rng: np.random.Generator,
+         trace: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Ids in [0, num_rows).
 
     Args:

@@ -82,8 +82,8 @@ def print_report(report: dict[str, Any], out: TextIO | None = None) -> None:
     rows = [row(cell) for cell in report["cells"]]
     if plain:
         widths = [max(len(line[i]) for line in [HEAD, *rows]) for i in range(len(HEAD))]
-        for line in [HEAD, *rows]:
-            print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip(), file=out)
+        for cells in [HEAD, *rows]:
+            print("  ".join(word.ljust(width) for word, width in zip(cells, widths, strict=True)).rstrip(), file=out)
     else:
         table = Table(*HEAD)
         for line in rows:
@@ -91,8 +91,8 @@ def print_report(report: dict[str, Any], out: TextIO | None = None) -> None:
             table.add_row(*line, style=style)
         Console(file=out).print(table)
     print(file=out)
-    for line in summary_lines(report):
-        print(line, file=out)
+    for text in summary_lines(report):
+        print(text, file=out)
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 CONFIDENCE = 0.95
 MIN_ROUNDS = 9
 MAX_STEAL = 0.02  # of the time of all cores, given to other guests
+MAX_PREEMPTIONS = 0.5  # a sample: other processes of this system had the CPU
 _PROC_STAT = Path("/proc/stat")
 
 
@@ -78,9 +79,10 @@ def summarize(samples: Sequence[float], unit: str = "s", flags: Sequence[str] = 
 class Conditions:
     """What happens to the machine while something is measured. Use as a context manager, then read `flags`."""
     flags: list[str] = field(default_factory=list)
+    rounds: int = 0  # set before the end: how many samples were taken
 
     def __enter__(self) -> Conditions:
-        self._steal, self._faults = _steal_ticks(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        self._steal, self._usage = _steal_ticks(), resource.getrusage(resource.RUSAGE_SELF)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -89,9 +91,12 @@ class Conditions:
             share = (after[0] - before[0]) / (after[1] - before[1])
             if share > MAX_STEAL:
                 self.flags.append(f"steal {share:.0%}")
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - self._faults
-        if faults:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        if faults := usage.ru_majflt - self._usage.ru_majflt:
             self.flags.append(f"{faults} major faults")
+        preempted = usage.ru_nivcsw - self._usage.ru_nivcsw
+        if preempted > MAX_PREEMPTIONS * max(self.rounds, 1):
+            self.flags.append(f"preempted {preempted} times")
 
 
 def _steal_ticks() -> tuple[int, int] | None:
@@ -145,6 +150,7 @@ def sample_until(sample: Callable[[], float], control: Callable[[], float] | Non
             times.append(sample())
             if len(times) >= min_rounds and (summarize(times).spread <= spread or clock() - begin > max_seconds):
                 break
+        conditions.rounds = len(times)
     flags = list(conditions.flags)
     reached = summarize(times).spread
     if reached > spread:

@@ -1,0 +1,231 @@
+"""Probes of a GPU: its link, its memory, and streams beside each other. Random rows are in probes_gpu_gather.py."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from engram_kernels.profile.cells import JsonCell, Skip, expect_share, give_verdict
+from engram_kernels.profile.gpu_device import TorchGpu
+from engram_kernels.profile.machine import allowed_cpus
+from engram_kernels.profile.nvml import LoadSampler, Nvml, keep_busy, link_payload_bytes_per_s, numa_node, throttle_reasons
+from engram_kernels.profile.probes_gpu_gather import gather, interference
+from engram_kernels.profile.session import Session
+
+KIB, MIB = 1 << 10, 1 << 20
+_CALL_BYTES, _MAX_CALLS = 64 * MIB, 32
+_LOAD_SECONDS, _LOAD_BYTES = 0.4, 64 * MIB
+_LINK_BYTES = {"quick": (64 * KIB, MIB, 16 * MIB, 256 * MIB),
+               "full": (4 * KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)}
+_STREAM_BYTES = 1024 * MIB
+_LARGE_BYTES = 16 * MIB  # transfers from here on should reach the link's rate
+_OWN_LINK = ("GH200", "GB200", "GB300")  # the host is behind NVLink-C2C, not PCIe
+
+
+def run_gpu_probes(session: Session, open_gpu: Callable[[int], Any] | None = None, nvml_library: Any = None) -> None:
+    """All of them, each for its share of the time.
+
+    Args:
+        session: where cells go.
+        open_gpu: makes the device from its index; injected by tests.
+        nvml_library: stands in for pynvml in tests.
+    """
+    names = ("gpu_link", "gpu_link_state", "gpu_stream", "gpu_gather", "gpu_interference")
+    try:
+        gpu = _open(session, open_gpu)
+    except Skip as skip:
+        for name in names:
+            with session.probe(name, 1):
+                session.skip({"probe": name, "gpu": session.options.gpu}, skip.kind, skip.text)
+        return
+    nvml, why_no_nvml = _open_nvml(session, gpu, nvml_library)
+    _describe(session, nvml, why_no_nvml)
+    share = 1.0 if session.quick else 8.0
+    with torch.inference_mode():
+        with session.probe("gpu_link_state", 4 * share):
+            link_state(session, gpu, nvml, why_no_nvml)
+        for name, seconds, run in (("gpu_stream", 2, stream), ("gpu_link", 7, link), ("gpu_gather", 12, gather),
+                                   ("gpu_interference", 4, interference)):
+            before = len(session.cells)
+            with session.probe(name, seconds * share):
+                run(session, gpu)
+                _note_throttling(session.cells[before:], nvml)
+            gpu.release()
+
+
+def _open(session: Session, open_gpu: Callable[[int], Any] | None) -> Any:
+    index = session.options.gpu
+    if open_gpu is None:
+        if not torch.cuda.is_available():
+            raise Skip("NO_GPU", "torch finds no CUDA device" if torch.version.cuda else "this torch was built without CUDA")
+        if not 0 <= index < torch.cuda.device_count():
+            raise Skip("NO_GPU", f"there is no GPU {index}; torch finds {torch.cuda.device_count()}")
+        open_gpu = TorchGpu
+    try:
+        return open_gpu(index)
+    except Exception as err:
+        raise Skip("NO_GPU", f"GPU {index} cannot be used: {err}") from None
+
+
+def _open_nvml(session: Session, gpu: Any, library: Any) -> tuple[Nvml | None, Skip | None]:
+    try:
+        return Nvml(gpu.uuid, session.options.gpu, library), None
+    except Skip as skip:
+        return None, skip
+
+
+def _describe(session: Session, nvml: Nvml | None, why_not: Skip | None) -> None:
+    """Puts what NVML tells into the machine block, and the ceilings into the peaks."""
+    blocks = session.machine["gpu"]
+    while len(blocks) <= session.options.gpu:
+        blocks.append({})
+    block = blocks[session.options.gpu]
+    values, unread = nvml.read() if nvml else ({}, {"nvml": str(why_not)})
+    block.update(values, unread=unread, numa_node=numa_node(values.get("pci_bus_id")))
+    clock, bits = values.get("memory_clock_max_mhz"), values.get("memory_bus_bits")
+    if clock and bits:
+        source = f"{clock} MHz, two transfers a clock, {bits} bits, by NVML"
+        session.set_peak("hbm", clock * 1e6 * 2 * bits / 8, source, "assumed", physical=True)
+
+
+def link_state(session: Session, gpu: Any, nvml: Nvml | None, why_not: Skip | None) -> None:
+    """Generation and width of the link, clocks and power while copies run; bytes on the wire beside bytes asked for."""
+    base: JsonCell = {"probe": "gpu_link_state", "gpu": session.options.gpu, "tier": "host"}
+    if nvml is None:
+        assert why_not is not None
+        raise why_not
+    size = _LOAD_BYTES
+    host, device = gpu.host(size, True), gpu.empty(size)
+    for op, work in (("h2d", _copy(device, host)), ("d2h", _copy(host, device))):
+        def batch(work: Callable[[], object] = work) -> None:
+            for _ in range(8):
+                work()
+            gpu.sync()
+        batch()
+        with LoadSampler(nvml) as sampler:
+            calls, took = keep_busy(batch, _LOAD_SECONDS)
+        rate = calls * 8 * size / took
+        cell = {**base, "op": op, "status": "ok", "verdict": "OK", "reason": None, "provenance": "measured",
+                "facts": {**sampler.values, "payload_bytes_per_s": rate},
+                "flags": [f"{k}: {v}" for k, v in sampler.unread.items()]}
+        wire = sampler.received if op == "h2d" else sampler.sent
+        if wire:
+            cell["facts"]["wire_bytes_per_payload_byte"] = sorted(wire)[len(wire) // 2] / rate
+        _judge_link(session, cell)
+        session.add(cell)
+
+
+def _judge_link(session: Session, cell: JsonCell) -> None:
+    facts, block = cell["facts"], session.machine["gpu"][session.options.gpu]
+    for what in ("link_generation", "link_width"):
+        best = block.get(f"{what}_max")
+        if best and facts.get(what) and facts[what] < best:
+            give_verdict(cell, "LINK_DEGRADED")
+            cell["flags"].append(f"{what} {facts[what]} under load, {best} is possible")
+    if reasons := throttle_reasons(facts.get("clock_event_reasons")):
+        give_verdict(cell, "THROTTLED")
+        cell["flags"] += reasons
+    generation, width = facts.get("link_generation"), facts.get("link_width")
+    if generation and width and not any(name in str(block.get("name")) for name in _OWN_LINK):
+        session.set_peak(f"link_{cell['op']}", link_payload_bytes_per_s(generation, width),
+                         f"PCIe {generation} x{width} under load, 512-byte payloads with 24 bytes around each", "assumed", True)
+
+
+def link(session: Session, gpu: Any) -> None:
+    """Copies over the link by direction, size, engine and kind of host memory."""
+    sizes = _LINK_BYTES[session.options.mode]
+    remote = _is_remote(session)
+    for pinned in (True, False):
+        host, back, device = gpu.host(sizes[-1], pinned), gpu.host(sizes[-1], pinned), gpu.empty(sizes[-1])
+        other = gpu.empty(sizes[-1])
+        for size in reversed(sizes):
+            h2d = _copy(device[:size], host[:size])
+            d2h = _copy(back[:size], other[:size])
+            for op, call in (("h2d", h2d), ("d2h", d2h), *([("both", gpu.both(h2d, d2h))] if pinned else [])):
+                _measure_link(session, gpu, (op, "copy", pinned, size), call, remote)
+        if pinned:
+            _link_by_multiprocessors(session, gpu, (host, back, device), sizes, remote)
+        del host, back, device, other
+
+
+def _link_by_multiprocessors(session: Session, gpu: Any, memory: tuple[Any, Any, Any], sizes: tuple[int, ...],
+                             remote: bool) -> None:
+    host, back, device = memory
+    words = device.view(torch.int64)
+    try:
+        from_host, to_host = gpu.alias(host), gpu.alias(back)
+    except Exception as err:
+        for op in ("h2d", "d2h"):
+            session.skip({"probe": "gpu_link", "op": op, "engine": "sm", "pinned": True}, "NOT_SUPPORTED",
+                         f"pinned memory as a tensor of the device: {type(err).__name__}: {err}")
+        return
+    for size in reversed([s for s in sizes if s >= MIB]):
+        count = size // 8
+        for op, source, target in (("h2d", from_host, words), ("d2h", words, to_host)):
+            call = partial(torch.bitwise_not, source[:count], out=target[:count])
+            _measure_link(session, gpu, (op, "sm", True, size), call, remote)
+
+
+def _copy(target: Any, source: Any) -> Callable[[], object]:
+    return lambda: target.copy_(source, non_blocking=True)
+
+
+def _measure_link(session: Session, gpu: Any, point: tuple[str, str, bool, int], call: Callable[[], object],
+                  remote: bool) -> None:
+    op, engine, pinned, size = point
+    calls = max(1, min(_MAX_CALLS, _CALL_BYTES // size))
+    moved = 2 * size if op == "both" else size
+    cell: JsonCell = {"probe": "gpu_link", "op": op, "engine": engine, "pinned": pinned, "tier": "host",
+                      "gpu": session.options.gpu, "table_bytes": size, "bytes": moved}
+
+    def sample() -> float:
+        if pinned:
+            return float(gpu.seconds([call] * calls))
+        # a copy of pageable memory waits by itself, so it cannot be queued behind a blocked stream
+        return float(gpu.wall_seconds(lambda: [call() for _ in range(calls)])) / calls
+
+    result = session.measure(cell, sample, peak=f"link_{op}")
+    if result["status"] == "ok" and pinned and engine == "copy" and size >= _LARGE_BYTES and "peak_share" in result:
+        expect_share(result, result["peak_share"], "link")
+    if result["status"] == "ok" and remote:
+        give_verdict(result, "NUMA_REMOTE")
+
+
+def _is_remote(session: Session) -> bool:
+    """Whether no CPU that this process may use is on the node of the GPU's slot."""
+    node = session.machine["gpu"][session.options.gpu].get("numa_node")
+    cpus: list[int] = next((n["cpus"] for n in session.machine["numa"] if n["node"] == node), [])
+    return bool(cpus) and not set(cpus) & set(allowed_cpus())
+
+
+def stream(session: Session, gpu: Any) -> None:
+    """Read, copy and triad of the device's memory; sets the peak "hbm_stream"."""
+    num_bytes = min(_STREAM_BYTES, gpu.free_bytes() // 4) // 4 * 4
+    a, b, c = (gpu.empty(num_bytes).view(torch.float32) for _ in range(3))
+    for x in (a, b, c):
+        x.zero_()
+    total = torch.zeros((), dtype=torch.float32, device=a.device)
+    for op, arrays, call in (("read", 1, lambda: torch.sum(b, 0, out=total)), ("copy", 2, lambda: a.copy_(b)),
+                             ("triad", 3, lambda: torch.add(b, c, alpha=3.0, out=a))):
+        result = session.measure({"probe": "gpu_stream", "op": op, "tier": "hbm", "placement": "hbm", "gpu": session.options.gpu,
+                                  "table_bytes": num_bytes, "bytes": arrays * num_bytes},
+                                 partial(gpu.seconds, [call] * 4), peak="hbm")
+        if result["status"] == "ok":
+            session.set_peak("hbm_stream", result["bytes_per_s"], f"{op} of {num_bytes // MIB} MiB arrays in this run")
+            if "peak_share" in result and op != "read":
+                expect_share(result, result["peak_share"], "hbm")
+
+
+def _note_throttling(cells: list[JsonCell], nvml: Nvml | None) -> None:
+    """Marks what was just measured where the clocks are held down now."""
+    if nvml is None:
+        return
+    values, _ = nvml.read(("clock_event_reasons",))
+    for reason in throttle_reasons(values.get("clock_event_reasons")):
+        for cell in (c for c in cells if c["status"] == "ok"):
+            give_verdict(cell, "THROTTLED")
+            cell["flags"].append(reason)
+
+

@@ -1,0 +1,179 @@
+"""Random rows on a GPU: from its memory, from pinned host memory over the link, staged by the CPU, alone or beside other work."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from engram_kernels.memory.row_table import RowTable
+from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.profile.cells import JsonCell, Skip
+from engram_kernels.profile.probes_host import V41_COLUMNS, V41_ROW_BYTES, V41_ROW_DIM
+from engram_kernels.profile.probes_host import table_limit as host_limit
+from engram_kernels.profile.session import Session
+
+MIB, GIB = 1 << 20, 1 << 30
+_TOKENS = {"quick": (1, 16, 512, 4096), "full": (1, 4, 16, 64, 512, 4096)}
+_ROW_BYTES = {"quick": (128, V41_ROW_BYTES, 512, 4096), "full": (64, 128, 256, V41_ROW_BYTES, 512, 1024, 2048, 4096)}
+_MAX_CALL_BYTES, _SAMPLE_BYTES, _MAX_CALLS = 64 * MIB, 64 * MIB, 20
+_GEMM, _BESIDE_BYTES = 4096, 16 * MIB
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One point.
+
+    Attributes:
+        placement: "hbm", "uva" or "staged".
+        row_bytes, table_bytes: as in the report.
+        rows: ids a call, which are what is in flight.
+        cold: fresh random ids in each call; False: the same ids again and again.
+    """
+    placement: str
+    row_bytes: int
+    table_bytes: int
+    rows: int
+    cold: bool = True
+
+
+class Gather:
+    """Calls of gather_rows of one shape on a GPU.
+
+    Args:
+        gpu: the device.
+        memory: uint8, of the device or pinned.
+        shape: of the calls.
+    """
+
+    def __init__(self, gpu: Any, memory: Any, shape: Shape):
+        num_rows = shape.table_bytes // shape.row_bytes
+        stored = memory[:num_rows * shape.row_bytes].view(num_rows, shape.row_bytes)
+        packed = shape.row_bytes == V41_ROW_BYTES
+        self.table = RowTable.from_tensor(stored, row_format="fp8_e4m3_block32_packed", row_dim=V41_ROW_DIM) if packed else \
+            RowTable.from_tensor(stored.view(torch.bfloat16))
+        self.shape, self.gpu, self.num_rows = shape, gpu, num_rows
+        self.calls_a_sample = max(1, min(_MAX_CALLS, _SAMPLE_BYTES // (shape.rows * shape.row_bytes)))
+        staged = shape.placement == "staged"
+        self.ids = torch.empty(self.calls_a_sample, shape.rows, dtype=torch.int64, device="cpu" if staged else gpu.device)
+        self.out = gpu.empty(shape.rows * self.table.row_dim * 2).view(torch.bfloat16).view(shape.rows, self.table.row_dim)
+        self.staging = gpu.host(self.out.numel() * 2, True).view(torch.bfloat16).view_as(self.out) if staged else None
+        self.ids.random_(0, num_rows)
+
+    def calls(self) -> list[Callable[[], object]]:
+        """Fresh calls; run them before the next are made."""
+        if self.shape.cold:
+            self.ids.random_(0, self.num_rows)
+        sets = list(self.ids) if self.shape.cold else [self.ids[0]] * self.calls_a_sample
+        return [partial(gather_rows, self.table, ids, out=self.out) for ids in sets]
+
+    def sample(self) -> float:
+        """Seconds of a call."""
+        if self.staging is None:
+            return float(self.gpu.seconds(self.calls()))
+        self.ids.random_(0, self.num_rows)
+        return float(self.gpu.wall_seconds(self._stage)) / self.calls_a_sample
+
+    def _stage(self) -> None:
+        for ids in self.ids:
+            gather_rows(self.table, ids, out=self.staging)
+            self.out.copy_(self.staging, non_blocking=True)
+            self.gpu.sync()  # the buffer is used again
+
+    def cell(self, session: Session, backend: str) -> JsonCell:
+        """What is measured."""
+        shape = self.shape
+        return {"probe": "gpu_gather", "op": "gather_rows", "tier": "hbm" if shape.placement == "hbm" else "host",
+                "placement": shape.placement, "row_bytes": shape.row_bytes, "row_format": self.table.row_format,
+                "table_bytes": shape.table_bytes, "rows": shape.rows, "bytes": shape.rows * shape.row_bytes, "order": "uniform",
+                "cold": shape.cold, "gpu": session.options.gpu, "beside": "nothing",
+                "pinned": None if shape.placement == "hbm" else True,
+                "threads": torch.get_num_threads() if shape.placement == "staged" else None, "facts": {"backend": backend}}
+
+
+def gather(session: Session, gpu: Any) -> None:
+    """The surface of row size, table size and rows in flight, by placement."""
+    backend = gpu.gather_backend()
+    hbm = _sizes(gpu.free_bytes() * 6 // 10, (GIB, 8 * GIB) if session.quick else (GIB // 4, GIB, 4 * GIB, 16 * GIB, 64 * GIB))
+    host = _sizes(host_limit(session) // 2, (2 * GIB,) if session.quick else (GIB, 16 * GIB))
+    # the host first: what no one knows beforehand
+    for placement, sizes in (("uva", host), ("hbm", hbm), ("staged", host)):
+        try:
+            memory = gpu.empty(sizes[-1]) if placement == "hbm" else gpu.host(sizes[-1], True)
+        except RuntimeError as err:
+            session.skip({"probe": "gpu_gather", "placement": placement, "table_bytes": sizes[-1]}, "NO_MEMORY", str(err)[:300])
+            continue
+        for shape in shapes(session, placement, sizes):
+            _measure(session, gpu, memory, shape, backend if placement != "staged" else "cpu")
+        del memory
+        gpu.release()
+
+
+def _sizes(limit: int, wanted: tuple[int, ...]) -> list[int]:
+    sizes = sorted({min(size, limit) // MIB * MIB for size in wanted})
+    if sizes[0] < MIB:
+        raise Skip("NO_MEMORY", f"a table may have {limit // MIB} MiB here")
+    return sizes
+
+
+def shapes(session: Session, placement: str, sizes: list[int]) -> list[Shape]:
+    """The points, those that a planner needs most first."""
+    mode, largest = session.options.mode, sizes[-1]
+    tokens = _TOKENS[mode]
+    row_sizes = _ROW_BYTES[mode] if placement != "staged" or not session.quick else (V41_ROW_BYTES, 512)
+    points = [Shape(placement, row, size, V41_COLUMNS * t) for size in reversed(sizes) for row in row_sizes
+              for t in reversed(tokens if row in (V41_ROW_BYTES, 512) or not session.quick else tokens[-1:])]
+    if placement == "hbm":
+        points += [Shape(placement, row, largest, V41_COLUMNS * t, cold=False) for row in (V41_ROW_BYTES, 512) for t in (1, 512)]
+    return [p for p in points if p.rows * p.row_bytes <= _MAX_CALL_BYTES] + \
+        [Shape(p.placement, p.row_bytes, p.table_bytes, _MAX_CALL_BYTES // p.row_bytes, p.cold)
+         for p in points if p.rows * p.row_bytes > _MAX_CALL_BYTES]
+
+
+def _measure(session: Session, gpu: Any, memory: Any, shape: Shape, backend: str) -> None:
+    base: JsonCell = {"probe": "gpu_gather", "placement": shape.placement, "row_bytes": shape.row_bytes,
+                      "table_bytes": shape.table_bytes, "rows": shape.rows}
+    try:
+        work = Gather(gpu, memory, shape)
+    except (RuntimeError, ValueError) as err:
+        session.skip(base, "NO_MEMORY" if "memory" in str(err) else "NOT_SUPPORTED", str(err)[:300])
+        return
+    peak = {"hbm": "hbm_stream", "uva": "link_h2d", "staged": "link_h2d"}[shape.placement]
+    session.measure(work.cell(session, backend), work.sample, peak=peak, may_be_cached=not shape.cold or shape.table_bytes < GIB)
+
+
+def interference(session: Session, gpu: Any) -> None:
+    """Rows gathered while a GEMM, or copies to the device, run on another stream; and what that does to the other work."""
+    backend = gpu.gather_backend()
+    size = _sizes(min(gpu.free_bytes() // 4, host_limit(session) // 4), (GIB,))[0]
+    side = _GEMM if size == GIB else 256
+    a, b, c = (torch.ones(side, side, dtype=torch.bfloat16, device=gpu.device) for _ in range(3))
+    source, target = gpu.host(_BESIDE_BYTES, True), gpu.empty(_BESIDE_BYTES)
+    others = {"gemm": lambda: torch.mm(a, b, out=c), "copies": lambda: target.copy_(source, non_blocking=True)}
+    for placement in ("uva", "hbm"):
+        memory = gpu.host(size, True) if placement == "uva" else gpu.empty(size)
+        for tokens in (16, 512):
+            work = Gather(gpu, memory, Shape(placement, V41_ROW_BYTES, size, V41_COLUMNS * tokens))
+            for beside, other in others.items():
+                _measure_beside(session, gpu, work, (beside, other), backend)
+        del memory
+        gpu.release()
+
+
+def _measure_beside(session: Session, gpu: Any, work: Gather, beside: tuple[str, Callable[[], object]], backend: str) -> None:
+    name, other = beside
+    work.sample()
+    gpu.seconds([other] * 2)
+    alone, other_alone = work.sample(), gpu.seconds([other] * 4)
+    # the other work outlasts the gathers, so that they are beside it to their end
+    count = min(256, 2 + int(1.5 * alone * work.calls_a_sample / other_alone))
+    cell = {**work.cell(session, backend), "probe": "gpu_interference", "beside": name}
+    result = session.measure(cell, lambda: gpu.seconds_beside(work.calls(), [other] * count))
+    if result["status"] != "ok":
+        return
+    rounds = max(1, min(16, int(1.5 * 4 * other_alone / max(alone * work.calls_a_sample, 1e-9))))
+    slowed = sorted(gpu.seconds_beside([other] * 4, [c for _ in range(rounds) for c in work.calls()]) for _ in range(5))[2]
+    result["slowdown_of_other"] = slowed / other_alone
+    result["facts"].update(slowdown_of_gather=result["median"] / alone)

@@ -1,0 +1,229 @@
+"""The GPU half of `profile`, on a fake device and a fake NVML."""
+import fake_gpu
+import jsonschema
+import pytest
+import torch
+from profile_machine import SCHEMA, quiet_machine
+
+from engram_kernels.profile import probes_gpu, probes_gpu_gather
+from engram_kernels.profile import session as session_module
+from engram_kernels.profile.gpu_device import TorchGpu
+from engram_kernels.profile.nvml import FIELDS, Nvml, link_payload_bytes_per_s, throttle_reasons
+from engram_kernels.profile.session import Options, Session
+
+# which fields each call serves
+SERVES = {"nvmlDeviceGetClockInfo": {"sm_clock_mhz", "memory_clock_mhz"},
+          "nvmlDeviceGetMaxClockInfo": {"sm_clock_max_mhz", "memory_clock_max_mhz"}}
+FIELD_CALLS = [name for name in fake_gpu.CALLS if name not in (
+    "nvmlInit", "nvmlDeviceGetPcieThroughput", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByIndex")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Sizes and times that a CPU does in a moment."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(probes_gpu, "_LINK_BYTES", {"quick": (1 << 16, 1 << 20)})
+    patch.setattr(probes_gpu, "_LOAD_BYTES", 1 << 20)
+    patch.setattr(probes_gpu, "_LOAD_SECONDS", 0.05)
+    patch.setattr(session_module, "_CELL_SECONDS", {"quick": 0.0})
+    patch.setattr(probes_gpu_gather, "_MAX_CALL_BYTES", 1 << 20)
+    patch.setattr(probes_gpu_gather, "_SAMPLE_BYTES", 1 << 18)
+    patch.setattr(probes_gpu_gather, "_BESIDE_BYTES", 1 << 16)
+    patch.setattr(probes_gpu, "_STREAM_BYTES", 1 << 20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+def run(nvml=None, open_gpu=fake_gpu.FakeGpu, **machine):
+    """A session in which the GPU probes ran, with 256 MiB of host memory."""
+    session = Session(Options("quick", max_memory_bytes=64 << 20), quiet_machine(**machine))
+    probes_gpu.run_gpu_probes(session, open_gpu, nvml or fake_gpu.FakeNvml())
+    jsonschema.Draft202012Validator(SCHEMA).validate(session.report())
+    return session
+
+
+def of(session, probe, **wanted):
+    return [c for c in session.cells if c["probe"] == probe and all(c.get(k) == v for k, v in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def session(small):
+    return run()
+
+
+def test_profile_gpu_measures_every_axis(session, compiled):
+    assert [c for c in session.cells if c["status"] == "failed"] == []
+    link = of(session, "gpu_link", status="ok")
+    assert {(c["op"], c["engine"], c["pinned"]) for c in link} == {
+        ("h2d", "copy", True), ("d2h", "copy", True), ("both", "copy", True), ("h2d", "copy", False), ("d2h", "copy", False),
+        ("h2d", "sm", True), ("d2h", "sm", True)}
+    assert {c["op"] for c in of(session, "gpu_stream", status="ok")} == {"read", "copy", "triad"}
+    rows = of(session, "gpu_gather", status="ok")
+    assert {c["placement"] for c in rows} == {"hbm", "uva", "staged"}
+    assert {c["row_bytes"] for c in rows if c["placement"] == "uva"} == {128, 264, 512, 4096}
+    assert {c["rows"] for c in rows if c["placement"] == "uva" and c["row_bytes"] == 264} == {24, 384, (1 << 20) // 264}
+    assert {c["cold"] for c in rows if c["placement"] == "hbm"} == {True, False}
+    beside = of(session, "gpu_interference", status="ok")
+    assert {(c["placement"], c["beside"]) for c in beside} == {(p, b) for p in ("uva", "hbm") for b in ("gemm", "copies")}
+    assert all(c["slowdown_of_other"] > 0 and c["facts"]["slowdown_of_gather"] > 0 for c in beside)
+
+
+def test_profile_gpu_ids_are_fresh_in_each_call(compiled):
+    from engram_kernels.profile.probes_gpu_gather import Gather, Shape
+    gpu = fake_gpu.FakeGpu(0)
+    for cold in (True, False):
+        work = Gather(gpu, gpu.empty(1 << 20), Shape("hbm", 512, 1 << 20, 96, cold))
+        asked = [tuple(call.args[1].tolist()) for _ in range(3) for call in work.calls()]
+        first = [tuple(x) for x in asked]
+        assert len(set(first)) == (1 if not cold else len({*first}))
+        if cold:  # within a sample all differ, and the next sample draws anew
+            assert len(set(tuple(call.args[1].tolist()) for call in work.calls())) == work.calls_a_sample > 1
+            before = work.ids.clone()
+            work.calls()
+            assert not torch.equal(before, work.ids)
+
+
+def test_profile_gpu_link_ceiling_is_that_of_the_link_under_load(session):
+    assert session.peaks["link_h2d"]["bytes_per_s"] == pytest.approx(63.0e9 * 512 / 536, rel=1e-3)
+    assert session.peaks["hbm"]["bytes_per_s"] == pytest.approx(4.917e12, rel=1e-3)
+    assert session.peaks["hbm"]["provenance"] == "assumed"
+    assert link_payload_bytes_per_s(3, 8) == pytest.approx(7.88e9 * 512 / 536, rel=1e-3)
+    state = of(session, "gpu_link_state", op="h2d")[0]
+    assert state["facts"]["wire_bytes_per_payload_byte"] == pytest.approx(5e10 / state["facts"]["payload_bytes_per_s"])
+
+
+@pytest.mark.parametrize("call", FIELD_CALLS)
+def test_profile_nvml_call_that_is_refused_costs_its_own_fields_only(call):
+    values, unread = Nvml("x", 0, fake_gpu.FakeNvml()).read()
+    assert set(values) == set(FIELDS) and unread == {}
+    less, why = Nvml("x", 0, fake_gpu.FakeNvml(refused={call})).read()
+    assert set(why) and set(less) | set(why) == set(FIELDS)
+    assert all(less[name] == values[name] for name in less)
+    assert len(why) == len(SERVES.get(call, {"one"})) and all(call in text for text in why.values())
+
+
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetPcieThroughput",
+                                  "nvmlDeviceGetCurrPcieLinkGeneration", "nvmlDeviceGetCurrentClocksEventReasons"])
+def test_profile_gpu_without_part_of_nvml_still_measures(call, compiled):
+    refused = {call, "nvmlDeviceGetHandleByUUID"}  # the index is what is left
+    session = run(fake_gpu.FakeNvml(refused=refused))
+    assert of(session, "gpu_gather", status="ok") and of(session, "gpu_link", status="ok")
+    state = of(session, "gpu_link_state")
+    if call in ("nvmlInit", "nvmlDeviceGetHandleByIndex"):
+        assert [c["reason"]["kind"] for c in state] == ["NO_NVML"] and session.probes["gpu_link_state"]["verdict"] == "SKIPPED"
+    else:
+        assert {c["status"] for c in state} == {"ok"}
+        assert ("wire_bytes_per_payload_byte" in state[0]["facts"]) == (call != "nvmlDeviceGetPcieThroughput")
+    assert session.machine["gpu"][0]["unread"] or call == "nvmlDeviceGetPcieThroughput"
+
+
+@pytest.mark.parametrize("answers, verdict, flag", [
+    ({"nvmlDeviceGetCurrPcieLinkGeneration": 3}, "LINK_DEGRADED", "link_generation 3 under load, 5 is possible"),
+    ({"nvmlDeviceGetCurrPcieLinkWidth": 8}, "LINK_DEGRADED", "link_width 8 under load, 16 is possible"),
+    ({"nvmlDeviceGetCurrentClocksEventReasons": 0x44}, "THROTTLED", "power cap"),
+])
+def test_profile_gpu_verdict_of_the_link(answers, verdict, flag, compiled):
+    session = run(fake_gpu.FakeNvml(**answers))
+    assert session.probes["gpu_link_state"]["verdict"] == verdict and session.probes["gpu_link_state"]["advice"]
+    assert flag in of(session, "gpu_link_state")[0]["flags"]
+    if verdict == "THROTTLED":
+        assert {c["verdict"] for c in of(session, "gpu_stream", status="ok")} == {"THROTTLED"}
+
+
+def test_profile_gpu_on_another_numa_node(monkeypatch, compiled):
+    monkeypatch.setattr(probes_gpu, "numa_node", lambda bus: 1)
+    nodes = [{"node": 0, "cpus": [0, 1], "memory_bytes": 1}, {"node": 1, "cpus": [4096], "memory_bytes": 1}]
+    session = run(numa=nodes)
+    assert {c["verdict"] for c in of(session, "gpu_link", status="ok")} <= {"NUMA_REMOTE"}
+    assert session.probes["gpu_link"]["verdict"] in ("NUMA_REMOTE", "ABOVE_PEAK")
+
+
+def test_profile_gpu_faster_than_its_link_is_invalid(compiled):
+    class Impossible(fake_gpu.FakeGpu):
+        call_seconds = 1e-6
+    session = run(open_gpu=Impossible)
+    bad = of(session, "gpu_link", op="h2d", engine="copy", pinned=True, table_bytes=1 << 20)
+    assert {(c["status"], c["verdict"]) for c in bad} == {("invalid", "ABOVE_PEAK")}
+
+
+def broken(name):
+    """A device whose method `name` raises."""
+    class Broken(fake_gpu.FakeGpu):
+        pass
+
+    def raises(self, *args):
+        raise RuntimeError(f"CUDA error in {name}")
+    setattr(Broken, name, raises)
+    return Broken
+
+
+@pytest.mark.parametrize("name, kept", [("host", {"gpu_stream"}), ("alias", {"gpu_stream", "gpu_link", "gpu_gather"}),
+                                        ("seconds_beside", {"gpu_link_state"}), ("wall_seconds", {"gpu_stream", "gpu_gather"}),
+                                        ("empty", set()), ("gather_backend", {"gpu_stream", "gpu_link"}),
+                                        ("free_bytes", {"gpu_link"}),
+                                        ("both", {"gpu_stream", "gpu_gather"}), ("sync", {"gpu_stream"})])
+def test_profile_gpu_operation_that_breaks_leaves_the_other_probes(name, kept, compiled):
+    session = run(open_gpu=broken(name))
+    assert set(session.probes) == {"gpu_link_state", "gpu_stream", "gpu_link", "gpu_gather", "gpu_interference"}
+    for probe in kept:
+        assert of(session, probe, status="ok"), probe
+    assert any(c["reason"] and f"CUDA error in {name}" in c["reason"]["text"] for c in session.cells)
+
+
+def test_profile_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    session = run(open_gpu=None)
+    assert {c["reason"]["kind"] for c in session.cells} == {"NO_GPU"} and len(session.probes) == 5
+    assert {p["verdict"] for p in session.probes.values()} == {"SKIPPED"}
+
+    def refused(index):
+        raise RuntimeError("all devices are busy")
+    assert "all devices are busy" in run(open_gpu=refused).cells[0]["reason"]["text"]
+
+
+class Cuda:
+    """torch.cuda with a clock: a queued kernel costs the host a millisecond, a cycle of the block a nanosecond."""
+
+    def __init__(self):
+        self.host = self.device = 0.0
+        self.blocks = []
+
+    def install(self, monkeypatch):
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                self.at = None
+
+            def record(self):
+                self.at = outer.device
+
+            def query(self):
+                return outer.host >= self.at
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(self, "host", max(self.host, self.device)))
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles):
+        self.blocks.append(cycles)
+        self.device = max(self.device, self.host) + cycles * 1e-9
+
+    def kernel(self):
+        self.host += 1e-3
+        self.device = max(self.device, self.host) + 10e-6
+
+
+def test_profile_gpu_timing_blocks_the_stream_until_all_is_queued(monkeypatch):
+    cuda = Cuda()
+    cuda.install(monkeypatch)
+    gpu = object.__new__(TorchGpu)
+    gpu.device, gpu._block_cycles = None, 2_000_000
+    assert gpu.seconds([cuda.kernel] * 20) == pytest.approx(10e-6)  # and not the millisecond that a launch takes
+    assert cuda.blocks == [2_000_000, 8_000_000, 32_000_000]
+    assert throttle_reasons(None) == [] and throttle_reasons(1) == []
