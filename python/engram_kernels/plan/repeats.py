@@ -166,14 +166,7 @@ def cache_trace(rows: np.ndarray) -> np.ndarray:
 
 
 def cache_hit_rates(rows: np.ndarray, slots: tuple[int, ...]) -> dict[int, float]:
-    """Cache size in rows -> hits over distinct rows asked for, from an empty cache.
-
-    Raises:
-        RuntimeError: the compiled module, whose cache it is, is not there.
-    """
-    from engram_kernels._library import COMPILE_ERROR
-    if COMPILE_ERROR is not None:
-        raise RuntimeError(f"plan: the hit rate of a text is counted by the compiled module: {COMPILE_ERROR}")
+    """Cache size in rows -> hits over distinct rows asked for, from an empty cache; counted by the compiled module's own."""
     from engram_kernels import _C
     trace = cache_trace(rows)
     return {size: _C.RowCacheDirectory(size).replay(trace) / trace.size for size in slots}

@@ -69,13 +69,14 @@ def _no_gpu() -> str | None:
     return None
 
 
-def run_trial(pick: str, work: Workload, here: Hardware, seconds: float = 2.0) -> Trial:
+def run_trial(pick: str, work: Workload, here: Hardware, planned: Hardware, seconds: float = 2.0) -> Trial:
     """Runs the pick, or what can run of it here: gathers by the CPU.
 
     Args:
         pick: the placement that won.
         work: what was planned for; its tokens are cut to `MAX_TOKENS`, its tables to one of `TABLE_BYTES`.
         here: this machine, as the model sees it: what its profile measured, or constants.
+        planned: the machine that was planned for: predicts for a GPU that no profile of this machine measured.
         seconds: of measuring, at most about.
 
     Raises:
@@ -85,7 +86,7 @@ def run_trial(pick: str, work: Workload, here: Hardware, seconds: float = 2.0) -
     placement = pick if why_not is None else "staged"
     small = _small(work)
     cpu = placement in ("staged", "file")
-    node = dataclasses.replace(here, hbm_bytes=None, copy_latency=None) if cpu else here
+    node = dataclasses.replace(here, hbm_bytes=None, copy_latency=None) if cpu else here if here.has_gpu else planned
     predicted = lookup(placement, small, node).seconds
     requests = _requests(small)
     with tempfile.TemporaryDirectory(prefix="engram-plan-") as folder:
