@@ -196,8 +196,8 @@ def test_table_tags_every_number(capsys):
     for line in text.partition("placement  ")[2].splitlines():
         if line.startswith(("HBM", "UVA", "staged", "file", "remote")):
             cells = [c for c in re.split(r"  +", line)[2:] if c != "-"]
-            assert cells and all(re.search(r" [gmsa]$", c) for c in cells), line
-    assert "g given, m measured, s simulated, a assumed" in text
+            assert cells and all(re.search(r" \([gmsa]\)$", c) for c in cells), line
+    assert "(g) given, (m) measured, (s) simulated, (a) assumed" in text
     assert re.search(r"^pick: .+\nrunner-up: .+\nflips to ", text, re.M)
 
 

@@ -108,6 +108,7 @@ def assumed_hardware(name: str) -> Hardware:
     return dataclasses.replace(
         node, hbm_bytes=assumed(LEFT_SHARE * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is "
                                 "left beside weights and KV cache"),
+        disk_reads=assumed(900_000, "1/s", _SHEET + "Samsung PM9A3, random reads of 4 KiB"),
         hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title),
         hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak"),
         uva=uva, nvlink=assumed(nvlink, "B/s", f"{_SHEET}{title}, one direction"),

@@ -17,7 +17,7 @@ from engram_kernels.plan.workload import Workload
 from engram_kernels.profile.show import bytes_text, time_text
 
 SCHEMA_VERSION = 1
-LEGEND = "g given, m measured, s simulated, a assumed; what is computed is as weak as its weakest input"
+LEGEND = "(g) given, (m) measured, (s) simulated, (a) assumed; what is computed is as weak as its weakest input"
 _HEAD = ("placement", "fits", "lookup a step", "hidden", "exposed", "step slower by", "largest step hidden", "HBM freed a GPU")
 
 
@@ -25,17 +25,17 @@ def tagged(quantity: Quantity | None, text: str | None = None) -> str:
     """A number for reading, with the letter of its provenance."""
     if quantity is None:
         return "-"
-    return f"{_text(quantity) if text is None else text} {quantity.provenance.word[0]}"
+    return f"{_text(quantity) if text is None else text} ({quantity.provenance.word[0]})"
 
 
 def _text(quantity: Quantity) -> str:
     value, unit = quantity.value, quantity.unit
     if unit == "s":
-        return "0 s" if value == 0 else time_text(value)
+        return "0 s" if abs(value) < 1e-12 else time_text(value)  # less is rounding
     if unit == "B":
         return f"-{bytes_text(-value)}" if value < 0 else bytes_text(value)
     if unit == "B/s":
-        return f"{value / 1e9:.3g} GB/s"
+        return f"{value / 1e9:,.0f} GB/s" if value >= 1e12 else f"{value / 1e9:.3g} GB/s"
     if unit == "1/s":
         return f"{value:,.0f} / s"
     if unit in ("tokens", "rows"):
@@ -79,7 +79,7 @@ class Printer:
         if self._console is None:
             print(text, file=self._out)
         else:
-            self._console.print(text, style=style, soft_wrap=True, markup=False)
+            self._console.print(text, style=style, markup=False)
 
 
 def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> None:
