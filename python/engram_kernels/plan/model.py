@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -229,14 +230,16 @@ def find_flip(work: Workload, node: Hardware, winner: str | None) -> Flip | None
         changed = moved(name, factor, work, node)
         return winner if changed is None else winner_of(*changed)
 
+    def flips(name: str, factor: float) -> bool:
+        return wins(name, factor) not in (winner, None)
+
     for exponent in range(1, round(math.log(MAX_FACTOR, _STEP)) + 1):
         found = []
         for name, now in values.items():
             for direction in (_STEP, 1 / _STEP):
-                if (other := wins(name, direction**exponent)) != winner and other is not None:
-                    factor = _bisect(lambda f, name=name: wins(name, f) != winner, direction ** (exponent - 1),  # type: ignore[misc]
-                                     direction**exponent)
-                    found.append(Flip(name, now, now.scaled(factor), factor, wins(name, factor) or other))
+                if flips(name, direction**exponent):
+                    factor = _bisect(functools.partial(flips, name), direction ** (exponent - 1), direction**exponent)
+                    found.append(Flip(name, now, now.scaled(factor), factor, str(wins(name, factor))))
         if found:
             return min(found, key=lambda flip: abs(math.log(flip.factor)))
     return None
