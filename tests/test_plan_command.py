@@ -180,6 +180,21 @@ def test_json_has_no_number_without_provenance(tmp_path, monkeypatch):
     assert plan["inputs"]["room in host memory"]["provenance"] == "given"
 
 
+@pytest.mark.parametrize("name", cli.PRESETS)
+@pytest.mark.parametrize("gpu", ["none", "h100"])
+def test_every_spec_is_planned_by_name_and_from_a_file(tmp_path, capsys, name, gpu):
+    path = tmp_path / "spec.json"
+    cli.PRESETS[name]().to_json(path)
+    plans = []
+    for spec in (name, str(path)):
+        arguments = ["--gpu", gpu, "--host-gib", "512", "--disk-gib", "512", "--no-run", "--json"]
+        assert cli.main(["plan", "--spec", spec, *arguments]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1] and plans[0]["spec"] == name
+    rows = cli.PRESETS[name]().layout().num_rows
+    assert plans[0]["inputs"]["table size"]["value"] == sum(rows) * cli.PRESETS[name]().bytes_per_row
+
+
 def test_json_alone_is_all_that_is_printed(capsys):
     assert cli.main(["plan", "--gpu", "h100", "--no-run", "--json"]) == 0
     printed = capsys.readouterr()

@@ -117,7 +117,8 @@ def inputs(work: Workload, node: Hardware) -> list[tuple[str, Quantity]]:
 def verdict_lines(plan: Plan, work: Workload) -> list[str]:
     """The pick, the runner-up, and what would flip them."""
     if plan.winner is None:
-        return ["pick: none. No placement fits; the table says what each lacks"]
+        return ["pick: none. No placement fits; the table says what each lacks. --gpu, --host-gib, --disk-gib, --hbm-gib and "
+                "--nodes plan for another machine"]
     first = plan.outcomes[plan.winner]
     lines = [f"pick: {TITLES[plan.winner]}. A step is {tagged(first.slower_s)} slower, "
              f"{tagged(first.exposed_s)} of it waiting for rows; frees {tagged(first.freed_bytes)} of device memory a GPU"]
