@@ -164,9 +164,8 @@ def machine_of(gpu: str | None, profiles: list[tuple[Path, dict[str, Any]]]) -> 
         node = dataclasses.replace(assumed_hardware(known or "h100"), name=measured_gpus[-1])
     else:
         node = assumed_hardware(gpu or "none")
-    if not profiles:
-        node = this_node(node, info.collect()["machine"]["memory_free_bytes"], shutil.disk_usage(tempfile.gettempdir()).free) \
-            if not node.has_gpu else node
+    if not profiles and not node.has_gpu:
+        node = this_node(node, info.collect()["machine"]["memory_free_bytes"], shutil.disk_usage(tempfile.gettempdir()).free)
     for path, profile in profiles:
         name = gpu_name(profile)
         planned = name is not None and (gpu in (None, "here") or gpu in name.lower())

@@ -175,7 +175,8 @@ def winner_of(work: Workload, node: Hardware) -> str | None:
 # every input that is moved: name in words, and the field of the workload or of the hardware
 _WORK_INPUTS = {"tokens a step": "tokens", "step time": "step", "time that ids are known ahead": "ahead",
                 "table size": "table_bytes", "copies of the table": "copies", "size of the hot-row cache": "cache_bytes",
-                "unique ratio": "repeats"}
+                "unique ratio": "repeats", "hit rate of the hot-row cache": "repeats"}
+_RATIOS = {"unique ratio": "unique_factor", "hit rate of the hot-row cache": "hit_factor"}
 _NODE_INPUTS = {"room in device memory": "hbm_bytes", "room in host memory": "host_bytes", "room on disk": "disk_bytes",
                 "row gather rate from HBM": "hbm_gather", "UVA rate": "uva", "copy engine rate": "link",
                 "host gather rate": "host_copy", "host gather rate, dequantizing": "host_decode",
@@ -192,8 +193,10 @@ def input_names() -> list[str]:
 
 def input_value(name: str, work: Workload, node: Hardware) -> Quantity | None:
     """An input's value for this workload; None: this machine has no such thing, or it is 0 and cannot be scaled."""
-    if name == "unique ratio":
-        return work.repeats.unique_ratio(work.tokens.value)
+    if name in _RATIOS:
+        if name != "unique ratio" and (not node.has_gpu or work.hit_rate.value == 0):
+            return None
+        return work.repeats.unique_ratio(work.tokens.value) if name == "unique ratio" else work.hit_rate
     value = getattr(work, _WORK_INPUTS[name]) if name in _WORK_INPUTS else getattr(node, _NODE_INPUTS[name])
     if isinstance(value, Surface):
         value = value.at(work.row_bytes, work.table_bytes.value)
@@ -202,10 +205,13 @@ def input_value(name: str, work: Workload, node: Hardware) -> Quantity | None:
 
 def moved(name: str, factor: float, work: Workload, node: Hardware) -> tuple[Workload, Hardware] | None:
     """Workload and machine with one input `factor` times as large; None: such an input makes no sense."""
-    if name == "unique ratio":
-        if work.repeats.unique_ratio(work.tokens.value).value * factor > 1:
+    if name in _RATIOS:
+        now = input_value(name, work, node)
+        if now is None or now.value * factor > 1:
             return None
-        return dataclasses.replace(work, repeats=dataclasses.replace(work.repeats, factor=work.repeats.factor * factor)), node
+        field = _RATIOS[name]
+        repeats = dataclasses.replace(work.repeats, **{field: getattr(work.repeats, field) * factor})
+        return dataclasses.replace(work, repeats=repeats), node
     try:
         if name in _WORK_INPUTS:
             field = _WORK_INPUTS[name]

@@ -6,7 +6,6 @@ import dataclasses
 from engram_kernels.plan.hardware import Hardware, rate_at
 from engram_kernels.plan.profile_input import PAGE_BYTES
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, total
-from engram_kernels.plan.repeats import SLOT_BYTES
 from engram_kernels.plan.workload import OUT_BYTES, SPLIT_FORMATS, Workload, touched
 
 PLACEMENTS = ("hbm", "hbm_cache", "uva", "staged", "file", "remote")
@@ -115,7 +114,7 @@ def _hbm(work: Workload, node: Hardware) -> Lookup:
         away = derived("1", lambda g, n: (g - 1) / (g * n), work.gpus, work.nodes)
         stages.append(Stage("nvlink", _seconds(work.row_bytes, work.requested, nvlink, away), _NO_COMPUTE))
     stages += _from_other_nodes(work, node, work.requested)
-    return Lookup(latency, tuple(stages), mine, _fits(mine, node.hbm_bytes, "device memory a GPU"))
+    return Lookup(_latency(work, node, latency), tuple(stages), mine, _fits(mine, node.hbm_bytes, "device memory a GPU"))
 
 
 def _from_other_nodes(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:
@@ -141,16 +140,14 @@ def _uva(work: Workload, node: Hardware) -> Lookup:
 
 def _hbm_cache(work: Workload, node: Hardware) -> Lookup:
     latency, hbm_rate, share = _device(node, "gpu_latency", "hbm_gather", "gather_share")
-    slots = derived("rows", lambda c: c // (work.row_bytes + SLOT_BYTES), work.cache_bytes)
-    hit_rate = work.repeats.hit_rate(slots.value / len(work.spec.layer_ids))
-    hit_rows = derived("rows", lambda n, h, _: n * h, work.distinct, hit_rate, slots)
+    hit_rows = derived("rows", lambda n, h: n * h, work.distinct, work.hit_rate)
     missed = derived("rows", lambda n, h: n - h, work.distinct, hit_rows)
     hits = Stage("hbm", _seconds(work.row_bytes, hit_rows, rate_at(hbm_rate, work.row_bytes, max(work.cache_bytes.value, 1))),
                  _MEMORY_BOUND)
     misses = Stage("link", _seconds(work.row_bytes, missed, _uva_rate(work, node)), share)
     host = derived("B", lambda table, copies: table * copies, work.table_bytes, work.copies)
     device = derived("B", lambda c, ring: c + ring, work.cache_bytes, _ring(work))
-    why_not = "the cache has no room: no device memory is given to it" if slots.value < 1 else (
+    why_not = "the cache has no room: no device memory is given to it" if work.cache_slots.value < 1 else (
         _fits(device, node.hbm_bytes, "device memory") or _fits(host, node.host_bytes, "host memory"))
     return Lookup(latency, (misses, hits), device, why_not)
 
@@ -174,8 +171,10 @@ def _to_device(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:
             Stage("hbm", expand, _MEMORY_BOUND)]
 
 
-def _latency(node: Hardware, first: Quantity) -> Quantity:
-    return derived("s", lambda a, b: a + b, first, node.copy_latency) if node.copy_latency is not None else first
+def _latency(work: Workload, node: Hardware, *parts: Quantity | None) -> Quantity:
+    """Those that there are, and a hop over the network where shards are exchanged."""
+    hop = node.network_latency if work.nodes.value > 1 else None
+    return total("s", [part for part in (*parts, hop) if part is not None])
 
 
 def _asked(work: Workload, node: Hardware) -> Quantity:
@@ -188,7 +187,7 @@ def _staged(work: Workload, node: Hardware) -> Lookup:
     shard = derived("B", lambda table, copies, nodes: table * copies / nodes, work.table_bytes, work.copies, work.nodes)
     stages = [_host_gather(work, node, rows, work.table_bytes.value / work.nodes.value), *_from_other_nodes(work, node, rows),
               *_to_device(work, node, rows)]
-    return Lookup(_latency(node, node.host_latency), tuple(stages), _device_ring(work, node),
+    return Lookup(_latency(work, node, node.host_latency, node.copy_latency), tuple(stages), _device_ring(work, node),
                   _fits(shard, node.host_bytes, "host memory"))
 
 
@@ -203,7 +202,7 @@ def _file(work: Workload, node: Hardware) -> Lookup:
     # from buffers that the drive has just written: a small table
     stages = [reads, _host_gather(work, node, rows, PAGE_BYTES * max(rows.value, 1)), *_from_other_nodes(work, node, rows),
               *_to_device(work, node, rows)]
-    return Lookup(_latency(node, node.disk_latency), tuple(stages), _device_ring(work, node),
+    return Lookup(_latency(work, node, node.disk_latency, node.copy_latency), tuple(stages), _device_ring(work, node),
                   _fits(shard, node.disk_bytes, "disk"))
 
 
@@ -212,8 +211,7 @@ def _remote(work: Workload, node: Hardware) -> Lookup:
     rows = work.distinct
     gather = dataclasses.replace(_host_gather(work, node, rows, work.table_bytes.value), share=_NO_COMPUTE)
     stages = [gather, Stage("network", _seconds(work.row_bytes, rows, node.network), _NO_COMPUTE), *_to_device(work, node, rows)]
-    latency = derived("s", lambda a, b: a + b, node.host_latency, node.network_latency)
     others = derived("B", lambda room, nodes: room * (nodes - 1), node.host_bytes, work.nodes)
     why_not = "there is no other node (--nodes)" if work.nodes.value < 2 else _fits(work.table_bytes, others,
                                                                                   "the other nodes' memory")
-    return Lookup(_latency(node, latency), tuple(stages), _device_ring(work, node), why_not)
+    return Lookup(_latency(work, node, node.host_latency, node.copy_latency), tuple(stages), _device_ring(work, node), why_not)

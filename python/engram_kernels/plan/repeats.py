@@ -42,22 +42,24 @@ class Repeats:
     Attributes:
         unique: (tokens in a batch, distinct rows over rows asked for).
         hits: (rows in the cache, hits over distinct rows asked for).
-        factor: the unique ratio is this many times the curve's, at most 1.
+        unique_factor, hit_factor: both are this many times the curves', at most 1.
     """
     unique: tuple[tuple[float, Quantity], ...]
     hits: tuple[tuple[float, Quantity], ...]
-    factor: float = 1.0
+    unique_factor: float = 1.0
+    hit_factor: float = 1.0
 
     def unique_ratio(self, tokens: float) -> Quantity:
         """Distinct rows over rows asked for in a batch of so many tokens."""
         ratio = interpolate(self.unique, max(tokens, 1.0), "batches of {:,.0f} tokens")
-        return derived("1", lambda r: min(r * self.factor, 1.0), ratio)
+        return derived("1", lambda r: min(r * self.unique_factor, 1.0), ratio)
 
     def hit_rate(self, rows: float) -> Quantity:
         """Share of the distinct rows that a cache of so many rows holds."""
         if rows < 1:
             return given(0, "1", "a cache of no rows")
-        return interpolate(self.hits, rows, "a cache of {:,.0f} rows")
+        rate = interpolate(self.hits, rows, "a cache of {:,.0f} rows")
+        return derived("1", lambda r: min(r * self.hit_factor, 1.0), rate)
 
 
 def published_repeats(spec: EngramSpec, kind: str, phase: str) -> Repeats:

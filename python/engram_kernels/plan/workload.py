@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from engram_kernels.plan.quantity import Quantity, derived, given
-from engram_kernels.plan.repeats import Repeats
+from engram_kernels.plan.repeats import SLOT_BYTES, Repeats
 from engram_kernels.spec import EngramSpec
 
 SECTOR_BYTES = 32  # the least that a GPU asks of the link
@@ -67,6 +67,17 @@ class Workload:
     def distinct(self) -> Quantity:
         """Those that are left after duplicates within the step are dropped."""
         return derived("rows", lambda n, u: n * u, self.requested, self.repeats.unique_ratio(self.tokens.value))
+
+    @property
+    def cache_slots(self) -> Quantity:
+        """Rows that the hot-row cache holds, of all layers."""
+        return derived("rows", lambda c: c // (self.row_bytes + SLOT_BYTES), self.cache_bytes)
+
+    @property
+    def hit_rate(self) -> Quantity:
+        """Share of the distinct rows that are in one layer's part of the cache."""
+        slots = self.cache_slots
+        return derived("1", lambda h, _: h, self.repeats.hit_rate(slots.value / len(self.spec.layer_ids)), slots)
 
     @property
     def link_bytes(self) -> float:
