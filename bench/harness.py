@@ -34,26 +34,38 @@ def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: st
     benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=1)
 
 
+def peak_bytes_per_s(num_bytes: int = 256 << 20, rounds: int = 9) -> float:
+    """The most that one thread gets out of memory here: the faster of reading and of copying past the caches."""
+    from engram_kernels import _C
+    from engram_kernels.profile.arena import Arena
+    a, b = Arena(num_bytes, True, [-1]).data, Arena(num_bytes, True, [-1]).data
+    return max(arrays * num_bytes / min(_C.probe_stream(loop, a, b, b, [-1]) for _ in range(rounds))
+               for loop, arrays in (("read", 1), ("copy", 2)))
+
+
 def table(run: dict[str, Any]) -> str:
-    """Markdown table of a run: median, ns a unit, GB/s, and the ratio of each contender to ours."""
+    """Markdown table of a run: median, ns a unit, GB/s, its share of the memory's peak, each contender's ratio to ours."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in run["benchmarks"]:
         groups.setdefault(entry["group"], []).append(entry)
-    cpu = run["machine_info"].get("cpu", {})
+    cpu, peak = run["machine_info"].get("cpu", {}), run.get("peak_bytes_per_s")
     lines = [f"Measured {datetime.datetime.fromisoformat(run['datetime']).date()} on {cpu.get('brand_raw', platform.machine())}, "
              f"{cpu.get('count', '?')} cores, Python {run['machine_info']['python_version']}. Medians of one run; "
-             "\"ours is\" is the time of the contender over the time of ours.", "",
-             "| workload | contender | median | per unit | GB/s | ours is |", "|---|---|---|---|---|---|"]
+             "\"ours is\" is the time of the contender over the time of ours."
+             + (f" Of peak: of the {peak / 1e9:.1f} GB/s that one thread read or copied here; what fits a cache may pass it."
+                if peak else ""), "",
+             "| workload | contender | median | per unit | GB/s | of peak | ours is |", "|---|---|---|---|---|---|---|"]
     for group, entries in groups.items():
         ours = [e["stats"]["median"] for e in entries if e["extra_info"].get("role") == "ours"]
         for entry in sorted(entries, key=lambda e: e["stats"]["median"]):
             info, median = entry["extra_info"], entry["stats"]["median"]
             per_unit = f"{median / info['units'] * 1e9:.2f} ns / {info['unit']}" if info.get("units") else ""
             rate = f"{info['num_bytes'] / median / 1e9:.1f}" if info.get("num_bytes") else ""
+            share = f"{info['num_bytes'] / median / peak:.0%}" if peak and info.get("num_bytes") else ""
             ratio = f"{median / ours[0]:.2f}x faster" if ours and info["role"] == "peer" else \
                 f"{median / ours[0]:.0%} of this bound" if ours and info["role"] == "bound" else ""
             name = f"**{info['contender']}**" if info["role"] == "ours" else info["contender"]
-            lines.append(f"| {group} | {name} | {median * 1e6:.1f} us | {per_unit} | {rate} | {ratio} |")
+            lines.append(f"| {group} | {name} | {median * 1e6:.1f} us | {per_unit} | {rate} | {share} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 

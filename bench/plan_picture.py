@@ -1,6 +1,6 @@
 """The picture of a plan in docs/: runs `engram-kernels plan` on a recorded terminal. Needs rich and Chromium.
 
-    python bench/plan_picture.py docs/plan.png --profile here.json --gpu h100 --host-gib 512
+    python bench/plan_picture.py docs/plan.png --profile profile.json --gpu h100 --host-gib 512
 """
 import contextlib
 import io

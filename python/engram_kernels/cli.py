@@ -1,7 +1,4 @@
-"""The `engram-kernels` command.
-
-Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement, 5 a required capability is absent.
-"""
+"""The `engram-kernels` command."""
 from __future__ import annotations
 
 import argparse
@@ -22,6 +19,8 @@ from engram_kernels.bench_command import compare_files, run_benchmarks
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
 from engram_kernels.spec import EngramSpec
 
+EXIT_CODES = ("Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement (profile), "
+              "5 a required capability is absent, 130 interrupted.")
 PRESETS: dict[str, Callable[[], EngramSpec]] = {
     "deepseek_v41": EngramSpec.deepseek_v41, "demo_v1": EngramSpec.demo_v1, "qwen4_ple": EngramSpec.qwen4_ple,
     "longcat": EngramSpec.longcat}
@@ -29,7 +28,8 @@ PRESETS: dict[str, Callable[[], EngramSpec]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.")
+    parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.",
+                                     epilog=EXIT_CODES)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_info(commands)

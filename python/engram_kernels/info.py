@@ -14,6 +14,9 @@ import torch
 from engram_kernels import backends
 from engram_kernels._library import COMPILE_ERROR
 
+# of /proc/cpuinfo: what the kernels use, or could
+_CPU_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",
+                 "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16")
 _PACKAGES = ("engram-kernels", "torch", "numpy", "triton", "nvidia-ml-py", "matplotlib", "rich")
 
 
@@ -29,6 +32,7 @@ def lines(info: dict[str, Any]) -> list[str]:
     machine, limits = info["machine"], info["limits"]
     out = ["versions   " + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version),
            f"machine    {machine['cpu']}, {machine['cores']} cores, kernels run as {machine['cpu_kernels']}",
+           f"features   {' '.join(machine['cpu_features']) or 'not known'}",
            f"memory     {_gib(machine['memory_bytes'])} in all, {_gib(machine['memory_free_bytes'])} free, "
            f"transparent huge pages: {machine['huge_pages']}",
            f"limits     cgroup {_gib(limits['cgroup_bytes'])}, memlock {_gib(limits['memlock_bytes'])}, "
@@ -58,13 +62,16 @@ def _version(package: str) -> str | None:
 
 def _machine() -> dict[str, Any]:
     memory = _colon_table("/proc/meminfo")
-    cpu = _colon_table("/proc/cpuinfo").get("model name") or platform.processor() or platform.machine()
+    about_cpu = _colon_table("/proc/cpuinfo")
+    cpu = about_cpu.get("model name") or platform.processor() or platform.machine()
+    flags = set((about_cpu.get("flags") or about_cpu.get("Features") or "").split())
     if COMPILE_ERROR is None:
         from engram_kernels import _C
         kernels = _C.cpu_isa()
     else:
         kernels = f"none: {COMPILE_ERROR}"
     return {"platform": platform.platform(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "cpu_kernels": kernels,
+            "cpu_features": [name for name in _CPU_FEATURES if name in flags],
             "memory_bytes": _kib(memory.get("MemTotal")), "memory_free_bytes": _kib(memory.get("MemAvailable")),
             "huge_pages": _chosen(_read("/sys/kernel/mm/transparent_hugepage/enabled"))}
 

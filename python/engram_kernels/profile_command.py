@@ -17,7 +17,7 @@ from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, wri
 from engram_kernels.profile.show import print_report
 
 GROUPS: dict[str, Callable[[Session], None]] = {"host": run_host_probes, "disk": run_disk_probes, "gpu": run_gpu_probes}
-INVALID, NO_CAPABILITY, INTERRUPTED = 4, 5, 130  # exit codes
+FAILURE, INVALID, NO_CAPABILITY, INTERRUPTED = 1, 4, 5, 130  # exit codes
 
 
 def add_arguments(commands: Any) -> None:
@@ -56,8 +56,9 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
         plots: the folder of its figures.
 
     Returns:
-        0; 4 where a measurement is invalid; 5 where figures were asked for and matplotlib is missing (the JSON is written);
-        130 after Ctrl-C, with what was measured until then written too.
+        0; 1 where a probe broke; 4 where a measurement is invalid; 5 where nothing that was asked for can be measured here, or
+        figures were asked for and matplotlib is missing (the JSON is written); 130 after Ctrl-C, with what was measured until
+        then written too.
     """
     session = Session(options, machine.collect(options.disk_folder), json_path)
     interrupted = False
@@ -75,7 +76,11 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
     drawn = _draw(report, html_path, plots)
     if interrupted:
         return INTERRUPTED
-    return INVALID if any(c["status"] == "invalid" for c in report["cells"]) else drawn
+    if any(c["status"] == "invalid" for c in report["cells"]):
+        return INVALID
+    if any(c["status"] == "failed" for c in report["cells"]):
+        return FAILURE
+    return NO_CAPABILITY if all(p["verdict"] == "SKIPPED" for p in report["probes"].values()) else drawn
 
 
 def _draw(report: dict[str, Any], html_path: Path | None, plots: Path | None) -> int:

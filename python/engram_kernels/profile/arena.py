@@ -4,14 +4,17 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
+import time
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.profile.cells import Skip
 
 _HUGE_BYTES = 2 << 20
+_PIECE_BYTES = 64 << 20
 _SMAPS = Path("/proc/self/smaps")
 _KEEP_BYTES = 512 << 20  # for everything that is no table
 
@@ -28,9 +31,11 @@ class Arena:
         huge_pages: whether they are asked for.
         cpus: whose threads touch it first; -1: any.
         node: the NUMA node that it comes from; None: that of the threads.
+        max_seconds: when touching takes longer, `data` ends where it had come to: a virtual machine may get its memory slowly.
     """
 
-    def __init__(self, num_bytes: int, huge_pages: bool, cpus: list[int], node: int | None = None):
+    def __init__(self, num_bytes: int, huge_pages: bool, cpus: list[int], node: int | None = None,
+                 max_seconds: float = 60.0):
         try:
             mapping = mmap.mmap(-1, num_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as err:
@@ -40,14 +45,23 @@ class Arena:
         whole = np.frombuffer(mapping, dtype=np.uint8)
         start = -whole.ctypes.data % _HUGE_BYTES
         self.data = whole[start:start + num_bytes]
-        if COMPILE_ERROR:
-            self.data[::mmap.PAGESIZE] = 1
-        else:
+        if node is not None and not COMPILE_ERROR:
             from engram_kernels import _C
-            if node is not None:
-                _C.probe_bind(self.data, node)
-            _C.probe_touch(self.data, cpus)
-        self.huge_pages = huge_page_bytes(self.data.ctypes.data) >= 0.9 * num_bytes
+            _C.probe_bind(self.data, node)
+        begin, there = time.monotonic(), 0
+        while there < num_bytes and (there == 0 or time.monotonic() - begin < max_seconds):
+            _touch(self.data[there:there + _PIECE_BYTES], cpus)
+            there += _PIECE_BYTES
+        self.data = self.data[:min(there, num_bytes)]
+        self.huge_pages = huge_page_bytes(self.data.ctypes.data) >= 0.9 * self.data.size
+
+
+def _touch(piece: NDArray[np.uint8], cpus: list[int]) -> None:
+    if COMPILE_ERROR:
+        piece[::mmap.PAGESIZE] = 1
+        return
+    from engram_kernels import _C
+    _C.probe_touch(piece, cpus)
 
 
 def huge_page_bytes(address: int) -> int:

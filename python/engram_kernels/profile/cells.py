@@ -74,6 +74,12 @@ def give_verdict(cell: JsonCell, verdict: str) -> None:
         cell["verdict"], cell["advice"] = verdict, ADVICE[verdict]
 
 
+def passes(cell: JsonCell, peak: dict[str, Any]) -> bool:
+    """Whether the cell is faster than the peak allows."""
+    margin = PEAK_MARGIN if peak.get("physical") else MEASURED_PEAK_MARGIN
+    return bool(cell["bytes_per_s"] > margin * peak["bytes_per_s"])
+
+
 def against_peak(cell: JsonCell, name: str, peak: dict[str, Any], may_be_cached: bool) -> None:
     """Divides the cell's rate by a peak; above what is possible it is invalid, below what is expected BELOW_REFERENCE.
 
@@ -84,11 +90,8 @@ def against_peak(cell: JsonCell, name: str, peak: dict[str, Any], may_be_cached:
     """
     if cell["status"] != "ok":
         return
-    share = cell["bytes_per_s"] / peak["bytes_per_s"]
-    cell["peak"], cell["peak_share"] = name, share
-    if may_be_cached:
-        return
-    if share > (PEAK_MARGIN if peak.get("physical") else MEASURED_PEAK_MARGIN):
+    cell["peak"], cell["peak_share"] = name, cell["bytes_per_s"] / peak["bytes_per_s"]
+    if not may_be_cached and passes(cell, peak):
         give_verdict(cell, "ABOVE_PEAK")
         cell["status"] = "invalid"
 

@@ -1,6 +1,7 @@
 """A report as one HTML file that needs nothing else."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -28,12 +29,12 @@ def page(report: dict[str, Any]) -> str:
     Raises:
         ImportError: matplotlib is missing.
     """
-    state = "complete" if report["complete"] else "interrupted: what is there is valid"
+    state = f"{report['seconds']:.0f} s" + ("" if report["complete"] else ", interrupted: what is there is valid")
     charts = "".join(f'<figure id="{name}">{svg_text(figure)}</figure>' for name, figure in figures(report).items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>engram-kernels profile</title><style>{_STYLE}</style></head><body>
 <h1>Memory profile</h1>
-<p class="note">engram-kernels profile --{escape(report["mode"])}, {escape(report["started"])}, {report["seconds"]:.0f} s, {state}.
+<p class="note">engram-kernels profile --{escape(report["mode"])}, {escape(report["started"])}, {state}.
 Every number is measured on this machine unless it says otherwise. Intervals hold the median with 95 % probability.</p>
 <h2>Verdicts</h2>{_verdicts(report)}
 <h2>Machine</h2>{_machine(report)}
@@ -44,7 +45,7 @@ Every number is measured on this machine unless it says otherwise. Intervals hol
 """
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], verdict_column: int | None = None) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], verdict_column: int | None = None) -> str:
     def cell(i: int, text: str) -> str:
         style = f' class="verdict {escape(text)}"' if i == verdict_column else ""
         return f"<td{style}>{escape(text)}</td>"
@@ -60,14 +61,15 @@ def _verdicts(report: dict[str, Any]) -> str:
 
 def _machine(report: dict[str, Any]) -> str:
     block = report["machine"]
-    lines = [(name, str(value) if not name.endswith("bytes") else _size(value)) for part in ("machine", "limits", "caches", "disk")
-             for name, value in block[part].items()]
+    lines = [(f"{part}: {name.replace('_bytes', '').replace('_', ' ')}",
+              _size(value) if name.endswith("_bytes") else str(value))
+             for part in ("machine", "limits", "caches", "disk") for name, value in block[part].items()]
     nodes = (f"{n['node']}: {len(n['cpus'])} CPUs, {_size(n['memory_bytes'])}" for n in block["numa"])
     lines.append(("NUMA nodes", "; ".join(nodes)))
     lines += [(f"GPU {i}", ", ".join(f"{k} {v}" for k, v in gpu.items() if k != "unread"))
               for i, gpu in enumerate(block["gpu"])]
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in block["versions"].items() if v)))
-    return _table(("", ""), lines)
+    return _table(("what", "value"), lines)
 
 
 def _size(num_bytes: int | None) -> str:

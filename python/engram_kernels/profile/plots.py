@@ -129,8 +129,9 @@ def _stream(report: dict[str, Any]) -> Any:
 
 
 def _disk(report: dict[str, Any]) -> Any:
-    return _chart("Random reads of a file", "reads in flight", "reads / s",
-                  _by(_cells(report, probe="disk_read"), "row_bytes", bytes_text), "queue_depth", lambda c: float(c["rows_per_s"]))
+    lines = _by(_cells(report, probe="disk_read"), "row_bytes", bytes_text)
+    return _chart("Random reads of a file", "reads in flight", "thousand reads / s", lines, "queue_depth",
+                  lambda c: float(c["rows_per_s"]) / 1e3)
 
 
 def _gpu_gather(report: dict[str, Any]) -> Any:

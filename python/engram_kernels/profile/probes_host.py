@@ -26,6 +26,7 @@ MIB = 1 << 20
 _CONTROL_BYTES = 8 * MIB
 V41_ROW_BYTES, V41_ROW_DIM, V41_COLUMNS = 264, 256, 24  # DeepSeek-V4.1-Flash: packed fp8 rows, 24 a token and layer
 _MAX_CALL_BYTES = 32 * MIB  # payload of a call
+_CHASE_STEPS = 1 << 16
 _PREFETCH = (0, 4, 16, 64)
 
 
@@ -50,7 +51,8 @@ def control() -> Callable[[], float]:
 def run_host_probes(session: Session) -> None:
     """All of them, each for its share of the time."""
     fixed = None if COMPILE_ERROR else control()
-    share = 1.0 if session.quick else 10.0
+    # a machine without a GPU has the GPU's time
+    share = (1.0 if session.quick else 10.0) * (1.0 if session.has_gpu else 1.8)
     for name, seconds, run in (("host_limits", 1, limits), ("host_stream", 3, stream), ("host_memcpy", 2, memcpy),
                                ("host_latency", 3, latency), ("host_gather", 12, gather)):
         with session.probe(name, seconds * share, fixed):
@@ -97,12 +99,19 @@ def stream(session: Session) -> None:
             cell = session.measure(base, partial(loops.probe_stream, loop, a.data, b.data, c.data, cpus[:threads]))
             if cell["status"] == "ok":
                 session.set_peak(f"host_{loop}", cell["bytes_per_s"], f"{loop} of {num_bytes >> 20} MiB arrays in this run")
+    session.peak_again["host_read"] = partial(_read_rate, loops, num_bytes, cpus)
     nodes = session.machine["numa"]
     if len(nodes) < 2:
         session.skip({"probe": "host_stream", "op": "read", "cpu_node": 0, "memory_node": 1}, "ONE_NUMA_NODE",
                      f"this machine has {len(nodes) or 'no'} NUMA node{'s' if len(nodes) != 1 else ''} that the system tells of")
     else:
         _stream_by_node(session, loops, num_bytes)
+
+
+def _read_rate(loops: Any, num_bytes: int, cpus: list[int]) -> float:
+    memory = Arena(num_bytes, True, cpus).data
+    seconds = (float(loops.probe_stream("read", memory, memory, memory, on)) for on in (cpus, cpus[:1]) for _ in range(9))
+    return num_bytes / min(seconds)
 
 
 def _stream_by_node(session: Session, loops: Any, num_bytes: int) -> None:
@@ -151,7 +160,7 @@ def cached_below(session: Session) -> int:
 
 def latency(session: Session) -> None:
     """Nanoseconds of a load whose address the load before gave, with and without huge pages."""
-    loops, cpu, steps = native(), allowed_cpus()[0], 1 << 16
+    loops, cpu, steps = native(), allowed_cpus()[0], _CHASE_STEPS
     largest = min((256 if session.quick else 1024) * MIB, table_limit(session))
     sizes = [s for s in (MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB) if s <= largest]
     for huge_pages in (True, False):
@@ -210,7 +219,12 @@ def gather(session: Session) -> None:
     threads_before = torch.get_num_threads()
     try:
         for huge_pages in (True, False):
-            memory = Arena(sizes[-1], huge_pages, allowed_cpus())
+            memory = Arena(sizes[-1], huge_pages, allowed_cpus(), max_seconds=5 if session.quick else 90)
+            there = memory.data.size
+            if there < sizes[-1]:
+                session.skip({"probe": "host_gather", "table_bytes": sizes[-1]}, "TIME_BUDGET",
+                             f"the system gave only {there // MIB} MiB in the time that a {session.options.mode} run has")
+            sizes = sorted({min(size, there) for size in sizes})
             for shape in shapes(session, sizes, huge_pages, trace is not None):
                 _measure_gather(session, memory, shape, trace, huge_pages)
             del memory
@@ -225,7 +239,7 @@ def table_sizes(session: Session) -> list[int]:
     """Bytes of the tables, ascending: in a full run up to the limit."""
     limit = table_limit(session)
     wanted = (64 * MIB, 512 * MIB, 2048 * MIB) if session.quick else (64 * MIB, 256 * MIB, 1024 * MIB, 4096 * MIB, limit)
-    sizes = sorted({min(size, limit) // (2 * MIB) * (2 * MIB) for size in wanted if size <= limit or size == wanted[0]})
+    sizes = sorted({min(size, limit) // (2 * MIB) * (2 * MIB) for size in wanted})
     if sizes[0] < 16 * MIB:
         raise Skip("NO_MEMORY", f"a table may have {limit >> 20} MiB here")
     return sizes

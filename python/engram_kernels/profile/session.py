@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engram_kernels.profile.cells import JsonCell, Skip, against_peak, measured, not_measured, verdict_of
+from engram_kernels.profile.cells import JsonCell, Skip, against_peak, measured, not_measured, passes, verdict_of
 from engram_kernels.profile.statistics import sample_until
 
 SCHEMA_VERSION = 1
@@ -59,6 +59,7 @@ class Session:
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     complete: bool = False
+    peak_again: dict[str, Callable[[], float]] = field(default_factory=dict)  # measures the peak of this name: bytes a second
     tick: Callable[[], None] = lambda: None  # a cell is done
 
     def __post_init__(self) -> None:
@@ -71,6 +72,11 @@ class Session:
     def quick(self) -> bool:
         """Whether few cells are wanted."""
         return self.options.mode == "quick"
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a GPU will be probed."""
+        return "gpu" in self.options.groups and bool(self.machine["gpu"])
 
     def seconds(self) -> float:
         """Since the run began."""
@@ -135,6 +141,9 @@ class Session:
         except Exception as err:
             return self.add(not_measured(cell, "ERROR", _describe(err)))
         if peak in self.peaks:
+            if peak in self.peak_again and not may_be_cached and passes(result, self.peaks[peak]):
+                # the peak may have been measured in a bad moment
+                self.set_peak(peak, self.peak_again[peak](), f"{self.peaks[peak]['source']}, measured again")
             against_peak(result, peak, self.peaks[peak], may_be_cached)
         return self.add(result)
 
