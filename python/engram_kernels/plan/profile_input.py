@@ -79,9 +79,8 @@ def gpu_name(report: dict[str, Any]) -> str | None:
 
 
 def _host(cells: list[Cell], source: str) -> dict[str, Any]:
-    # `plain` is another program's loop, not what the prefetcher runs; other orders than uniform flatter the caches
-    gathers = [c for c in cells if c["probe"] == "host_gather" and c.get("op") == "gather_rows"
-               and c.get("order") in (None, "uniform")]
+    # `plain` is another program's loop, not what the prefetcher runs
+    gathers = [c for c in cells if c["probe"] == "host_gather" and c.get("op") == "gather_rows" and _is_random(c)]
     packed = [c for c in gathers if str(c.get("row_format", "")).startswith("fp8")]
     copied = [c for c in gathers if c not in packed]
     return {"host_copy": _surface(copied, source), "host_decode": _surface(packed, source) or _surface(copied, source),
@@ -110,8 +109,7 @@ def _room(machine: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _gpu(cells: list[Cell], machine: dict[str, Any], source: str) -> dict[str, Any]:
-    gathers = [c for c in cells if c["probe"] == "gpu_gather" and c.get("order") in (None, "uniform")
-               and c.get("beside") in (None, "nothing")]
+    gathers = [c for c in cells if c["probe"] == "gpu_gather" and _is_random(c) and c.get("beside") in (None, "nothing")]
     hbm = [c for c in gathers if c.get("placement") == "hbm"]
     uva = [c for c in gathers if c.get("placement") == "uva"]
     copies = [c for c in cells if c["probe"] == "gpu_link" and c.get("op") == "h2d" and c.get("pinned") is not False
@@ -138,6 +136,11 @@ def _gpu(cells: list[Cell], machine: dict[str, Any], source: str) -> dict[str, A
         slowdown = Quantity(worst["slowdown_of_other"], "1", _WORDS[worst["provenance"]], f"{source}: gpu_interference")
         changes["gather_share"] = derived("1", lambda s: max(1 - 1 / s, 0.0), slowdown)
     return changes
+
+
+def _is_random(cell: Cell) -> bool:
+    """Whether the ids were uniform and fresh: other orders, and the same ids again, flatter the caches."""
+    return cell.get("order") in (None, "uniform") and cell.get("cold") is not False
 
 
 def _surface(cells: list[Cell], source: str) -> Surface | None:
