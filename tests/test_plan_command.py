@@ -46,12 +46,14 @@ def profile_of(cells, gpu=(), cpu="a CPU"):
 
 
 HOST = [gather(4e9), gather(6e9, row_bytes=512), gather(2e9, table_bytes=16 * GIB), gather(99e9, order="sorted"),
-        gather(99e9, op="plain"), gather(99e9, cold=False), gather(1e9, rows=24), gather(3e9, row_bytes=264, row_format="fp8_e4m3_block32_packed"),
+        gather(99e9, op="plain"),
+        gather(99e9, cold=False), gather(1e9, rows=24), gather(3e9, row_bytes=264, row_format="fp8_e4m3_block32_packed"),
         {**gather(99e9), "status": "invalid", "verdict": "ABOVE_PEAK"}]
 DISK = [cell("disk_read", 0.01, rows=1000, row_bytes=4096, table_bytes=GIB, queue_depth=depth, op="io_uring") | {
     "rows_per_s": rate} for depth, rate in ((1, 10_000.0), (64, 80_000.0), (256, 95_000.0))]
 GPU = [gather(2e12, "gpu_gather", placement="hbm"), gather(30e9, "gpu_gather", placement="uva"),
-       gather(1e9, "gpu_gather", placement="uva", rows=24), gather(99e9, "gpu_gather", placement="uva", beside="gemm"), gather(99e9, "gpu_gather", placement="uva", cold=False),
+       gather(1e9, "gpu_gather", placement="uva", rows=24), gather(99e9, "gpu_gather", placement="uva", beside="gemm"),
+       gather(99e9, "gpu_gather", placement="uva", cold=False),
        cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=540_000_000),
        cell("gpu_link", 9e-6, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=4096),
        cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=False, rows=1, row_bytes=900_000_000),
