@@ -61,6 +61,9 @@ def test_lookup_times_by_hand():
     two = dataclasses.replace(work, nodes=given(2, "1", "test"))  # half of the rows come from the other node: 2.048 ms
     assert evaluate("staged", two, node).lookup_s.value == milliseconds(2.048 + (1.024 + 0.512) / 4)
     assert evaluate("remote", two, node).lookup_s.value == milliseconds(4.096 + (1.024 + 0.512) / 4)
+    four = workload(gpus=4)  # share the host's gathering and the drive, each with its own link
+    assert evaluate("staged", four, node).lookup_s.value == milliseconds(4 * 1.024 + 0.512 / 4)
+    assert evaluate("file", four, node).lookup_s.value == milliseconds(4 * 16_000 + (4 * 1.024 + 0.512) / 4)
     cached = workload(cache=1e6, hits=0.75, unique=0.5)
     assert evaluate("hbm_cache", cached, node).lookup_s.value == milliseconds(2.048 * 0.5 * 0.25)
     eight = machine(hbm_gather=2.048 * GB)  # 1 ms of gathering; 7/8 of the rows from the other seven GPUs
