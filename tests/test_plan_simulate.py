@@ -26,6 +26,11 @@ def test_one_stream_serves_in_the_order_of_readiness():
                  Task("e", None, 1.0)]) == [4, 6, 5, 2, 1]
 
 
+def test_what_gets_ready_in_one_instant_starts_in_the_order_of_the_list():
+    """Tasks 0 and 1 end together; 3 waits for the first to be looked at, 2 for the other, on one stream."""
+    assert ends([Task("a", "x", 1.0), Task("b", "y", 1.0), Task("c", "z", 2.0, (1,)), Task("d", "z", 4.0, (0,))]) == [1, 1, 3, 7]
+
+
 def test_two_streams_run_side_by_side_and_delays_occupy_nothing():
     assert ends([Task("a", "x", 3.0), Task("b", "y", 2.0), Task("c", "x", 1.0, (1,)), *[Task("d", None, 5.0)] * 3]) == \
         [3, 2, 4, 5, 5, 5]
