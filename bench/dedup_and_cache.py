@@ -12,16 +12,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engram_kernels import _C, EngramSpec, TokenMap, ngram_hash
+from engram_kernels import EngramSpec, TokenMap, ngram_hash
 from engram_kernels.demo.main import find_tokenizer
+from engram_kernels.plan.repeats import (
+    BATCHES,
+    CACHE_BATCH,
+    SEQUENCES,
+    SLOTS,
+    cache_hit_rates,
+    cache_trace,
+    unique_ratio,
+    unique_ratio_of_sequences,
+)
 from native import peers
 from texts import KINDS, token_ids
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-NUM_TOKENS, CACHE_BATCH = 200_000, 256
-BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536)
-SEQUENCES = (4, 16, 64, 256)
-SLOTS = tuple(1 << n for n in range(10, 22))
+NUM_TOKENS = 200_000
 SLOT_BYTES = 264 + 25  # a row and its share of the directory
 POLICIES = ("ours", "LRU", "ideal")
 
@@ -34,26 +41,11 @@ def row_ids(kind, handbook):
     return ngram_hash(tokens, cu_seqlens, spec.layout(), TokenMap.from_tokenizer(find_tokenizer()))[0].numpy().astype(np.int64)
 
 
-def unique_ratio(rows, batch):
-    """Distinct rows over rows asked for, in batches of consecutive tokens."""
-    whole = len(rows) // batch * batch
-    return sum(np.unique(rows[i:i + batch]).size for i in range(0, whole, batch)) / rows[:whole].size
-
-
-def unique_ratio_of_sequences(rows, sequences):
-    """The same where a batch is a token of each of so many sequences: the text cut into equal parts, read in step."""
-    length = len(rows) // sequences
-    steps = rows[:length * sequences].reshape(sequences, length, -1)
-    at = range(0, length, max(length // 2000, 1))
-    return sum(np.unique(steps[:, i]).size for i in at) / (len(at) * sequences * rows.shape[1])
-
-
 def hit_rates(rows):
     """(policy, slots) -> hits over distinct rows asked for, batch after batch from an empty cache; and the trace's length."""
-    trace = np.concatenate([np.unique(rows[i:i + CACHE_BATCH]) for i in range(0, len(rows), CACHE_BATCH)])
-    library, result = peers(), {}
+    trace = cache_trace(rows)
+    library, result = peers(), {("ours", slots): rate for slots, rate in cache_hit_rates(rows, SLOTS).items()}
     for slots in SLOTS:
-        result["ours", slots] = _C.RowCacheDirectory(slots).replay(trace) / trace.size
         result["LRU", slots] = library.lru_hits(trace, trace.size, slots) / trace.size
         result["ideal", slots] = library.ideal_hits(trace, trace.size, slots) / trace.size
     return result, trace.size

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_profile(commands)
     _add_bench(commands)
     _add_pack(commands)
+    _add_plan(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -76,6 +77,11 @@ def _run_info(args: argparse.Namespace) -> int:
 def _add_profile(commands: Any) -> None:
     from engram_kernels import profile_command
     profile_command.add_arguments(commands)
+
+
+def _add_plan(commands: Any) -> None:
+    from engram_kernels.plan import command
+    command.add_arguments(commands, PRESETS, _progress)
 
 
 def _add_bench(commands: Any) -> None:

@@ -58,7 +58,7 @@ def run_demo(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     """
     spec = options.spec
     _check_options(options)
-    token_ids, token_map, tokenize_s = _tokenize(options, progress)
+    token_ids, token_map, tokenize_s = tokenize(options, progress)
     layout = spec.layout()
     row_ids, hash_s = _hash_all(token_ids, layout, token_map, options.backend)
     bandwidth = measure_copy_bandwidth()
@@ -102,7 +102,12 @@ def _check_options(options: DemoOptions) -> None:
                         f"of spec {options.spec.name}")
 
 
-def _tokenize(options: DemoOptions, progress: Progress) -> tuple[Tensor, TokenMap | None, float]:
+def tokenize(options: DemoOptions, progress: Progress) -> tuple[Tensor, TokenMap | None, float]:
+    """Token ids of the options' text, the token map that the spec needs or None, and the seconds of tokenizing.
+
+    Raises:
+        DemoError: the text cannot be read or is empty; the tokenizer is missing or is not the spec's.
+    """
     spec = options.spec
     try:
         text = options.text.read_bytes().decode("utf-8")

@@ -1,0 +1,147 @@
+"""The machine that a plan is for: rates, latencies and capacities, each a number with its source."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from engram_kernels.plan.quantity import Quantity, Surface, assumed, given, measured
+
+_FIELD = "measured by others, collected 2026-11: "
+_SHEET = "data sheet: "
+LEFT_SHARE = 0.1  # of device memory, beside weights and KV cache: what vLLM leaves by default
+GPUS = ("h100", "h800", "h200", "a100")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One node and what connects it. A field that is None is hardware that is not there.
+
+    Attributes:
+        name: "h100", or "none" where the model computes on the CPU.
+        hbm_bytes, host_bytes, disk_bytes: room for tables.
+        hbm_stream: bytes/s of long reads.
+        hbm_gather, uva: bytes/s of rows that a kernel reads at random from device memory, from pinned host memory.
+        uva_counts_sectors: `uva` is what crosses the link, not what of it are rows.
+        link: bytes/s of the copy engine, host to device.
+        host_copy, host_decode: bytes/s of rows gathered by the CPU, as stored, and dequantized to bf16.
+        disk_reads: reads of a page a second at the queue depth of the file tier.
+        nvlink, network: bytes/s that one GPU receives from the others of the node, from other nodes.
+        gpu_latency, copy_latency, host_latency, disk_latency, network_latency: seconds from a request until its first rows,
+            fixed costs included.
+        gather_share: of the compute lost while a kernel reads rows over the link beside it.
+        host_share: of the compute lost while the CPU gathers.
+    """
+    name: str
+    hbm_bytes: Quantity | None
+    host_bytes: Quantity
+    disk_bytes: Quantity
+    hbm_stream: Quantity | None
+    hbm_gather: Quantity | Surface | None
+    uva: Quantity | Surface | None
+    uva_counts_sectors: bool
+    link: Quantity | None
+    host_copy: Quantity | Surface
+    host_decode: Quantity | Surface
+    disk_reads: Quantity
+    nvlink: Quantity | None
+    network: Quantity
+    gpu_latency: Quantity | None
+    copy_latency: Quantity | None
+    host_latency: Quantity
+    disk_latency: Quantity
+    network_latency: Quantity
+    gather_share: Quantity | None
+    host_share: Quantity
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the model computes on a GPU."""
+        return self.hbm_bytes is not None
+
+
+def rate_at(rate: Quantity | Surface, row_bytes: float, table_bytes: float) -> Quantity:
+    """The rate for such rows in such a table."""
+    return rate.at(row_bytes, table_bytes) if isinstance(rate, Surface) else rate
+
+
+# name -> (bytes of HBM, bytes/s of HBM, bytes/s that a GPU receives over NVLink, from the data sheet)
+_SHEETS = {"h100": ("H100 SXM", 80e9, 3.35e12, 450e9), "h800": ("H800 SXM", 80e9, 3.35e12, 200e9),
+           "h200": ("H200 SXM", 141e9, 4.8e12, 450e9), "a100": ("A100 SXM 80 GB", 80e9, 2.039e12, 300e9)}
+
+
+def assumed_hardware(name: str) -> Hardware:
+    """A machine of published constants alone.
+
+    Args:
+        name: one of `GPUS`, or "none": the model computes on the CPU.
+
+    Raises:
+        ValueError: no such machine.
+    """
+    if name != "none" and name not in _SHEETS:
+        raise ValueError(f"plan: gpu is {name!r}, expected none, {', '.join(GPUS)}")
+    node = Hardware(
+        name=name, hbm_bytes=None, hbm_stream=None, hbm_gather=None, uva=None, uva_counts_sectors=True, link=None, nvlink=None,
+        gpu_latency=None, copy_latency=None, gather_share=None,
+        host_bytes=assumed(0.8 * 2**40, "B", "default: 80 % of 1 TiB of RAM"),
+        disk_bytes=assumed(3.84e12, "B", "default: one 3.84 TB drive"),
+        host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "this project's README: gather_rows 53.34 ns a row of 512 bytes with "
+                          "2 threads of an EPYC; here 8 threads, taken to scale"),
+        host_decode=assumed(264 / (53.34e-9 * 1.01 * 2) * 8, "B/s", "this project's README: gather_rows of packed fp8 in 1.01x "
+                            "the 53.34 ns of a bf16 row with 2 threads of an EPYC; here 8 threads, taken to scale"),
+        disk_reads=assumed(75_000, "1/s", "this project's bench of the file tier: where its virtual disk ends, from depth 64 on"),
+        network=assumed(50e9, "B/s", _SHEET + "one 400 Gb/s NDR adapter a GPU"),
+        host_latency=assumed(10e-6, "s", "this project's README: dispatch 6 to 9 us a call"),
+        disk_latency=assumed(1 / 14_163, "s", "this project's bench of the file tier: one pread after the other"),
+        network_latency=assumed(5e-6, "s", "default: an RDMA read and its completion"),
+        host_share=given(0, "1", "the CPU gathers, the GPU computes"))
+    if name == "none":
+        return dataclasses.replace(node, host_share=assumed(1, "1", "default: the gather takes the cores that would compute"))
+    title, hbm_bytes, hbm_rate, nvlink = _SHEETS[name]
+    pcie4 = name == "a100"
+    uva: Quantity | Surface = assumed(35e9, "B/s", _FIELD + "UVA reads by SMs, PCIe 5 x16, H100")
+    if pcie4:
+        source = _FIELD + "UVA reads by SMs, PCIe 4 x16, A100, {} GiB"
+        uva = Surface(tuple((256.0, gib * 2.0**30, assumed(rate, "B/s", source.format(gib)))
+                            for gib, rate in ((1, 25e9), (20, 16.5e9))))
+    return dataclasses.replace(
+        node, hbm_bytes=assumed(LEFT_SHARE * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is "
+                                "left beside weights and KV cache"),
+        disk_reads=assumed(900_000, "1/s", _SHEET + "Samsung PM9A3, random reads of 4 KiB"),
+        hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title),
+        hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak"),
+        uva=uva, nvlink=assumed(nvlink, "B/s", f"{_SHEET}{title}, one direction"),
+        link=assumed(28e9 if pcie4 else 56e9, "B/s", _FIELD + "copy engine on PCIe 5 x16, 55 to 57 GB/s"
+                     + ("; PCIe 4 has half of it" if pcie4 else "")),
+        gpu_latency=assumed(3.7e-6, "s", _FIELD + "lookup kernel for one token, GB300, host table"),
+        copy_latency=assumed(10e-6, "s", "default: submit, event and wait of an asynchronous copy"),
+        gather_share=assumed(8 / 132, "1", "default: a background gather holds 8 of 132 multiprocessors"))
+
+
+def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | None, disk_bytes: float | None) -> Hardware:
+    """The same machine with the room for tables that the command line gives.
+
+    Raises:
+        ValueError: a size is not positive, or device memory is given where there is no GPU.
+    """
+    changes: dict[str, Any] = {}
+    for field, value in (("hbm_bytes", hbm_bytes), ("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"plan: {field} is {value}, expected at least 0")
+        if field == "hbm_bytes" and not hardware.has_gpu:
+            raise ValueError(f"plan: {value:.3g} bytes of device memory are given, but there is no GPU: name one with --gpu")
+        changes[field] = given(value, "B", "command line")
+    return dataclasses.replace(hardware, **changes)
+
+
+def this_node(hardware: Hardware, host_bytes: int | None, disk_bytes: int | None) -> Hardware:
+    """The same machine with the memory and disk that are free here, as far as they are known."""
+    changes: dict[str, Any] = {}
+    if host_bytes is not None:
+        changes["host_bytes"] = measured(0.8 * host_bytes, "B", "80 % of the memory that is free here")
+    if disk_bytes is not None:
+        changes["disk_bytes"] = measured(disk_bytes, "B", "free disk space here")
+    return dataclasses.replace(hardware, **changes)

@@ -1,0 +1,217 @@
+"""A plan as a table and as JSON: every number with where it comes from."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from engram_kernels.plan.hardware import Hardware
+from engram_kernels.plan.model import MAX_FACTOR, MAX_TOKENS, TIE, Flip, Plan, input_names, input_value
+from engram_kernels.plan.placements import TITLES
+from engram_kernels.plan.presets import PAPER, Comparison
+from engram_kernels.plan.quantity import Quantity
+from engram_kernels.plan.schedule import Simulated
+from engram_kernels.plan.trial import Trial
+from engram_kernels.plan.workload import Workload
+from engram_kernels.profile.show import bytes_text, time_text
+
+SCHEMA_VERSION = 1
+LEGEND = "(g) given, (m) measured, (s) simulated, (a) assumed; what is computed is as weak as its weakest input"
+_HEAD = ("placement", "fits", "lookup a step", "hidden", "exposed", "step slower by", "largest step hidden", "HBM freed a GPU")
+
+
+def tagged(quantity: Quantity | None, text: str | None = None) -> str:
+    """A number for reading, with the letter of its provenance."""
+    if quantity is None:
+        return "-"
+    return f"{_text(quantity) if text is None else text} ({quantity.provenance.word[0]})"
+
+
+def _text(quantity: Quantity) -> str:
+    value, unit = quantity.value, quantity.unit
+    if unit == "s":
+        return "0 s" if abs(value) < 1e-12 else time_text(value)  # less is rounding
+    if unit == "B":
+        return f"-{bytes_text(-value)}" if value < 0 else bytes_text(value)
+    if unit == "B/s":
+        return f"{value / 1e9:,.0f} GB/s" if value >= 1e12 else f"{value / 1e9:.3g} GB/s"
+    if unit == "1/s":
+        return f"{value:,.0f} / s"
+    if unit in ("tokens", "rows"):
+        return f"{value:,.0f} {unit}"
+    return f"{value:.4g}" if unit == "1" else f"{value:.3g} {unit}"
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < 10 else f"{ratio:.0f}x"
+
+
+class Printer:
+    """Tables and sentences: rich on a terminal; plain text with NO_COLOR, without a terminal, or without rich."""
+
+    def __init__(self, out: TextIO | None = None, console: Any = None):
+        self._out = sys.stdout if out is None else out
+        self._console = console
+        if console is None and "NO_COLOR" not in os.environ and self._out.isatty():
+            try:
+                from rich.console import Console
+                self._console = Console(file=self._out, highlight=False)
+            except ImportError:
+                pass
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
+        """A table; `styles` are rich's, a line each."""
+        if self._console is None:
+            widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+            for line in [head, *rows]:
+                print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip(), file=self._out)
+            return
+        from rich.markup import escape
+        from rich.table import Table
+        table = Table(*head)
+        for line, style in zip(rows, styles, strict=True):
+            table.add_row(*map(escape, line), style=style)
+        self._console.print(table)
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """A line."""
+        if self._console is None:
+            print(text, file=self._out)
+        else:
+            self._console.print(text, style=style, markup=False)
+
+
+def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> None:
+    """Prints inputs, placements and verdict."""
+    spec = work.spec
+    machine = f"GPU {node.name}" if node.has_gpu else "the CPU computes"
+    printer.say(f"{spec.name}: {_text(work.table_bytes)} of tables, {spec.rows_per_token} rows of {spec.bytes_per_row} bytes a "
+                f"token in layers {list(spec.layer_ids)}; {machine}")
+    printer.say()
+    printer.table(("input", "value", "source"), [(name, tagged(value), value.source) for name, value in inputs(work, node)],
+                  [None] * len(inputs(work, node)))
+    printer.say()
+    step = work.step.value
+    rows, styles = [], []
+    for placement, o in plan.outcomes.items():
+        slower = "-" if o.slower_s is None else tagged(o.slower_s, f"{_text(o.slower_s)}, {_share(o.slower_s.value / step)}")
+        largest = o.largest_tokens
+        capped = f">= {_text(largest)}" if largest is not None and largest.value >= MAX_TOKENS else None
+        rows.append((TITLES[placement], "yes" if o.why_not is None else f"no: {o.why_not}", tagged(o.lookup_s),
+                     tagged(o.hidden_s), tagged(o.exposed_s), slower, tagged(largest, capped), tagged(o.freed_bytes)))
+        styles.append("bold green" if placement == plan.winner else None if o.why_not is None else "dim")
+    printer.table(_HEAD, rows, styles)
+    printer.say(LEGEND)
+    printer.say()
+    for line in verdict_lines(plan, work):
+        printer.say(line, "bold" if line.startswith("pick") else None)
+
+
+def inputs(work: Workload, node: Hardware) -> list[tuple[str, Quantity]]:
+    """Every input that is a number and is there, at this workload's size."""
+    found = [(name, value) for name in input_names() if (value := input_value(name, work, node)) is not None]
+    return [*found, ("layers of the model", work.layers), ("GPUs a node", work.gpus), ("nodes", work.nodes)]
+
+
+def verdict_lines(plan: Plan, work: Workload) -> list[str]:
+    """The pick, the runner-up, and what would flip them."""
+    if plan.winner is None:
+        return ["pick: none. No placement fits; the table says what each lacks. --gpu, --host-gib, --disk-gib, --hbm-gib and "
+                "--nodes plan for another machine"]
+    first = plan.outcomes[plan.winner]
+    lines = [f"pick: {TITLES[plan.winner]}. A step is {tagged(first.slower_s)} slower, "
+             f"{tagged(first.exposed_s)} of it waiting for rows; frees {tagged(first.freed_bytes)} of device memory a GPU"]
+    if plan.runner_up is None:
+        lines.append("runner-up: none, nothing else fits")
+    else:
+        second = plan.outcomes[plan.runner_up]
+        assert first.slower_s is not None and second.slower_s is not None
+        more = (second.slower_s.value - first.slower_s.value) / work.step.value
+        why = f"{_share(more)} of the step more" if more > TIE else (
+            f"within {TIE:.1%} of the step, a tie: the pick frees more device memory or looks up sooner")
+        lines.append(f"runner-up: {TITLES[plan.runner_up]}, a step {tagged(second.slower_s)} slower ({why})")
+    if plan.flip is None:
+        lines.append(f"nothing flips it: no single input changed by up to {MAX_FACTOR:.0f} times makes another win")
+    else:
+        lines.append(flip_line(plan.flip))
+    return lines
+
+
+def flip_line(flip: Flip) -> str:
+    """The nearest change that makes another placement win, in words."""
+    by = f"{flip.factor:.3g} times as large" if flip.factor > 1 else f"{1 / flip.factor:.3g} times smaller"
+    return (f"flips to {TITLES[flip.winner]} when {flip.name} gets {by}: from {tagged(flip.now)} to {tagged(flip.then)}")
+
+
+def trial_lines(trial: Trial) -> list[str]:
+    """The model's own error."""
+    lines = [f"{trial.instead_of}; run instead: rows gathered by the CPU"] if trial.instead_of else []
+    low, high = trial.spread
+    error = tagged(trial.error, f"{trial.error.value:+.0%}")
+    return [*lines, f"run here: {TITLES[trial.placement]}, {trial.what}: predicted {tagged(trial.predicted)}, took "
+                    f"{tagged(trial.actual)} (quartiles {tagged(low)} to {tagged(high)}): the prediction is off by {error}"]
+
+
+def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> None:
+    """The paper's table beside the model's."""
+    head = ("backbone, memory of 100B parameters in host DRAM", "exposed a step", "rest of the lookup", "projections and hash",
+            "throughput lost: predicted", "published", "off by", "a step lacks")
+    rows = []
+    for c in comparisons:
+        rest = Quantity(c.slower_s.value - c.exposed_s.value, "s", c.slower_s.provenance, c.slower_s.source)
+        rows.append((PAPER[c.name].title, tagged(c.exposed_s), tagged(rest), tagged(c.module_s),
+                     tagged(c.predicted, f"{c.predicted.value:.2%}"), tagged(c.published, f"{c.published.value:.2%}"),
+                     tagged(c.error_points, f"{c.error_points.value:+.2f} points"), tagged(c.missing_s)))
+    printer.table(head, rows, [None] * len(rows))
+    printer.say(LEGEND)
+    printer.say("Nothing is fitted. The model says that the rows are hidden; what the paper's harness (nano-vLLM, Python) does "
+                "beside that in a step it does not know. A step is 512 tokens at the throughput that was measured.")
+
+
+def simulated_lines(simulated: Simulated, placement: str, early: int | None) -> list[str]:
+    """What the simulation says."""
+    busy = ", ".join(f"{name} {tagged(share, f'{share.value:.0%}')}" for name, share in simulated.busy.items())
+    lines = [f"simulated, {TITLES[placement]}: {tagged(simulated.step_s)} a step, of it {tagged(simulated.exposed_s)} waiting "
+             f"for rows ({len(simulated.tasks):,} tasks; streams busy: {busy})"]
+    if early is not None:
+        lines.append(f"early enough: a lookup submitted {early} layer{'' if early == 1 else 's'} before its own costs as little "
+                     "as one submitted when the step starts")
+    return lines
+
+
+def plan_json(plan: Plan, work: Workload, node: Hardware, trial: Trial | None, simulated: Simulated | None) -> dict[str, Any]:
+    """Everything as JSON; a number is always an object with value, unit, provenance and source."""
+    outcomes = {}
+    for placement, o in plan.outcomes.items():
+        outcomes[placement] = {
+            "feasible": o.why_not is None, "why_not": o.why_not,
+            **{field: _json(getattr(o, field)) for field in ("lookup_s", "hidden_s", "exposed_s", "slower_s", "largest_tokens",
+                                                             "freed_bytes")},
+            "stages": [{"resource": s.resource, "seconds": s.seconds.as_json(), "compute_lost": s.share.as_json()}
+                       for s in o.lookup.stages]}
+    flip = plan.flip and {"input": plan.flip.name, "now": plan.flip.now.as_json(), "then": plan.flip.then.as_json(),
+                          "winner": plan.flip.winner}
+    return {"schema_version": SCHEMA_VERSION, "spec": work.spec.name, "machine": node.name,
+            "inputs": {name: value.as_json() for name, value in inputs(work, node)}, "placements": outcomes,
+            "winner": plan.winner, "runner_up": plan.runner_up, "flip": flip, "trial": trial and trial_json(trial),
+            "simulation": simulated and {"step_s": simulated.step_s.as_json(), "exposed_s": simulated.exposed_s.as_json(),
+                                         "busy": {name: share.as_json() for name, share in simulated.busy.items()}}}
+
+
+def trial_json(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON."""
+    return {"placement": trial.placement, "instead_of": trial.instead_of, "what": trial.what,
+            "predicted": trial.predicted.as_json(), "measured": trial.actual.as_json(), "error": trial.error.as_json(),
+            "q1": trial.spread[0].as_json(), "q3": trial.spread[1].as_json()}
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """A row of the paper's table as JSON."""
+    fields = ("exposed_s", "slower_s", "module_s", "predicted", "published", "error_points", "missing_s")
+    return {"preset": comparison.name, "backbone": PAPER[comparison.name].title, "placement": comparison.placement,
+            **{field: getattr(comparison, field).as_json() for field in fields}}
+
+
+def _json(quantity: Quantity | None) -> dict[str, Any] | None:
+    return None if quantity is None else quantity.as_json()

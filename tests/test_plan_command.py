@@ -1,0 +1,347 @@
+"""`engram-kernels plan`: profiles read, exit codes, provenance of every number, the trial on this machine."""
+import io
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from plan_cases import SPEC, cpu_machine, machine, workload
+
+from engram_kernels import EngramSpec, cli, info
+from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
+from engram_kernels.plan.command import machine_of
+from engram_kernels.plan.profile_input import apply_profile, load_profile
+from engram_kernels.plan.report import Printer
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = json.loads((ROOT / "python/engram_kernels/profile/profile.schema.json").read_text())
+MIB, GIB = 2**20, 2**30
+
+
+def cell(probe, median, **fields):
+    fields = {"rows": 1000, "row_bytes": 256, **fields}
+    num_bytes = fields["rows"] * fields["row_bytes"]
+    times = dict.fromkeys(("median", "low", "high", "least", "q1", "q3"), median)
+    return {"probe": probe, "status": "ok", "verdict": "OK", "provenance": "measured", "reason": None, "unit": "s",
+            "samples": [median], "bytes": num_bytes, "rows_per_s": fields["rows"] / median, "bytes_per_s": num_bytes / median,
+            **times, **fields}
+
+
+def gather(bytes_per_s, probe="host_gather", **fields):
+    fields = {"rows": 65_536, "row_bytes": 256, "table_bytes": GIB, "row_format": "bf16", "order": "uniform", "op": "gather_rows",
+              **fields}
+    return cell(probe, fields["rows"] * fields["row_bytes"] / bytes_per_s, **fields)
+
+
+def profile_of(cells, gpu=(), cpu="a CPU"):
+    report = {"schema_version": 1, "mode": "quick", "complete": True, "started": "2026-01-01T00:00:00Z", "seconds": 1.0,
+              "peaks": {}, "probes": {}, "cells": cells, "machine": {
+                  "versions": {}, "limits": {}, "numa": [], "caches": {"last_level_bytes": None},
+                  "disk": {"free_bytes": 500 * GIB},
+                  "machine": {"cpu": cpu, "cores": 2, "memory_free_bytes": 100 * GIB}, "gpu": list(gpu)}}
+    jsonschema.Draft202012Validator(SCHEMA).validate(report)  # what is read here is what `profile` promises to write
+    return report
+
+
+HOST = [gather(4e9), gather(6e9, row_bytes=512), gather(2e9, table_bytes=16 * GIB), gather(99e9, order="sorted"),
+        gather(99e9, op="plain"),
+        gather(99e9, cold=False), gather(1e9, rows=24), gather(3e9, row_bytes=264, row_format="fp8_e4m3_block32_packed"),
+        {**gather(99e9), "status": "invalid", "verdict": "ABOVE_PEAK"}]
+DISK = [cell("disk_read", 0.01, rows=1000, row_bytes=4096, table_bytes=GIB, queue_depth=depth, op="io_uring") | {
+    "rows_per_s": rate} for depth, rate in ((1, 10_000.0), (64, 80_000.0), (256, 95_000.0))]
+GPU = [gather(2e12, "gpu_gather", placement="hbm"), gather(30e9, "gpu_gather", placement="uva"),
+       gather(1e9, "gpu_gather", placement="uva", rows=24), gather(99e9, "gpu_gather", placement="uva", beside="gemm"),
+       gather(99e9, "gpu_gather", placement="uva", cold=False),
+       cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=540_000_000),
+       cell("gpu_link", 9e-6, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=4096),
+       cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=False, rows=1, row_bytes=900_000_000),
+       cell("gpu_stream", 0.001, op="read", rows=1, row_bytes=3_000_000_000),
+       cell("gpu_interference", 0.001, placement="uva", beside="gemm", slowdown_of_other=1.25)]
+
+
+def write(path, report):
+    path.write_text(json.dumps(report))
+    return path
+
+
+def numbers_without_provenance(node, where="$"):
+    """Paths of the numbers that are not the value of an object with all four of its keys."""
+    if isinstance(node, dict):
+        if {"value", "unit", "provenance", "source"} <= set(node):
+            assert node["provenance"] in ("given", "measured", "simulated", "assumed") and node["source"], where
+            return []
+        return [bad for key, value in node.items() if key != "schema_version" for bad in
+                numbers_without_provenance(value, f"{where}.{key}")]
+    if isinstance(node, list):
+        return [bad for i, value in enumerate(node) for bad in numbers_without_provenance(value, f"{where}[{i}]")]
+    return [where] if isinstance(node, int | float) and not isinstance(node, bool) else []
+
+
+def test_profile_of_the_host_replaces_the_constants():
+    node = apply_profile(assumed_hardware("none"), profile_of([*HOST, *DISK, *GPU]), "here.json", of_gpu=False)
+    assert node.host_copy.at(256, GIB).value == pytest.approx(4e9) and node.host_copy.at(512, GIB).value == pytest.approx(6e9)
+    assert node.host_copy.at(256, 16 * GIB).value == pytest.approx(2e9)
+    assert node.host_copy.at(256, GIB).provenance is Provenance.MEASURED
+    assert node.host_copy.at(256, 100 * GIB).provenance is Provenance.ASSUMED  # larger than any that was measured
+    assert node.host_decode.at(264, GIB).value == pytest.approx(3e9)
+    assert node.host_latency.value == pytest.approx(24 * 256 / 1e9)  # the call of 24 rows
+    assert node.disk_reads.value == 80_000 and node.disk_latency.value == pytest.approx(1e-4)  # depth 64, depth 1
+    assert node.host_bytes.value == 80 * GIB and node.disk_bytes.value == 500 * GIB
+    assert not node.has_gpu and "here.json: host_gather (row_bytes 256" in node.host_copy.at(256, GIB).source
+
+
+def test_profile_of_a_gpu_replaces_the_constants():
+    report = profile_of([*HOST, *GPU], [{"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 10**9}])
+    node = machine_of(None, [(Path("gpu.json"), report)])
+    assert node.has_gpu and node.name.startswith("NVIDIA H100")
+    assert node.uva.at(256, GIB).value == pytest.approx(30e9) and not node.uva_counts_sectors
+    assert node.hbm_gather.at(256, GIB).value == pytest.approx(2e12) and node.hbm_stream.value == pytest.approx(3e12)
+    assert node.link.value == pytest.approx(54e9) and node.copy_latency.value == 9e-6
+    assert node.gpu_latency.value == pytest.approx(24 * 256 / 1e9) and node.gather_share.value == pytest.approx(0.2)
+    assert node.nvlink.provenance is Provenance.ASSUMED  # not measured
+    other = machine_of("a100", [(Path("gpu.json"), report)])
+    assert other.name == "a100" and other.link.provenance is Provenance.ASSUMED
+    assert other.host_copy.at(256, GIB).value == pytest.approx(4e9)
+
+
+def test_profile_where_everything_was_skipped_changes_nothing_but_room():
+    skipped = {"probe": "host_gather", "status": "skipped", "verdict": "SKIPPED", "provenance": "measured",
+               "reason": {"kind": "NO_MEMORY", "text": "none"}}
+    before = assumed_hardware("none")
+    node = apply_profile(before, profile_of([skipped]), "x", of_gpu=True)
+    assert (node.host_copy, node.disk_reads, node.host_latency) == (before.host_copy, before.disk_reads, before.host_latency)
+    assert node.host_bytes.provenance is Provenance.MEASURED
+
+
+def test_numbers_that_a_profile_assumes_stay_assumed():
+    report = profile_of([{**gather(4e9), "provenance": "simulated"}])
+    node = apply_profile(assumed_hardware("none"), report, "x", of_gpu=False)
+    assert node.host_copy.at(256, GIB).provenance is Provenance.SIMULATED
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "is not JSON"), ("[]", "no report of engram-kernels profile: it has no schema_version"),
+    ('{"schema_version": 2}', "has schema_version 2, expected 1"), ('{"schema_version": 1}', "no list of cells or no machine"),
+    ('{"schema_version": 1, "machine": {}, "cells": [3]}', "cell 0 is '3', expected an object"),
+    ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok"}]}', "cell 0 has provenance None"),
+    ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok", "provenance": "measured", '
+     '"rows_per_s": -5}]}', r"cell 0 \(disk_read\) has rows_per_s -5, expected a positive number")])
+def test_bad_profile_is_named(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as err:
+        load_profile(path)
+    assert str(path) in str(err.value)
+    assert cli.main(["plan", "--profile", str(path)]) == 1
+    assert "bad.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["--tokens-per-step", "0"], 2, "tokens is 0, expected at least 1"), (["--step-ms", "-1"], 2, "expected a positive time"),
+    (["--unique-ratio", "1.5"], 2, "unique ratio is 1.5"), (["--hit-rate", "-0.5"], 2, "hit rate is -0.5"),
+    (["--zipf", "0"], 2, "Zipf exponent is 0.0"), (["--layers", "3"], 2, "the model has 3 layers"),
+    (["--gpus", "0"], 2, "gpus is 0"), (["--spec", "nowhere"], 2, "spec is"),
+    (["--hbm-gib", "4"], 2, "there is no GPU"), (["--host-gib", "nan"], 2, "host_bytes is nan"),
+    (["--text", "nowhere.txt"], 2, "nowhere.txt is no file"), (["--profile", "nowhere.json"], 1, "nowhere.json"),
+    (["--gpu", "here"], 5, "--gpu here needs a --profile that measured a GPU"), (["--host-gib", "1", "--disk-gib", "1"], 1, None),
+    (["--host-gib", "1", "--disk-gib", "1", "--simulate", "t.json"], 2, "nothing fits, so there is nothing to simulate"),
+    (["--host-gib", "999", "--simulate", "t.json", "--placement", "uva"], 2, "UVA cannot be simulated: there is no GPU"),
+    (["--gpu", "h100", "--no-run"], 0, None), (["--preset", "paper"], 0, None)])
+def test_exit_codes_and_what_is_said(tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", *arguments]) == code
+    printed = capsys.readouterr()
+    assert message is None or message in printed.err
+    assert message is not None or printed.err == ""
+
+
+@pytest.mark.parametrize("arguments", [["--gpu", "tape"], ["--copies", "one"], ["--text", "a", "--zipf", "1"],
+                                       ["--preset", "1b"]])
+def test_usage_errors_of_the_parser(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["plan", *arguments])
+    assert exit_.value.code == 2
+
+
+def test_json_has_no_number_without_provenance(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    profile = write(tmp_path / "p.json", profile_of([*HOST, *DISK]))
+    out = tmp_path / "sub" / "plan.json"
+    assert cli.main(["plan", "--profile", str(profile), "--gpu", "h100", "--host-gib", "512", "--nodes", "2", "--gpus", "2",
+                     "--json", str(out), "--simulate", str(tmp_path / "t.json"), "--tokens-per-step", "64", "--steps", "1"]) == 0
+    plan = json.loads(out.read_text())
+    assert numbers_without_provenance(plan) == []
+    assert numbers_without_provenance({"a": [{"b": 1}], "c": {"value": 1}}) == ["$.a[0].b", "$.c.value"]  # the check itself
+    assert set(plan["placements"]) == {"hbm", "hbm_cache", "uva", "staged", "file", "remote"}
+    assert plan["winner"] and plan["runner_up"] and plan["flip"]["input"]
+    assert plan["trial"]["measured"]["provenance"] == "measured"
+    assert plan["simulation"]["step_s"]["provenance"] == "assumed"  # the H100's constants are
+    assert plan["inputs"]["disk reads a second"]["provenance"] == "measured"
+    assert plan["inputs"]["room in host memory"]["provenance"] == "given"
+
+
+@pytest.mark.parametrize("name", cli.PRESETS)
+@pytest.mark.parametrize("gpu", ["none", "h100"])
+def test_every_spec_is_planned_by_name_and_from_a_file(tmp_path, capsys, name, gpu):
+    path = tmp_path / "spec.json"
+    cli.PRESETS[name]().to_json(path)
+    plans = []
+    for spec in (name, str(path)):
+        arguments = ["--gpu", gpu, "--host-gib", "512", "--disk-gib", "512", "--no-run", "--json"]
+        assert cli.main(["plan", "--spec", spec, *arguments]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1] and plans[0]["spec"] == name
+    rows = cli.PRESETS[name]().layout().num_rows
+    assert plans[0]["inputs"]["table size"]["value"] == sum(rows) * cli.PRESETS[name]().bytes_per_row
+
+
+def test_json_alone_is_all_that_is_printed(capsys):
+    assert cli.main(["plan", "--gpu", "h100", "--no-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["winner"] and "pick: " in printed.err
+    assert cli.main(["plan", "--preset", "paper_8b", "--json"]) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    assert numbers_without_provenance(comparison) == [] and [c["preset"] for c in comparison["paper"]] == ["paper_8b"]
+
+
+def test_table_tags_every_number(capsys):
+    assert cli.main(["plan", "--gpu", "h100", "--no-run"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "\u2502" not in text  # no terminal: plain
+    for line in text.partition("placement  ")[2].splitlines():
+        if line.startswith(("HBM", "UVA", "staged", "file", "remote")):
+            cells = [c for c in re.split(r"  +", line)[2:] if c != "-"]
+            assert cells and all(re.search(r" \([gmsa]\)$", c) for c in cells), line
+    assert "(g) given, (m) measured, (s) simulated, (a) assumed" in text
+    assert re.search(r"^pick: .+\nrunner-up: .+\nflips to ", text, re.M)
+
+
+def test_table_is_rich_on_a_terminal_and_plain_with_no_color(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for no_color, rich in ((False, True), (True, False)):
+        if no_color:
+            monkeypatch.setenv("NO_COLOR", "1")
+        out = Terminal()
+        Printer(out).table(("a", "b"), [("1", "[2]")], [None])
+        assert ("\u2502" in out.getvalue()) == rich and "[2]" in out.getvalue()
+
+
+@pytest.mark.parametrize("pick", ["staged", "file", "uva", "remote", "hbm_cache"])
+def test_trial_runs_the_pick_and_says_its_error(monkeypatch, pick):
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    if pick == "uva" and torch.cuda.is_available():
+        pytest.skip("it can run here")
+    result = trial.run_trial(pick, workload(tokens=10), cpu_machine(), machine(), 0.05)
+    runs_here = pick in ("staged", "file")
+    assert result.placement == (pick if runs_here else "staged") and (result.instead_of is None) == runs_here
+    assert result.error.value == pytest.approx(result.predicted.value / result.actual.value - 1)
+    assert result.actual.provenance is Provenance.MEASURED and result.actual.value > 0
+    assert result.spread[0].value <= result.actual.value <= result.spread[1].value
+    # 160 rows of 128 bytes at 2 GB/s, and for a file 160 pages at 1000 a second
+    ms = 160 * 128 / 2e9 if pick != "file" else (160 * (1 - (1 - 1 / 8192) ** 160) / (160 / 8192)) / 1e3
+    assert result.predicted.value == pytest.approx(ms, rel=0.05)
+
+
+@pytest.mark.parametrize("spec", [EngramSpec.deepseek_v41(), EngramSpec.qwen4_ple(row_format="fp8_e4m3_tensor"),
+                                  EngramSpec.demo_v1(row_format="int8_group32")])
+def test_trial_makes_tables_of_every_format(monkeypatch, spec):
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    monkeypatch.setattr(trial, "_PIECE_ROWS", 1 << 10)
+    for placement in ("staged", "file"):
+        ran = trial.run_trial(placement, workload(spec, layers=32, tokens=4), cpu_machine(), machine(), 0.02)
+        assert ran.placement == placement and ran.actual.value > 0
+
+
+def test_trial_on_a_device_times_the_op(monkeypatch):
+    """The path of a GPU, driven on the CPU: the table that a kernel reads, and the op called on it."""
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    small = trial._small(workload(tokens=8))
+    table = trial._table(small.spec, 1 * MIB // 128, "staged", Path())
+    median, q1, q3, samples = trial._time_gather(table, trial._requests(small), "cpu", 0.02)
+    assert 0 < q1 <= median <= q3 and len(samples) >= 9
+
+
+def test_trial_of_a_gpu_that_no_profile_measured_uses_what_was_planned(monkeypatch):
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    monkeypatch.setattr(trial, "runnable", lambda placement: None)
+    monkeypatch.setattr(trial, "_table", lambda *_: None)
+    monkeypatch.setattr(trial, "_time_gather", lambda *_: (2e-6, 1e-6, 3e-6, (2e-6,)))
+    for here, rate in ((cpu_machine(), 1e9), (machine(uva=2e9), 2e9)):
+        result = trial.run_trial("uva", workload(tokens=10), here, machine())
+        assert result.placement == "uva" and result.predicted.value == pytest.approx(160 * 128 / rate)
+
+
+@pytest.mark.parametrize("missing, message", [("tokenizers", "--text needs tokenizers: pip install"),
+                                              (None, "--text needs the compiled module: no compiler")])
+def test_text_without_what_it_needs_is_exit_code_5(tmp_path, monkeypatch, capsys, missing, message):
+    from engram_kernels.plan import command
+    (tmp_path / "a.txt").write_text("words")
+    find = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    if missing is None:
+        monkeypatch.setattr(command, "COMPILE_ERROR", "no compiler")
+    assert cli.main(["plan", "--text", str(tmp_path / "a.txt")]) == 5
+    assert message in capsys.readouterr().err
+
+
+def test_empty_text_is_a_failure(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("")
+    assert cli.main(["plan", "--text", str(tmp_path / "a.txt")]) == 1
+    assert "a.txt holds no token" in capsys.readouterr().err
+
+
+def test_trial_ignores_a_profile_of_another_machine(tmp_path):
+    from engram_kernels.plan.command import _here
+    mine = info.collect()["machine"]
+    other, same = profile_of(HOST, cpu="another CPU"), profile_of(HOST)
+    same["machine"]["machine"] |= {"cpu": mine["cpu"], "cores": mine["cores"]}
+    assert not isinstance(_here([(Path("o.json"), other)]).host_copy, Surface)
+    assert isinstance(_here([(Path("s.json"), same)]).host_copy, Surface)
+
+
+def test_published_repeats_are_those_of_the_docs():
+    page = (ROOT / repeats._PAGE).read_text()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")]
+    rows = [(int(c[0].replace(",", "")), c[1:]) for c in cells if c[0].replace(",", "").isdigit()]
+    prefill = {n: c for n, c in rows[:len(repeats.BATCHES)]}
+    decode = {n: c for n, c in rows[len(repeats.BATCHES):len(repeats.BATCHES) + len(repeats.SEQUENCES)]}
+    cache = {n: c[1:] for n, c in rows[len(repeats.BATCHES) + len(repeats.SEQUENCES):]}
+    for i, kind in enumerate(repeats.KINDS):
+        assert [float(prefill[b][i]) for b in repeats.BATCHES] == list(repeats.UNIQUE_PREFILL[kind])
+        assert [float(decode[s][i]) for s in repeats.SEQUENCES] == list(repeats.UNIQUE_DECODE[kind])
+        assert [float(cache[s][i].split(" / ")[0]) for s in repeats.SLOTS] == list(repeats.HIT_RATES[kind])
+
+
+def test_repeats_of_a_text_are_counted_with_the_true_hash(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the cat. " * 40)
+    found = repeats.text_repeats(EngramSpec.deepseek_v41(), text, "prefill")
+    ratios = [q.value for _, q in found.unique]
+    assert ratios[0] == pytest.approx(1.0) and ratios == sorted(ratios, reverse=True) and ratios[-1] < 0.5
+    assert found.unique[0][1].provenance is Provenance.MEASURED and "text.txt" in found.unique[0][1].source
+    assert found.hit_rate(1 << 20).value > 0.3
+    assert found.unique_ratio(10**6).provenance is Provenance.ASSUMED  # no such batch was counted
+
+
+def test_repeats_of_zipf_draws_are_the_expected_ones():
+    """Against draws: rows of one head's table, the most frequent first."""
+    spec = EngramSpec.demo_v1(table_sizes=(1000, 1000), layer_ids=(0,))
+    found = repeats.zipf_repeats(spec, 1.0)
+    ranks = torch.arange(1, 1001, dtype=torch.float64)
+    draws = torch.multinomial((1 / ranks).expand(200, -1), 256, replacement=True, generator=torch.Generator().manual_seed(1))
+    counted = sum(row.unique().numel() for row in draws) / draws.numel()
+    assert found.unique_ratio(256).value == pytest.approx(counted, rel=0.02)
+    assert found.unique_ratio(256).provenance is Provenance.ASSUMED
+    assert repeats.zipf_repeats(spec, 2.0).unique_ratio(256).value < found.unique_ratio(256).value
+    assert found.hit_rate(1 << 21).value == pytest.approx(1.0)  # the whole table
+
+
+def test_published_repeats_of_another_hash_are_assumed():
+    for spec, provenance in ((EngramSpec.deepseek_v41(), Provenance.MEASURED), (SPEC, Provenance.ASSUMED)):
+        assert repeats.published_repeats(spec, "code", "decode").unique_ratio(64).provenance is provenance
