@@ -61,16 +61,16 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
 #pragma unroll
     for (int n = 0; n < kElements; ++n) v[3] = fmaf(e[j][n], e[j][n], v[3]);
   }
+  Products<kElements, kStaged, false> products(p, tile, branch, places);
 #pragma unroll
-  for (int m = 0; m < kGroup; ++m) {
+  for (int m = 0; m < kGroup; ++m, products.next_branch()) {
     if (m >= count) break;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int i = !places[j].is_there() ? 0 : first_vector<kVectors>() + j * kWarp;
 #pragma unroll
       for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
         float h[4], g[4], w[4];
-        products<kElements, kStaged>(p, tile, branch + m, i, quad, w);
+        products.load(j, quad, w);
         unpack_quad<kType>(held.hidden[m][j], quad, h);
         unpack_quad<kType>(held.grad[m][j], quad, g);
 #pragma unroll
@@ -136,6 +136,8 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
                                             float (&grad_e)[kVectors][kVectorElements<kType>], Group next, Held<kGroup>& held) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4, kBytes = dtype_bytes(kType);
   std::byte* to = first_vector_at<kType>(p.grad_hidden, t, branch);
+  Products<kElements, kStaged, kWhole> products(p.forward, tile, branch, places);
+  float4* share = shares_at(tile, kPlanes, branch, 0) + first_vector<kVectors>();
 #pragma unroll
   for (int m = 0; m < kGroup; ++m) {
     if (m < count) {
@@ -143,14 +145,13 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!kWhole && !places[j].is_there()) continue;
-        const int i = first_vector<kVectors>() + j * kWarp;
         uint32_t words[4];
 #pragma unroll
         for (int quad = 0; quad < kPlanes; ++quad) {
           float w[4];
-          products<kElements, kStaged>(p.forward, tile, branch + m, i, quad, w);
+          products.load(j, quad, w);
           quad_gradients<kType, kResidual>(s, held.hidden[m][j], held.grad[m][j], quad, w, e[j] + 4 * quad, grad_e[j] + 4 * quad,
-                                           shares_at(tile, kPlanes, branch + m, quad) + i, words + 2 * quad);
+                                           share + quad * tile.vectors + j * kWarp, words + 2 * quad);
         }
         store_words(to + j * kWarp * kVectorBytes, words);
 #pragma unroll
@@ -161,6 +162,8 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
       load_vectors<kWhole>(next.hidden, places, held.hidden[m]);
       load_vectors<kWhole>(next.grad, places, held.grad[m]);
     }
+    products.next_branch();
+    share += kPlanes * tile.vectors;
     to += p.grad_hidden.branch_stride * kBytes;
     next.hidden += p.forward.hidden.branch_stride * kBytes, next.grad += p.grad_out.branch_stride * kBytes;
   }

@@ -24,24 +24,22 @@ struct Sums {  // of a group, by warp
   float gates[kGroup];
 };
 
-// Sums of the vectors of this warp, for the branches of the group.
-template <DType kType, bool kStaged, int kGroup>
-__device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
-                                          const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
-                                          const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
+// The sums of this thread's vectors over the branches of the group. kWhole: it has all its vectors.
+template <DType kType, bool kStaged, bool kWhole, int kGroup>
+__device__ __forceinline__ void sum_vectors(const GatherGateParams& p, const Tile& tile, int branch, int count,
+                                            const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
+                                            const float (&e)[kVectors][kVectorElements<kType>], float (&v)[2 * kGroup]) {
   constexpr int kElements = kVectorElements<kType>;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float v[2 * kGroup] = {};
+  Products<kElements, kStaged, kWhole> products(p, tile, branch, places);
 #pragma unroll
-  for (int m = 0; m < kGroup; ++m) {
+  for (int m = 0; m < kGroup; ++m, products.next_branch()) {
     if (m >= count) break;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int i = !places[j].is_there() ? 0 : first_vector<kVectors>() + j * kWarp;
 #pragma unroll
       for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
         float h[4], w[4];
-        products<kElements, kStaged>(p, tile, branch + m, i, quad, w);
+        products.load(j, quad, w);
         unpack_quad<kType>(held[m][j], quad, h);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
@@ -50,6 +48,21 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
         }
       }
     }
+  }
+}
+
+// Sums of the vectors of this warp, for the branches of the group.
+template <DType kType, bool kStaged, int kGroup>
+__device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
+                                          const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
+                                          const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
+  constexpr int kElements = kVectorElements<kType>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float v[2 * kGroup] = {};
+  if (kStaged && places[kVectors - 1].is_there()) {
+    sum_vectors<kType, kStaged, true>(p, tile, branch, count, places, held, e, v);
+  } else {
+    sum_vectors<kType, kStaged, false>(p, tile, branch, count, places, held, e, v);
   }
   spread_sums<2 * kGroup>(v);
   if (lane % (kWarp / (2 * kGroup)) == 0) sums.of_branch[lane / (kWarp / (2 * kGroup))][warp] = v[0];
