@@ -25,16 +25,16 @@ extern __shared__ float4 shared[];
 // What the launcher derives from the params. Dynamic shared memory: what the kernel keeps of the weights, then the rows of
 // a token, each with its scales behind it, then the staged rows, then the ids.
 struct Tile {
-  int vectors;     // of a row of hidden
-  int branches;    // of a token
+  int vectors;   // of a row of hidden
+  int branches;  // of a token
   int tokens;
-  int slot_bytes;  // of one load of a row: 16, 8 or 4
-  int lines;       // that a row can touch
-  int row_bytes;   // read of a row
-  int row_pitch;   // bytes between rows in shared memory
-  int scale_bytes;  // of a row's scales that lie apart in memory
-  int scale_lanes;  // threads that fetch them
-  int shares_at;                  // float4 into shared memory; of the backward pass
+  int slot_bytes;                  // of one load of a row: 16, 8 or 4
+  int lines;                       // that a row can touch
+  int row_bytes;                   // read of a row
+  int row_pitch;                   // bytes between rows in shared memory
+  int scale_bytes;                 // of a row's scales that lie apart in memory
+  int scale_lanes;                 // threads that fetch them
+  int shares_at;                   // float4 into shared memory; of the backward pass
   int rows_at, staged_at, ids_at;  // bytes into it
   int shared_bytes;
 };

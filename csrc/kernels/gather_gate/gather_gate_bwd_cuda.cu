@@ -17,10 +17,12 @@ namespace engram_kernels {
 namespace {
 
 template <DType kType, int kGroup>
-constexpr int kMaxThreads = kGroup > 1 ? 384 : kType == DType::kF32 ? 768 : 512;  // by registers
+constexpr int kMaxThreads = kGroup > 1             ? 384
+                            : kType == DType::kF32 ? 768
+                                                   : 512;  // by registers
 
 template <int kGroup>
-struct Sums {  // of a group
+struct Sums {                                // of a group
   float by_warp[4 * kGroup][kMaxWarps + 1];  // dot, hidden^2, grad_out . e, and e^2 once
   Slopes slopes[kGroup];
 };
@@ -39,8 +41,7 @@ struct Group {
 
 template <DType kType>
 __device__ __forceinline__ Group group_at(const GatherGateBwdParams& p, int t, int branch, int count) {
-  return {first_vector_at<kType>(p.forward.hidden, t, branch), first_vector_at<kType>(p.grad_out, t, branch),
-          count};
+  return {first_vector_at<kType>(p.forward.hidden, t, branch), first_vector_at<kType>(p.grad_out, t, branch), count};
 }
 
 template <DType kType, int kGroup>
@@ -215,8 +216,10 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
     __syncthreads();
     const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
     if (branch == 0 && !ends) stage_rows(f, tile);
-    const Group following = left > 0 ? group_at<kType>(p, t, branch + kGroup, min(kGroup, left))
-                                     : group_at<kType>(p, t + gridDim.x, 0, ends ? 0 : min(kGroup, tile.branches));
+    const Group following = group_at<kType>(p, left > 0 ? t : t + static_cast<int>(gridDim.x), left > 0 ? branch + kGroup : 0,
+                                            left > 0 ? min(kGroup, left)
+                                            : ends   ? 0
+                                                     : min(kGroup, tile.branches));
     if (masked) {
       pass_group<kType>(p, t, branch, count, places, held);
       load_groups<kType>(p, following, places, held);
@@ -232,7 +235,8 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
 }
 
 template <DType kType, bool kStaged, int kGroup>
-__global__ void __launch_bounds__(kMaxThreads<kType, kGroup>) gather_gate_bwd_tokens(const GatherGateBwdParams p, const Tile tile) {
+__global__ void __launch_bounds__(kMaxThreads<kType, kGroup>)
+    gather_gate_bwd_tokens(const GatherGateBwdParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4;
   const GatherGateParams& f = p.forward;
   for (int m = 0; kStaged && m < tile.branches; ++m) {
@@ -318,7 +322,8 @@ void launch_plain(const GatherGateBwdParams& p, Slopes* slopes, float* shares, c
 
 void launch_weights(const GatherGateBwdParams& p, const float* shares, int64_t count, int planes, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.forward.branches * p.forward.hidden_size, int64_t{kPlainThreads});
-  gather_gate_bwd_weights<<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(p, shares, static_cast<int>(count), planes);
+  gather_gate_bwd_weights<<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(p, shares, static_cast<int>(count),
+                                                                                       planes);
   EK_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -8,7 +8,7 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int kThreads = 64;  // of many rows each: what a thread does once for a tile is a good part of its work
+constexpr int kThreads = 64;    // of many rows each: what a thread does once for a tile is a good part of its work
 constexpr int kRowsAtOnce = 8;  // of a group of lanes, so that a thread has 8 loads in flight at least
 
 // What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
