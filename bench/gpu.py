@@ -74,6 +74,26 @@ def gate_calls(tokens):
     return (3 * M + 1) * tokens * H * 2, [lambda: ek.gate(*inputs, out=out)] * CALLS, [lambda: peer(*inputs)] * CALLS
 
 
+def gather_gate_calls(tokens):
+    """20 packed rows a token; the peer: our gather_rows, then our gate."""
+    columns = H // D
+    rows = torch.randint(0, 120, (8_000_000, 264), device="cuda", dtype=torch.uint8)
+    table = ek.RowTable.from_tensor(rows, row_format="fp8_e4m3_block32_packed", row_dim=D)
+    ids = [torch.randint(0, 8_000_000, (tokens, columns), device="cuda") for _ in range(CALLS)]
+    hidden, w_hidden, w_key = randn(tokens, M, H), randn(M, H), randn(M, H)
+    out, memory = torch.empty_like(hidden), torch.empty(tokens, columns, D, dtype=torch.bfloat16, device="cuda")
+    value = memory.view(tokens, H)
+    key = value[:, None].expand(tokens, M, H)
+
+    def two_steps(i):
+        ek.gather_rows(table, i, out=memory)
+        ek.gate(hidden, key, value, w_hidden, w_key, out=out)
+
+    return (tokens * (columns * (264 + 8) + 2 * M * H * 2),
+            [lambda i=i: ek.gather_gate(hidden, table, i, w_hidden, w_key, out=out) for i in ids],
+            [lambda i=i: two_steps(i) for i in ids])
+
+
 def short_conv_calls(tokens):
     x, weight, norm = randn(tokens, M, H), randn(M, H, 4), randn(M, H)
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
@@ -95,6 +115,7 @@ def main():
     for op, make in {"ngram_hash, both layers": hash_calls, "gather_rows bf16": lambda t: gather_calls(t, "bf16", 512),
                      "gather_rows packed fp8 to bf16": lambda t: gather_calls(t, "fp8_e4m3_block32_packed", 264),
                      "gate (peer: torch.compile)": gate_calls,
+                     "gather_gate packed fp8 (peer: gather_rows, gate)": gather_gate_calls,
                      "short_conv": short_conv_calls}.items():
         for tokens in (1, 16, 512, 4096):
             num_bytes, ours, peer = make(tokens)
