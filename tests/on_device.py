@@ -20,6 +20,6 @@ def gather_gate(hidden, table, row_ids, w_hidden, w_key, mask=None, *, backend="
     table = ek.RowTable.from_tensor(moved(table.rows), moved(table.scales), table.row_format, row_dim=table.row_dim,
                                     zero_scale_is_zero=table.zero_scale_is_zero)
     backend = "cuda" if torch.device(device).type == "cuda" else "cpu"
-    got = op(there, table, moved(row_ids), moved(w_hidden), moved(w_key), moved(mask), backend=backend, out=target, **options).cpu()
+    got = op(there, table, *map(moved, (row_ids, w_hidden, w_key, mask)), backend=backend, out=target, **options).cpu()
     ek.check_errors()
     return got if out is None else out.copy_(got)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build
 from cuda_sim.params import DTYPES, ROW_FORMATS, GatherGateBwdParams
+from gather_gate_sim import WORDS, Table, gather_gate_params, make_inputs
 from test_gate_cuda_sim import branch_rows
-from test_gather_gate_cuda_sim import WORDS, Table, gather_gate_params, instructions_a_token, make_inputs
+from test_gather_gate_cuda_sim import instructions_a_token
 
 from engram_kernels.reference.gate import gate as reference_gate
 from engram_kernels.reference.gather_rows import gather_rows as reference_rows
@@ -24,7 +25,7 @@ NAMES = ("hidden", "rows", "w_hidden", "w_key")
 def simulate(table, inputs, grad_out, mask=None, device=None, **options):
     """(gradients of hidden, of each token's rows and of the weights, launches)."""
     device = device or Device()
-    hidden, ids, *weights = inputs
+    hidden, _, *weights = inputs
     at = device.address
     shapes = {"grad_hidden": hidden, "grad_rows": hidden[:, 0], "grad_w_hidden": weights[0], "grad_w_key": weights[1]}
     grads = {name: torch.full(like.shape, float("nan"), dtype=like.dtype) for name, like in shapes.items()}

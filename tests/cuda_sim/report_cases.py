@@ -3,14 +3,14 @@
 Each case is (op, shape, run, least bytes, units, unit); the runs are those of the tests, which also compare the results.
 """
 import torch
+from gather_gate_sim import Table
+from gather_gate_sim import make_inputs as gather_gate_inputs
+from gather_gate_sim import simulate as simulate_gather_gate
 from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
 from test_gate_cuda_sim import make_inputs as gate_inputs
 from test_gate_cuda_sim import simulate as simulate_gate
 from test_gather_gate_bwd_cuda_sim import random_grad
 from test_gather_gate_bwd_cuda_sim import simulate as simulate_gather_gate_bwd
-from test_gather_gate_cuda_sim import Table
-from test_gather_gate_cuda_sim import make_inputs as gather_gate_inputs
-from test_gather_gate_cuda_sim import simulate as simulate_gather_gate
 from test_gather_rows_cuda_sim import bytes_of
 from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
