@@ -97,6 +97,25 @@ def gate_backward_calls(tokens):
     return (5 * M + 2) * tokens * H * 2, lambda backend: backward(ek.gate(*inputs, backend=backend)), backward(peer(*inputs))
 
 
+def gather_gate_calls(tokens, table):
+    """Of 20 rows a token; the peer: our gather_rows, then our gate."""
+    columns = H // D
+    ids = [torch.randint(0, table.num_rows, (tokens, columns), device="cuda") for _ in range(CALLS)]
+    hidden, w_hidden, w_key = randn(tokens, M, H), randn(M, H), randn(M, H)
+    out, memory = torch.empty_like(hidden), torch.empty(tokens, columns, D, dtype=torch.bfloat16, device="cuda")
+    value = memory.view(tokens, H)
+    key = value[:, None].expand(tokens, M, H)
+
+    def two_steps(i):
+        ek.gather_rows(table, i, out=memory)
+        ek.gate(hidden, key, value, w_hidden, w_key, out=out)
+
+    def fused(backend):
+        return [lambda i=i: ek.gather_gate(hidden, table, i, w_hidden, w_key, out=out, backend=backend) for i in ids]
+
+    return tokens * (columns * (table.row_bytes + 8) + 2 * M * H * 2), fused, [lambda i=i: two_steps(i) for i in ids]
+
+
 def short_conv_calls(tokens):
     x, weight, norm = randn(tokens, M, H), randn(M, H, 4), randn(M, H)
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
@@ -112,6 +131,9 @@ def workloads():
         table = make_table(row_format, place)
         yield (f"gather_rows, {row_format} to bf16" + ("" if place == "cuda" else ", pinned host table"),
                "device" if place == "cuda" else "link", lambda tokens, table=table: gather_calls(tokens, table))
+        if row_format != "bf16" and place == "cuda":
+            yield (f"gather_gate, {row_format} (peer: gather_rows, then gate)", "device",
+                   lambda tokens, table=table: gather_gate_calls(tokens, table))
         del table
     yield "gate (peer: torch.compile)", "device", gate_calls
     yield "gate backward (peer: torch.compile)", "device", gate_backward_calls

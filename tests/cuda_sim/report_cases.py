@@ -3,9 +3,14 @@
 Each case is (op, shape, run, least bytes, units, unit); the runs are those of the tests, which also compare the results.
 """
 import torch
+from gather_gate_sim import Table
+from gather_gate_sim import make_inputs as gather_gate_inputs
+from gather_gate_sim import simulate as simulate_gather_gate
 from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
 from test_gate_cuda_sim import make_inputs as gate_inputs
 from test_gate_cuda_sim import simulate as simulate_gate
+from test_gather_gate_bwd_cuda_sim import random_grad
+from test_gather_gate_bwd_cuda_sim import simulate as simulate_gather_gate_bwd
 from test_gather_rows_cuda_sim import bytes_of
 from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
@@ -53,6 +58,25 @@ def gate_bwd():
             "token and branch")
 
 
+def gather_gate(backward, tokens=24):
+    def case():
+        columns, row_bytes = HIDDEN_SIZE // ROW_DIM, 264
+        rows, _ = random_rows("fp8_e4m3_block32_packed", tokens * columns, ROW_DIM, torch.Generator().manual_seed(11))
+        table = Table("fp8_e4m3_block32_packed", ROW_DIM, rows)
+        hidden, ids, *weights = gather_gate_inputs(tokens, BRANCHES, columns, ROW_DIM, weight_dtype=torch.bfloat16)
+        ids = torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(12)).int().reshape(ids.shape)
+        inputs = [hidden, ids, *weights]
+        least = tokens * (columns * (row_bytes + 4) + ((3 * BRANCHES + 1) if backward else 2 * BRANCHES) * HIDDEN_SIZE * 2)
+        if backward:
+            return ("gather_gate backward", "packed fp8, M 4, H 5120, 12 tokens a block",
+                    lambda: simulate_gather_gate_bwd(table, inputs, random_grad(inputs), device=Device(multiprocessors=2))[1],
+                    least, tokens * BRANCHES, "token and branch")
+        return ("gather_gate", "packed fp8, M 4, H 5120",
+                lambda: simulate_gather_gate(table, inputs, device=Device(multiprocessors=1))[2], least, tokens * BRANCHES,
+                "token and branch")
+    return case
+
+
 CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
          gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
-         gate, gate_bwd)
+         gate, gate_bwd, gather_gate(backward=False), gather_gate(backward=True))

@@ -106,11 +106,24 @@ def test_bad_ids_are_zeros_and_raised_later():
     ek.check_errors()  # it counts anew
 
 
+def test_bad_ids_of_gather_gate_are_rows_of_zeros():
+    table = ek.RowTable.from_tensor(torch.ones(10, 64, dtype=torch.bfloat16, device="cuda"))
+    hidden, weight = torch.randn(2, 1, 128, device="cuda").bfloat16(), torch.ones(1, 128, device="cuda")
+    got = ek.gather_gate(hidden, table, torch.tensor([[10, -2], [-1, -1]], device="cuda"), weight, weight)
+    assert torch.equal(got, hidden)
+    with pytest.raises(IndexError, match="gather_gate: 2 bad values .* on cuda:0"):
+        ek.check_errors()
+
+
 def test_tables_in_pinned_host_memory():
     rows = torch.randn(1000, 256).bfloat16()
     ids = torch.randint(0, 1000, (333,), device="cuda")
     got = ek.gather_rows(ek.RowTable.from_tensor(rows.pin_memory()), ids)
     assert got.is_cuda and torch.equal(got.cpu(), rows[ids.cpu()])
+    hidden, weight = torch.randn(111, 2, 768, device="cuda").bfloat16(), torch.ones(2, 768, device="cuda")
+    calls = [ek.gather_gate(hidden, ek.RowTable.from_tensor(x), ids.view(111, 3), weight, weight)
+             for x in (rows.pin_memory(), rows.cuda())]
+    assert torch.equal(*calls)
     with pytest.raises(ValueError, match="row_ids must be on cpu"):
         ek.gather_rows(ek.RowTable.from_tensor(rows), ids)
     with pytest.raises(ValueError, match="cannot read"):
@@ -164,3 +177,17 @@ def test_gradients_do_not_depend_on_the_run():
     grads = [torch.autograd.grad(out.square().sum(), weights) for out in outs]
     for again in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
+
+
+def test_gather_gate_gradients_match_the_cpu_and_do_not_depend_on_the_run():
+    def run(device):
+        rand = torch.Generator().manual_seed(1)
+        hidden, rows, *weights = ((torch.randn(*shape, generator=rand) / 4).to(device).requires_grad_()
+                                  for shape in ((T, M, H), (500, D), (M, H), (M, H)))
+        ids = torch.randint(-1, 500, (T, C), generator=rand).to(device)
+        out = ek.gather_gate(hidden, ek.RowTable.from_tensor(rows), ids, *weights)
+        return torch.autograd.grad(out.square().sum(), (hidden, rows, *weights))
+    first, again, want = run("cuda"), run("cuda"), run("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for a, b in zip(first, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4 * b.abs().max().item())

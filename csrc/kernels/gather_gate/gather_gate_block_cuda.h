@@ -25,16 +25,16 @@ extern __shared__ float4 shared[];
 // What the launcher derives from the params. Dynamic shared memory: what the kernel keeps of the weights, then the rows of
 // a token, each with its scales behind it, then the staged rows, then the ids.
 struct Tile {
-  int vectors;     // of a row of hidden
-  int branches;    // of a token
+  int vectors;   // of a row of hidden
+  int branches;  // of a token
   int tokens;
-  int slot_bytes;  // of one load of a row: 16, 8 or 4
-  int lines;       // that a row can touch
-  int row_bytes;   // read of a row
-  int row_pitch;   // bytes between rows in shared memory
-  int scale_bytes;  // of a row's scales that lie apart in memory
-  int scale_lanes;  // threads that fetch them
-  int shares_at;                  // float4 into shared memory; of the backward pass
+  int slot_bytes;                  // of one load of a row: 16, 8 or 4
+  int lines;                       // that a row can touch
+  int row_bytes;                   // read of a row
+  int row_pitch;                   // bytes between rows in shared memory
+  int scale_bytes;                 // of a row's scales that lie apart in memory
+  int scale_lanes;                 // threads that fetch them
+  int shares_at;                   // float4 into shared memory; of the backward pass
   int rows_at, staged_at, ids_at;  // bytes into it
   int shared_bytes;
 };
@@ -235,22 +235,41 @@ __device__ __forceinline__ void pack_quad(const float (&values)[4], uint32_t* wo
   }
 }
 
-// The products of the two weights of four elements of vector i: from the block's shared memory, or from memory.
-template <int kElements, bool kStaged>
-__device__ __forceinline__ void products(const GatherGateParams& p, const Tile& tile, int branch, int i, int quad,
-                                         float (&values)[4]) {
-  if constexpr (kStaged) {
-    load_planes<4>(shared + (branch * (kElements / 4) + quad) * tile.vectors, tile.vectors, i, values);
-  } else {
+// The products of the two weights of this thread's vectors, a branch after the other: from the block's shared memory, or from
+// memory. Where a vector is not there, those of another. kWhole: all are there.
+template <int kElements, bool kStaged, bool kWhole>
+class Products {
+ public:
+  __device__ __forceinline__ Products(const GatherGateParams& p, const Tile& tile, int branch, const Place (&places)[kVectors])
+      : weights_(p.weights), size_(static_cast<int>(p.hidden_size)), plane_(tile.vectors), first_(branch * size_) {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) at_[j] = kWhole || places[j].is_there() ? first_vector<kVectors>() + j * kWarp : 0;
+    planes_ = shared + branch * (kElements / 4) * plane_ + at_[0];
+  }
+
+  __device__ __forceinline__ void next_branch() { planes_ += (kElements / 4) * plane_, first_ += size_; }
+
+  // Four of vector j.
+  __device__ __forceinline__ void load(int j, int quad, float (&values)[4]) const {
+    if constexpr (kStaged) {
+      load_planes<4>(planes_ + quad * plane_, 0, kWhole ? j * kWarp : at_[j] - at_[0], values);
+      return;
+    }
     float of_key[4];
-    asm volatile("" : "+r"(i));  // no address for each vector and dtype is kept in registers over the loop
-    const int64_t element = branch * p.hidden_size + i * kElements + quad * 4;
-    load_weights<4>(p.weights.w_hidden, p.weights.dtype, element, values);
-    load_weights<4>(p.weights.w_key, p.weights.dtype, element, of_key);
+    int element = first_ + at_[j] * kElements + quad * 4;
+    asm volatile("" : "+r"(element));  // no address for each vector and dtype is kept in registers over the loop
+    load_weights<4>(weights_.w_hidden, weights_.dtype, element, values);
+    load_weights<4>(weights_.w_key, weights_.dtype, element, of_key);
 #pragma unroll
     for (int n = 0; n < 4; ++n) values[n] *= of_key[n];
   }
-}
+
+ private:
+  const GateWeights& weights_;
+  const float4* planes_;
+  int size_, plane_, first_;
+  int at_[kVectors];
+};
 
 // Sums kCount values (a power of two) over a warp: lane l gets the sum of value l / (kWarp / kCount), in v[0].
 template <int kCount, int kOffset = kWarp / 2>

@@ -17,10 +17,12 @@ namespace engram_kernels {
 namespace {
 
 template <DType kType, int kGroup>
-constexpr int kMaxThreads = kGroup > 1 ? 384 : kType == DType::kF32 ? 768 : 512;  // by registers
+constexpr int kMaxThreads = kGroup > 1             ? 384
+                            : kType == DType::kF32 ? 768
+                                                   : 512;  // by registers
 
 template <int kGroup>
-struct Sums {  // of a group
+struct Sums {                                // of a group
   float by_warp[4 * kGroup][kMaxWarps + 1];  // dot, hidden^2, grad_out . e, and e^2 once
   Slopes slopes[kGroup];
 };
@@ -39,8 +41,7 @@ struct Group {
 
 template <DType kType>
 __device__ __forceinline__ Group group_at(const GatherGateBwdParams& p, int t, int branch, int count) {
-  return {first_vector_at<kType>(p.forward.hidden, t, branch), first_vector_at<kType>(p.grad_out, t, branch),
-          count};
+  return {first_vector_at<kType>(p.forward.hidden, t, branch), first_vector_at<kType>(p.grad_out, t, branch), count};
 }
 
 template <DType kType, int kGroup>
@@ -61,16 +62,16 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
 #pragma unroll
     for (int n = 0; n < kElements; ++n) v[3] = fmaf(e[j][n], e[j][n], v[3]);
   }
+  Products<kElements, kStaged, false> products(p, tile, branch, places);
 #pragma unroll
-  for (int m = 0; m < kGroup; ++m) {
+  for (int m = 0; m < kGroup; ++m, products.next_branch()) {
     if (m >= count) break;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int i = !places[j].is_there() ? 0 : first_vector<kVectors>() + j * kWarp;
 #pragma unroll
       for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
         float h[4], g[4], w[4];
-        products<kElements, kStaged>(p, tile, branch + m, i, quad, w);
+        products.load(j, quad, w);
         unpack_quad<kType>(held.hidden[m][j], quad, h);
         unpack_quad<kType>(held.grad[m][j], quad, g);
 #pragma unroll
@@ -136,6 +137,8 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
                                             float (&grad_e)[kVectors][kVectorElements<kType>], Group next, Held<kGroup>& held) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4, kBytes = dtype_bytes(kType);
   std::byte* to = first_vector_at<kType>(p.grad_hidden, t, branch);
+  Products<kElements, kStaged, kWhole> products(p.forward, tile, branch, places);
+  float4* share = shares_at(tile, kPlanes, branch, 0) + first_vector<kVectors>();
 #pragma unroll
   for (int m = 0; m < kGroup; ++m) {
     if (m < count) {
@@ -143,14 +146,13 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!kWhole && !places[j].is_there()) continue;
-        const int i = first_vector<kVectors>() + j * kWarp;
         uint32_t words[4];
 #pragma unroll
         for (int quad = 0; quad < kPlanes; ++quad) {
           float w[4];
-          products<kElements, kStaged>(p.forward, tile, branch + m, i, quad, w);
+          products.load(j, quad, w);
           quad_gradients<kType, kResidual>(s, held.hidden[m][j], held.grad[m][j], quad, w, e[j] + 4 * quad, grad_e[j] + 4 * quad,
-                                           shares_at(tile, kPlanes, branch + m, quad) + i, words + 2 * quad);
+                                           share + quad * tile.vectors + j * kWarp, words + 2 * quad);
         }
         store_words(to + j * kWarp * kVectorBytes, words);
 #pragma unroll
@@ -161,6 +163,8 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
       load_vectors<kWhole>(next.hidden, places, held.hidden[m]);
       load_vectors<kWhole>(next.grad, places, held.grad[m]);
     }
+    products.next_branch();
+    share += kPlanes * tile.vectors;
     to += p.grad_hidden.branch_stride * kBytes;
     next.hidden += p.forward.hidden.branch_stride * kBytes, next.grad += p.grad_out.branch_stride * kBytes;
   }
@@ -212,8 +216,10 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
     __syncthreads();
     const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
     if (branch == 0 && !ends) stage_rows(f, tile);
-    const Group following = left > 0 ? group_at<kType>(p, t, branch + kGroup, min(kGroup, left))
-                                     : group_at<kType>(p, t + gridDim.x, 0, ends ? 0 : min(kGroup, tile.branches));
+    const Group following = group_at<kType>(p, left > 0 ? t : t + static_cast<int>(gridDim.x), left > 0 ? branch + kGroup : 0,
+                                            left > 0 ? min(kGroup, left)
+                                            : ends   ? 0
+                                                     : min(kGroup, tile.branches));
     if (masked) {
       pass_group<kType>(p, t, branch, count, places, held);
       load_groups<kType>(p, following, places, held);
@@ -229,7 +235,8 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
 }
 
 template <DType kType, bool kStaged, int kGroup>
-__global__ void __launch_bounds__(kMaxThreads<kType, kGroup>) gather_gate_bwd_tokens(const GatherGateBwdParams p, const Tile tile) {
+__global__ void __launch_bounds__(kMaxThreads<kType, kGroup>)
+    gather_gate_bwd_tokens(const GatherGateBwdParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4;
   const GatherGateParams& f = p.forward;
   for (int m = 0; kStaged && m < tile.branches; ++m) {
@@ -315,7 +322,8 @@ void launch_plain(const GatherGateBwdParams& p, Slopes* slopes, float* shares, c
 
 void launch_weights(const GatherGateBwdParams& p, const float* shares, int64_t count, int planes, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.forward.branches * p.forward.hidden_size, int64_t{kPlainThreads});
-  gather_gate_bwd_weights<<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(p, shares, static_cast<int>(count), planes);
+  gather_gate_bwd_weights<<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(p, shares, static_cast<int>(count),
+                                                                                       planes);
   EK_CUDA_CHECK(cudaGetLastError());
 }
 

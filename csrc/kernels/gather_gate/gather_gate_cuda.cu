@@ -14,34 +14,36 @@ namespace engram_kernels {
 namespace {
 
 template <bool kStaged, int kGroup>
-constexpr int kMaxThreads = kGroup == 1 ? 768 : kStaged ? 640 : 512;  // of an SM too, by registers
+constexpr int kMaxThreads = kGroup == 1 ? 768
+                            : kStaged   ? 640
+                                        : 512;  // of an SM too, by registers
 constexpr int kRowThreads = 128;
 
 template <int kGroup>
-struct Sums {  // of a group, by warp
+struct Sums {                                  // of a group, by warp
   float of_branch[2 * kGroup][kMaxWarps + 1];  // dot, hidden^2
   float key[kMaxWarps];                        // key^2
   float gates[kGroup];
 };
 
-// Sums of the vectors of this warp, for the branches of the group.
-template <DType kType, bool kStaged, int kGroup>
+// Sums of the vectors of this warp, for the branches of the group. kWhole: every thread has all its vectors.
+template <DType kType, bool kStaged, bool kWhole, int kGroup>
 __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
                                           const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
                                           const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
   constexpr int kElements = kVectorElements<kType>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float v[2 * kGroup] = {};
+  Products<kElements, kStaged, kWhole> products(p, tile, branch, places);
 #pragma unroll
-  for (int m = 0; m < kGroup; ++m) {
+  for (int m = 0; m < kGroup; ++m, products.next_branch()) {
     if (m >= count) break;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int i = !places[j].is_there() ? 0 : first_vector<kVectors>() + j * kWarp;
 #pragma unroll
       for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
         float h[4], w[4];
-        products<kElements, kStaged>(p, tile, branch + m, i, quad, w);
+        products.load(j, quad, w);
         unpack_quad<kType>(held[m][j], quad, h);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
@@ -83,11 +85,11 @@ struct Following {
   int count;              // branches; 0: there is nothing to come
 };
 
-// Writes the group and asks for the next one. kWhole: the thread has all its vectors.
+// Writes the group and asks for the next one.
 template <DType kType, bool kResidual, bool kWhole, int kGroup>
 __device__ __forceinline__ void write_group(const GatherGateParams& p, int count, const Place (&places)[kVectors],
-                                            const float* gates, const float (&e)[kVectors][kVectorElements<kType>],
-                                            std::byte* to, Following next, uint4 (&held)[kGroup][kVectors]) {
+                                            const float* gates, const float (&e)[kVectors][kVectorElements<kType>], std::byte* to,
+                                            Following next, uint4 (&held)[kGroup][kVectors]) {
   constexpr int kElements = kVectorElements<kType>;
 #pragma unroll
   for (int m = 0; m < kGroup; ++m) {
@@ -127,8 +129,8 @@ __device__ __forceinline__ void pass_group(bool residual, int64_t stride, int co
   }
 }
 
-template <DType kType, bool kStaged, int kGroup>
-__global__ void __launch_bounds__(kMaxThreads<kStaged, kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
+template <DType kType, bool kStaged, bool kWhole, int kGroup>
+__global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>;
   __shared__ Sums<kGroup> sums;
   for (int m = 0; kStaged && m < tile.branches; ++m) {
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kMaxThreads<kStaged, kGroup>) gather_gate_toke
 #pragma unroll 1
     for (int branch = 0; branch < tile.branches; branch += kGroup) {
       const int count = min(kGroup, tile.branches - branch), left = tile.branches - branch - count;
-      if (!masked) sum_group<kType, kStaged>(p, tile, branch, count, places, held, e, sums);
+      if (!masked) sum_group<kType, kStaged, kWhole>(p, tile, branch, count, places, held, e, sums);
       __syncthreads();  // also: the rows are decoded, and where they were is free
       if (branch == 0) describe_rows(p, tile, next);
       if (!masked) score_group(p, count, sums);
@@ -161,18 +163,17 @@ __global__ void __launch_bounds__(kMaxThreads<kStaged, kGroup>) gather_gate_toke
       const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
       if (branch == 0 && !ends) stage_rows(p, tile);
       std::byte* to = first_vector_at<kType>(p.out, t, branch);
-      const Following following =
-          left > 0 ? Following{first_vector_at<kType>(p.hidden, t, branch + kGroup), min(kGroup, left)}
-                   : Following{first_vector_at<kType>(p.hidden, t + gridDim.x, 0), ends ? 0 : min(kGroup, tile.branches)};
+      const int from_token = left > 0 ? t : t + static_cast<int>(gridDim.x), from_branch = left > 0 ? branch + kGroup : 0;
+      const Following following{first_vector_at<kType>(p.hidden, from_token, from_branch), left > 0 ? min(kGroup, left)
+                                                                                           : ends   ? 0
+                                                                                                    : min(kGroup, tile.branches)};
       if (masked) {
         pass_group(p.options.add_residual, p.out.branch_stride * dtype_bytes(kType), count, places, to, held);
         load_group<kType>(p.hidden, following.from, following.count, places, held);
-      } else if (!p.options.add_residual) {
-        write_group<kType, false, false>(p, count, places, sums.gates, e, to, following, held);
-      } else if (places[kVectors - 1].is_there()) {
-        write_group<kType, true, true>(p, count, places, sums.gates, e, to, following, held);
+      } else if (p.options.add_residual) {
+        write_group<kType, true, kWhole>(p, count, places, sums.gates, e, to, following, held);
       } else {
-        write_group<kType, true, false>(p, count, places, sums.gates, e, to, following, held);
+        write_group<kType, false, kWhole>(p, count, places, sums.gates, e, to, following, held);
       }
     }
   }
@@ -215,21 +216,22 @@ __global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherG
 }
 
 // Whether it was launched: the block is not too wide, and what it holds fits.
-template <DType kType, bool kStaged, int kGroup>
+template <DType kType, bool kStaged, int kGroup, bool kWhole = false>
 bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
   constexpr int kElements = kVectorElements<kType>;
   const int64_t vectors = p.hidden_size / kElements, weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
-  if (vectors > kVectors * kMaxThreads<kStaged, kGroup> || (kStaged && weights > max_shared_bytes())) return false;
+  if (vectors > kVectors * kMaxThreads<kWhole, kGroup> || (kStaged && weights > max_shared_bytes())) return false;
   const int threads = lanes_for(vectors, kVectors);
   Tile tile{};
   tile.vectors = static_cast<int>(vectors);
   tile.branches = static_cast<int>(p.branches);
   tile.tokens = static_cast<int>(p.num_tokens);
+  if (kWhole && vectors != int64_t{kVectors} * threads) return false;
   if (p.columns > threads || !lay_out(p, kElements, kStaged ? static_cast<int>(weights) : 0, &tile)) return false;
-  const auto kernel = gather_gate_tokens<kType, kStaged, kGroup>;
+  const auto kernel = gather_gate_tokens<kType, kStaged, kWhole, kGroup>;
   EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
   const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
-  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kStaged, kGroup> / threads);
+  const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kWhole, kGroup> / threads);
   kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
   EK_CUDA_CHECK(cudaGetLastError());
   return true;
@@ -243,8 +245,9 @@ bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
       !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
     return false;
   }
-  return launch_tokens<kType, true, 4>(p, stream) || launch_tokens<kType, false, 4>(p, stream) ||
-         launch_tokens<kType, true, 1>(p, stream) || launch_tokens<kType, false, 1>(p, stream);
+  return launch_tokens<kType, true, 4, true>(p, stream) || launch_tokens<kType, true, 4>(p, stream) ||
+         launch_tokens<kType, false, 4>(p, stream) || launch_tokens<kType, true, 1>(p, stream) ||
+         launch_tokens<kType, false, 1>(p, stream);
 }
 
 template <DType kType>
