@@ -14,10 +14,10 @@ def token_loop(code):
 
 
 def loops(code):
-    """(begin, end) of every loop: the indices of a backward branch's target and of the branch itself."""
+    """(begin, end) of every loop that lies in `code`: the indices of a backward branch's target and of the branch itself."""
     at = {address: i for i, (address, *_) in enumerate(code)}
     return [(at[sassflow.target(args)], i) for i, (address, _, op, args) in enumerate(code)
-            if op.startswith("BRA") and sassflow.target(args) < address]
+            if op.startswith("BRA") and sassflow.target(args) < address and sassflow.target(args) in at]
 
 
 def executed(code, turns, never):
@@ -56,3 +56,15 @@ def longest_path(code, choose=max, weights=None):
             ways = [0]
         count[i] = choose(ways) + (weights[i] if op != "NOP" else 0)
     return count[0]
+
+
+def parts_of(loop, count):
+    """The `count` parts of a loop that its barriers divide it into; each begins with its barrier."""
+    barriers = [i for i, (_, _, op, _) in enumerate(loop) if op.startswith("BAR")]
+    assert len(barriers) == count - 1
+    return [loop[a:b] for a, b in zip([0, *barriers], [*barriers, len(loop)], strict=True)]
+
+
+def longest_without(code, *never):
+    """Instructions on the longest way through `code` that meets no op of which the name begins so."""
+    return executed(code, lambda ops: 1, lambda op: op.startswith(never)) if never else longest_path(code)

@@ -141,12 +141,6 @@ struct Writer {
   }
 };
 
-template <DType kType>
-__device__ __forceinline__ void unpack_half(const uint4& v, int half, float* values) {
-  unpack_pair<kType>(half ? v.z : v.x, values, values + 1);
-  unpack_pair<kType>(half ? v.w : v.y, values + 2, values + 3);
-}
-
 // The thread's part of the sums [kind][branch].
 template <DType kType, int kBranches, int kVectors>
 __device__ __forceinline__ void add_sums(const Held<kBranches, kVectors>& held, const float4* slots, const float4* values,
@@ -162,32 +156,21 @@ __device__ __forceinline__ void add_sums(const Held<kBranches, kVectors>& held, 
     sums[2 * kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held.key[m][j], held.key[m][j]); });
     sums[3 * kBranches + m] = product_sum<kType, kVectors>(
         [&](int j, auto add) { add(reinterpret_cast<const uint4&>(slot(j, kGradOut)), value[j]); });
-    float dot = 0;
-#pragma unroll
-    for (int n = 0; n < kVectors * kPlanes; ++n) {  // four elements a time, for the registers' sake
-      const int j = n / kPlanes, plane = n % kPlanes;
-      float h[4], k[4], w[4];
-      unpack_half<kType>(held.hidden[m][j], plane, h);
-      unpack_half<kType>(held.key[m][j], plane, k);
-      read_slot(slot(j, plane), w);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) dot = fmaf(h[e], k[e] * w[e], dot);
-    }
-    sums[m] = dot;
+    sums[m] = weighted_dot<kType, kSlots>(held.hidden[m], held.key[m], of_branch);
   }
 }
 
 // Gradients of hidden and key of one vector; adds a h k to its share and gate * grad_out to grad_value.
 template <DType kType, bool kResidual, int kBranches, int kVectors>
-__device__ __forceinline__ void gradients(const Slopes& s, const Held<kBranches, kVectors>& held, int m, int j, float4* slots,
+__device__ __forceinline__ void gradients(const Slopes s, const Held<kBranches, kVectors>& held, int m, int j, float4* slots,
                                           float* grad_value, uint32_t (&to_hidden)[4], uint32_t (&to_key)[4]) {
   const uint4 grad_out = reinterpret_cast<const uint4&>(slots[Place<kBranches, kVectors>::at(m, j, kGradOut)]);
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
     float h[4], k[4], g[4], w[4], x[4];
-    unpack_half<kType>(held.hidden[m][j], plane, h);
-    unpack_half<kType>(held.key[m][j], plane, k);
-    unpack_half<kType>(grad_out, plane, g);
+    unpack_four<kType>(held.hidden[m][j], plane, h);
+    unpack_four<kType>(held.key[m][j], plane, k);
+    unpack_four<kType>(grad_out, plane, g);
     float4* share = slots + Place<kBranches, kVectors>::at(m, j, kShare + plane);
     read_slot(slots[Place<kBranches, kVectors>::at(m, j, plane)], w);
     read_slot(*share, x);
@@ -209,13 +192,19 @@ __device__ __forceinline__ void gradients(const Slopes& s, const Held<kBranches,
   }
 }
 
+__device__ __forceinline__ void add_planes(const float4* planes, int stride, float (&values)[kElements]) {
+  float more[kElements];
+  load_planes<kElements>(planes, stride, 0, more);
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) values[e] += more[e];
+}
+
 // The gradients of `now`, which is held; then the loader's step is.
 template <DType kType, bool kResidual, int kBranches, int kVectors>
 __device__ __forceinline__ void write_gradients(const Step& now, const Slopes* slopes, float4* next_slots,
                                                 Held<kBranches, kVectors>* held, Loader<kBranches, kVectors> loader) {
   const TokenTile& tile = loader.tile;
   Writer writer(loader.arrays, now, first_vector<kVectors>());
-  const bool last_branches = now.branch + kBranches == tile.groups * kBranches;
   float4* slots = shared + Place<kBranches, kVectors>::first(tile, now.branch / kBranches);
   float4* between = value_slots<kBranches, kVectors>(tile) + kVectors * blockDim.x;
 #pragma unroll
@@ -223,7 +212,6 @@ __device__ __forceinline__ void write_gradients(const Step& now, const Slopes* s
     const bool mine = first_vector<kVectors>() + j * kWarp < tile.vectors, back = j % 2 != 0;
     const int offset = j * kWarp * kVectorBytes;
     float grad_value[kElements] = {};
-    if (now.branch > 0) load_planes<kElements>(between + j * kPlanes * blockDim.x, blockDim.x, 0, grad_value);
     uint32_t words[4];
 #pragma unroll
     for (int n = 0; n < kBranches; ++n) {
@@ -237,13 +225,16 @@ __device__ __forceinline__ void write_gradients(const Step& now, const Slopes* s
       __syncwarp();  // as above
     }
     loader.copy_grad_out(j, next_slots);
-    if (last_branches) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack_pair<kType>(grad_value[2 * i], grad_value[2 * i + 1]);
-      store_if(mine, writer.value + offset, words);
-    } else {
-      store_planes<kElements>(between + j * kPlanes * blockDim.x, blockDim.x, 0, grad_value);
+    if (tile.groups > 1) {
+      float4* of_vector = between + j * kPlanes * blockDim.x;
+      if (now.branch > 0) add_planes(of_vector, blockDim.x, grad_value);
+      if (now.branch + kBranches < tile.groups * kBranches) {
+        store_planes<kElements>(of_vector, blockDim.x, 0, grad_value);
+        continue;
+      }
     }
+    pack_vector<kType>(grad_value, words);
+    store_if(mine, writer.value + offset, words);
   }
 }
 
@@ -252,7 +243,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_bwd_tokens(const GateBwdP
   __shared__ float partial[kMaxThreads / kWarp * kSums * kBranches];
   __shared__ Slopes slopes[kBranches];
   const GateParams& f = p.forward;
-  stage_slots<kType, kBranches, kVectors, kSlots>(f.weights, f.hidden_size, tile, shared);
+  stage_slots<kType, kBranches, kVectors, kSlots>(f.weights, f.hidden_size, tile, 0, shared);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) value_slots<kBranches, kVectors>(tile)[j * blockDim.x] = make_float4(0, 0, 0, 0);
   Held<kBranches, kVectors> held{};

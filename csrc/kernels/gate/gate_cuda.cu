@@ -1,129 +1,173 @@
 // CUDA kernels of gate. Contract: gate.h; layout of a block: gate_row_cuda.h.
 //
-// Mapping  a block takes a token after the other, all its branches at once. Hidden and key stay in registers between the
-//          sums and the output; the products of the weights stay in shared memory for the life of the block; the value
-//          is read once and shared by the branches. The second kernel, element by element, takes what is not aligned or
-//          too wide, and reads hidden twice (the second time out of the cache).
+// Mapping  a block takes a token after the other, kBranches branches of it: all of them, where they are 4, 2 or 1. A thread keeps
+//          hidden, key and value of its vectors in registers from the sums to the output, and loads those of the next token
+//          as soon as it is done with them. The products of the weights stay in shared memory for the life of the block. The
+//          second kernel, element by element, takes what is not aligned or too wide, and reads hidden twice (the second
+//          time out of the cache).
 // Traffic  hidden, key and value once, output once; the weights once a block.
-// Limits   the first kernel: rows on 16 bytes, and at most kMaxThreads * kVectors vectors in a token's branches.
+// Limits   the first kernel: rows on 16 bytes, at most kMaxThreads * 8 vectors a row.
 #include <algorithm>
+#include <utility>
 
-#include "kernels/gate/gate_row_cuda.h"
+#include "kernels/gate/gate_token_cuda.h"
 
 namespace engram_kernels {
 namespace {
 
-constexpr int kMaxThreads = 640;
-constexpr int kThreadsPerSm = 640;  // by registers
+constexpr int kMaxThreads = 384;
 constexpr int kRowThreads = 128;
 constexpr int kStaticBytes = 1024;  // of shared memory, at most
 
 extern __shared__ float4 shared[];
 
-struct Tile {
-  int vectors;   // of a row
-  int branches;  // of a block
-  // float4 of dynamic shared memory: the products of the weights, in `planes` a row, then two values as they are stored
-  __host__ __device__ int value_at(int planes) const { return branches * planes * vectors; }
-  __host__ __device__ int size(int planes) const { return value_at(planes) + 2 * vectors; }
+// The arrays as the first kernel addresses them.
+struct Arrays {
+  TokenRows hidden, key, value, out;
 };
 
 // A masked token: hidden as it is, or zeros.
 template <DType kType>
-__device__ __forceinline__ void pass_row(const GateParams& p, int64_t t, int branch, int vectors) {
-  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    const uint4 v = p.options.add_residual ? *vector_at<const uint4>(p.hidden, kType, t, branch, i) : make_uint4(0, 0, 0, 0);
-    *vector_at<uint4>(p.out, kType, t, branch, i) = v;
-  }
-}
-
-template <DType kType>
-__device__ __forceinline__ void stage_value(const GateParams& p, int64_t t, int vectors, float4* values) {
-  const auto* row =
-      reinterpret_cast<const uint4*>(static_cast<const std::byte*>(p.value) + t * p.value_stride * dtype_bytes(kType));
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < vectors; i += blockDim.x * blockDim.y) copy_async(values + i, row + i);
-}
-
-template <DType kType, int kVectors, bool kWhole, bool kResidual>
-__device__ __forceinline__ void write_out(const uint4 (&h)[kVectors], const uint4* value, int vectors, float gate, uint4* out) {
-  constexpr int kElements = kVectorElements<kType>;
-  const int first = first_vector<kVectors>();
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * kWarp;
-    if (!kWhole && i >= vectors) break;
-    float hs[kElements], vs[kElements];
-    unpack_vector<kType>(value[i], vs);
-    unpack_vector<kType>(h[j], hs);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) hs[e] = kResidual ? fmaf(gate, vs[e], hs[e]) : gate * vs[e];
-    store_floats<kType>(out + i, hs);
-  }
-}
-
-template <DType kType, int kVectors, bool kWhole>
-__device__ __forceinline__ void gate_token(const GateParams& p, const Tile& tile, int64_t t, int branch, int buffer) {
-  constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4;
-  __shared__ float4 partial[kMaxThreads / kWarp];
-  __shared__ float gates[kMaxThreads / kWarp];
-  const int vectors = tile.vectors;
-  const float4* weights = shared + threadIdx.y * kPlanes * vectors;
-  float4* value = shared + tile.value_at(kPlanes) + buffer * vectors;
-  const int first = first_vector<kVectors>();
-  const auto* hidden = vector_at<const uint4>(p.hidden, kType, t, branch, 0);
-  const auto* key = vector_at<const uint4>(p.key, kType, t, branch, 0);
-  uint4 h[kVectors], k[kVectors];
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * kWarp;
-    if (!kWhole && i >= vectors) break;
-    h[j] = hidden[i];
-    k[j] = key[i];
-  }
-  stage_value<kType>(p, t, vectors, value);
-  float sums[3] = {0, 0, 0};  // dot, hidden^2, key^2
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * kWarp;
-    if (!kWhole && i >= vectors) break;
-    float hs[kElements], ks[kElements], ws[kElements];
-    unpack_vector<kType>(h[j], hs);
-    unpack_vector<kType>(k[j], ks);
-    load_planes<kElements>(weights, vectors, i, ws);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      sums[0] = fmaf(hs[e], ks[e] * ws[e], sums[0]);
-      sums[1] = fmaf(hs[e], hs[e], sums[1]);
-      sums[2] = fmaf(ks[e], ks[e], sums[2]);
-    }
-  }
-  wait_for_copies();
-  branch_sums(sums, partial);
-  if (threadIdx.x == 0) gates[threadIdx.y] = gate_score(p.options, p.hidden_size, sums[0], sums[1], sums[2]).gate;
-  __syncthreads();
-  const float gate = gates[threadIdx.y];
-  const auto* stored = reinterpret_cast<const uint4*>(value);
-  auto* out = vector_at<uint4>(p.out, kType, t, branch, 0);
-  p.options.add_residual ? write_out<kType, kVectors, kWhole, true>(h, stored, vectors, gate, out)
-                         : write_out<kType, kVectors, kWhole, false>(h, stored, vectors, gate, out);
-}
-
-// kWhole: every thread has all its vectors, so nothing is guarded.
-template <DType kType, int kVectors, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) gate_tokens(const GateParams p, const Tile tile) {
-  const int branch = blockIdx.y * tile.branches + threadIdx.y;
-  constexpr int kElements = kVectorElements<kType>;
-  stage_weights<kElements, kVectors>(p.weights, p.hidden_size, branch, tile.vectors,
-                                     shared + threadIdx.y * (kElements / 4) * tile.vectors);
-  int buffer = 0;
+__device__ __forceinline__ void pass_token(const GateParams& p, int t, int first_branch, int branches, int vectors) {
 #pragma unroll 1
-  for (int64_t t = blockIdx.x; t < p.num_tokens; t += gridDim.x) {
-    if (p.masked(t)) {
-      pass_row<kType>(p, t, branch, tile.vectors);
-    } else {
-      gate_token<kType, kVectors, kWhole>(p, tile, t, branch, buffer);
-      buffer ^= 1;  // the value of this token may still be read when the next one's is written
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+#pragma unroll 1
+    for (int m = first_branch; m < first_branch + branches; ++m) {
+      const uint4 v = p.options.add_residual ? *vector_at<const uint4>(p.hidden, kType, t, m, i) : make_uint4(0, 0, 0, 0);
+      *vector_at<uint4>(p.out, kType, t, m, i) = v;
     }
+  }
+}
+
+// What a thread holds of a token in registers; the value is behind the slots of the weights.
+template <int kBranches, int kVectors>
+struct Held {
+  uint4 hidden[kBranches][kVectors], key[kBranches][kVectors];
+};
+
+template <DType kType, int kBranches, int kVectors>
+using Place = Slots<kBranches, kVectors, kVectorElements<kType> / 4>;
+
+// The block's first token from t on that is not masked; masked ones are passed on the way.
+template <DType kType, int kBranches>
+__device__ __forceinline__ int next_token(const GateParams& p, const TokenTile& tile, int t) {
+#pragma unroll 1
+  for (; t < tile.tokens && p.masked(t); t += gridDim.x) pass_token<kType>(p, t, blockIdx.y * kBranches, kBranches, tile.vectors);
+  return t;
+}
+
+// A thread's place in an array at a token: its vectors, branch after branch.
+template <int kVectors>
+struct Cursor {
+  const TokenRows& rows;
+  std::byte* at;
+
+  __device__ __forceinline__ Cursor(const TokenRows& rows, int token, int first_branch)
+      : rows(rows), at(rows.at(token, first_vector<kVectors>())) {
+    rows.go_branches(&at, first_branch);
+  }
+  __device__ __forceinline__ std::byte* vector(int j) const { return at + j * kWarp * kVectorBytes; }
+  __device__ __forceinline__ void next_branch(bool back = false) { rows.next_branch(&at, back); }
+};
+
+template <int kVectors>
+__device__ __forceinline__ bool has_vector(const TokenTile& tile, int token, int j) {
+  return token < tile.tokens && first_vector<kVectors>() + j * kWarp < tile.vectors;
+}
+
+template <int kVectors>
+__device__ __forceinline__ void copy_value(const Arrays& a, const TokenTile& tile, int token, float4* to) {
+  const Cursor<kVectors> value(a.value, token, 0);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) copy_if(has_vector<kVectors>(tile, token, j), value.vector(j), to + j * blockDim.x);
+}
+
+// The thread's part of the sums [kind][branch] of what is held; then loads the keys of token `next`.
+template <DType kType, int kBranches, int kVectors>
+__device__ __forceinline__ void add_sums(const Arrays& a, const TokenTile& tile, int next, Held<kBranches, kVectors>* held,
+                                         float (&sums)[kSums * kBranches]) {
+  constexpr int kElements = kVectorElements<kType>;
+  const float4* slots = shared + Place<kType, kBranches, kVectors>::first(tile, 0);
+  Cursor<kVectors> key(a.key, next, blockIdx.y * kBranches);
+#pragma unroll
+  for (int m = 0; m < kBranches; ++m) {
+    if (m > 0) key.next_branch();
+    sums[kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held->hidden[m][j], held->hidden[m][j]); });
+    sums[2 * kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held->key[m][j], held->key[m][j]); });
+    sums[m] = weighted_dot<kType, kElements / 4>(held->hidden[m], held->key[m],
+                                                 slots + Place<kType, kBranches, kVectors>::at(m, 0, 0));
+    sums[3 * kBranches + m] = 0;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) load_if(has_vector<kVectors>(tile, next, j), key.vector(j), &held->key[m][j]);
+  }
+}
+
+// The output of token `now`; then hidden of `next` is held. A vector in every branch, then the next one with the branches in
+// reverse: so the addresses move by a branch.
+template <DType kType, bool kResidual, int kBranches, int kVectors>
+__device__ __forceinline__ void write_out(const Arrays& a, const TokenTile& tile, int now, int next, const float* gates,
+                                          const float4* value, Held<kBranches, kVectors>* held) {
+  constexpr int kElements = kVectorElements<kType>;
+  Cursor<kVectors> hidden(a.hidden, next, blockIdx.y * kBranches), out(a.out, now, blockIdx.y * kBranches);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const bool back = j % 2 != 0;
+    float v[kElements];
+    unpack_vector<kType>(reinterpret_cast<const uint4&>(value[j * blockDim.x]), v);
+#pragma unroll
+    for (int n = 0; n < kBranches; ++n) {
+      if (n > 0) hidden.next_branch(back), out.next_branch(back);
+      const int m = back ? kBranches - 1 - n : n;
+      const float gate = gates[m];
+      float h[kElements];
+      unpack_vector<kType>(held->hidden[m][j], h);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) h[e] = kResidual ? fmaf(gate, v[e], h[e]) : gate * v[e];
+      uint32_t words[4];
+      pack_vector<kType>(h, words);
+      store_if(has_vector<kVectors>(tile, now, j), out.vector(j), words);
+      load_if(has_vector<kVectors>(tile, next, j), hidden.vector(j), &held->hidden[m][j]);
+    }
+  }
+}
+
+template <DType kType, int kBranches, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, 1) gate_tokens(const GateParams p, const Arrays arrays, const TokenTile tile) {
+  __shared__ float partial[kMaxThreads / kWarp * kSums * kBranches];
+  __shared__ float gates[kBranches];
+  const int first_branch = blockIdx.y * kBranches;
+  stage_slots<kType, kBranches, kVectors, kVectorElements<kType> / 4>(p.weights, p.hidden_size, tile, first_branch, shared);
+  float4* value = shared + Place<kType, kBranches, kVectors>::size(tile) + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) value[j * blockDim.x] = make_float4(0, 0, 0, 0);
+  int now = next_token<kType, kBranches>(p, tile, blockIdx.x);
+  Held<kBranches, kVectors> held{};
+  Cursor<kVectors> hidden(arrays.hidden, now, first_branch), key(arrays.key, now, first_branch);
+#pragma unroll
+  for (int m = 0; m < kBranches; ++m) {
+    if (m > 0) hidden.next_branch(), key.next_branch();
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      load_if(has_vector<kVectors>(tile, now, j), hidden.vector(j), &held.hidden[m][j]);
+      load_if(has_vector<kVectors>(tile, now, j), key.vector(j), &held.key[m][j]);
+    }
+  }
+  copy_value<kVectors>(arrays, tile, now, value);
+#pragma unroll 1
+  while (now < tile.tokens) {
+    const int next = next_token<kType, kBranches>(p, tile, now + gridDim.x);
+    float sums[kSums * kBranches], of_branch[kSums];
+    add_sums<kType>(arrays, tile, next, &held, sums);
+    token_sums<kBranches>(sums, tile, partial, of_branch);
+    if (threadIdx.x < kBranches) {
+      gates[threadIdx.x] = gate_score(p.options, p.hidden_size, of_branch[0], of_branch[1], of_branch[2]).gate;
+    }
+    __syncthreads();
+    wait_for_copies();  // each thread reads what it copied itself
+    p.options.add_residual ? write_out<kType, true>(arrays, tile, now, next, gates, value, &held)
+                           : write_out<kType, false>(arrays, tile, now, next, gates, value, &held);
+    copy_value<kVectors>(arrays, tile, next, value);
+    now = next;
   }
 }
 
@@ -166,42 +210,47 @@ __global__ void __launch_bounds__(kRowThreads, 8) gate_rows(const GateParams p) 
   }
 }
 
-template <DType kType, int kVectors, bool kWhole>
-void launch_tokens(const GateParams& p, const Tile& tile, int lanes, int shared_bytes, cudaStream_t stream) {
-  const auto kernel = gate_tokens<kType, kVectors, kWhole>;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  const int64_t resident = int64_t{num_multiprocessors()} * std::max(1, kThreadsPerSm / (lanes * tile.branches));
-  const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, resident)), static_cast<unsigned>(p.branches / tile.branches)),
-      block(static_cast<unsigned>(lanes), static_cast<unsigned>(tile.branches));
-  kernel<<<grid, block, shared_bytes, stream>>>(p, tile);
+template <DType kType, int kBranches, int kVectors>
+void launch_tokens(const GateParams& p, const Arrays& arrays, const TokenTile& tile, cudaStream_t stream) {
+  const auto kernel = gate_tokens<kType, kBranches, kVectors>;
+  const int bytes = (Place<kType, kBranches, kVectors>::size(tile) + kVectors * tile.warps * kWarp) * kVectorBytes;
+  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const int64_t resident = std::clamp(std::min(kMaxThreads / (tile.warps * kWarp), max_shared_bytes() / bytes), 1, 16);
+  const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, num_multiprocessors() * resident)),
+                  static_cast<unsigned>(p.branches / kBranches));
+  kernel<<<grid, static_cast<unsigned>(tile.warps * kWarp), bytes, stream>>>(p, arrays, tile);
   EK_CUDA_CHECK(cudaGetLastError());
+}
+
+// Whether the arrays lie as the first kernel wants.
+template <DType kType>
+bool arrays_of(const GateParams& p, Arrays* arrays) {
+  constexpr int kBytes = dtype_bytes(kType);
+  const BranchRows value{const_cast<void*>(p.value), p.value_stride, 0};
+  *arrays = {token_rows(p.hidden, kBytes), token_rows(p.key, kBytes), token_rows(value, kBytes), token_rows(p.out, kBytes)};
+  return p.hidden_size % kVectorElements<kType> == 0 && on_vectors(p.weights) &&
+         has_token_rows(p.hidden, p.num_tokens, p.branches, kBytes) && has_token_rows(p.key, p.num_tokens, p.branches, kBytes) &&
+         has_token_rows(p.out, p.num_tokens, p.branches, kBytes) && has_token_rows(value, p.num_tokens, 1, kBytes);
 }
 
 // Whether the first kernel took it.
 template <DType kType>
 bool launch_tokens(const GateParams& p, cudaStream_t stream) {
-  constexpr int kPlanes = kVectorElements<kType> / 4, kBytes = dtype_bytes(kType);
-  if (p.hidden_size % kVectorElements<kType> != 0 || !on_vectors(p.weights) ||
-      !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.key, p.num_tokens, p.branches, kBytes) ||
-      !on_vectors(p.out, p.num_tokens, p.branches, kBytes) ||
-      !on_vectors({const_cast<void*>(p.value), p.value_stride, 0}, p.num_tokens, 1, kBytes)) {
-    return false;
-  }
+  Arrays arrays;
+  if (!arrays_of<kType>(p, &arrays) || p.num_tokens > INT32_MAX / 2) return false;
   const int64_t vectors = p.hidden_size / kVectorElements<kType>;
-  for (const int per_thread : {4, 8}) {
-    if (vectors > int64_t{per_thread} * kMaxThreads) continue;
-    const int lanes = lanes_for(vectors, per_thread);
-    for (int64_t branches = p.branches; branches > 0; --branches) {  // as many in a block as fit
-      if (p.branches % branches != 0 || lanes * branches > kMaxThreads) continue;
-      const Tile tile{static_cast<int>(vectors), static_cast<int>(branches)};
-      const int bytes = tile.size(kPlanes) * kVectorBytes;
-      if (bytes > max_shared_bytes() - kStaticBytes) continue;
-      if (per_thread == 4 && branches < p.branches) break;  // longer threads may hold them all
-      per_thread == 8             ? launch_tokens<kType, 8, false>(p, tile, lanes, bytes, stream)
-      : lanes * 4 == tile.vectors ? launch_tokens<kType, 4, true>(p, tile, lanes, bytes, stream)
-                                  : launch_tokens<kType, 4, false>(p, tile, lanes, bytes, stream);
-      return true;
+  for (const auto [branches, per_thread] : {std::pair{4, 2}, {2, 4}, {1, 8}}) {
+    if (branches == 4 && kType == DType::kF16) continue;  // spills registers on sm_90
+    if (p.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
+    const int threads = lanes_for(vectors, per_thread);
+    if (per_thread * threads * (branches * kVectorElements<kType> * 4 + kVectorBytes) > max_shared_bytes() - kStaticBytes) continue;
+    const TokenTile tile{static_cast<int>(vectors), threads / kWarp, 1, static_cast<int>(p.num_tokens)};
+    if constexpr (kType != DType::kF16) {
+      if (branches == 4) launch_tokens<kType, 4, 2>(p, arrays, tile, stream);
     }
+    if (branches == 2) launch_tokens<kType, 2, 4>(p, arrays, tile, stream);
+    if (branches == 1) launch_tokens<kType, 1, 8>(p, arrays, tile, stream);
+    return true;
   }
   return false;
 }

@@ -5,8 +5,6 @@
 // (Slots). Where a row ends within a block, the vectors behind it are zeros that nobody stores: no sum is guarded.
 #pragma once
 
-#include <algorithm>
-
 #include "kernels/gate/gate_row_cuda.h"
 
 namespace engram_kernels {
@@ -35,32 +33,54 @@ struct Slots {
   }
 };
 
-// The products w_hidden * w_key of this thread's vectors in every group; its other slots are cleared.
-template <DType kType, int kBranches, int kVectors, int kCount>
-__device__ __forceinline__ void stage_slots(const GateWeights& w, int64_t hidden_size, const TokenTile& tile, float4* slots) {
+template <DType kWeights, DType kType, int kBranches, int kVectors, int kCount>
+__device__ __forceinline__ void stage_slots_of(const GateWeights& w, int64_t hidden_size, const TokenTile& tile, int first_branch,
+                                               float4* slots) {
   constexpr int kElements = kVectorElements<kType>;
-#pragma unroll 1
+  const auto *of_hidden = static_cast<const std::byte*>(w.w_hidden), *of_key = static_cast<const std::byte*>(w.w_key);
+#pragma unroll 4  // loads in flight
   for (int n = 0; n < tile.groups * kBranches * kVectors; ++n) {
     const int branch = n / kVectors, j = n % kVectors, i = first_vector<kVectors>() + j * kWarp;
-    float of_hidden[kElements] = {}, of_key[kElements] = {};
-    if (i < tile.vectors) {
-      load_weights<kElements>(w.w_hidden, w.dtype, branch * hidden_size + i * kElements, of_hidden);
-      load_weights<kElements>(w.w_key, w.dtype, branch * hidden_size + i * kElements, of_key);
-    }
+    const int64_t at = ((first_branch + branch) * hidden_size + i * kElements) * dtype_bytes(kWeights);
+    float a[kElements] = {}, b[kElements] = {};
+    if (i < tile.vectors) load_floats<kWeights, kElements>(of_hidden + at, a), load_floats<kWeights, kElements>(of_key + at, b);
     using Place = Slots<kBranches, kVectors, kCount>;
     float4* to = slots + Place::first(tile, branch / kBranches) + Place::at(branch % kBranches, j, 0);
 #pragma unroll
     for (int slot = 0; slot < kCount; ++slot) {
-      const float *a = of_hidden + 4 * slot, *b = of_key + 4 * slot;
-      to[slot * kWarp] = 4 * slot < kElements ? make_float4(a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3])
-                                              : make_float4(0, 0, 0, 0);
+      const int e = 4 * slot;
+      to[slot * kWarp] = e < kElements ? make_float4(a[e] * b[e], a[e + 1] * b[e + 1], a[e + 2] * b[e + 2], a[e + 3] * b[e + 3])
+                                       : make_float4(0, 0, 0, 0);
     }
+  }
+}
+
+// The products w_hidden * w_key of this thread's vectors in every group; its other slots are cleared.
+template <DType kType, int kBranches, int kVectors, int kCount>
+__device__ __forceinline__ void stage_slots(const GateWeights& w, int64_t hidden_size, const TokenTile& tile, int first_branch,
+                                            float4* slots) {
+  if (w.dtype == DType::kF32) {
+    stage_slots_of<DType::kF32, kType, kBranches, kVectors, kCount>(w, hidden_size, tile, first_branch, slots);
+  } else if constexpr (kType != DType::kF32) {  // the dtype of hidden
+    stage_slots_of<kType, kType, kBranches, kVectors, kCount>(w, hidden_size, tile, first_branch, slots);
   }
 }
 
 __device__ __forceinline__ void read_slot(const float4& slot, float* values) {
   const float4 v = slot;
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+
+template <DType kType>
+__device__ __forceinline__ void pack_vector(const float* values, uint32_t (&words)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kType == DType::kF32) {
+      words[i] = __float_as_uint(values[i]);
+    } else {
+      words[i] = pack_pair<kType>(values[2 * i], values[2 * i + 1]);
+    }
+  }
 }
 
 // A load or store of 16 bytes that may not take place, without a branch; `to` then stays as it is.
@@ -93,11 +113,11 @@ struct Step {
 struct TokenRows {
   std::byte* data;
   int64_t branch_bytes;
-  int token_bytes;
+  uint32_t token_bytes;  // 32 bits, so that a product with them is one instruction
 
   // A thread's first vector of a token in the first branch.
   __device__ __forceinline__ std::byte* at(int token, int first) const {
-    return data + (int64_t{token} * token_bytes + static_cast<uint32_t>(first * kVectorBytes));
+    return data + static_cast<uint32_t>(first * kVectorBytes) + uint64_t{static_cast<uint32_t>(token)} * token_bytes;
   }
   __device__ __forceinline__ void go_branches(std::byte** at, int branches) const { *at += branches * branch_bytes; }
   __device__ __forceinline__ void next_branch(std::byte** at, bool back) const {
@@ -107,13 +127,13 @@ struct TokenRows {
 
 inline TokenRows token_rows(const BranchRows& rows, int64_t element_bytes) {
   return {static_cast<std::byte*>(rows.data), rows.branch_stride * element_bytes,
-          static_cast<int>(rows.token_stride * element_bytes)};
+          static_cast<uint32_t>(rows.token_stride * element_bytes)};
 }
 
 // Whether vectors and strides are such as token_rows wants.
 inline bool has_token_rows(const BranchRows& rows, int64_t tokens, int64_t branches, int element_bytes) {
-  const int64_t largest = std::max(rows.token_stride, rows.branch_stride), least = std::min(rows.token_stride, rows.branch_stride);
-  return on_vectors(rows, tokens, branches, element_bytes) && least >= 0 && largest <= INT32_MAX / element_bytes;
+  return on_vectors(rows, tokens, branches, element_bytes) && rows.token_stride >= 0 &&
+         rows.token_stride <= UINT32_MAX / element_bytes;
 }
 
 // Sums of kCount values, a power of two, over a warp: lane l gets that of value l % kCount. Each step halves what a lane holds.
@@ -149,10 +169,23 @@ __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t rows, uint32_
   }
 }
 
-// The sum over i of x[i] y[i] of kVectors vectors x, y of each lane of a quad, in one of the quad's lanes; 0 in the others.
-// pairs(j, add) calls add(x, y) for the j-th ones.
+// The thread's part of the sum over i of x[i] y[i], of kVectors vectors x, y; pairs(j, add) calls add(x, y) for the j-th ones.
+// Of 2-byte elements one lane of a quad has the sum over the quad, the others 0.
 template <DType kType, int kVectors, class Pairs>
 __device__ __forceinline__ float product_sum(const Pairs& pairs) {
+  if constexpr (kType == DType::kF32) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      pairs(j, [&](const uint4& x, const uint4& y) {
+        float xs[4], ys[4];
+        unpack_vector<kType>(x, xs), unpack_vector<kType>(y, ys);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum = fmaf(xs[e], ys[e], sum);
+      });
+    }
+    return sum;
+  }
   float even[4] = {}, odd[4] = {};  // words: the product of even ones is wanted of rows 0 to 7, of odd ones of rows 8 to 15
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
@@ -165,6 +198,34 @@ __device__ __forceinline__ float product_sum(const Pairs& pairs) {
   const int lane = threadIdx.x % kWarp;
   const float sum = lane & 4 ? even[1] + odd[3] : even[0] + odd[2];
   return lane % 4 == lane / 8 ? sum : 0.0F;
+}
+
+// Four elements of a vector: all of them, or its `half`.
+template <DType kType>
+__device__ __forceinline__ void unpack_four(const uint4& v, int half, float* values) {
+  if constexpr (kType == DType::kF32) {
+    unpack_vector<kType>(v, values);
+  } else {
+    unpack_pair<kType>(half ? v.z : v.x, values, values + 1);
+    unpack_pair<kType>(half ? v.w : v.y, values + 2, values + 3);
+  }
+}
+
+// The thread's part of sum_i h w k; kCount slots a vector, the weights' first.
+template <DType kType, int kCount, int kVectors>
+__device__ __forceinline__ float weighted_dot(const uint4 (&hidden)[kVectors], const uint4 (&key)[kVectors], const float4* slots) {
+  constexpr int kParts = kVectorElements<kType> / 4;
+  float dot = 0;
+#pragma unroll
+  for (int n = 0; n < kVectors * kParts; ++n) {  // four elements a time, for the registers' sake
+    float h[4], k[4], w[4];
+    unpack_four<kType>(hidden[n / kParts], n % kParts, h);
+    unpack_four<kType>(key[n / kParts], n % kParts, k);
+    read_slot(slots[(n / kParts * kCount + n % kParts) * kWarp], w);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dot = fmaf(h[e], k[e] * w[e], dot);
+  }
+  return dot;
 }
 
 constexpr int kSums = 4;  // dot, hidden^2, key^2, and grad_out . value in the backward pass
