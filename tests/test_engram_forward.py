@@ -6,7 +6,6 @@ import engram_kernels as ek
 from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.reference.engram_forward import engram_forward as reference
-from engram_kernels.reference.gate import gate as reference_gate
 from engram_kernels.reference.gather_rows import gather_rows as reference_gather
 from engram_kernels.testing import assert_as_accurate_as_torch
 from engram_kernels.testing.inputs import random_rows
@@ -37,8 +36,8 @@ def exact(hidden, table, row_ids, w_kv, w_hidden, w_key, mask=None, add_residual
     ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
     memory = reference_gather(table.rows, table.scales, ids, table.row_format, table.row_dim, False, hidden.dtype)
     rows, ids = memory.double().flatten(0, 1), torch.arange(row_ids.numel(), device=row_ids.device).view(row_ids.shape)
-    return reference(hidden.double(), rows, None, ids, w_kv.double(), w_hidden.double(), w_key.double(), mask, "f32", table.row_dim,
-                     False, 1e-6, 1e-6, "copysign", add_residual)
+    return reference(hidden.double(), rows, None, ids, w_kv.double(), w_hidden.double(), w_key.double(), mask, "f32",
+                     table.row_dim, False, 1e-6, 1e-6, "copysign", add_residual)
 
 
 def plain(hidden, table, row_ids, w_kv, w_hidden, w_key, mask=None, add_residual=True):

@@ -102,6 +102,6 @@ def test_triton_engram_forward_compiles(target):
         hidden = torch.empty(tokens, 4, 5120, dtype=dtype, device="meta")
         mask = torch.empty(tokens, dtype=torch.bool, device="meta") if i % 2 else None
         ids, w_kv = torch.empty(tokens, 24, dtype=torch.int32, device="meta"), torch.empty(25600, 6144, dtype=dtype, device="meta")
-        variants += launch.variants_of(lambda: engram_forward(hidden, rows, scales, ids, w_kv, hidden[0], hidden[0], mask, name,  # noqa: B023
-                                                              256, False, 1e-6, 1e-6, "copysign", bool(i % 2)), target)  # noqa: B023
+        args = (hidden, rows, scales, ids, w_kv, hidden[0], hidden[0], mask, name, 256, False, 1e-6, 1e-6, "copysign", mask is None)
+        variants += launch.variants_of(lambda: engram_forward(*args), target)  # noqa: B023
     assert_compiles_without_spills(variants, target)

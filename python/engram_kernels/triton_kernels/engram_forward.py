@@ -65,7 +65,8 @@ def project(rows, scales, row_ids, w_kv, errors, t, alive, counts, first, elemen
         column, start = i // PIECES, (i % PIECES) * DEPTH
         ids = tl.load(row_ids + t * id_token + column * id_column, mask=alive, other=-1).to(tl.int64)
         present = (ids >= 0) & (ids < num_rows)
-        tl.atomic_add(errors + tl.zeros([TOKENS], tl.int32), 1, mask=(ids != -1) & ~present & counts & (start == 0), sem="relaxed")
+        bad = (ids != -1) & ~present & counts & (start == 0)
+        tl.atomic_add(errors + tl.zeros([TOKENS], tl.int32), 1, mask=bad, sem="relaxed")
         e = decode_rows(rows, scales, tl.where(present, ids, 0), present, row_units, scale_stride, start, CODE, D, ROW_UNIT,
                         TOKENS, DEPTH, ZERO_SCALE_IS_ZERO)
         k = start + tl.arange(0, DEPTH)
@@ -175,7 +176,7 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
 
 
 def depth_of(row_dim: int, most: int) -> int:
-    """Elements of a row that are multiplied at a time: a divisor of it where one is enough for a product, in whole scale blocks."""
+    """Elements of a row that are multiplied at a time, in whole scale blocks: a divisor of it where one is large enough."""
     depth = math.gcd(row_dim, most)
     least = BLOCK.value if row_dim % BLOCK.value == 0 else MIN_DEPTH
     return depth if depth >= least else max(least, min(triton.next_power_of_2(row_dim), most))

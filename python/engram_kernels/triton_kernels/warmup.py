@@ -13,7 +13,7 @@ from engram_kernels.triton_kernels.gate import gate, gate_bwd
 from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
 from engram_kernels.triton_kernels.ngram_hash import ngram_hash
-from engram_kernels.triton_kernels.short_conv import short_conv
+from engram_kernels.triton_kernels.short_conv import short_conv, short_conv_bwd
 from engram_kernels.triton_kernels.tuning import SMALL_BATCH, target_name
 
 Calls = Iterator[Callable[[], Any]]
@@ -45,7 +45,8 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
     with torch.cuda.device(index):
         for variant in variants:
             launch.compiled_for(variant, index)[(1, 1, 1)]  # a subscript loads it, a call would launch it
-    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv", "engram_forward"):  # so that a graph capture allocates none
+    # so that a graph capture allocates none
+    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv", "engram_forward"):
         launch.error_counter(op, torch.device("cuda", index))
     return len(variants)
 
@@ -102,6 +103,9 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
                 yield functools.partial(gather_gate_bwd, hidden, *args)
     if spec.conv_width is not None and spec.conv_dilation is not None:
         state = make(1, (spec.conv_width - 1) * spec.conv_dilation, spec.branches, spec.hidden_size, dtype=dtype)
-        args = (hidden, make(*weight.shape, spec.conv_width, dtype=weight_dtype), weight, bounds, spec.conv_dilation, spec.conv_eps)
+        taps = make(*weight.shape, spec.conv_width, dtype=weight_dtype)
+        args = (hidden, taps, weight, bounds, spec.conv_dilation, spec.conv_eps)
         for carried in ((), (make(1, dtype=torch.int32), state)):
             yield functools.partial(short_conv, *args, *carried)
+        if backward:
+            yield functools.partial(short_conv_bwd, hidden, *args)
