@@ -25,7 +25,8 @@ def example():
 
 def run(example, name, device):
     model = example.build(name, device)
-    tokens, bounds = torch.arange(3, 12, dtype=torch.int32, device=device), torch.tensor([0, 5, 9], dtype=torch.int32, device=device)
+    tokens = torch.arange(3, 12, dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 5, 9], dtype=torch.int32, device=device)
     loss = model(tokens, bounds).square().sum()
     grads = torch.autograd.grad(loss, list(model.parameters()))
     with torch.no_grad():

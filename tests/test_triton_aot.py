@@ -101,7 +101,8 @@ def test_triton_engram_forward_compiles(target):
         scales = None if shape is None else torch.empty(shape, dtype=stored.scale_dtype, device="meta")
         hidden = torch.empty(tokens, 4, 5120, dtype=dtype, device="meta")
         mask = torch.empty(tokens, dtype=torch.bool, device="meta") if i % 2 else None
-        ids, w_kv = torch.empty(tokens, 24, dtype=torch.int32, device="meta"), torch.empty(25600, 6144, dtype=dtype, device="meta")
-        args = (hidden, rows, scales, ids, w_kv, hidden[0], hidden[0], mask, name, 256, False, 1e-6, 1e-6, "copysign", mask is None)
+        ids = torch.empty(tokens, 24, dtype=torch.int32, device="meta")
+        w_kv, weight = torch.empty(25600, 6144, dtype=dtype, device="meta"), hidden[0]
+        args = (hidden, rows, scales, ids, w_kv, weight, weight, mask, name, 256, False, 1e-6, 1e-6, "copysign", mask is None)
         variants += launch.variants_of(lambda: engram_forward(*args), target)  # noqa: B023
     assert_compiles_without_spills(variants, target)

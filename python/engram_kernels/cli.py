@@ -80,7 +80,7 @@ def _add_bench(commands: Any) -> None:
                          help="two files of --json: SAME, FASTER, SLOWER or UNCLEAR a cell; exit code 3 when ours is slower")
     command.add_argument("--quick", action="store_true", help="run each once, untimed")
     command.add_argument("--tune", action="store_true",
-                         help="instead: try launch parameters of the Triton kernels on this GPU and keep the fastest for this user")
+                         help="instead: try launch parameters of the Triton kernels on this GPU, keep the fastest for this user")
     command.add_argument("--spec", default="deepseek_v41", help=f"whose sizes --tune times: {', '.join(PRESETS)}, or a JSON file")
     command.add_argument("--json", type=Path, metavar="OUT", default=Path("build/bench.json"), help="where the run is written")
     command.add_argument("--bench-dir", type=Path, default=Path("bench"), help="the bench folder of a checkout")

@@ -3,7 +3,7 @@
 // Mapping  tokens are taken in tiles of kTileTokens, whose memory vectors, decoded to float, stay in a core's L2. Threads share
 //          the blocks of kBlock rows of w_kv: first those of the keys, of whose products only three sums a token are kept,
 //          added in the order of the blocks; then those of the value, whose products go through the gates into out.
-//          Products are dot products of kStep tokens by kStep rows, lanes along the memory vector.
+//          Products are dot products of kTokenStep tokens by kRowStep rows, lanes along the memory vector.
 // Traffic  w_kv and hidden (twice, the second time from cache where a tile of it fits) once a tile; rows and out once.
 #include "kernels/engram_forward/engram_forward.h"
 #include "kernels/gate/gate_row_cpu.h"
@@ -13,7 +13,9 @@ namespace {
 
 constexpr int kTileTokens = 32;
 constexpr int kBlock = 64;  // rows of w_kv
-constexpr int kStep = 4;
+// of a product: as many sums as fit the registers beside their operands
+constexpr int kTokenStep = kLanes == 16 ? 6 : 4;
+constexpr int kRowStep = kLanes == 16 ? 4 : 2;
 
 // One tile of tokens: those that are not masked.
 struct Tile {
@@ -88,17 +90,17 @@ template <class T>
 void multiply_block(const EngramForwardParams& p, const Workspace& work, int count, int64_t first, int rows, float* products) {
   const int64_t size = p.memory_size();
   const T* w = static_cast<const T*>(p.w_kv) + first * size;
-  for (int j = 0; j < rows; j += kStep) {
-    for (int i = 0; i < count; i += kStep) {
+  for (int j = 0; j < rows; j += kRowStep) {
+    for (int i = 0; i < count; i += kTokenStep) {
       const float* e = work.memory.data() + i * work.stride;
       float* to = products + i * kBlock + j;
-      if (i + kStep <= count && j + kStep <= rows) {
-        multiply<kStep, kStep>(e, work.stride, w + j * size, size, to);
+      if (i + kTokenStep <= count && j + kRowStep <= rows) {
+        multiply<kTokenStep, kRowStep>(e, work.stride, w + j * size, size, to);
         continue;
       }
       // the ends: one by one, each sum in the same order as above
-      for (int a = i; a < count && a < i + kStep; ++a) {
-        for (int b = j; b < rows && b < j + kStep; ++b) {
+      for (int a = i; a < count && a < i + kTokenStep; ++a) {
+        for (int b = j; b < rows && b < j + kRowStep; ++b) {
           multiply<1, 1>(work.memory.data() + a * work.stride, work.stride, w + b * size, size, products + a * kBlock + b);
         }
       }

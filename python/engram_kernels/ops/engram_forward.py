@@ -12,7 +12,8 @@ from engram_kernels.ops.gather_rows import readable_only_on
 from engram_kernels.reference.engram_forward import engram_forward as _reference
 
 _INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, Tensor w_key, "
-           "Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, str zero_sign, bool add_residual")
+           "Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, str zero_sign, "
+           "bool add_residual")
 LIB.define(f"engram_forward({_INPUTS}) -> Tensor")
 LIB.define(f"engram_forward.out({_INPUTS}, *, Tensor(a!) out) -> ()")
 

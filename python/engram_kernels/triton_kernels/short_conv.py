@@ -224,11 +224,12 @@ def short_conv_bwd_rows_kernel(grad_out, x, weight, norm_weight, scales, bounds,
 
 @triton.jit
 def short_conv_bwd_products_kernel(x, scales, bounds, grad_z, partial, num_tokens, x_token, x_branch, dilation,
-                                   SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+                                   SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+                                   CHUNK: tl.constexpr):
     m, part = tl.program_id(1), tl.program_id(2)
     element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     sums = ()
-    for j in tl.static_range(WIDTH):
+    for _zeroed in tl.static_range(WIDTH):
         sums = sums + (tl.zeros([CHUNK], tl.float32),)
     for token in tl.range(part, num_tokens.to(tl.int32), tl.num_programs(2)):
         t = tl.cast(token, tl.int64)
@@ -304,7 +305,8 @@ def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Ten
     """Gradients of x, weight and norm_weight; the same bits every run. Scratch: a float32 an element of x."""
     num_tokens, branches, size = x.shape
     num_sequences, width = cu_seqlens.shape[0] - 1, weight.shape[2]
-    grads = tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (x, weight, norm_weight))
+    grad_x, grad_weight, grad_norm_weight = (torch.empty(a.shape, dtype=a.dtype, device=a.device)
+                                             for a in (x, weight, norm_weight))
     parts = min(num_tokens, parameters("short_conv_bwd", x.device, shape_class(num_tokens))["parts"]) if num_sequences > 0 else 0
     partial = torch.empty((parts, branches, width, size), dtype=torch.float32, device=x.device)
     if parts > 0:
@@ -321,14 +323,14 @@ def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Ten
         launch(short_conv_bwd_conv_kernel, (num_tokens, branches, triton.cdiv(size, chunk)),
                (grad_out, x, weight, norm_weight, scales, bounds, grad_z, *units, dilation), (*shape, width, chunk), num_warps)
         launch(short_conv_bwd_rows_kernel, (num_tokens, branches, 1),
-               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, grads[0], *units, dilation, num_tokens),
+               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_x, *units, dilation, num_tokens),
                (*shape, width, chunk), num_warps)
         launch(short_conv_bwd_products_kernel, (triton.cdiv(size, small), branches, parts),
                (x, scales, bounds, grad_z, partial, num_tokens, *units[2:], dilation), (*shape, width, small), 1)
     chunk = min(triton.next_power_of_2(size), SUM_CHUNK)
     launch(short_conv_bwd_weights_kernel, (triton.cdiv(size, chunk), branches, 1),
-           (partial, weight, norm_weight, *grads[1:], parts), (size, branches, width, chunk), 1)
-    return grads
+           (partial, weight, norm_weight, grad_weight, grad_norm_weight, parts), (size, branches, width, chunk), 1)
+    return grad_x, grad_weight, grad_norm_weight
 
 
 def warps_of(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Tries launch parameters on a GPU and keeps the fastest in the user's table: `engram-kernels bench --tune`. Never while serving."""
+"""Tries launch parameters on a GPU and keeps the fastest in the user's table: `engram-kernels bench --tune`. Not for serving."""
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -75,7 +75,7 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
     layout, branches, size = spec.layout(), spec.branches, spec.hidden_size
-    constants = [x.to(device) for x in (layout.moduli, layout.offsets, layout.multipliers)]
+    moduli, offsets, multipliers = (x.to(device) for x in (layout.moduli, layout.offsets, layout.multipliers))
     bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     token_ids = torch.randint(0, layout.num_ids, (tokens,), generator=generator).to(device, torch.int32)
     block, scales = random_rows(spec.row_format, min(num_rows, 4096), spec.head_dim, generator)
@@ -85,13 +85,13 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
         scales = scales.to(device)
         scales = scales.repeat(copies, 1) if scales.dim() == 2 else scales
     ids = torch.randint(0, rows.shape[0], (tokens, layout.num_columns), generator=generator).to(device, torch.int32)
-    source = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
+    source: tuple[Any, ...] = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
     hidden, value, weight = rand(tokens, branches, size), rand(tokens, size), rand(branches, size)
     w_kv = rand((branches + 1) * size, layout.num_columns * spec.head_dim)
     options = (spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
     found: dict[str, Callable[[], Any]] = {
-        "ngram_hash": lambda: ngram_hash(token_ids, bounds, *constants, None, None, None, layout.num_ids, layout.boundary_id,
-                                         layout.eos_id),
+        "ngram_hash": lambda: ngram_hash(token_ids, bounds, moduli, offsets, multipliers, None, None, None, layout.num_ids,
+                                         layout.boundary_id, layout.eos_id),
         "gather_rows": lambda: gather_rows(rows, scales, ids, *source, torch.bfloat16),
         "gate": lambda: gate(hidden, hidden, value, weight, weight, None, *options),
         "gate_bwd": lambda: gate_bwd(hidden, hidden, hidden, value, weight, weight, None, *options),

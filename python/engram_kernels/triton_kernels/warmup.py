@@ -87,7 +87,7 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     hidden = make(num_tokens, spec.branches, spec.hidden_size, dtype=dtype)
     value = make(num_tokens, spec.hidden_size, dtype=dtype)
     weight = make(spec.branches, spec.hidden_size, dtype=weight_dtype)
-    source = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
+    source: tuple[Any, ...] = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
     memory_size = layout.num_columns * spec.head_dim
     w_kv = make((spec.branches + 1) * spec.hidden_size, memory_size, dtype=dtype)
     for mask in (None, dead):
@@ -104,8 +104,8 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     if spec.conv_width is not None and spec.conv_dilation is not None:
         state = make(1, (spec.conv_width - 1) * spec.conv_dilation, spec.branches, spec.hidden_size, dtype=dtype)
         taps = make(*weight.shape, spec.conv_width, dtype=weight_dtype)
-        args = (hidden, taps, weight, bounds, spec.conv_dilation, spec.conv_eps)
+        conv = (hidden, taps, weight, bounds, spec.conv_dilation, spec.conv_eps)
         for carried in ((), (make(1, dtype=torch.int32), state)):
-            yield functools.partial(short_conv, *args, *carried)
+            yield functools.partial(short_conv, *conv, *carried)
         if backward:
-            yield functools.partial(short_conv_bwd, hidden, *args)
+            yield functools.partial(short_conv_bwd, hidden, *conv)
