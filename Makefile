@@ -38,7 +38,7 @@ test: $(VENV)/.built
 	TRITON_INTERPRET=0 python -m pytest -q tests/ptxsim/tests/test_triton.py
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
-OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_safety.py \
+OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py test_safety.py \
   test_row_prefetcher.py test_prefetch_faults.py test_prefetch_lifetime.py)
 test-asan: $(VENV)/.built
 	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so

@@ -10,11 +10,13 @@ from engram_kernels.spec import EngramSpec
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block
 OTHER_PRESETS = {"qwen4_ple": EngramSpec.qwen4_ple, "longcat": EngramSpec.longcat, "demo_v1": EngramSpec.demo_v1}
 
 
 def assert_compiles_without_spills(variants, target):
     for variant, made in zip(variants, compile_variants(variants, target), strict=True):
+        assert made.shared <= SHARED_LIMITS[target], (variant.kernel.__name__, variant[1:], made.shared)
         assert (made.spills, made.stack) == (0, 0), (variant.kernel.__name__, variant[1:], made.registers)
 
 
@@ -83,4 +85,24 @@ def test_triton_gather_gate_compiles(target):
         if target != "sm_90" and i > 3:  # seconds each
             continue
         variants += launch.variants_of(lambda: gather_gate_bwd(hidden, *args), target)  # noqa: B023
+    assert_compiles_without_spills(variants, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_triton_engram_forward_compiles(target):
+    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_kernels.engram_forward import engram_forward
+    variants = []
+    for i, (name, tokens, dtype) in enumerate((("fp8_e4m3_block32_packed", 1, torch.bfloat16), ("bf16", 100, torch.bfloat16),
+                                               ("fp8_e4m3_tensor", 100, torch.float16), ("int8_group32", 100, torch.float32),
+                                               ("f32", 1, torch.float32))):
+        stored = ROW_FORMATS[name]
+        rows, shape = torch.empty(9, stored.width(256), dtype=stored.dtype, device="meta"), stored.scale_shape(9, 256)
+        scales = None if shape is None else torch.empty(shape, dtype=stored.scale_dtype, device="meta")
+        hidden = torch.empty(tokens, 4, 5120, dtype=dtype, device="meta")
+        mask = torch.empty(tokens, dtype=torch.bool, device="meta") if i % 2 else None
+        ids = torch.empty(tokens, 24, dtype=torch.int32, device="meta")
+        w_kv, weight = torch.empty(25600, 6144, dtype=dtype, device="meta"), hidden[0]
+        args = (hidden, rows, scales, ids, w_kv, weight, weight, mask, name, 256, False, 1e-6, 1e-6, "copysign", mask is None)
+        variants += launch.variants_of(lambda: engram_forward(*args), target)  # noqa: B023
     assert_compiles_without_spills(variants, target)

@@ -214,3 +214,46 @@ def test_triton_kernels_use_what_the_oldest_triton_has():
     sources = [path.read_text() for path in (ROOT / "python/engram_kernels/triton_kernels").glob("*.py")]
     used = {name for text in sources for name in re.findall(r"\btl\.(\w+)", text)}
     assert len(used) > 20 and used - oldest == set()
+
+
+@needs_triton
+def test_triton_tune_ops_tries_every_candidate_that_fits(user_table):
+    """On the interpreter, with a clock that likes many warps and finds the most of them too many."""
+    if not _triton.INTERPRETED:
+        pytest.skip("needs the interpreter")
+    from triton.runtime.errors import OutOfResources
+
+    from engram_kernels.triton_kernels import tune
+    spec = EngramSpec.demo_v1(hidden_size=64, branches=1, head_dim=4)
+    device, tried = torch.device("cpu"), []
+
+    def time_us(call):
+        chosen = dict(user_table.parameters("gate", device, "small"))
+        tried.append(chosen)
+        if not tried[1:]:
+            call()  # runs
+        if chosen["num_warps"] == 16:
+            raise RuntimeError("out of resources")
+        return 100 - chosen["num_warps"] + chosen["programs"] / 1024
+    results = list(tune.tune_ops(spec, ["gate"], device, num_rows=64, time_us=time_us))
+    assert [r[:2] for r in results] == [("gate", "small"), ("gate", "large")]
+    assert len(tried) == 2 * len(user_table.CANDIDATES["gate"])
+    assert results[0][2] == {"programs": 128, "num_warps": 8} == user_table.parameters("gate", device, "small")
+
+    def too_large():
+        raise OutOfResources(1, 0, "shared memory")
+    with pytest.raises(RuntimeError, match="shared memory"):
+        tune.time_on_gpu(too_large)
+    with pytest.raises(ValueError, match="no launch parameters for gat;"):
+        next(tune.tune_ops(spec, ["gat"], device))
+    calls = tune.typical_calls(spec, 3, device, 64)
+    assert set(calls) == set(user_table.CANDIDATES)
+    for call in calls.values():
+        call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_tune_without_a_gpu_says_so(capsys):
+    from engram_kernels.cli import main
+    assert main(["bench", "--tune", "gate"]) == 5
+    assert "no GPU" in capsys.readouterr().err or MISSING_TRITON

@@ -5,6 +5,7 @@ from engram_kernels.layout import Layout
 from engram_kernels.memory.row_prefetcher import RowPrefetcher
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.modules.engram import Engram
+from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate
 from engram_kernels.ops.gather_rows import gather_rows
@@ -13,5 +14,5 @@ from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
 from engram_kernels.token_map import TokenMap
 
-__all__ = ["Engram", "EngramSpec", "Layout", "RowPrefetcher", "RowTable", "TokenMap", "backends", "check_errors", "gate",
-           "gather_gate", "gather_rows", "ngram_hash", "short_conv"]
+__all__ = ["Engram", "EngramSpec", "Layout", "RowPrefetcher", "RowTable", "TokenMap", "backends", "check_errors",
+           "engram_forward", "gate", "gather_gate", "gather_rows", "ngram_hash", "short_conv"]

@@ -56,7 +56,8 @@ def why_not_on(device_index: int) -> str | None:
     return f"the Triton kernels need sm_80 or later; the GPU is sm_{major}{minor}"
 
 
-def implementation(op: str, check_data: Callable[..., None] | None, in_place: str | None, updates: str | None) -> Callable[..., Any]:
+def implementation(op: str, check_data: Callable[..., None] | None, in_place: str | None,
+                   updates: str | None) -> Callable[..., Any]:
     """What `backends.select` returns: takes the op's tensor-level arguments and `out`.
 
     Args:

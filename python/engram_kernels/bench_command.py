@@ -1,4 +1,4 @@
-"""`engram-kernels bench`: runs the repository's benchmarks, or compares two runs of them."""
+"""`engram-kernels bench`: runs the repository's benchmarks, compares two runs of them, or tunes the Triton kernels."""
 from __future__ import annotations
 
 import subprocess
@@ -6,7 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from engram_kernels import _triton
 from engram_kernels.profile.compare import Verdict, compare_runs, load_run, markdown
+from engram_kernels.spec import EngramSpec
 
 REGRESSION, NO_CAPABILITY = 3, 5  # exit codes
 
@@ -46,6 +50,33 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
         print(ran.stdout.strip().splitlines()[-1])
         return 0
     return subprocess.run([sys.executable, str(folder / "harness.py"), str(out)]).returncode
+
+
+def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:
+    """Tries launch parameters of the Triton kernels on this GPU and writes the fastest to the user's table.
+
+    Args:
+        spec: whose sizes are timed.
+        ops: names of ops; none: all that `spec` has.
+
+    Returns:
+        The exit code: NO_CAPABILITY where there is no GPU or no Triton.
+
+    Raises:
+        ValueError: an op has no launch parameters.
+    """
+    missing = None if _triton.INSTALLED else _triton.why_not("gate")
+    if missing is None and not torch.cuda.is_available():
+        missing = "torch finds no GPU"
+    if missing is not None:
+        print(f"engram-kernels bench --tune: {missing}", file=sys.stderr)
+        return NO_CAPABILITY
+    from engram_kernels.triton_kernels.tune import tune_ops
+    from engram_kernels.triton_kernels.tuning import user_file
+    for op, size, chosen in tune_ops(spec, ops):
+        print(f"{op}, {size} batches: " + ", ".join(f"{name} {value}" for name, value in chosen.items()), flush=True)
+    print(f"written to {user_file()}")
+    return 0
 
 
 def compare_files(before: Path, after: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engram_kernels import backends, info
-from engram_kernels.bench_command import compare_files, run_benchmarks
+from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
 from engram_kernels.spec import EngramSpec
 
@@ -91,6 +91,9 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
                          help="two files of --json: SAME, FASTER, SLOWER or UNCLEAR a cell; exit code 3 when ours is slower")
     command.add_argument("--quick", action="store_true", help="run each once, untimed")
+    command.add_argument("--tune", action="store_true",
+                         help="instead: try launch parameters of the Triton kernels on this GPU, keep the fastest for this user")
+    command.add_argument("--spec", default="deepseek_v41", help=f"whose sizes --tune times: {', '.join(PRESETS)}, or a JSON file")
     command.add_argument("--json", type=Path, metavar="OUT", default=Path("build/bench.json"), help="where the run is written")
     command.add_argument("--bench-dir", type=Path, default=Path("bench"), help="the bench folder of a checkout")
     command.set_defaults(run=_run_bench)
@@ -99,7 +102,13 @@ def _add_bench(commands: Any) -> None:
 def _run_bench(args: argparse.Namespace) -> int:
     if args.compare:
         return compare_files(*args.compare)
+    if args.tune:
+        return tune_launches(_spec(args.spec), args.ops)
     return run_benchmarks(args.ops, args.bench_dir, args.json, args.quick)
+
+
+def _spec(name: str) -> EngramSpec:
+    return PRESETS[name]() if name in PRESETS else EngramSpec.from_json(Path(name))
 
 
 def _run_demo(args: argparse.Namespace) -> int:
@@ -108,7 +117,7 @@ def _run_demo(args: argparse.Namespace) -> int:
     except ImportError:
         raise DemoError("the demo needs rich: pip install 'engram-kernels[demo]'") from None
     from engram_kernels.demo.report import print_report
-    spec = PRESETS[args.spec]() if args.spec in PRESETS else EngramSpec.from_json(Path(args.spec))
+    spec = _spec(args.spec)
     options = DemoOptions(args.text, spec, args.backend, args.rows, args.hidden, args.tokens_per_step, args.table_dir)
     console = Console(width=None if sys.stdout.isatty() else 120)
     result = run_demo(options, _progress)

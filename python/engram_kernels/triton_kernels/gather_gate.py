@@ -1,4 +1,4 @@
-"""Triton kernels of gather_gate, forward and backward. Contract: `engram_kernels.gather_gate`, csrc/kernels/gather_gate/gather_gate.h.
+"""Triton kernels of gather_gate, forward and backward. Contract: csrc/kernels/gather_gate/gather_gate.h.
 
 Mapping  a program takes whole tokens, one after another. A token's rows are gathered as tiles of [COUNT columns, WIDTH elements]
          and stay in registers, dequantized, for all of its branches; where rows are wider than a tile, a tile is a piece of one.
@@ -109,10 +109,10 @@ def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out
 
 
 @triton.jit
-def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, grad_hidden, grad_rows, slopes, partial,
-                           num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units, scale_stride,
-                           id_token, id_column, eps, clamp, COLUMNS: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr,
-                           CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
+def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, grad_hidden, grad_rows, slopes,
+                           partial, num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units,
+                           scale_stride, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr, BRANCHES: tl.constexpr,
+                           UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
                            ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr,
                            HOLD: tl.constexpr):
     CHUNKS: tl.constexpr = ((COLUMNS + COUNT - 1) // COUNT) * ((D + WIDTH - 1) // WIDTH)
@@ -120,7 +120,7 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
     dtype: tl.constexpr = grad_hidden.dtype.element_ty
     sums = ()
     if HOLD:
-        for i in tl.static_range(BRANCHES * CHUNKS):
+        for _zeroed in tl.static_range(BRANCHES * CHUNKS):
             sums = sums + (tl.zeros([COUNT, WIDTH], tl.float32),)
     for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
@@ -192,7 +192,7 @@ def gather_gate_products_bwd_kernel(hidden, rows, scales, row_ids, mask, slopes,
     SIZE: tl.constexpr = COLUMNS * D
     at, inside = place_of(tl.program_id(0), COLUMNS, D, COUNT, WIDTH)
     sums = ()
-    for m in tl.static_range(BRANCHES):
+    for _zeroed in tl.static_range(BRANCHES):
         sums = sums + (tl.zeros([COUNT, WIDTH], tl.float32),)
     for token in tl.range(tl.program_id(1), num_tokens.to(tl.int32), tl.num_programs(1)):
         t = tl.cast(token, tl.int64)

@@ -4,7 +4,8 @@ Mapping  a program has a branch and every dilation-th token of a stretch: the ro
          walked over, and stay in registers, normalized. It walks from sequence to sequence; where it enters one, or a stretch,
          it loads what the taps reach, from the state where the chunk does not go back so far.
 Traffic  of L tokens walked, L + width - 1 rows read and L written; a decode step reads width rows and writes two. The state is
-         written by a launch of its own, since a program would overwrite what another still has to read.
+         written by a launch of its own, since a program would overwrite what another still has to read. Backward: x and
+         grad_out a few times (taps from L2), the gradient of the convolution written and read as float32.
 Bits     a row is summed in one order, whoever walks over it: warps and tiles depend on H alone. So any chunking gives the same.
 Limits   H, M and width are constants, so a model compiles once.
 """
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
-from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, chunk_of, row_of
+from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, SUM_CHUNK, chunk_of, row_of
 from engram_kernels.triton_kernels.launch import error_counter, launch
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
@@ -34,6 +35,19 @@ def load_constants(weight, norm_weight, m, c, SIZE: tl.constexpr, WIDTH: tl.cons
     for j in tl.static_range(WIDTH):
         found = found + (to_float(tl.load(weight + at * WIDTH + j, mask=element < SIZE, other=0.0)),)
     return found
+
+
+@triton.jit
+def constants_of(held, weight, norm_weight, m, c, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+                 HOLD: tl.constexpr):
+    """Those of tile c, from registers or from memory."""
+    if HOLD:
+        found = ()
+        for j in tl.static_range(WIDTH + 1):
+            found = found + (held[c * (WIDTH + 1) + j],)
+        return found
+    else:
+        return load_constants(weight, norm_weight, m, c, SIZE, WIDTH, CHUNK)
 
 
 @triton.jit
@@ -104,12 +118,7 @@ def short_conv_kernel(x, weight, norm_weight, cu_seqlens, positions, state, out,
             scale = inverse_rms(raws, eps, SIZE, CHUNK)
             normed, new_ring = (), ()
             for c in tl.static_range(CHUNKS):
-                if HOLD:
-                    taps = ()
-                    for j in tl.static_range(WIDTH + 1):
-                        taps = taps + (held[c * (WIDTH + 1) + j],)
-                else:
-                    taps = load_constants(weight, norm_weight, m, c, SIZE, WIDTH, CHUNK)
+                taps = constants_of(held, weight, norm_weight, m, c, SIZE, WIDTH, CHUNK, HOLD)
                 here = to_float(raws[c])
                 normed = normed + (here * scale * taps[0],)
                 z = tl.zeros([CHUNK], tl.float32)
@@ -143,6 +152,119 @@ def short_conv_state_kernel(x, cu_seqlens, positions, state, errors, num_tokens,
             tl.store(to + element, tl.load(row_of(x, t, m, x_token, x_branch, UNIT) + element, mask=inside), mask=inside)
 
 
+@triton.jit
+def short_conv_bwd_scales_kernel(x, cu_seqlens, scales, bounds, x_token, x_branch, num_sequences, search_steps, eps,
+                                 SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
+    t, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    raws = load_row(row_of(x, t, m, x_token, x_branch, UNIT), None, True, False, SIZE, CHUNK)
+    tl.store(scales + t * BRANCHES + m, inverse_rms(raws, eps, SIZE, CHUNK))
+    if m == 0:
+        sequence = sequence_of(cu_seqlens, t.to(tl.int32), num_sequences, search_steps)
+        tl.store(bounds + t * 2, tl.maximum(tl.load(cu_seqlens + sequence), 0))
+        tl.store(bounds + t * 2 + 1, tl.load(cu_seqlens + sequence + 1))
+
+
+@triton.jit
+def normed_before(x, scales, t, m, back, begin, element, x_token, x_branch, SIZE: tl.constexpr, BRANCHES: tl.constexpr,
+                  UNIT: tl.constexpr):
+    """x / rms of the token `back` before t, 0 where its sequence does not reach so far."""
+    earlier = t - back
+    reached = earlier >= begin
+    scale = tl.load(scales + earlier * BRANCHES + m, mask=reached, other=0.0)
+    at = row_of(x, earlier, m, x_token, x_branch, UNIT) + element
+    return tl.where(reached, to_float(tl.load(at, mask=(element < SIZE) & reached, other=0.0)) * scale, 0.0)
+
+
+@triton.jit
+def short_conv_bwd_conv_kernel(grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_token, grad_branch, x_token,
+                               x_branch, dilation, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr,
+                               WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    t, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    element = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    taps = load_constants(weight, norm_weight, m, tl.program_id(2), SIZE, WIDTH, CHUNK)
+    begin = tl.load(bounds + t * 2).to(tl.int64)
+    z = tl.zeros([CHUNK], tl.float32)
+    for j in tl.static_range(WIDTH):
+        back = (WIDTH - 1 - j) * dilation
+        normed = normed_before(x, scales, t, m, back, begin, element, x_token, x_branch, SIZE, BRANCHES, UNIT)
+        z += tl.where(t - back >= begin, taps[1 + j] * (normed * taps[0]), 0.0)
+    share = tl.div_rn(1.0, 1.0 + tl.exp(-z))
+    grad = to_float(tl.load(row_of(grad_out, t, m, grad_token, grad_branch, UNIT) + element, mask=element < SIZE, other=0.0))
+    tl.store(grad_z + (t * BRANCHES + m) * SIZE + element, grad * share * (1.0 + z * (1.0 - share)), mask=element < SIZE)
+
+
+@triton.jit
+def short_conv_bwd_rows_kernel(grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_x, grad_token, grad_branch, x_token,
+                               x_branch, dilation, num_tokens, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr,
+                               WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    t, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    end = tl.minimum(tl.load(bounds + t * 2 + 1).to(tl.int64), num_tokens)
+    scale = tl.load(scales + t * BRANCHES + m)
+    raws = load_row(row_of(x, t, m, x_token, x_branch, UNIT), None, True, False, SIZE, CHUNK)
+    along = tl.zeros([CHUNK], tl.float32)
+    grads = ()
+    for c in tl.static_range((SIZE + CHUNK - 1) // CHUNK):
+        element = c * CHUNK + tl.arange(0, CHUNK)
+        taps = load_constants(weight, norm_weight, m, c, SIZE, WIDTH, CHUNK)
+        grad = tl.zeros([CHUNK], tl.float32)
+        for j in tl.static_range(WIDTH):
+            later = t + (WIDTH - 1 - j) * dilation
+            at = grad_z + (later * BRANCHES + m) * SIZE + element
+            grad += tl.where(later < end, taps[1 + j] * tl.load(at, mask=(element < SIZE) & (later < end), other=0.0), 0.0)
+        grad *= taps[0]
+        along += grad * to_float(raws[c]) * scale
+        grads = grads + (grad,)
+    mean = tl.sum(along, 0) * (1.0 / SIZE)
+    for c in tl.static_range((SIZE + CHUNK - 1) // CHUNK):
+        element = c * CHUNK + tl.arange(0, CHUNK)
+        above = tl.load(row_of(grad_out, t, m, grad_token, grad_branch, UNIT) + element, mask=element < SIZE, other=0.0)
+        result = to_float(above) + scale * (grads[c] - to_float(raws[c]) * scale * mean)
+        tl.store(grad_x + (t * BRANCHES + m) * SIZE + element, round_to(result, grad_x.dtype.element_ty), mask=element < SIZE)
+
+
+@triton.jit
+def short_conv_bwd_products_kernel(x, scales, bounds, grad_z, partial, num_tokens, x_token, x_branch, dilation,
+                                   SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+                                   CHUNK: tl.constexpr):
+    m, part = tl.program_id(1), tl.program_id(2)
+    element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    sums = ()
+    for _zeroed in tl.static_range(WIDTH):
+        sums = sums + (tl.zeros([CHUNK], tl.float32),)
+    for token in tl.range(part, num_tokens.to(tl.int32), tl.num_programs(2)):
+        t = tl.cast(token, tl.int64)
+        begin = tl.load(bounds + t * 2).to(tl.int64)
+        grad = tl.load(grad_z + (t * BRANCHES + m) * SIZE + element, mask=element < SIZE, other=0.0)
+        new_sums = ()
+        for j in tl.static_range(WIDTH):
+            back = (WIDTH - 1 - j) * dilation
+            normed = normed_before(x, scales, t, m, back, begin, element, x_token, x_branch, SIZE, BRANCHES, UNIT)
+            new_sums = new_sums + (sums[j] + tl.where(t - back >= begin, grad * normed, 0.0),)
+        sums = new_sums
+    for j in tl.static_range(WIDTH):
+        at = ((part * BRANCHES + m) * WIDTH + j).to(tl.int64) * SIZE + element
+        tl.store(partial + at, sums[j], mask=element < SIZE)
+
+
+@triton.jit
+def short_conv_bwd_weights_kernel(partial, weight, norm_weight, grad_weight, grad_norm_weight, num_parts, SIZE: tl.constexpr,
+                                  BRANCHES: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    m = tl.program_id(1)
+    element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    taps = load_constants(weight, norm_weight, m, tl.program_id(0), SIZE, WIDTH, CHUNK)
+    dtype: tl.constexpr = grad_weight.dtype.element_ty
+    at = m * SIZE + element
+    norm_total = tl.zeros([CHUNK], tl.float32)
+    for j in tl.static_range(WIDTH):
+        total = tl.zeros([CHUNK], tl.float32)
+        for part in tl.range(0, num_parts.to(tl.int32)):
+            row = (tl.cast(part, tl.int64) * BRANCHES + m) * WIDTH + j
+            total += tl.load(partial + row * SIZE + element, mask=element < SIZE, other=0.0)
+        tl.store(grad_weight + at * WIDTH + j, round_to(total * taps[0], dtype), mask=element < SIZE)
+        norm_total += total * taps[1 + j]
+    tl.store(grad_norm_weight + at, round_to(norm_total, dtype), mask=element < SIZE)
+
+
 def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float,
                positions: Tensor | None = None, state: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x + silu(conv(norm(x))) [T, M, H], and the state updated; see `engram_kernels.short_conv`. Bad bounds are counted."""
@@ -162,7 +284,8 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
     launch(short_conv_kernel, (walks_of(num_tokens, dilation, steps), branches, 1),
            (x, weight, norm_weight, cu_seqlens, positions, state, out, errors, num_tokens, *units, state_stride, num_sequences,
             (num_sequences - 1).bit_length(), steps, dilation, float(eps)),
-           (size, branches, unit, width, chunk, (width + 1) * triton.cdiv(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD), num_warps)
+           (size, branches, unit, width, chunk, (width + 1) * triton.cdiv(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD),
+           num_warps)
     if state is not None and width > 1:
         slots = (width - 1) * dilation
         launch(short_conv_state_kernel, (num_sequences * slots, branches, 1),
@@ -175,6 +298,39 @@ def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens
                       eps: float, state: Tensor, out: Tensor | None = None) -> Tensor:
     """`short_conv` with a state, its arguments in the order of the op of this name."""
     return short_conv(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, out)
+
+
+def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int,
+                   eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and norm_weight; the same bits every run. Scratch: a float32 an element of x."""
+    num_tokens, branches, size = x.shape
+    num_sequences, width = cu_seqlens.shape[0] - 1, weight.shape[2]
+    grad_x, grad_weight, grad_norm_weight = (torch.empty(a.shape, dtype=a.dtype, device=a.device)
+                                             for a in (x, weight, norm_weight))
+    parts = min(num_tokens, parameters("short_conv_bwd", x.device, shape_class(num_tokens))["parts"]) if num_sequences > 0 else 0
+    partial = torch.empty((parts, branches, width, size), dtype=torch.float32, device=x.device)
+    if parts > 0:
+        scales = torch.empty((num_tokens, branches), dtype=torch.float32, device=x.device)
+        bounds = torch.empty((num_tokens, 2), dtype=torch.int32, device=x.device)
+        grad_z = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        strides = (*grad_out.stride()[:2], *x.stride()[:2])
+        unit, num_warps = math.gcd(ELEMENTS_A_THREAD, *strides), warps_of(size)
+        units, chunk = tuple(s // unit for s in strides), chunk_of(size, num_warps)
+        shape, small = (size, branches, unit), min(chunk, SUM_CHUNK)
+        launch(short_conv_bwd_scales_kernel, (num_tokens, branches, 1),
+               (x, cu_seqlens, scales, bounds, *units[2:], num_sequences, (num_sequences - 1).bit_length(), float(eps)),
+               (*shape, chunk), num_warps)
+        launch(short_conv_bwd_conv_kernel, (num_tokens, branches, triton.cdiv(size, chunk)),
+               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, *units, dilation), (*shape, width, chunk), num_warps)
+        launch(short_conv_bwd_rows_kernel, (num_tokens, branches, 1),
+               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_x, *units, dilation, num_tokens),
+               (*shape, width, chunk), num_warps)
+        launch(short_conv_bwd_products_kernel, (triton.cdiv(size, small), branches, parts),
+               (x, scales, bounds, grad_z, partial, num_tokens, *units[2:], dilation), (*shape, width, small), 1)
+    chunk = min(triton.next_power_of_2(size), SUM_CHUNK)
+    launch(short_conv_bwd_weights_kernel, (triton.cdiv(size, chunk), branches, 1),
+           (partial, weight, norm_weight, grad_weight, grad_norm_weight, parts), (size, branches, width, chunk), 1)
+    return grad_x, grad_weight, grad_norm_weight
 
 
 def warps_of(size: int) -> int:

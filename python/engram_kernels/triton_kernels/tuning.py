@@ -30,14 +30,23 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
     "gate_bwd": {"small": {"programs": 64, "parts": 4, "num_warps": 8}, "large": {"programs": 256, "parts": 32, "num_warps": 8}},
     "gather_gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
-    "gather_gate_bwd": {"small": {"programs": 16, "parts": 4, "num_warps": 8}, "large": {"programs": 128, "parts": 32, "num_warps": 8}},
+    "gather_gate_bwd": {"small": {"programs": 16, "parts": 4, "num_warps": 8},
+                        "large": {"programs": 128, "parts": 32, "num_warps": 8}},
     "short_conv": {"small": {"programs": 1024}, "large": {"programs": 1024}},
+    "short_conv_bwd": {"small": {"parts": 4}, "large": {"parts": 64}},
+    # tokens by columns of the product: of a program; depth: of a step
+    "engram_forward": {"small": {"tokens": 16, "columns": 32, "depth": 128, "num_warps": 4},
+                       "large": {"tokens": 128, "columns": 128, "depth": 64, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
     ("gather_rows", "cpu", "large"): {"tile": 65536},
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
+    # long walks, which load less, and few sums to add
+    ("short_conv", "cpu", "small"): {"programs": 8},
+    ("short_conv", "cpu", "large"): {"programs": 8},
+    ("short_conv_bwd", "cpu", "large"): {"parts": 4},
 }
 _target: str | None = None
 CANDIDATES: dict[str, list[dict[str, int]]] = {
@@ -50,7 +59,10 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_gate": [{"programs": programs, "num_warps": warps} for programs in (128, 256, 512, 1024) for warps in (4, 8, 16)],
     "gather_gate_bwd": [{"programs": programs, "parts": parts, "num_warps": warps} for programs in (64, 128, 256)
                         for parts in (16, 32, 64) for warps in (8, 16)],
+    "engram_forward": [{"tokens": tokens, "columns": columns, "depth": depth, "num_warps": warps} for tokens in (16, 64, 128)
+                       for columns in (32, 64, 128, 256) for depth in (32, 64, 128) for warps in (4, 8)],
     "short_conv": [{"programs": programs} for programs in (256, 512, 1024, 2048, 4096)],
+    "short_conv_bwd": [{"parts": parts} for parts in (16, 32, 64, 128, 256)],
 }
 
 

@@ -8,9 +8,12 @@ import torch
 from engram_kernels.memory.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.triton_kernels import launch
+from engram_kernels.triton_kernels.engram_forward import engram_forward
 from engram_kernels.triton_kernels.gate import gate, gate_bwd
+from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
 from engram_kernels.triton_kernels.ngram_hash import ngram_hash
+from engram_kernels.triton_kernels.short_conv import short_conv, short_conv_bwd
 from engram_kernels.triton_kernels.tuning import SMALL_BATCH, target_name
 
 Calls = Iterator[Callable[[], Any]]
@@ -42,7 +45,8 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
     with torch.cuda.device(index):
         for variant in variants:
             launch.compiled_for(variant, index)[(1, 1, 1)]  # a subscript loads it, a call would launch it
-    for op in ("ngram_hash", "gather_rows"):  # so that a graph capture allocates none
+    # so that a graph capture allocates none
+    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv", "engram_forward"):
         launch.error_counter(op, torch.device("cuda", index))
     return len(variants)
 
@@ -83,8 +87,25 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     hidden = make(num_tokens, spec.branches, spec.hidden_size, dtype=dtype)
     value = make(num_tokens, spec.hidden_size, dtype=dtype)
     weight = make(spec.branches, spec.hidden_size, dtype=weight_dtype)
+    source: tuple[Any, ...] = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
+    memory_size = layout.num_columns * spec.head_dim
+    w_kv = make((spec.branches + 1) * spec.hidden_size, memory_size, dtype=dtype)
     for mask in (None, dead):
         options = (mask, spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
         yield functools.partial(gate, hidden, hidden, value, weight, weight, *options)
         if backward:
             yield functools.partial(gate_bwd, hidden, hidden, hidden, value, weight, weight, *options)
+        yield functools.partial(engram_forward, hidden, rows, scales, ids, w_kv, weight, weight, mask, *source, *options[1:])
+        if memory_size == spec.hidden_size:
+            args = (hidden, rows, scales, ids, weight, weight, mask, *source, *options[1:])
+            yield functools.partial(gather_gate, *args)
+            if backward:
+                yield functools.partial(gather_gate_bwd, hidden, *args)
+    if spec.conv_width is not None and spec.conv_dilation is not None:
+        state = make(1, (spec.conv_width - 1) * spec.conv_dilation, spec.branches, spec.hidden_size, dtype=dtype)
+        taps = make(*weight.shape, spec.conv_width, dtype=weight_dtype)
+        conv = (hidden, taps, weight, bounds, spec.conv_dilation, spec.conv_eps)
+        for carried in ((), (make(1, dtype=torch.int32), state)):
+            yield functools.partial(short_conv, *conv, *carried)
+        if backward:
+            yield functools.partial(short_conv_bwd, hidden, *conv)

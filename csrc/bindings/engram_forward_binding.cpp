@@ -1,0 +1,90 @@
+// torch binding of engram_forward: tensors in, EngramForwardParams out. No arithmetic here. The CUDA library has no kernel of it.
+#ifndef EK_WITH_CUDA
+#include "bindings/gate_tensors.h"
+#include "bindings/row_source.h"
+#include "kernels/engram_forward/engram_forward.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr const char* kOp = "engram_forward";
+using OptionalTensor = std::optional<Tensor>;
+
+EngramForwardParams params(const Tensor& hidden, const Tensor& rows, const OptionalTensor& scales, const Tensor& row_ids,
+                           const Tensor& w_kv, const Tensor& w_hidden, const Tensor& w_key, const OptionalTensor& mask,
+                           const RowSource& table) {
+  expect_one_device(kOp, {{"hidden", &hidden},
+                          {"row_ids", &row_ids},
+                          {"w_kv", &w_kv},
+                          {"w_hidden", &w_hidden},
+                          {"w_key", &w_key},
+                          {"mask", or_null(mask)}});
+  expect_table_readable(kOp, rows, scales, hidden);
+  EngramForwardParams p{};
+  p.dtype = float_dtype(kOp, "hidden", hidden);
+  expect_shape(kOp, "hidden", hidden, {kAnySize, kAnySize, kAnySize}, 1);
+  p.num_tokens = hidden.size(0);
+  p.branches = hidden.size(1);
+  p.hidden_size = hidden.size(2);
+  p.hidden = branch_rows(kOp, "hidden", hidden, hidden);
+  p.table = table;
+  expect_dtype(kOp, "row_ids", row_ids, {ScalarType::Int, ScalarType::Long});
+  expect_shape(kOp, "row_ids", row_ids, {p.num_tokens, kAnySize}, 0);
+  p.row_ids = row_ids.const_data_ptr();
+  p.ids_are_int64 = row_ids.scalar_type() == ScalarType::Long;
+  p.columns = row_ids.size(1);
+  p.id_token_stride = row_ids.stride(0);
+  p.id_column_stride = row_ids.stride(1);
+  expect_dtype(kOp, "w_kv", w_kv, {hidden.scalar_type()});
+  expect_shape(kOp, "w_kv", w_kv, {(p.branches + 1) * p.hidden_size, p.memory_size()}, 2);
+  p.w_kv = w_kv.const_data_ptr();
+  p.weights = gate_weights(kOp, w_hidden, w_key, hidden);
+  p.mask = gate_mask(kOp, mask, p.num_tokens);
+  return p;
+}
+
+void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden, const Tensor& out) {
+  p.options = options;
+  check_params(p);
+  check_host_data(p);
+  p.out = branch_rows(kOp, "out", out, hidden, 3);
+  expect_one_device(kOp, {{"hidden", &hidden}, {"out", &out}});
+  expect_apart_or_same(kOp, hidden, out);
+  engram_forward_cpu(p, torch_threads());
+}
+
+Tensor engram_forward(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids, const Tensor& w_kv,
+                      const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
+                      bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual) {
+  const EngramForwardParams p = params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
+                                       row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero));
+  Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
+  run(p, gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, out);
+  return out;
+}
+
+void engram_forward_out(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
+                        const Tensor& w_kv, const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask,
+                        std::string row_format, int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp,
+                        std::string zero_sign, bool add_residual, const Tensor& out) {
+  expect_apart_from(kOp, out,
+                    {{"rows", &rows},
+                     {"scales", or_null(scales)},
+                     {"row_ids", &row_ids},
+                     {"w_kv", &w_kv},
+                     {"w_hidden", &w_hidden},
+                     {"w_key", &w_key},
+                     {"mask", or_null(mask)}});
+  run(params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
+             row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero)),
+      gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, out);
+}
+
+}  // namespace
+}  // namespace engram_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
+  m.impl("engram_forward", TORCH_BOX(&engram_kernels::engram_forward));
+  m.impl("engram_forward.out", TORCH_BOX(&engram_kernels::engram_forward_out));
+}
+#endif  // EK_WITH_CUDA
