@@ -237,7 +237,10 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   const std::lock_guard lock(mutex);
-  push(stream, {[=] { std::memcpy(to, from, bytes); }, nullptr, nullptr});
+  push(stream, {[=] {
+                  if (bytes > 0) std::memcpy(to, from, bytes);
+                },
+                nullptr, nullptr});
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
