@@ -50,12 +50,14 @@ test-asan: $(VENV)/.built
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  python -m pytest -q $(OP_TESTS) -k "not compiles and not triton and not million" $(ARGS)
 
-# The prefetcher (csrc/memory, no torch) with 16 threads that do everything at random, under the sanitizers in turn.
-STRESS_SECONDS := 60
+# The prefetcher (csrc/memory, no torch) under each sanitizer for so many seconds: 16 threads that do everything at random, and,
+# where nvcc is, its CUDA engine on a runtime without a device.
+STRESS := thread:60 address,undefined:20
 test-stress: $(VENV)/.python
-	for sanitizer in thread address,undefined; do \
-	  cmake -S tests/stress -B build-stress/$$sanitizer -G Ninja -DEK_SANITIZER=$$sanitizer > /dev/null && \
-	  cmake --build build-stress/$$sanitizer && build-stress/$$sanitizer/stress_prefetcher $(STRESS_SECONDS) || exit 1; done
+	for run in $(STRESS); do \
+	  folder=build-stress/$${run%:*} && cmake -S tests/stress -B $$folder -G Ninja -DEK_SANITIZER=$${run%:*} > /dev/null && \
+	  cmake --build $$folder && $$folder/stress_prefetcher $${run#*:} && \
+	  { [ ! -x $$folder/cuda_engine ] || $$folder/cuda_engine; } || exit 1; done
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed

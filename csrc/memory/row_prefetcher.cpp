@@ -287,11 +287,22 @@ bool RowPrefetcher::knows(int64_t ticket) const {
 
 bool RowPrefetcher::cancel(int64_t ticket) {
   check_process();
-  const std::lock_guard lock(mutex_);
-  const auto found = tickets_.find(ticket);
-  if (found == tickets_.end()) return false;
-  ++counters_.cancelled;
-  drop(RequestPtr(found->second));
+  RequestPtr request;
+  {
+    std::unique_lock lock(mutex_);
+    const auto found = tickets_.find(ticket);
+    if (found == tickets_.end()) return false;
+    request = found->second;
+    ++counters_.cancelled;
+    drop(request);
+    if (!request->ids_on_device) return true;
+    // the caller may give up the memory of these ids now: nothing reads them any more
+    request->changed.wait(lock, [&] { return request->settled; });
+  }
+  try {
+    wait_events(*request, -1, 0, true);
+  } catch (...) {  // nobody wants to know
+  }
   return true;
 }
 

@@ -89,9 +89,10 @@ class RowPrefetcher {
   void release(int slot, uintptr_t stream);  // the caller has queued its last use on the stream
 
   bool knows(int64_t ticket) const;  // it can be waited for
-  bool cancel(int64_t ticket);       // false: there is no such ticket any more
-  void drain(double timeout_s);      // until every request that was submitted has arrived or failed
-  void close();                      // drops what was not waited for
+  // False: there is no such ticket any more. Where the ids are on a device: blocks until nothing reads them.
+  bool cancel(int64_t ticket);
+  void drain(double timeout_s);  // until every request that was submitted has arrived or failed
+  void close();                  // drops what was not waited for
 
   PrefetchCounters counters() const;
   std::string chrome_trace() const;

@@ -173,13 +173,15 @@ class RowPrefetcher:
         return out
 
     def cancel(self, ticket: int) -> bool:
-        """Gives a ticket up. Its slot is free once nothing writes to it; a `wait` for it in another thread ends.
+        """Gives a ticket up. Its slot is free once nothing writes to it; a `wait` for it in another thread ends. Returns at once;
+        where the ids are on a GPU, once nothing reads them.
 
         Returns:
             False: there is no such ticket, or it was waited for before.
         """
+        cancelled = bool(self._runtime.cancel(ticket))
         self._submitted.pop(ticket, None)
-        return bool(self._runtime.cancel(ticket))
+        return cancelled
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Waits until every request that was submitted has arrived or failed; their tickets stay.
