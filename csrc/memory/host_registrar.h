@@ -15,9 +15,9 @@ struct HostRegistrar {
 };
 
 // Without a device nothing is registered: memory is read where it is, and no page is locked.
-inline HostRegistrar cpu_host_registrar() {
-  return {[](void*, size_t) { return 0; }, [](void*) { return 0; }, nullptr, false};
-}
+inline int register_nothing(void*, size_t) { return 0; }
+inline int unregister_nothing(void*) { return 0; }
+inline HostRegistrar cpu_host_registrar() { return {register_nothing, unregister_nothing, nullptr, false}; }
 
 // cudaHostRegister; in the CUDA library only (host_registrar_cuda.cu). Its driver pins pages without regard to RLIMIT_MEMLOCK.
 HostRegistrar cuda_host_registrar();

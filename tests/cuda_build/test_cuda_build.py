@@ -29,6 +29,20 @@ def test_the_libraries_are_loaded():
     assert torch.version.cuda is not None
 
 
+def test_host_memory_is_registered_with_cuda():
+    from engram_kernels import _C, _C_cuda
+    registrar = _C.HostRegistrar(*_C_cuda.host_registrar())
+    table = RowTable.from_tensor(torch.ones(3, 8), row_format="f32", copy=True)
+    if WITH_DEVICE:
+        table.pin(registrar)
+        assert table.rows.is_pinned()
+        return
+    with pytest.raises(OSError, match="HostTable: bytes 0..4096 of 4096 cannot be pinned: .*CUDA"):
+        table.pin(registrar)
+    with pytest.raises(RuntimeError, match="RowTable.pin: memory is pinned for a GPU; torch finds no GPU"):
+        table.pin()
+
+
 def test_every_op_is_known():
     assert {name.partition("::")[2].partition(".")[0].removesuffix("_bwd").removesuffix("_update") for name in SCHEMAS} \
         >= set(backends.ops())

@@ -108,11 +108,12 @@ class PythonHostTable(mmap.mmap):
 
 def whole(host: Any) -> Tensor:
     """All bytes of a piece of memory. The tensor keeps it alive."""
+    if not isinstance(host, PythonHostTable):
+        return torch.frombuffer(host, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor shall it be written to
         memory = torch.frombuffer(host, dtype=torch.uint8)
-    start = getattr(host, "start", 0)
-    return memory[start:start + host.num_bytes]
+    return memory[host.start:host.start + host.num_bytes]
 
 
 def make_host_table(num_bytes: int, numa: int | None = None, fd: int = -1, fd_offset: int = 0, read_only: bool = False) -> Any:
