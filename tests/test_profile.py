@@ -254,9 +254,10 @@ def test_profile_verdicts_by_weight_and_noise():
     assert cells.verdict_of([*calm[:3], cells.measured(cell, wild)])[0] == "NOISY"
     assert cells.verdict_of([*calm, noisy])[0] == "LINK_DEGRADED"
     assert set(cells.ADVICE) == set(SCHEMA["$defs"]["verdict"]["enum"])
-    low = cells.measured({"probe": "gpu_link"}, quiet)
-    cells.expect_share(low, 0.5, "link")
-    assert low["verdict"] == "BELOW_REFERENCE"
+    for share, at_most, verdict in ((0.5, None, "BELOW_REFERENCE"), (0.74, 0.8, "OK"), (0.8, None, "OK")):
+        low = cells.measured({"probe": "gpu_link"}, quiet)
+        cells.expect_share(low, share, "link", at_most)
+        assert low["verdict"] == verdict and low["facts"] == {"share_of_link": share}
 
 
 def test_profile_preemption_is_flagged():

@@ -96,11 +96,18 @@ def against_peak(cell: JsonCell, name: str, peak: dict[str, Any], may_be_cached:
         cell["status"] = "invalid"
 
 
-def expect_share(cell: JsonCell, share: float, of_what: str) -> None:
-    """BELOW_REFERENCE where `share` is less than what this probe should reach; the fact is kept either way."""
+def expect_share(cell: JsonCell, share: float, of_what: str, at_most: float | None = None) -> None:
+    """BELOW_REFERENCE where a share is less than what this probe should reach; the fact is kept either way.
+
+    Args:
+        cell: what was measured.
+        share: of `of_what`, by the medians.
+        of_what: for the name of the fact.
+        at_most: the share by the ends of the intervals that favour the cell; None: by its own interval alone.
+    """
     if cell["status"] == "ok":
         cell.setdefault("facts", {})[f"share_of_{of_what}"] = share
-        if share < EXPECTED_SHARE[cell["probe"]]:
+        if (share * cell["median"] / cell["low"] if at_most is None else at_most) < EXPECTED_SHARE[cell["probe"]]:
             give_verdict(cell, "BELOW_REFERENCE")
 
 
