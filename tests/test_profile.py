@@ -267,6 +267,24 @@ def test_profile_preemption_is_flagged():
     assert any(f.startswith("preempted 1") for f in conditions.flags)
 
 
+def test_profile_throttling_is_flagged(tmp_path, monkeypatch):
+    for cpu in (0, 1):
+        (tmp_path / f"cpu{cpu}/thermal_throttle").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/thermal_throttle/core_throttle_count").write_text("5\n")
+    (tmp_path / "cpu.stat").write_text("usage_usec 7\nnr_throttled 3\n")
+    monkeypatch.setattr(statistics, "_CPUS", tmp_path)
+    monkeypatch.setattr(statistics, "_CPU_STAT", tmp_path / "cpu.stat")
+    with statistics.Conditions() as quiet:
+        pass
+    with statistics.Conditions() as conditions:
+        (tmp_path / "cpu1/thermal_throttle/core_throttle_count").write_text("9\n")
+        (tmp_path / "cpu.stat").write_text("usage_usec 7\nnr_throttled 4\n")
+    assert not any("throttled" in f for f in quiet.flags)
+    assert {"throttled for heat 4 times", "throttled by the CPU quota 1 times"} <= set(conditions.flags)
+    cell = cells.measured({"probe": "host_stream"}, statistics.summarize([1.0] * 9, flags=conditions.flags))
+    assert cell["verdict"] == "THROTTLED"
+
+
 class _Usage:
     def __init__(self, real, **changed):
         self.ru_majflt, self.ru_nivcsw = real.ru_majflt, changed["ru_nivcsw"]

@@ -20,7 +20,7 @@ ADVICE = {
     "NUMA_REMOTE": "memory and reader are on different NUMA nodes: numactl --cpunodebind --membind with the node that "
                    "the table or the GPU is on",
     "NO_HUGEPAGES": "the kernel gave no huge pages: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-    "THROTTLED": "clocks were held down meanwhile: check power limit, temperature and other users",
+    "THROTTLED": "clocks or CPU time were held back meanwhile: check power limit, temperature, CPU quota, other users",
     "NOISY": "the machine was not quiet (other guests or processes): measure again, or read the interval instead of the median",
     "BELOW_REFERENCE": "slower than such work should be here: see the facts of the cell and `engram-kernels info`",
     "ABOVE_PEAK": "faster than the hardware can be: a cache answered, or the peak was measured in a bad moment; not to be used",
@@ -57,6 +57,8 @@ def measured(cell: JsonCell, summary: Summary, control: Summary | None = None) -
     disturbed = any(not flag.startswith("spread") for flag in summary.flags)
     if summary.spread > NOISY_SPREAD or disturbed:
         give_verdict(result, "NOISY")
+    if any(flag.startswith("throttled") for flag in summary.flags):
+        give_verdict(result, "THROTTLED")
     return result
 
 

@@ -162,7 +162,7 @@ def latency(session: Session) -> None:
     """Nanoseconds of a load whose address the load before gave, with and without huge pages."""
     loops, cpu, steps = native(), allowed_cpus()[0], _CHASE_STEPS
     largest = min((256 if session.quick else 1024) * MIB, table_limit(session))
-    sizes = [s for s in (MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB) if s <= largest]
+    sizes = [s for s in (4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB) if s <= largest]
     for huge_pages in (True, False):
         for num_bytes in sizes if huge_pages else sizes[-1:]:
             memory = Arena(num_bytes, huge_pages, [cpu])
@@ -177,7 +177,7 @@ def latency(session: Session) -> None:
             base = {"probe": "host_latency", "op": "load", "tier": "host", "placement": "host", "threads": 1,
                     "table_bytes": num_bytes, "row_bytes": 64, "rows": 1, "huge_pages": memory.huge_pages}
             cell = session.measure(base, sample)
-            if huge_pages and not memory.huge_pages and num_bytes >= 16 * MIB:
+            if huge_pages and not memory.huge_pages:
                 give_verdict(cell, "NO_HUGEPAGES")
             if cell["status"] == "ok":
                 cell["facts"] = {"load_ns": cell["median"] * 1e9}
