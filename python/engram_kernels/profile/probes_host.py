@@ -263,7 +263,8 @@ def shapes(session: Session, sizes: list[int], huge_pages: bool, has_trace: bool
               for row in ((512,) if session.quick else (V41_ROW_BYTES, 512))
               for order in ("sorted", "deduplicated", "zipf", *(["trace"] if has_trace else []))]
     plain = [Shape(512, largest, "uniform", 1, rows_a_call(512), prefetch) for prefetch in _PREFETCH]
-    return [*(s for s in main if s.table_bytes == largest), *calls, *orders, *plain, *(s for s in main if s.table_bytes < largest)]
+    smaller = [s for s in main if s.table_bytes < largest]
+    return [*(s for s in main if s.table_bytes == largest), *calls, *orders, *plain, *smaller]
 
 
 def rows_a_call(row_bytes: int) -> int:
