@@ -105,7 +105,7 @@ def expect_share(cell: JsonCell, share: float, of_what: str, at_most: float | No
         cell: what was measured.
         share: of `of_what`, by the medians.
         of_what: for the name of the fact.
-        at_most: the share by the ends of the intervals that favour the cell; None: by its own interval alone.
+        at_most: the share that the cell might have, all noise on its side; None: by its own interval.
     """
     if cell["status"] == "ok":
         cell.setdefault("facts", {})[f"share_of_{of_what}"] = share
