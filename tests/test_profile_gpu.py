@@ -3,7 +3,7 @@ import fake_gpu
 import jsonschema
 import pytest
 import torch
-from profile_machine import SCHEMA, quiet_machine
+from profile_machine import SCHEMA, profile, quiet_machine
 
 from engram_kernels.profile import probes_gpu, probes_gpu_gather
 from engram_kernels.profile import session as session_module
@@ -174,11 +174,12 @@ def test_profile_gpu_operation_that_breaks_leaves_the_other_probes(name, kept, c
     assert any(c["reason"] and f"CUDA error in {name}" in c["reason"]["text"] for c in session.cells)
 
 
-def test_profile_without_a_gpu_says_so(monkeypatch):
+def test_profile_without_a_gpu_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     session = run(open_gpu=None)
     assert {c["reason"]["kind"] for c in session.cells} == {"NO_GPU"} and len(session.probes) == 5
     assert {p["verdict"] for p in session.probes.values()} == {"SKIPPED"}
+    profile(tmp_path, "--only", "gpu", code=5)
 
     def refused(index):
         raise RuntimeError("all devices are busy")

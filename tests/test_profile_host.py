@@ -179,3 +179,19 @@ def test_profile_streams_by_numa_node(fast, monkeypatch, compiled):
     assert by_node[0, 1] == "NUMA_REMOTE" and by_node[0, 0] != "NUMA_REMOTE"
     assert session.cells[-1]["reason"]["kind"] == "PERMISSION"
     check(session.report())
+
+
+@pytest.mark.parametrize("op_seconds, verdict", [((1.2e-3, 3e-3), "BELOW_REFERENCE"), ((1.05e-3, 3e-3), "OK")])
+def test_profile_gather_is_judged_by_the_plain_loop(op_seconds, verdict):
+    """Slower medians alone may be another process; a slower least is not."""
+    session = Session(Options(), quiet_machine())
+    shape = {"probe": "host_gather", "row_bytes": 512, "table_bytes": 1 << 30, "order": "uniform", "threads": 1, "rows": 65536,
+             "bytes": 512 << 16, "huge_pages": True}
+    least, others = op_seconds
+    with session.probe("host_gather", 50):
+        for op, seconds in (("plain", [1e-3] * 100), ("gather_rows", [others, least, *[others] * 98])):
+            turn = iter(seconds)
+            session.measure({**shape, "op": op}, lambda turn=turn: next(turn))
+        probes_host._against_plain(session)
+    judged = session.cells[1]
+    assert judged["verdict"] == verdict and judged["facts"]["share_of_plain_loop"] == pytest.approx(1 / 3)

@@ -1,9 +1,11 @@
 """How `profile` shows a report: table, figures, page."""
+import io
 import itertools
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from profile_machine import check, profile, quiet_machine
@@ -42,6 +44,19 @@ def test_profile_table_is_plain_with_no_color(monkeypatch):
     assert "\x1b[" in coloured.text and "\x1b[" not in plain.text and "━" not in plain.text
     assert "1 GB/s" in plain.text and "NO_MEMORY too little" in plain.text
     assert show.bytes_text(64 << 20) == "64 MiB" and show.bytes_text(None) == "-" and show.time_text(1.5e-7) == "150 ns"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_profile_progress_is_for_terminals(monkeypatch, terminal):
+    rich_console = pytest.importorskip("rich.console")
+    out = io.StringIO()
+    real = rich_console.Console
+    monkeypatch.setattr(rich_console, "Console", lambda stderr: real(file=out, force_terminal=terminal, width=120))
+    session = Session(Options(), quiet_machine())
+    with profile_command._progress(session), session.probe("host_memcpy", 5):
+        session.measure({"probe": "host_memcpy"}, lambda: 1e-3)
+        time.sleep(0.6)  # the bar is drawn twice a second
+    assert ("host_memcpy, 1 cells" in out.getvalue()) == terminal and (out.getvalue() == "") != terminal
 
 
 @pytest.fixture(scope="module")

@@ -67,15 +67,18 @@ def run_file(path, cells):
     return load_run(path)
 
 
-def noisy(rand, median, n=15):
-    return [median * rand.lognormvariate(0, 0.02) for _ in range(n)]
+def noisy(rand, median, n=15, noise=0.02):
+    return [median * rand.lognormvariate(0, noise) for _ in range(n)]
 
 
-def test_profile_identical_runs_give_no_false_verdict(tmp_path):
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("with_control", [True, False])
+def test_profile_identical_runs_give_no_false_verdict(noise, with_control):
     rand = random.Random(0)
     verdicts = []
     for _ in range(1000):
-        a, b = ({("g", "ours"): ("ours", summarize(noisy(rand, 1.0))), ("g", "copy"): ("bound", summarize(noisy(rand, 2.0)))}
+        a, b = ({("g", "ours"): ("ours", summarize(noisy(rand, 1.0, noise=noise))),
+                 **({("g", "copy"): ("bound", summarize(noisy(rand, 2.0, noise=noise)))} if with_control else {})}
                 for _ in range(2))
         verdicts += [cell.verdict for cell in compare_runs(a, b)]
     false = sum(v in (Verdict.FASTER, Verdict.SLOWER) for v in verdicts)

@@ -121,7 +121,7 @@ def _progress(session: Session) -> Iterator[None]:
     console = Console(stderr=True)
     longest = BUDGET_SECONDS[session.options.mode]
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("of at most {task.total:.0f} s"),
-                  console=console, transient=True, disable=not console.is_terminal) as bar:
+                  console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal) as bar:
         task = bar.add_task("profile", total=longest)
 
         def tick() -> None:

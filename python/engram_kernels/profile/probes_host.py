@@ -52,7 +52,7 @@ def run_host_probes(session: Session) -> None:
     """All of them, each for its share of the time."""
     fixed = None if COMPILE_ERROR else control()
     # a machine without a GPU has the GPU's time
-    share = (1.0 if session.quick else 10.0) * (0.75 if session.has_gpu else 1.8)
+    share = (1.0 if session.quick else 10.0) * (0.7 if session.has_gpu else 1.6)
     for name, seconds, run in (("host_limits", 1, limits), ("host_stream", 3, stream), ("host_memcpy", 2, memcpy),
                                ("host_latency", 3, latency), ("host_gather", 12, gather)):
         with session.probe(name, seconds * share, fixed):
@@ -162,7 +162,7 @@ def latency(session: Session) -> None:
     """Nanoseconds of a load whose address the load before gave, with and without huge pages."""
     loops, cpu, steps = native(), allowed_cpus()[0], _CHASE_STEPS
     largest = min((256 if session.quick else 1024) * MIB, table_limit(session))
-    sizes = [s for s in (MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB) if s <= largest]
+    sizes = [s for s in (4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB) if s <= largest]
     for huge_pages in (True, False):
         for num_bytes in sizes if huge_pages else sizes[-1:]:
             memory = Arena(num_bytes, huge_pages, [cpu])
@@ -177,7 +177,7 @@ def latency(session: Session) -> None:
             base = {"probe": "host_latency", "op": "load", "tier": "host", "placement": "host", "threads": 1,
                     "table_bytes": num_bytes, "row_bytes": 64, "rows": 1, "huge_pages": memory.huge_pages}
             cell = session.measure(base, sample)
-            if huge_pages and not memory.huge_pages and num_bytes >= 16 * MIB:
+            if huge_pages and not memory.huge_pages:
                 give_verdict(cell, "NO_HUGEPAGES")
             if cell["status"] == "ok":
                 cell["facts"] = {"load_ns": cell["median"] * 1e9}
@@ -263,7 +263,8 @@ def shapes(session: Session, sizes: list[int], huge_pages: bool, has_trace: bool
               for row in ((512,) if session.quick else (V41_ROW_BYTES, 512))
               for order in ("sorted", "deduplicated", "zipf", *(["trace"] if has_trace else []))]
     plain = [Shape(512, largest, "uniform", 1, rows_a_call(512), prefetch) for prefetch in _PREFETCH]
-    return [*main, *calls, *orders, *plain]
+    smaller = [s for s in main if s.table_bytes < largest]
+    return [*(s for s in main if s.table_bytes == largest), *calls, *orders, *plain, *smaller]
 
 
 def rows_a_call(row_bytes: int) -> int:
@@ -326,10 +327,11 @@ def _against_plain(session: Session) -> None:
     plain = [c for c in cells if c["op"] == "plain"]
     if not plain:
         return
-    best = max(plain, key=lambda c: c["bytes_per_s"])
+    best = min(plain, key=lambda c: c["least"] / c["bytes"])
     same = ("row_bytes", "table_bytes", "order", "threads", "rows", "huge_pages")
     for cell in cells:
         if cell["op"] == "gather_rows" and all(cell[k] == best[k] for k in same):
-            expect_share(cell, cell["bytes_per_s"] / best["bytes_per_s"], "plain_loop")
+            # the two were measured one after the other, and a disturbance only makes slower: the least of each judges
+            expect_share(cell, best["median"] / cell["median"], "plain_loop", best["least"] / cell["least"])
 
 
