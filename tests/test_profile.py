@@ -163,6 +163,12 @@ def test_profile_a_probe_that_breaks_costs_its_own_cells(tmp_path, fast, monkeyp
     assert ok(report, "host_gather")  # the next one
 
 
+def test_profile_what_breaks_outside_a_probe_leaves_a_report(tmp_path, monkeypatch):
+    monkeypatch.setitem(profile_command.GROUPS, "gpu", lambda session: 1 / 0)
+    report = profile(tmp_path, "--only", "gpu", code=1)
+    assert report["complete"] and "ZeroDivisionError" in report["cells"][0]["reason"]["text"]
+
+
 def test_profile_interrupted_leaves_a_valid_partial_file(tmp_path, fast, monkeypatch, compiled):
     def stop(session):
         session.measure({"probe": "host_latency"}, lambda: 1e-3)
@@ -200,8 +206,9 @@ def test_profile_time_is_bounded():
         for _ in range(20):
             session.measure({"probe": "host_memcpy"}, lambda: 1e-3)
     with session.probe("host_latency", 1000):  # no probe can have more than the whole run
-        while session.measure({"probe": "host_latency"}, lambda: 1e-3)["status"] == "ok":
-            pass
+        for _ in range(500):
+            if session.measure({"probe": "host_latency"}, lambda: 1e-3)["status"] != "ok":
+                break
     states = [c["status"] for c in session.cells]
     assert states[0] == "ok" and states[-1] == "skipped" and session.cells[-1]["reason"]["kind"] == "TIME_BUDGET"
     assert session.seconds() <= session_module.BUDGET_SECONDS["quick"] + 10

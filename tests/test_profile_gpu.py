@@ -93,6 +93,7 @@ def test_profile_gpu_link_ceiling_is_that_of_the_link_under_load(session):
     assert link_payload_bytes_per_s(3, 8) == pytest.approx(7.88e9 * 512 / 536, rel=1e-3)
     state = of(session, "gpu_link_state", op="h2d")[0]
     assert state["facts"]["wire_bytes_per_payload_byte"] == pytest.approx(5e10 / state["facts"]["payload_bytes_per_s"])
+    assert {c["op"] for c in of(session, "gpu_link_state", status="ok")} == {"h2d", "d2h", "uva_gather"}
 
 
 @pytest.mark.parametrize("call", FIELD_CALLS)

@@ -88,7 +88,10 @@ def _limits() -> dict[str, Any]:
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    try:
+        properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError:  # devices that are in exclusive use: `profile` gives the reason
+        return []
     return [{"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"} for p in properties]
 
 

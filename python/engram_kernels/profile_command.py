@@ -65,7 +65,7 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
     try:
         with _progress(session):
             for name in options.groups:
-                GROUPS[name](session)
+                _run_group(session, name)
         session.complete = True
     except KeyboardInterrupt:
         interrupted = True
@@ -81,6 +81,16 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
     if any(c["status"] == "failed" for c in report["cells"]):
         return FAILURE
     return NO_CAPABILITY if all(p["verdict"] == "SKIPPED" for p in report["probes"].values()) else drawn
+
+
+def _run_group(session: Session, name: str) -> None:
+    """What breaks outside a probe costs the rest of its group, not the report."""
+    try:
+        GROUPS[name](session)
+    except Exception as err:
+        probe = {"host": "host_limits", "disk": "disk_read", "gpu": "gpu_link"}[name]
+        with session.probe(probe, 1):
+            session.skip({"probe": probe}, "ERROR", f"{type(err).__name__}: {err}")
 
 
 def _draw(report: dict[str, Any], html_path: Path | None, plots: Path | None) -> int:

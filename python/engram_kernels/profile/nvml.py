@@ -107,11 +107,16 @@ class LoadSampler:
 
     Attributes:
         values: the highest of each field of LOAD_FIELDS; of `clock_event_reasons` all bits that were seen.
-        received, sent: bytes a second that the link's counters gave.
+        received, sent: bytes a second that the link's counters gave, where all of LOAD_FIELDS are read.
+
+    Args:
+        nvml: the GPU.
+        names: of the fields.
+        every_seconds: between two readings.
     """
 
-    def __init__(self, nvml: Nvml):
-        self._nvml, self._stop = nvml, threading.Event()
+    def __init__(self, nvml: Nvml, names: tuple[str, ...] = LOAD_FIELDS, every_seconds: float = 0.02):
+        self._nvml, self._names, self._every, self._stop = nvml, names, every_seconds, threading.Event()
         self.values: dict[str, Any] = {}
         self.unread: dict[str, str] = {}
         self.received: list[float] = []
@@ -127,24 +132,30 @@ class LoadSampler:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while not self._stop.wait(0.02):
-            values, self.unread = self._nvml.read(LOAD_FIELDS)
-            for name, value in values.items():
-                known = self.values.get(name, value)
-                self.values[name] = known | value if name == "clock_event_reasons" else max(known, value)
-            for received, series in ((True, self.received), (False, self.sent)):
-                rate = self._nvml.throughput(received)
-                if rate is not None and not self._stop.is_set():
-                    series.append(rate)
+        self._read_once()
+        while not self._stop.wait(self._every):
+            self._read_once()
+
+    def _read_once(self) -> None:
+        values, self.unread = self._nvml.read(self._names)
+        for name, value in values.items():
+            known = self.values.get(name, value)
+            self.values[name] = known | value if name == "clock_event_reasons" else max(known, value)
+        if self._names is not LOAD_FIELDS:
+            return
+        for received, series in ((True, self.received), (False, self.sent)):
+            rate = self._nvml.throughput(received)
+            if rate is not None and not self._stop.is_set():
+                series.append(rate)
 
 
-def keep_busy(work: Callable[[], None], seconds: float) -> tuple[int, float]:
-    """Calls `work` for `seconds`; (calls, seconds that they took)."""
-    begin, calls = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds or calls == 0:
+def keep_busy(work: Callable[[], None], seconds: float) -> float:
+    """Calls `work`, once at least, until `seconds` are over; seconds that it took."""
+    begin = time.perf_counter()
+    work()
+    while time.perf_counter() - begin < seconds:
         work()
-        calls += 1
-    return calls, time.perf_counter() - begin
+    return time.perf_counter() - begin
 
 
 def throttle_reasons(bits: int | None) -> list[str]:

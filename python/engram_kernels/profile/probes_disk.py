@@ -62,7 +62,7 @@ def _fill(fd: int, wanted: int, max_seconds: float) -> int:
     noise = np.random.default_rng(0).integers(0, 256, _PIECE_BYTES, dtype=np.uint8)
     begin, written = time.monotonic(), 0
     while written < wanted and (written < _LEAST_BYTES or time.monotonic() - begin < max_seconds):
-        noise += 1  # no two pieces are the same
+        noise = np.roll(noise, 4099)  # no two blocks are the same
         written += os.write(fd, noise.data)
         os.fdatasync(fd)
     if hasattr(os, "posix_fadvise"):
@@ -77,17 +77,13 @@ def read(session: Session, fd: int, num_bytes: int) -> None:
     sizes, depths = (_SIZES, _DEPTHS) if session.quick else (_FULL_SIZES, _FULL_DEPTHS)
     rng = np.random.default_rng(1)
     for depth in reversed(depths):
-        reader = make_reader(fd, "profile", depth, "auto")
-        stats = reader.tier((0, 4096, 4096, num_bytes // 4096), (0, 0, 0, 0), 0).stats()
-        if not stats["direct"]:
-            reader = _direct_reader(fd, depth)
-            stats = reader.tier((0, 4096, 4096, num_bytes // 4096), (0, 0, 0, 0), 0).stats()
+        reader, io = _direct_reader(fd, depth)
         for size in sizes:
-            _measure_reads(session, reader, stats, (size, depth, num_bytes), rng)
+            _measure_reads(session, reader, io, (size, depth, num_bytes), rng)
 
 
-def _direct_reader(fd: int, depth: int) -> Any:
-    """A reader past the page cache, which "auto" does not choose for a small file.
+def _direct_reader(fd: int, depth: int) -> tuple[Any, str]:
+    """A reader past the page cache, which "auto" does not choose for a small file, and how it reads.
 
     Raises:
         Skip: the file system has none.
@@ -100,12 +96,12 @@ def _direct_reader(fd: int, depth: int) -> Any:
             why = str(err)
             continue
         if reader.tier((0, 4096, 4096, 1), (0, 0, 0, 0), 0).stats()["direct"]:
-            return reader
+            return reader, io
         why = "the file system does not read past the page cache"
     raise Skip("NO_DIRECT_IO", why)
 
 
-def _measure_reads(session: Session, reader: Any, stats: dict[str, Any], point: tuple[int, int, int],
+def _measure_reads(session: Session, reader: Any, io: str, point: tuple[int, int, int],
                    rng: np.random.Generator) -> None:
     size, depth, num_bytes = point
     num_rows = num_bytes // size
@@ -113,7 +109,7 @@ def _measure_reads(session: Session, reader: Any, stats: dict[str, Any], point: 
     out = np.ones(reads * size, np.uint8)
     # more sets than a round takes, so that none is read twice in a row
     turn = itertools.cycle([rng.choice(num_rows, reads, replace=False) for _ in range(16)])
-    cell: JsonCell = {"probe": "disk_read", "op": stats["io"], "tier": "disk", "placement": "file", "row_bytes": size,
+    cell: JsonCell = {"probe": "disk_read", "op": io, "tier": "disk", "placement": "file", "row_bytes": size,
                       "table_bytes": num_bytes, "rows": reads, "bytes": reads * size, "order": "uniform", "threads": 1,
                       "queue_depth": depth, "cold": True}
 
@@ -125,5 +121,4 @@ def _measure_reads(session: Session, reader: Any, stats: dict[str, Any], point: 
 
     result = session.measure(cell, sample, min_rounds=5)
     if result["status"] == "ok":
-        result["facts"] = {"reads_per_s": result["rows_per_s"]}
         session.set_peak("disk", result["bytes_per_s"], f"random reads of {size} bytes, {depth} in flight, in this run")

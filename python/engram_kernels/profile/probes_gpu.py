@@ -1,7 +1,9 @@
 """Probes of a GPU: its link, its memory, and streams beside each other. Random rows are in probes_gpu_gather.py."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,12 +13,13 @@ from engram_kernels.profile.cells import JsonCell, Skip, expect_share, give_verd
 from engram_kernels.profile.gpu_device import TorchGpu
 from engram_kernels.profile.machine import allowed_cpus
 from engram_kernels.profile.nvml import LoadSampler, Nvml, keep_busy, link_payload_bytes_per_s, numa_node, throttle_reasons
-from engram_kernels.profile.probes_gpu_gather import gather, interference
+from engram_kernels.profile.probes_gpu_gather import Gather, Shape, gather, interference
+from engram_kernels.profile.probes_host import V41_ROW_BYTES
 from engram_kernels.profile.session import Session
 
 KIB, MIB = 1 << 10, 1 << 20
 _CALL_BYTES, _MAX_CALLS = 64 * MIB, 32
-_LOAD_SECONDS, _LOAD_BYTES = 0.4, 64 * MIB
+_LOAD_SECONDS, _LOAD_BYTES, _LOAD_CALLS = 0.4, 64 * MIB, 8
 _LINK_BYTES = {"quick": (64 * KIB, MIB, 16 * MIB, 256 * MIB),
                "full": (4 * KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)}
 _STREAM_BYTES = 1024 * MIB
@@ -49,10 +52,9 @@ def run_gpu_probes(session: Session, open_gpu: Callable[[int], Any] | None = Non
         for name, seconds, run in (("gpu_stream", 2, stream), ("gpu_link", 7, link), ("gpu_gather", 12, gather),
                                    ("gpu_interference", 4, interference)):
             before = len(session.cells)
-            with session.probe(name, seconds * share):
+            with session.probe(name, seconds * share), _watch_clocks(session, nvml, before):
                 run(session, gpu)
-                _note_throttling(session.cells[before:], nvml)
-            gpu.release()
+                gpu.release()
 
 
 def _open(session: Session, open_gpu: Callable[[int], Any] | None) -> Any:
@@ -74,6 +76,8 @@ def _open_nvml(session: Session, gpu: Any, library: Any) -> tuple[Nvml | None, S
         return Nvml(gpu.uuid, session.options.gpu, library), None
     except Skip as skip:
         return None, skip
+    except Exception as err:
+        return None, Skip("NO_NVML", f"{type(err).__name__}: {err}")
 
 
 def _describe(session: Session, nvml: Nvml | None, why_not: Skip | None) -> None:
@@ -98,23 +102,41 @@ def link_state(session: Session, gpu: Any, nvml: Nvml | None, why_not: Skip | No
         raise why_not
     size = _LOAD_BYTES
     host, device = gpu.host(size, True), gpu.empty(size)
-    for op, work in (("h2d", _copy(device, host)), ("d2h", _copy(host, device))):
-        def batch(work: Callable[[], object] = work) -> None:
-            for _ in range(8):
-                work()
-            gpu.sync()
-        batch()
-        with LoadSampler(nvml) as sampler:
-            calls, took = keep_busy(batch, _LOAD_SECONDS)
-        rate = calls * 8 * size / took
-        cell = {**base, "op": op, "status": "ok", "verdict": "OK", "reason": None, "provenance": "measured",
-                "facts": {**sampler.values, "payload_bytes_per_s": rate},
-                "flags": [f"{k}: {v}" for k, v in sampler.unread.items()]}
-        wire = sampler.received if op == "h2d" else sampler.sent
-        if wire:
-            cell["facts"]["wire_bytes_per_payload_byte"] = sorted(wire)[len(wire) // 2] / rate
-        _judge_link(session, cell)
-        session.add(cell)
+    for op, call in (("h2d", _copy(device, host)), ("d2h", _copy(host, device))):
+        _measure_load(session, gpu, nvml, {**base, "op": op}, partial(list, [call] * _LOAD_CALLS), size)
+    try:
+        gpu.gather_backend()
+        # several times the GPU's cache, and other rows in each call
+        rows = Gather(gpu, gpu.host(4 * size, True), Shape("uva", V41_ROW_BYTES, 4 * size, size // (8 * V41_ROW_BYTES)))
+        base.update(op="uva_gather", placement="uva", row_bytes=V41_ROW_BYTES)
+        _measure_load(session, gpu, nvml, base, rows.calls, rows.shape.rows * V41_ROW_BYTES)
+    except Skip as skip:
+        session.skip({**base, "op": "uva_gather"}, skip.kind, skip.text)
+
+
+def _measure_load(session: Session, gpu: Any, nvml: Nvml, base: JsonCell, make_calls: Callable[[], list[Callable[[], object]]],
+                  bytes_a_call: int) -> None:
+    calls = 0
+
+    def batch() -> None:
+        nonlocal calls
+        made = make_calls()
+        for call in made:
+            call()
+        calls += len(made)
+        gpu.sync()
+
+    batch()
+    calls = 0
+    with LoadSampler(nvml) as sampler:
+        took = keep_busy(batch, _LOAD_SECONDS)
+    rate = calls * bytes_a_call / took
+    cell = {**base, "status": "ok", "verdict": "OK", "reason": None, "provenance": "measured",
+            "facts": {**sampler.values, "payload_bytes_per_s": rate}, "flags": [f"{k}: {v}" for k, v in sampler.unread.items()]}
+    if wire := sampler.sent if base["op"] == "d2h" else sampler.received:
+        cell["facts"]["wire_bytes_per_payload_byte"] = statistics.median(wire) / rate
+    _judge_link(session, cell)
+    session.add(cell)
 
 
 def _judge_link(session: Session, cell: JsonCell) -> None:
@@ -128,7 +150,7 @@ def _judge_link(session: Session, cell: JsonCell) -> None:
         give_verdict(cell, "THROTTLED")
         cell["flags"] += reasons
     generation, width = facts.get("link_generation"), facts.get("link_width")
-    if generation and width and not any(name in str(block.get("name")) for name in _OWN_LINK):
+    if cell["op"] in ("h2d", "d2h") and generation and width and not any(name in str(block.get("name")) for name in _OWN_LINK):
         session.set_peak(f"link_{cell['op']}", link_payload_bytes_per_s(generation, width),
                          f"PCIe {generation} x{width} under load, 512-byte payloads with 24 bytes around each", "assumed", True)
 
@@ -218,14 +240,15 @@ def stream(session: Session, gpu: Any) -> None:
                 expect_share(result, result["peak_share"], "hbm")
 
 
-def _note_throttling(cells: list[JsonCell], nvml: Nvml | None) -> None:
-    """Marks what was just measured where the clocks are held down now."""
+@contextlib.contextmanager
+def _watch_clocks(session: Session, nvml: Nvml | None, before: int) -> Iterator[None]:
+    """Marks the cells of the body where the clocks were held down meanwhile."""
     if nvml is None:
+        yield
         return
-    values, _ = nvml.read(("clock_event_reasons",))
-    for reason in throttle_reasons(values.get("clock_event_reasons")):
-        for cell in (c for c in cells if c["status"] == "ok"):
+    with LoadSampler(nvml, ("clock_event_reasons",), 0.1) as sampler:
+        yield
+    for reason in throttle_reasons(sampler.values.get("clock_event_reasons")):
+        for cell in (c for c in session.cells[before:] if c["status"] == "ok"):
             give_verdict(cell, "THROTTLED")
             cell["flags"].append(reason)
-
-

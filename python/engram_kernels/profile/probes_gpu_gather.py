@@ -157,19 +157,26 @@ def interference(session: Session, gpu: Any) -> None:
         for tokens in (16, 512):
             work = Gather(gpu, memory, Shape(placement, V41_ROW_BYTES, size, V41_COLUMNS * tokens))
             for beside, other in others.items():
-                _measure_beside(session, gpu, work, (beside, other), backend)
+                try:
+                    _measure_beside(session, gpu, work, (beside, other), backend)
+                except RuntimeError as err:
+                    cell = {**work.cell(session, backend), "probe": "gpu_interference", "beside": beside}
+                    session.skip(cell, "ERROR", str(err)[:300])
         del memory
         gpu.release()
 
 
 def _measure_beside(session: Session, gpu: Any, work: Gather, beside: tuple[str, Callable[[], object]], backend: str) -> None:
     name, other = beside
+    cell = {**work.cell(session, backend), "probe": "gpu_interference", "beside": name}
+    if session.time_is_up():
+        session.skip(cell, "TIME_BUDGET", "the time of this probe was used up")
+        return
     work.sample()
     gpu.seconds([other] * 2)
     alone, other_alone = work.sample(), gpu.seconds([other] * 4)
     # the other work outlasts the gathers, so that they are beside it to their end
     count = min(256, 2 + int(1.5 * alone * work.calls_a_sample / other_alone))
-    cell = {**work.cell(session, backend), "probe": "gpu_interference", "beside": name}
     result = session.measure(cell, lambda: gpu.seconds_beside(work.calls(), [other] * count))
     if result["status"] != "ok":
         return

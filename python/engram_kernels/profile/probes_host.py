@@ -52,7 +52,7 @@ def run_host_probes(session: Session) -> None:
     """All of them, each for its share of the time."""
     fixed = None if COMPILE_ERROR else control()
     # a machine without a GPU has the GPU's time
-    share = (1.0 if session.quick else 10.0) * (1.0 if session.has_gpu else 1.8)
+    share = (1.0 if session.quick else 10.0) * (0.75 if session.has_gpu else 1.8)
     for name, seconds, run in (("host_limits", 1, limits), ("host_stream", 3, stream), ("host_memcpy", 2, memcpy),
                                ("host_latency", 3, latency), ("host_gather", 12, gather)):
         with session.probe(name, seconds * share, fixed):
@@ -219,7 +219,11 @@ def gather(session: Session) -> None:
     threads_before = torch.get_num_threads()
     try:
         for huge_pages in (True, False):
-            memory = Arena(sizes[-1], huge_pages, allowed_cpus(), max_seconds=5 if session.quick else 90)
+            if session.time_is_up():
+                session.skip({"probe": "host_gather", "huge_pages": huge_pages}, "TIME_BUDGET",
+                             "the time of this probe was used up")
+                break
+            memory = Arena(sizes[-1], huge_pages, allowed_cpus(), max_seconds=session.seconds_left() / 3)
             there = memory.data.size
             if there < sizes[-1]:
                 session.skip({"probe": "host_gather", "table_bytes": sizes[-1]}, "TIME_BUDGET",

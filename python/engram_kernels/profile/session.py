@@ -130,7 +130,7 @@ class Session:
         Returns:
             The cell, which is in `cells` too.
         """
-        if self.clock() >= self._deadline:
+        if self.time_is_up():
             return self.add(not_measured(cell, "TIME_BUDGET", f"the time of this probe in a {self.options.mode} run was used up"))
         try:
             seconds = _CELL_SECONDS[self.options.mode]
@@ -146,6 +146,14 @@ class Session:
                 self.set_peak(peak, self.peak_again[peak](), f"{self.peaks[peak]['source']}, measured again")
             against_peak(result, peak, self.peaks[peak], may_be_cached)
         return self.add(result)
+
+    def time_is_up(self) -> bool:
+        """Whether the probe that runs has used its time."""
+        return self.seconds_left() <= 0
+
+    def seconds_left(self) -> float:
+        """Of the probe that runs."""
+        return self._deadline - self.clock()
 
     def skip(self, cell: JsonCell, kind: str, text: str) -> JsonCell:
         """Files a cell that cannot be measured."""
