@@ -39,7 +39,7 @@ def main():
         page.write_text(f"<body style='margin:0'>{svg}</body>")
         subprocess.run([chromium, "--headless", "--no-sandbox", "--hide-scrollbars", f"--screenshot={out.resolve()}",
                         f"--window-size={width:.0f},{height:.0f}", page.as_uri()], check=True, capture_output=True)
-    Image.open(out).convert("RGB").quantize(32).save(out, optimize=True)
+    Image.open(out).convert("RGB").quantize(128).save(out, optimize=True)
 
 
 if __name__ == "__main__":
