@@ -16,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NO_EXT = os.environ.get("ENGRAM_KERNELS_NO_EXT") == "1"
 CUDA = os.environ.get("ENGRAM_KERNELS_CUDA") == "1"
+# setuptools must know each by name, or an editable install leaves it in the build folder
+EXTENSIONS = ["engram_kernels._C", *(["engram_kernels._C_cuda"] if CUDA else [])]
 
 
 def cuda_options() -> list[str]:
@@ -33,6 +35,8 @@ class CMakeBuild(build_ext):
     """Runs CMake and ninja; a missing tool is one sentence, not a traceback of its own."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != EXTENSIONS[0]:
+            return  # one CMake run builds them all
         try:
             import pybind11
             import torch
@@ -57,6 +61,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[] if NO_EXT else [Extension("engram_kernels._C", [])],
+    ext_modules=[] if NO_EXT else [Extension(name, []) for name in EXTENSIONS],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -4,15 +4,15 @@ import os
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of triton
 
-import row_files  # noqa: E402
+import row_files
+from on_device import device_of
 
-import engram_kernels  # noqa: E402, F401
-from engram_kernels import backends  # noqa: E402
-from engram_kernels._library import COMPILE_ERROR  # noqa: E402
+import engram_kernels  # noqa: F401
+from engram_kernels import backends
+from engram_kernels._library import COMPILE_ERROR
 
 if not COMPILE_ERROR:
     from engram_kernels import _C
@@ -46,7 +46,7 @@ def poison():
 def device(request):
     """Where the tensors of a test go: with its backend."""
     backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "cpu"
-    return "cuda" if HAS_GPU and backend in ("cuda", "triton") else "cpu"
+    return device_of(backend)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,16 +1,18 @@
 """gather_gate: semantics 8, on every backend."""
 import pytest
 import torch
+from on_device import on_device, raises_bad_ids
 
 from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.gate import gate
-from engram_kernels.ops.gather_gate import gather_gate
+from engram_kernels.ops.gather_gate import gather_gate as gather_gate_op
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.reference.gather_gate import gather_gate as reference
 from engram_kernels.testing import assert_as_accurate_as_torch
 from engram_kernels.testing.draws import worst_draw
 from engram_kernels.testing.inputs import random_rows
 
+gather_gate = on_device(gather_gate_op)
 NUM_ROWS = 50
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SHAPES = {  # name: (tokens, branches, columns, row_dim)
@@ -204,7 +206,8 @@ def test_gather_gate_rejects_row_id_out_of_range(where, value, backend):
     hidden, row_ids, w_hidden, w_key = make_inputs(4, 2, 3, 32, torch.bfloat16)
     row_ids[where] = value
     out = torch.full_like(hidden, 7)
-    with pytest.raises(IndexError, match=rf"row_ids\[{where[0]}, {where[1]}\] is {value}, expected \[0, {NUM_ROWS}\)"):
+    message = rf"row_ids\[{where[0]}, {where[1]}\] is {value}, expected \[0, {NUM_ROWS}\)"
+    with raises_bad_ids("gather_gate", backend, message):
         gather_gate(hidden, table, row_ids, w_hidden, w_key, out=out, backend=backend)
     assert (out == 7).all()  # nothing half-written
 

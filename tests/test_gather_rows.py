@@ -3,12 +3,14 @@ import mmap
 
 import pytest
 import torch
+from on_device import on_device, raises_bad_ids
 
 from engram_kernels.memory.row_table import FLOAT_FORMATS, ROW_FORMATS, RowTable
-from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.ops.gather_rows import gather_rows as gather_rows_op
 from engram_kernels.reference.gather_rows import gather_rows as reference
 from engram_kernels.testing import random_rows
 
+gather_rows = on_device(gather_rows_op)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT_OF = {4: torch.int32, 2: torch.int16}
 
@@ -212,14 +214,15 @@ def test_gather_rows_rejects_ids_before_writing(bad, dtype, backend):
     table, ids = make_table("bf16", 10, 8), make_ids(3, 1000, 5, num_rows=10, dtype=dtype)
     ids[1, 700, 4] = bad
     out = torch.full((3, 1000, 5, 8), -7.0, dtype=torch.bfloat16)
-    with pytest.raises(IndexError, match=rf"row_ids\[1, 700, 4\] is {bad}, expected \[0, 10\) or -1 \(no row\)"):
+    message = rf"row_ids\[1, 700, 4\] is {bad}, expected \[0, 10\) or -1 \(no row\)"
+    with raises_bad_ids("gather_rows", backend, message):
         gather_rows(table, ids, out=out, backend=backend)
     assert (out == -7).all()
 
 
 @pytest.mark.parametrize("bad", [2**62, -2**63, 2**63 - 1, 2**32])
 def test_gather_rows_rejects_ids_beyond_32_bits(bad, backend):
-    with pytest.raises(IndexError, match=rf"row_ids\[1\] is {bad}"):
+    with raises_bad_ids("gather_rows", backend, rf"row_ids\[1\] is {bad}"):
         gather_rows(make_table("bf16", 10, 8), torch.tensor([0, bad]), backend=backend)
 
 

@@ -254,9 +254,10 @@ def test_profile_verdicts_by_weight_and_noise():
     assert cells.verdict_of([*calm[:3], cells.measured(cell, wild)])[0] == "NOISY"
     assert cells.verdict_of([*calm, noisy])[0] == "LINK_DEGRADED"
     assert set(cells.ADVICE) == set(SCHEMA["$defs"]["verdict"]["enum"])
-    low = cells.measured({"probe": "gpu_link"}, quiet)
-    cells.expect_share(low, 0.5, "link")
-    assert low["verdict"] == "BELOW_REFERENCE"
+    for share, at_most, verdict in ((0.5, None, "BELOW_REFERENCE"), (0.74, 0.8, "OK"), (0.8, None, "OK")):
+        low = cells.measured({"probe": "gpu_link"}, quiet)
+        cells.expect_share(low, share, "link", at_most)
+        assert low["verdict"] == verdict and low["facts"] == {"share_of_link": share}
 
 
 def test_profile_preemption_is_flagged():
@@ -264,6 +265,24 @@ def test_profile_preemption_is_flagged():
         conditions._usage = _Usage(conditions._usage, ru_nivcsw=conditions._usage.ru_nivcsw - 1000)
         conditions.rounds = 100
     assert any(f.startswith("preempted 1") for f in conditions.flags)
+
+
+def test_profile_throttling_is_flagged(tmp_path, monkeypatch):
+    for cpu in (0, 1):
+        (tmp_path / f"cpu{cpu}/thermal_throttle").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/thermal_throttle/core_throttle_count").write_text("5\n")
+    (tmp_path / "cpu.stat").write_text("usage_usec 7\nnr_throttled 3\n")
+    monkeypatch.setattr(statistics, "_CPUS", tmp_path)
+    monkeypatch.setattr(statistics, "_CPU_STAT", tmp_path / "cpu.stat")
+    with statistics.Conditions() as quiet:
+        pass
+    with statistics.Conditions() as conditions:
+        (tmp_path / "cpu1/thermal_throttle/core_throttle_count").write_text("9\n")
+        (tmp_path / "cpu.stat").write_text("usage_usec 7\nnr_throttled 4\n")
+    assert not any("throttled" in f for f in quiet.flags)
+    assert {"throttled for heat 4 times", "throttled by the CPU quota 1 times"} <= set(conditions.flags)
+    cell = cells.measured({"probe": "host_stream"}, statistics.summarize([1.0] * 9, flags=conditions.flags))
+    assert cell["verdict"] == "THROTTLED"
 
 
 class _Usage:

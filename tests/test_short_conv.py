@@ -222,7 +222,7 @@ def test_short_conv_backward_matches_reference(case, backend, device):
 
     def grads(run, cast):
         leaves = [cast(a).detach().requires_grad_() for a in args[:3]]
-        out = run(*leaves, args[3], dilation, EPS)
+        out = run(*leaves, args[3].to(leaves[0].device), dilation, EPS)
         return torch.autograd.grad(out, leaves, cast(upstream), allow_unused=True, materialize_grads=True)
 
     got = grads(lambda *a: short_conv(*a, backend=backend), lambda a: a.to(device))

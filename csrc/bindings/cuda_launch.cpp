@@ -47,7 +47,7 @@ uint32_t* make_counters() {
 CudaLaunch::CudaLaunch(const char* op, const Tensor& like)
     : op_(op), like_(like), device_(like.get_device_index()), guard_(device_) {
   static const GetStream get_stream = find_get_stream();
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device_, &stream_));
+  TORCH_ERROR_CODE_CHECK(get_stream(device_, &stream_));
 }
 
 uint32_t* CudaLaunch::error_count() const {

@@ -20,7 +20,7 @@ ADVICE = {
     "NUMA_REMOTE": "memory and reader are on different NUMA nodes: numactl --cpunodebind --membind with the node that "
                    "the table or the GPU is on",
     "NO_HUGEPAGES": "the kernel gave no huge pages: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
-    "THROTTLED": "clocks were held down meanwhile: check power limit, temperature and other users",
+    "THROTTLED": "clocks or CPU time were held back meanwhile: check power limit, temperature, CPU quota, other users",
     "NOISY": "the machine was not quiet (other guests or processes): measure again, or read the interval instead of the median",
     "BELOW_REFERENCE": "slower than such work should be here: see the facts of the cell and `engram-kernels info`",
     "ABOVE_PEAK": "faster than the hardware can be: a cache answered, or the peak was measured in a bad moment; not to be used",
@@ -57,6 +57,8 @@ def measured(cell: JsonCell, summary: Summary, control: Summary | None = None) -
     disturbed = any(not flag.startswith("spread") for flag in summary.flags)
     if summary.spread > NOISY_SPREAD or disturbed:
         give_verdict(result, "NOISY")
+    if any(flag.startswith("throttled") for flag in summary.flags):
+        give_verdict(result, "THROTTLED")
     return result
 
 
@@ -96,11 +98,18 @@ def against_peak(cell: JsonCell, name: str, peak: dict[str, Any], may_be_cached:
         cell["status"] = "invalid"
 
 
-def expect_share(cell: JsonCell, share: float, of_what: str) -> None:
-    """BELOW_REFERENCE where `share` is less than what this probe should reach; the fact is kept either way."""
+def expect_share(cell: JsonCell, share: float, of_what: str, at_most: float | None = None) -> None:
+    """BELOW_REFERENCE where a share is less than what this probe should reach; the fact is kept either way.
+
+    Args:
+        cell: what was measured.
+        share: of `of_what`, by the medians.
+        of_what: for the name of the fact.
+        at_most: the share by the ends of the intervals that favour the cell; None: by its own interval alone.
+    """
     if cell["status"] == "ok":
         cell.setdefault("facts", {})[f"share_of_{of_what}"] = share
-        if share < EXPECTED_SHARE[cell["probe"]]:
+        if (share * cell["median"] / cell["low"] if at_most is None else at_most) < EXPECTED_SHARE[cell["probe"]]:
             give_verdict(cell, "BELOW_REFERENCE")
 
 

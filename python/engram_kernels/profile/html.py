@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from engram_kernels.profile.cells import JsonCell
 from engram_kernels.profile.plots import figures, svg_text
-from engram_kernels.profile.show import HEAD, bytes_text, row
+from engram_kernels.profile.show import HEAD, bytes_text, row, time_text
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
@@ -62,7 +63,7 @@ def _verdicts(report: dict[str, Any]) -> str:
 def _machine(report: dict[str, Any]) -> str:
     block = report["machine"]
     lines = [(f"{part}: {name.replace('_bytes', '').replace('_', ' ')}",
-              _size(value) if name.endswith("_bytes") else str(value))
+              _size(value) if name.endswith("_bytes") else " ".join(value) if isinstance(value, list) else str(value))
              for part in ("machine", "limits", "caches", "disk") for name, value in block[part].items()]
     nodes = (f"{n['node']}: {len(n['cpus'])} CPUs, {_size(n['memory_bytes'])}" for n in block["numa"])
     lines.append(("NUMA nodes", "; ".join(nodes)))
@@ -83,6 +84,10 @@ def _peaks(report: dict[str, Any]) -> str:
 
 
 def _cells(report: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = [(*row(cell)[:-1], "; ".join(cell.get("flags", [])), cell["verdict"])
+    rows: list[tuple[str, ...]] = [(*row(cell)[:-1], _least_and_q3(cell), "; ".join(cell.get("flags", [])), cell["verdict"])
                                    for cell in report["cells"]]
-    return _table((*HEAD[:-1], "flags", HEAD[-1]), rows, len(HEAD))
+    return _table((*HEAD[:-1], "least, upper quartile", "flags", HEAD[-1]), rows, len(HEAD) + 1)
+
+
+def _least_and_q3(cell: JsonCell) -> str:
+    return f"{time_text(cell['least'])}, {time_text(cell['q3'])}" if cell.get("median") else ""

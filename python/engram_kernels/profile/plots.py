@@ -77,7 +77,7 @@ def _cells(report: dict[str, Any], **wanted: Any) -> list[JsonCell]:
 
 
 def _by(cells: list[JsonCell], key: str, name: Callable[[Any], str]) -> dict[str, list[JsonCell]]:
-    return {name(value): [c for c in cells if c.get(key) == value] for value in sorted({c[key] for c in cells}, key=str)}
+    return {name(value): [c for c in cells if c.get(key) == value] for value in sorted({c[key] for c in cells})}
 
 
 def _million_rows(cell: JsonCell) -> float:

@@ -14,6 +14,7 @@ MIN_ROUNDS = 9
 MAX_STEAL = 0.02  # of the time of all cores, given to other guests
 MAX_PREEMPTIONS = 0.5  # a sample: other processes of this system had the CPU
 _PROC_STAT = Path("/proc/stat")
+_CPUS, _CPU_STAT = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup/cpu.stat")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Conditions:
 
     def __enter__(self) -> Conditions:
         self._steal, self._usage = _steal_ticks(), resource.getrusage(resource.RUSAGE_SELF)
+        self._throttled = _throttle_counts()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -94,16 +96,36 @@ class Conditions:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         if faults := usage.ru_majflt - self._usage.ru_majflt:
             self.flags.append(f"{faults} major faults")
+        now = _throttle_counts()
+        self.flags += [f"throttled {why} {now[why] - count} times" for why, count in self._throttled.items() if now[why] > count]
         preempted = usage.ru_nivcsw - self._usage.ru_nivcsw
         if preempted > MAX_PREEMPTIONS * max(self.rounds, 1):
             self.flags.append(f"preempted {preempted} times")
 
 
+def _throttle_counts() -> dict[str, int]:
+    """How often the hardware, for heat, and the CPU quota of the control group held this process back; 0 where none tells."""
+    heat = sum(_first_int(path) for path in _CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
+    quota = [line.split()[1] for line in _text(_CPU_STAT).splitlines() if line.startswith("nr_throttled ")]
+    return {"for heat": heat, "by the CPU quota": int(quota[0]) if quota else 0}
+
+
+def _first_int(path: Path) -> int:
+    return int(_text(path).split()[0]) if _text(path).strip() else 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def _steal_ticks() -> tuple[int, int] | None:
     """(stolen, all) ticks since boot, where the system tells."""
     try:
-        fields = [int(x) for x in _PROC_STAT.read_text().split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
+        fields = [int(x) for x in _text(_PROC_STAT).split("\n", 1)[0].split()[1:9]]
+    except ValueError:
         return None
     return (fields[7], sum(fields)) if len(fields) == 8 else None
 
