@@ -1,4 +1,4 @@
-"""The picture of a plan in docs/: runs `engram-kernels plan` on a recorded terminal. Needs rich and Chromium.
+"""The picture of a plan in docs/: runs `engram-kernels plan` on a recorded terminal. Needs rich, pillow and Chromium.
 
     python bench/plan_picture.py docs/plan.png --profile profile.json --gpu h100 --host-gib 512
 """
@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
 from engram_kernels import cli
@@ -38,6 +39,7 @@ def main():
         page.write_text(f"<body style='margin:0'>{svg}</body>")
         subprocess.run([chromium, "--headless", "--no-sandbox", "--hide-scrollbars", f"--screenshot={out.resolve()}",
                         f"--window-size={width:.0f},{height:.0f}", page.as_uri()], check=True, capture_output=True)
+    Image.open(out).convert("RGB").quantize(128).save(out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -195,3 +195,12 @@ def test_profile_gather_is_judged_by_the_plain_loop(op_seconds, verdict):
         probes_host._against_plain(session)
     judged = session.cells[1]
     assert judged["verdict"] == verdict and judged["facts"]["share_of_plain_loop"] == pytest.approx(1 / 3)
+
+
+def test_profile_packed_rows_have_ordinary_scales():
+    """Scale bytes of 0 are 2^-127: decoding would take several times as long as in any real table."""
+    memory = arena.Arena(1 * MIB, False, [-1])
+    shape = probes_host.Shape(probes_host.V41_ROW_BYTES, 1 * MIB, "uniform", 1, 8)
+    assert probes_host._gather_sample(memory, shape, [np.arange(8)], 1)() > 0
+    rows = memory.data[:1 * MIB // 264 * 264].reshape(-1, 264)
+    assert (rows[:, 256:] == 127).all()

@@ -26,6 +26,7 @@ MIB = 1 << 20
 _CONTROL_BYTES = 8 * MIB
 V41_ROW_BYTES, V41_ROW_DIM, V41_COLUMNS = 264, 256, 24  # DeepSeek-V4.1-Flash: packed fp8 rows, 24 a token and layer
 _MAX_CALL_BYTES = 32 * MIB  # payload of a call
+_SCALE_BYTE = 127  # 2^0: memory full of zeros would be scales of 2^-127, and the time that of subnormal arithmetic
 _CHASE_STEPS = 1 << 16
 _PREFETCH = (0, 4, 16, 64)
 
@@ -305,6 +306,8 @@ def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int) ->
     torch.set_num_threads(shape.threads)
     stored = torch.from_numpy(bytes_used).view(-1, shape.row_bytes)
     if shape.packed:
+        if stored[-1, -1] != _SCALE_BYTE:  # rows of a larger table in this memory have theirs
+            stored[:, V41_ROW_DIM:] = _SCALE_BYTE
         table = RowTable.from_tensor(stored, row_format="fp8_e4m3_block32_packed", row_dim=V41_ROW_DIM)
     else:
         table = RowTable.from_tensor(stored.view(torch.bfloat16))
