@@ -363,7 +363,7 @@ bool plan_tokens(const GateBwdParams& p, Launch* launch) {
   const GateParams& f = p.forward;
   if (f.dtype == DType::kF32 || f.hidden_size % kElements != 0 || f.num_tokens > INT32_MAX / 2) return false;
   const int64_t vectors = f.hidden_size / kElements;
-  for (const auto [branches, per_thread] : {std::pair{4, 2}, {2, 2}, {1, 4}}) {
+  for (const auto& [branches, per_thread] : {std::pair{4, 2}, {2, 2}, {1, 4}}) {
     if (branches == 4 && f.dtype == DType::kF16) continue;  // spills registers on sm_100
     if (f.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
     const int threads = lanes_for(vectors, per_thread), warps = threads / kWarp;
@@ -372,7 +372,7 @@ bool plan_tokens(const GateBwdParams& p, Launch* launch) {
     if (bytes > max_shared_bytes() - kStaticBytes) continue;
     *launch = {{branches, per_thread, warps},
                {static_cast<int>(vectors), warps, static_cast<int>(f.branches / branches), static_cast<int>(f.num_tokens)},
-               static_cast<int>(bytes), slots / kSlots * kPlanes * 4};
+               static_cast<int>(bytes), slots / kSlots * kPlanes * 4, 0};
     // more blocks a multiprocessor only where each still takes tokens enough to be worth its share of the weights' gradients
     const int64_t sms = num_multiprocessors(), resident = std::min(kMaxThreads / threads, max_shared_bytes() / launch->shared_bytes);
     const int64_t worth = std::max(int64_t{1}, f.num_tokens / (sms * kTokensABlock));

@@ -239,7 +239,7 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
   Arrays arrays;
   if (!arrays_of<kType>(p, &arrays) || p.num_tokens > INT32_MAX / 2) return false;
   const int64_t vectors = p.hidden_size / kVectorElements<kType>;
-  for (const auto [branches, per_thread] : {std::pair{4, 2}, {2, 4}, {1, 8}}) {
+  for (const auto& [branches, per_thread] : {std::pair{4, 2}, {2, 4}, {1, 8}}) {
     if (branches == 4 && kType == DType::kF16) continue;  // spills registers on sm_90
     if (p.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
     const int threads = lanes_for(vectors, per_thread);
