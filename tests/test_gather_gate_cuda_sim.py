@@ -343,8 +343,8 @@ TWO_STEPS = 77_504 + 20 * 1_600 / 4  # gate and gather_rows by their own tests, 
 
 @pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
 def test_gather_gate_machine_code(v41):
-    """No call, and fewer executed instructions a (token, branch) than gather_rows and gate one after the other, or the best peer's
-    gate alone (77,600)."""
+    """No call, and fewer executed instructions a (token, branch) than gather_rows and gate one after the other, or than the
+    best peer's gate alone (77,600)."""
     sass = build().sass(OP)
     for code in sass.values():
         assert not [op for _, _, op, _ in code if re.match(r"CALL|LDL|STL", op)]
