@@ -343,11 +343,12 @@ TWO_STEPS = 77_504 + 20 * 1_600 / 4  # gate and gather_rows by their own tests, 
 
 @pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
 def test_gather_gate_machine_code(v41):
-    """No call, and fewer executed instructions a (token, branch) than gather_rows and gate one after the other."""
+    """No call, and fewer executed instructions a (token, branch) than gather_rows and gate one after the other, or than the
+    best peer's gate alone (77,600)."""
     sass = build().sass(OP)
     for code in sass.values():
         assert not [op for _, _, op, _ in code if re.match(r"CALL|LDL|STL", op)]
     launch, size = v41
     took = instructions_a_token(sass[launch.kernel], launch.block[0] // 32) / BRANCHES
     print(f"{took:.0f} machine instructions a (token, branch)")
-    assert 0.5 * TWO_STEPS < took / (size / 5120) < 80_500 < TWO_STEPS
+    assert 0.5 * TWO_STEPS < took / (size / 5120) < 77_600 < TWO_STEPS

@@ -163,8 +163,8 @@ __device__ __forceinline__ void find_places(const GatherGateParams& p, const Til
   }
 }
 
-// A thread's part of the memory vector, out of shared memory; zeros where it has none.
-template <RowFormat kFormat, int kElements>
+// A thread's part of the memory vector, out of shared memory; zeros where it has none. kWhole: it has all its vectors.
+template <RowFormat kFormat, bool kWhole, int kElements>
 __device__ __forceinline__ void decode_places(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
 #pragma unroll
@@ -173,7 +173,7 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
     place.hide();
 #pragma unroll
     for (int i = 0; i < kElements; ++i) e[j][i] = 0.0F;
-    if (!place.is_there()) continue;
+    if (!kWhole && !place.is_there()) continue;
     const unsigned char* row = shared_bytes_at(tile.rows_at + place.row() * tile.row_pitch);
     float scale = 0.0F;
     if constexpr (kFormat == RowFormat::kFp8Tensor) {  // it may be NaN
@@ -193,22 +193,22 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
   }
 }
 
-template <int kElements>
+template <bool kWhole, int kElements>
 __device__ __forceinline__ void decode_memory(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
   switch (p.table.format) {
     case RowFormat::kF32:
-      return decode_places<RowFormat::kF32>(p, tile, places, e);
+      return decode_places<RowFormat::kF32, kWhole>(p, tile, places, e);
     case RowFormat::kBf16:
-      return decode_places<RowFormat::kBf16>(p, tile, places, e);
+      return decode_places<RowFormat::kBf16, kWhole>(p, tile, places, e);
     case RowFormat::kF16:
-      return decode_places<RowFormat::kF16>(p, tile, places, e);
+      return decode_places<RowFormat::kF16, kWhole>(p, tile, places, e);
     case RowFormat::kFp8Tensor:
-      return decode_places<RowFormat::kFp8Tensor>(p, tile, places, e);
+      return decode_places<RowFormat::kFp8Tensor, kWhole>(p, tile, places, e);
     case RowFormat::kInt8Group32:
-      return decode_places<RowFormat::kInt8Group32>(p, tile, places, e);
+      return decode_places<RowFormat::kInt8Group32, kWhole>(p, tile, places, e);
     default:  // in shared memory the scales lie behind the values
-      return decode_places<RowFormat::kFp8Block32Packed>(p, tile, places, e);
+      return decode_places<RowFormat::kFp8Block32Packed, kWhole>(p, tile, places, e);
   }
 }
 

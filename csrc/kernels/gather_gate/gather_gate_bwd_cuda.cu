@@ -205,7 +205,7 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
   __shared__ Sums<kGroup> sums;
   const GatherGateParams& f = p.forward;
   float e[kVectors][kElements], grad_e[kVectors][kElements] = {};
-  if (!masked) decode_memory(f, tile, places, e);
+  if (!masked) decode_memory<false>(f, tile, places, e);
 #pragma unroll 1
   for (int branch = 0; branch < tile.branches; branch += kGroup) {
     const int count = min(kGroup, tile.branches - branch), left = tile.branches - branch - count;

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_token
     wait_for_copies();
     __syncthreads();
     float e[kVectors][kElements];
-    if (!masked) decode_memory(p, tile, places, e);
+    if (!masked) decode_memory<kWhole>(p, tile, places, e);
 #pragma unroll 1
     for (int branch = 0; branch < tile.branches; branch += kGroup) {
       const int count = min(kGroup, tile.branches - branch), left = tile.branches - branch - count;
