@@ -1,14 +1,14 @@
 // CUDA kernels of the backward pass of gate. Contract: gate.h; layout of a block: gate_token_cuda.h.
 //
-// Mapping  a block takes a token after the other, kBranches branches at once. A thread keeps hidden, key and the output's
-//          gradient of its vectors in registers from the sums to the gradients, adds the value's gradient over the branches there,
-//          and loads a branch of the next token as soon as it is done with that of this one: loads are in flight while the
-//          gradients are computed. sum_t a h k, of which both weight gradients are multiples, is collected in shared memory
-//          and written once a block; a last kernel adds the blocks' shares in their order, so that the bits depend on the
-//          number of blocks only. What is not aligned, of 4 bytes or too wide: gate_bwd_any_cuda.h.
+// Mapping  a block takes a token after the other, kBranches branches at once. A thread keeps hidden and key of its vectors in
+//          registers and the output's gradient in shared memory from the sums to the gradients, adds the value's gradient
+//          over the branches, and loads a branch of the next token as soon as it is done with that of this one: loads are
+//          in flight while the gradients are computed. sum_t a h k, of which both weight gradients are multiples, is collected
+//          in shared memory and written once a block; a last kernel adds the blocks' shares in their order, so that the bits
+//          depend on the number of blocks only. What is not aligned, of 4 bytes or too wide: gate_bwd_any_cuda.h.
 // Traffic  least: hidden, key, grad_out and value read, grad_hidden, grad_key and grad_value written once, (5 M + 2) H a
 //          token. On top a share of 4 M H bytes a block, written and read: 4 % of the least with 32 tokens a block.
-// Limits   2-byte elements, rows on 16 bytes, kMaxThreads * kVectors vectors a row, 8 M H bytes of shared memory.
+// Limits   2-byte elements, rows on 16 bytes, kMaxThreads * kVectors vectors a row, 10 M H + 2 H bytes of shared memory.
 #include <algorithm>
 #include <utility>
 

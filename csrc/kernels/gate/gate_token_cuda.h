@@ -154,8 +154,8 @@ __device__ __forceinline__ float scattered_warp_sums(float (&v)[kCount]) {
   }
 }
 
-// A step of sums of products of 2-byte elements on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15 from
-// `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
+// A step of sums of products of 2-byte elements on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15
+// from `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
 template <DType kType>
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t rows, uint32_t rows_below, uint32_t columns) {
   if constexpr (kType == DType::kBf16) {
