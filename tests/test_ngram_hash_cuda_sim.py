@@ -209,7 +209,7 @@ def v41():
 def test_ngram_hash_instructions_per_id(v41):
     assert v41.result.thread_instructions / NUM_IDS <= 12
     # 2,048 tokens over 32 multiprocessors are 8,448 over 132: small tiles, to keep every multiprocessor busy, cost more
-    assert run_v41(512, 8).result.thread_instructions / (512 * 48) <= 40
+    assert run_v41(512, 8).result.thread_instructions / (512 * 48) <= 26
 
 
 def test_ngram_hash_stores_are_wide_and_coalesced(v41):

@@ -1,18 +1,19 @@
 // CUDA kernels of the backward pass of gate. Contract: gate.h; layout of a block: gate_token_cuda.h.
 //
-// Mapping  a block takes a token after the other, kBranches branches at once. A thread keeps hidden, key and the output's
-//          gradient of its vectors in registers from the sums to the gradients, adds the value's gradient over the branches there,
-//          and loads a branch of the next token as soon as it is done with that of this one: loads are in flight while the
-//          gradients are computed. sum_t a h k, of which both weight gradients are multiples, is collected in shared memory
-//          and written once a block; a last kernel adds the blocks' shares in their order, so that the bits depend on the
-//          number of blocks only. What is not aligned, of 4 bytes or too wide: gate_bwd_any_cuda.h.
+// Mapping  a block takes a token after the other, kBranches branches at once. A thread keeps hidden and key of its vectors in
+//          registers and the output's gradient in shared memory from the sums to the gradients, adds the value's gradient
+//          over the branches, and loads a branch of the next token as soon as it is done with that of this one: loads are
+//          in flight while the gradients are computed. sum_t a h k, of which both weight gradients are multiples, is collected
+//          in shared memory and written once a block; a last kernel adds the blocks' shares in their order, so that the bits
+//          depend on the number of blocks only. What is not aligned, of 4 bytes or too wide: gate_bwd_any_cuda.h.
 // Traffic  least: hidden, key, grad_out and value read, grad_hidden, grad_key and grad_value written once, (5 M + 2) H a
 //          token. On top a share of 4 M H bytes a block, written and read: 4 % of the least with 32 tokens a block.
-// Limits   2-byte elements, rows on 16 bytes, kMaxThreads * kVectors vectors a row, 8 M H bytes of shared memory.
+// Limits   2-byte elements, rows on 16 bytes, kMaxThreads * kVectors vectors a row, 10 M H + 2 H bytes of shared memory.
 #include <algorithm>
 #include <utility>
 
 #include "kernels/gate/gate_bwd_any_cuda.h"
+#include "kernels/gate/gate_bwd_weights_cuda.h"
 #include "kernels/gate/gate_token_cuda.h"
 
 namespace engram_kernels {
@@ -23,7 +24,6 @@ constexpr int kElements = 8;  // of a vector
 constexpr int kPlanes = kElements / 4;
 constexpr int kShare = kPlanes, kGradOut = 2 * kPlanes;  // slots of a vector behind the weights: the weights' gradient, grad_out
 constexpr int kSlots = kGradOut + 1;
-constexpr int kWeightColumns = 32, kWeightRows = 8;
 constexpr int kTokensABlock = 16;   // at least, for more than one block a multiprocessor
 constexpr int kStaticBytes = 1024;  // of shared memory, at most
 
@@ -154,8 +154,8 @@ __device__ __forceinline__ void add_sums(const Held<kBranches, kVectors>& held, 
     const auto slot = [&](int j, int i) -> const float4& { return of_branch[Place<kBranches, kVectors>::at(0, j, i)]; };
     sums[kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held.hidden[m][j], held.hidden[m][j]); });
     sums[2 * kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held.key[m][j], held.key[m][j]); });
-    sums[3 * kBranches + m] = product_sum<kType, kVectors>(
-        [&](int j, auto add) { add(reinterpret_cast<const uint4&>(slot(j, kGradOut)), value[j]); });
+    sums[3 * kBranches + m] =
+        product_sum<kType, kVectors>([&](int j, auto add) { add(reinterpret_cast<const uint4&>(slot(j, kGradOut)), value[j]); });
     sums[m] = weighted_dot<kType, kSlots>(held.hidden[m], held.key[m], of_branch);
   }
 }
@@ -183,7 +183,8 @@ __device__ __forceinline__ void gradients(const Slopes s, const Held<kBranches, 
       k[e] = fmaf(w[e], ah, -s.c * k[e]);
     }
     *share = make_float4(x[0], x[1], x[2], x[3]);
-    if (plane + 1 < kPlanes) __syncwarp();  // no instruction, but keeps the compiler from mixing the halves, for want of registers
+    if (plane + 1 < kPlanes)
+      __syncwarp();  // no instruction, but keeps the compiler from mixing the halves, for want of registers
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       to_hidden[2 * plane + e] = pack_pair<kType>(h[2 * e], h[2 * e + 1]);
@@ -239,7 +240,8 @@ __device__ __forceinline__ void write_gradients(const Step& now, const Slopes* s
 }
 
 template <DType kType, int kBranches, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, 1) gate_bwd_tokens(const GateBwdParams p, const Arrays arrays, const TokenTile tile) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    gate_bwd_tokens(const GateBwdParams p, const Arrays arrays, const TokenTile tile) {
   __shared__ float partial[kMaxThreads / kWarp * kSums * kBranches];
   __shared__ Slopes slopes[kBranches];
   const GateParams& f = p.forward;
@@ -291,48 +293,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_bwd_tokens(const GateBwdP
   }
 }
 
-// Where the shares lie: rows as they are, or [group][warp][branch][vector][plane][lane][4].
-struct ShareOrder {
-  int branches, vectors;  // of a thread; 0 branches: rows as they are
-  int warps;
-};
-
-// The element of the weights whose share is the i-th, or -1.
-__device__ __forceinline__ int64_t element_of(const GateParams& f, const ShareOrder& order, int i) {
-  if (order.branches == 0) return i;
-  const int lane = i / 4 % kWarp;
-  i /= 4 * kWarp;
-  const int plane = i % kPlanes, j = i / kPlanes % order.vectors;
-  i /= order.vectors * kPlanes;
-  const int m = i % order.branches, warp = i / order.branches % order.warps, group = i / order.branches / order.warps;
-  const int vector = (warp * order.vectors + j) * kWarp + lane;
-  if (vector * kElements >= f.hidden_size) return -1;
-  return (int64_t{group} * order.branches + m) * f.hidden_size + vector * kElements + plane * 4;
-}
-
-// Weight gradients out of `count` times `size` shares, a thread a share in every kWeightRows-th of them.
-__global__ void __launch_bounds__(kWeightColumns* kWeightRows)
-    gate_bwd_weights(const GateBwdParams p, const float* shares, int count, int size, const ShareOrder order) {
-  __shared__ float partial[kWeightRows][kWeightColumns];
-  const GateParams& f = p.forward;
-  const int i = blockIdx.x * kWeightColumns + threadIdx.x;
-  float sum = 0;
-  if (i < size) {
-#pragma unroll 8
-    for (int n = threadIdx.y; n < count; n += kWeightRows) sum += shares[int64_t{n} * size + i];
-  }
-  partial[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || i >= size) return;
-  for (int n = 1; n < kWeightRows; ++n) sum += partial[n][threadIdx.x];
-  int64_t element = element_of(f, order, i);
-  if (element < 0) return;
-  if (order.branches > 0) element += i % 4;
-  const DType dtype = f.weights.dtype;
-  store_element(p.grad_w_hidden, dtype, element, sum * load_element(f.weights.w_key, dtype, element));
-  store_element(p.grad_w_key, dtype, element, sum * load_element(f.weights.w_hidden, dtype, element));
-}
-
 // ---- launches --------------------------------------------------------------------------------------------------------
 
 // Whether the arrays lie as the first kernel wants.
@@ -345,8 +305,9 @@ bool arrays_of(const GateBwdParams& p, Arrays* arrays) {
     ok = ok && has_token_rows(*rows, f.num_tokens, f.branches, kBytes);
   }
   for (const BranchRows& rows : {value, grad_value}) ok = ok && has_token_rows(rows, f.num_tokens, 1, kBytes);
-  *arrays = {token_rows(f.hidden, kBytes), token_rows(f.key, kBytes), token_rows(p.grad_out, kBytes), token_rows(value, kBytes),
-             token_rows(p.grad_hidden, kBytes), token_rows(p.grad_key, kBytes), token_rows(grad_value, kBytes)};
+  *arrays = {token_rows(f.hidden, kBytes),  token_rows(f.key, kBytes),         token_rows(p.grad_out, kBytes),
+             token_rows(value, kBytes),     token_rows(p.grad_hidden, kBytes), token_rows(p.grad_key, kBytes),
+             token_rows(grad_value, kBytes)};
   return ok;
 }
 
@@ -372,9 +333,12 @@ bool plan_tokens(const GateBwdParams& p, Launch* launch) {
     if (bytes > max_shared_bytes() - kStaticBytes) continue;
     *launch = {{branches, per_thread, warps},
                {static_cast<int>(vectors), warps, static_cast<int>(f.branches / branches), static_cast<int>(f.num_tokens)},
-               static_cast<int>(bytes), slots / kSlots * kPlanes * 4, 0};
+               static_cast<int>(bytes),
+               slots / kSlots * kPlanes * 4,
+               0};
     // more blocks a multiprocessor only where each still takes tokens enough to be worth its share of the weights' gradients
-    const int64_t sms = num_multiprocessors(), resident = std::min(kMaxThreads / threads, max_shared_bytes() / launch->shared_bytes);
+    const int64_t sms = num_multiprocessors(),
+                  resident = std::min(kMaxThreads / threads, max_shared_bytes() / launch->shared_bytes);
     const int64_t worth = std::max(int64_t{1}, f.num_tokens / (sms * kTokensABlock));
     launch->blocks = static_cast<int>(std::min(f.num_tokens, sms * std::min(resident, worth)));
     return true;
@@ -400,20 +364,12 @@ void launch_tokens(const GateBwdParams& p, const Arrays& arrays, const Launch& l
                              : launch_tokens<kType, 1, 4>(p, arrays, launch, stream);
 }
 
-void launch_weights(const GateBwdParams& p, const float* shares, int64_t count, int64_t size, const ShareOrder& order,
-                    cudaStream_t stream) {
-  const dim3 block(kWeightColumns, kWeightRows);
-  gate_bwd_weights<<<static_cast<unsigned>(ceil_div(size, int64_t{kWeightColumns})), block, 0, stream>>>(
-      p, shares, static_cast<int>(count), static_cast<int>(size), order);
-  EK_CUDA_CHECK(cudaGetLastError());
-}
-
 }  // namespace
 
 int64_t gate_bwd_cuda_scratch_bytes(const GateBwdParams& p) {
   const GateParams& f = p.forward;
-  const int64_t plain = f.num_tokens * f.branches * int64_t{sizeof(Slopes)} +
-                        kPlainChunks * f.branches * f.hidden_size * int64_t{sizeof(float)};
+  const int64_t plain =
+      f.num_tokens * f.branches * int64_t{sizeof(Slopes)} + kPlainChunks * f.branches * f.hidden_size * int64_t{sizeof(float)};
   Launch launch;
   if (f.num_tokens == 0 || !plan_tokens(p, &launch)) return plain;
   return std::max(plain, launch.blocks * launch.shares * int64_t{sizeof(float)});
@@ -428,7 +384,8 @@ void gate_bwd_cuda(const GateBwdParams& p, void* stream) {
   Launch launch;
   Arrays arrays;
   if (f.num_tokens > 0 && arrays_of(p, &arrays) && plan_tokens(p, &launch)) {
-    f.dtype == DType::kBf16 ? launch_tokens<DType::kBf16>(p, arrays, launch, on) : launch_tokens<DType::kF16>(p, arrays, launch, on);
+    f.dtype == DType::kBf16 ? launch_tokens<DType::kBf16>(p, arrays, launch, on)
+                            : launch_tokens<DType::kF16>(p, arrays, launch, on);
     return launch_weights(p, static_cast<const float*>(p.scratch), launch.blocks, launch.shares, launch.order, on);
   }
   if (f.num_tokens > 0) {

@@ -94,8 +94,8 @@ __device__ __forceinline__ void add_sums(const Arrays& a, const TokenTile& tile,
     if (m > 0) key.next_branch();
     sums[kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held->hidden[m][j], held->hidden[m][j]); });
     sums[2 * kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held->key[m][j], held->key[m][j]); });
-    sums[m] = weighted_dot<kType, kElements / 4>(held->hidden[m], held->key[m],
-                                                 slots + Place<kType, kBranches, kVectors>::at(m, 0, 0));
+    sums[m] =
+        weighted_dot<kType, kElements / 4>(held->hidden[m], held->key[m], slots + Place<kType, kBranches, kVectors>::at(m, 0, 0));
     sums[3 * kBranches + m] = 0;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) load_if(has_vector<kVectors>(tile, next, j), key.vector(j), &held->key[m][j]);
@@ -243,7 +243,8 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
     if (branches == 4 && kType == DType::kF16) continue;  // spills registers on sm_90
     if (p.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
     const int threads = lanes_for(vectors, per_thread);
-    if (per_thread * threads * (branches * kVectorElements<kType> * 4 + kVectorBytes) > max_shared_bytes() - kStaticBytes) continue;
+    if (per_thread * threads * (branches * kVectorElements<kType> * 4 + kVectorBytes) > max_shared_bytes() - kStaticBytes)
+      continue;
     const TokenTile tile{static_cast<int>(vectors), threads / kWarp, 1, static_cast<int>(p.num_tokens)};
     if constexpr (kType != DType::kF16) {
       if (branches == 4) launch_tokens<kType, 4, 2>(p, arrays, tile, stream);

@@ -90,8 +90,8 @@ __device__ __forceinline__ void load_if(bool there, const std::byte* from, uint4
                : "l"(from), "r"(static_cast<int>(there)));
 }
 __device__ __forceinline__ void store_if(bool there, std::byte* to, const uint32_t (&w)[4]) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(w[0]), "r"(w[1]), "r"(w[2]),
-               "r"(w[3]), "l"(to), "r"(static_cast<int>(there))
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3]), "l"(to), "r"(static_cast<int>(there))
                : "memory");
 }
 
@@ -154,8 +154,8 @@ __device__ __forceinline__ float scattered_warp_sums(float (&v)[kCount]) {
   }
 }
 
-// A step of sums of products of 2-byte elements on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15 from
-// `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
+// A step of sums of products of 2-byte elements on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15
+// from `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
 template <DType kType>
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t rows, uint32_t rows_below, uint32_t columns) {
   if constexpr (kType == DType::kBf16) {
@@ -213,7 +213,8 @@ __device__ __forceinline__ void unpack_four(const uint4& v, int half, float* val
 
 // The thread's part of sum_i h w k; kCount slots a vector, the weights' first.
 template <DType kType, int kCount, int kVectors>
-__device__ __forceinline__ float weighted_dot(const uint4 (&hidden)[kVectors], const uint4 (&key)[kVectors], const float4* slots) {
+__device__ __forceinline__ float weighted_dot(const uint4 (&hidden)[kVectors], const uint4 (&key)[kVectors],
+                                              const float4* slots) {
   constexpr int kParts = kVectorElements<kType> / 4;
   float dot = 0;
 #pragma unroll
@@ -233,7 +234,8 @@ constexpr int kSums = 4;  // dot, hidden^2, key^2, and grad_out . value in the b
 // The four sums of every branch over the block, in a fixed order; `sums` is [kind][branch]. Only the first warp gets them: lane l
 // those of branch l % kBranches. `partial` holds kSums * kBranches floats a warp; the caller synchronizes before the next call.
 template <int kBranches>
-__device__ __forceinline__ void token_sums(float (&sums)[kSums * kBranches], const TokenTile& tile, float* partial, float (&of_branch)[kSums]) {
+__device__ __forceinline__ void token_sums(float (&sums)[kSums * kBranches], const TokenTile& tile, float* partial,
+                                           float (&of_branch)[kSums]) {
   constexpr int kCount = kSums * kBranches;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const float sum = scattered_warp_sums(sums);
