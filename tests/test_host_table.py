@@ -115,7 +115,7 @@ def test_host_table_overrun_is_a_fault(compiled):
         result = run("import ctypes, torch\nfrom engram_kernels import _C\nhost = _C.HostTable(4096)\n"
                      "start = torch.frombuffer(host, dtype=torch.uint8).data_ptr()\n"
                      f"print('ready', flush=True)\nctypes.c_char.from_address(start + {at}).value\nprint('read')")
-        assert result.stdout == "ready\n" and result.returncode == -11
+        assert result.stdout == "ready\n" and result.returncode == (1 if _C.sanitized else -11)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -134,6 +134,8 @@ def test_host_table_errors_name_the_step(compiled):
     with pytest.raises(OSError, match="memory cannot be placed on NUMA nodes 1023: "):
         _C.HostTable(4096, [1023])
     assert num_maps() == before
+    if _C.sanitized:
+        return  # its shadow takes more addresses than a limit could spare
     result = run("""
 import resource
 from engram_kernels import _C

@@ -134,6 +134,15 @@ void bind_memory(py::module_& m) {
            py::arg("row_ids"), py::arg("out"),
            "Fills `out` with the rows at `row_ids` (int64). OSError names the path and the row; IndexError a bad id.")
       .def(
+          "read_range",
+          [](const FileReader& reader, int64_t offset, const py::buffer& out) {
+            const py::buffer_info target = out.request(true);
+            std::byte* bytes = dense_bytes(out, "out", target.size * target.itemsize);
+            const py::gil_scoped_release release;
+            reader.read_range(offset, target.size * target.itemsize, bytes);
+          },
+          py::arg("offset"), py::arg("out"), "Fills `out` with the bytes from `offset` on.")
+      .def(
           "tier",
           [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes) {
             return std::make_shared<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes);

@@ -80,6 +80,9 @@ class FileReader {
   void read(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters = nullptr,
             const std::atomic<bool>* cancelled = nullptr);
 
+  // Fills `out` with `bytes` bytes from `offset` on, in large reads through the page cache. Blocks.
+  void read_range(int64_t offset, int64_t bytes, std::byte* out) const;
+
   // FileReadError where the file is not what was opened; `row` is the one that was wanted.
   void check_unchanged(int64_t row) const;
 

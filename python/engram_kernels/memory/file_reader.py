@@ -53,6 +53,11 @@ class PythonFileReader:
             self._read_exactly(view[i * row_bytes:(i + 1) * row_bytes], offset + row * stride_bytes, row)
         self._check_unchanged(int(ids[0]) if ids.size else 0)
 
+    def read_range(self, offset: int, out: Any) -> None:
+        """Fills `out` with the bytes from `offset` on."""
+        self._read_exactly(np.asarray(out).reshape(-1).view(np.uint8).data, offset, 0)
+        self._check_unchanged(0)
+
     def tier(self, rows: FileExtent, scales: FileExtent, cache_bytes: int) -> "PythonFileTier":
         """The rows of a table; `scales` of row_bytes 0: none. There is no cache."""
         if cache_bytes < 0:

@@ -123,8 +123,8 @@ def _fill(op: str, table: RowTable, fd: int, path: Path, numa: int | None) -> No
 
 
 def _copy_rows(table: RowTable, begin: int, end: int, rows: Tensor, scales: Tensor | None) -> None:
-    if table.tier == "file":
-        table.read_rows(torch.arange(begin, end), rows, scales)
+    if table._file is not None:
+        table._file.read_span(begin, rows, scales)
         return
     rows.copy_(table.rows.detach()[begin:end])
     if scales is not None and table.scales is not None:

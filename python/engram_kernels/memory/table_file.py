@@ -21,6 +21,7 @@ class TableFile:
     row_format: str
     row_dim: int
     tier: Any = None  # a FileTier
+    reader: Any = None  # its FileReader
 
     @classmethod
     def described(cls, rows: Extent, scales: Extent | None, row_format: str | None, row_dim: int | None) -> TableFile:
@@ -51,7 +52,15 @@ class TableFile:
 
     def attach(self, reader: Any, cache_bytes: int) -> None:
         """Makes the tier that `read` reads from."""
+        self.reader = reader
         self.tier = reader.tier(_file_extent(self.rows), _file_extent(self.scales), cache_bytes)
+
+    def read_span(self, begin: int, out_rows: Tensor, out_scales: Tensor | None) -> None:
+        """Fills the outputs with the rows from `begin` on and their scales, as they lie in the file: a few large reads."""
+        for extent, out in ((self.rows, out_rows), (self.scales, out_scales)):
+            if extent is not None and out is not None and out.numel():
+                row_bytes = extent.num_bytes // extent.shape[0]
+                self.reader.read_range(extent.offset + begin * row_bytes, out.view(torch.uint8).numpy())
 
     def read(self, ids: Tensor, out_rows: Tensor, out_scales: Tensor | None) -> None:
         """Fills the outputs with the rows at `ids` (int64, distinct, in range) and their scales."""
