@@ -112,8 +112,8 @@ def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out
 def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, grad_hidden, grad_rows, slopes,
                            partial, num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units,
                            scale_stride, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr, BRANCHES: tl.constexpr,
-                           UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
-                           ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr,
+                           UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr,
+                           WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr,
                            HOLD: tl.constexpr):
     CHUNKS: tl.constexpr = ((COLUMNS + COUNT - 1) // COUNT) * ((D + WIDTH - 1) // WIDTH)
     SIZE: tl.constexpr = COLUMNS * D
