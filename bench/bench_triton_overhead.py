@@ -19,10 +19,14 @@ BYTES = torch.zeros(10, 256, dtype=torch.uint8)
 TABLE = ek.RowTable.from_tensor(BYTES, BYTES[:, :8].contiguous(), "fp8_e4m3_block32")
 IDS = torch.zeros(3, 24, dtype=torch.int32)
 HIDDEN, VALUE, WEIGHT = torch.zeros(3, 4, 640), torch.zeros(3, 640), torch.zeros(4, 640)
+WIDE, WIDE_WEIGHT, TAPS, W_KV = torch.zeros(3, 4, 6144), torch.zeros(4, 6144), torch.zeros(4, 640, 4), torch.zeros(3200, 6144)
 CALLS = {
     "ngram_hash": lambda **how: ek.ngram_hash(TOKENS, CU, LAYOUT, **how),
     "gather_rows": lambda **how: ek.gather_rows(TABLE, IDS, **how),
     "gate": lambda **how: ek.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT, **how),
+    "gather_gate": lambda **how: ek.gather_gate(WIDE, TABLE, IDS, WIDE_WEIGHT, WIDE_WEIGHT, **how),
+    "short_conv": lambda **how: ek.short_conv(HIDDEN, TAPS, WEIGHT, CU, 3, **how),
+    "engram_forward": lambda **how: ek.engram_forward(HIDDEN, TABLE, IDS, W_KV, WEIGHT, WEIGHT, **how),
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from engram_kernels.triton_kernels.decode import _EMULATE_BF16, BLOCK, decode_rows, round_to, row_args, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, load_weights, row_of
 from engram_kernels.triton_kernels.gate_score import gate_score
-from engram_kernels.triton_kernels.launch import error_counter, launch
+from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
 GROUP = tl.constexpr(8)
@@ -156,7 +156,7 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
     narrow = hidden.element_size() // 2  # float32 takes twice the room
     block, num_warps = tuned["columns"] // narrow, tuned["num_warps"]
     tokens = max(tuned["tokens"] // narrow, MIN_DEPTH)
-    blocks, rows_of_blocks = triton.cdiv(size, block), triton.cdiv(num_tokens, tokens)
+    blocks, rows_of_blocks = ceil_div(size, block), ceil_div(num_tokens, tokens)
     table, strides = row_args(rows, scales, row_format, row_dim), hidden.stride()[:2]
     unit = math.gcd(ELEMENTS_A_THREAD, *strides)
     sums = torch.empty((branches, blocks, 3, num_tokens), dtype=torch.float32, device=hidden.device)
@@ -168,7 +168,7 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
                  depth_of(row_dim, tuned["depth"] // narrow), zero_scale_is_zero)
     launch(engram_forward_scores_kernel, (rows_of_blocks * branches * blocks, 1, 1),
            (hidden, *source, w_hidden, w_key, mask, sums, errors, *numbers), constants, num_warps)
-    launch(engram_forward_gates_kernel, (triton.cdiv(num_tokens, GATE_TOKENS), branches, 1),
+    launch(engram_forward_gates_kernel, (ceil_div(num_tokens, GATE_TOKENS), branches, 1),
            (sums, gates, num_tokens, float(eps), float(clamp)), (size, branches, blocks, GATE_TOKENS, zero_sign == "sign"), 4)
     launch(engram_forward_values_kernel, (rows_of_blocks * blocks, 1, 1),
            (hidden, *source, gates, mask, out, errors, *numbers), (*constants, add_residual), num_warps)
@@ -179,4 +179,4 @@ def depth_of(row_dim: int, most: int) -> int:
     """Elements of a row that are multiplied at a time, in whole scale blocks: a divisor of it where one is large enough."""
     depth = math.gcd(row_dim, most)
     least = BLOCK.value if row_dim % BLOCK.value == 0 else MIN_DEPTH
-    return depth if depth >= least else max(least, min(triton.next_power_of_2(row_dim), most))
+    return depth if depth >= least else max(least, min(power_of_two_from(row_dim), most))

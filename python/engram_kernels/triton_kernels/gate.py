@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
-from engram_kernels.triton_kernels.launch import launch
+from engram_kernels.triton_kernels.launch import ceil_div, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
 ELEMENTS_A_THREAD = 8  # of a chunk: 16 bytes of bfloat16
@@ -188,7 +188,7 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
     tuned = parameters("gate", hidden.device, shape_class(num_tokens))
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
     unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
-    hold = branches * triton.cdiv(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD
+    hold = branches * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD
     launch(gate_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
            (hidden, key, value, w_hidden, w_key, mask, out, num_tokens, *(s // unit for s in strides), float(eps), float(clamp)),
            (size, branches, unit, chunk, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
@@ -213,13 +213,13 @@ def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hid
                 float(clamp)),
                (size, branches, unit, chunk, zero_sign == "sign", add_residual), tuned["num_warps"])
         chunk = chunk_of(size, 4)
-        launch(gate_products_bwd_kernel, (triton.cdiv(size, chunk), branches, parts),
+        launch(gate_products_bwd_kernel, (ceil_div(size, chunk), branches, parts),
                (hidden, key, slopes, partial, num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
-    launch(gate_weights_bwd_kernel, (triton.cdiv(branches * size, SUM_CHUNK), 1, 1),
+    launch(gate_weights_bwd_kernel, (ceil_div(branches * size, SUM_CHUNK), 1, 1),
            (partial, w_hidden, w_key, grads[3], grads[4], parts), (branches * size, SUM_CHUNK), 1)
     return grads
 
 
 def chunk_of(size: int, num_warps: int) -> int:
     """Elements of a row that a program takes at a time."""
-    return min(triton.next_power_of_2(size), ELEMENTS_A_THREAD * 32 * num_warps)
+    return min(power_of_two_from(size), ELEMENTS_A_THREAD * 32 * num_warps)

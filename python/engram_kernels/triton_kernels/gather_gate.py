@@ -8,6 +8,7 @@ Traffic  forward: rows, hidden and out once. Backward: grad_out, hidden, rows an
          hidden and rows twice).
 Limits   C, D and M are constants, so a model compiles once.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from engram_kernels.triton_kernels.gate import (
     row_of,
 )
 from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
-from engram_kernels.triton_kernels.launch import error_counter, launch
+from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
 MAX_HELD_BWD = 120  # registers a thread
@@ -112,9 +113,9 @@ def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out
 def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, grad_hidden, grad_rows, slopes,
                            partial, num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units,
                            scale_stride, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr, BRANCHES: tl.constexpr,
-                           UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
-                           ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr,
-                           HOLD: tl.constexpr):
+                           UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr,
+                           WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr,
+                           ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
     CHUNKS: tl.constexpr = ((COLUMNS + COUNT - 1) // COUNT) * ((D + WIDTH - 1) // WIDTH)
     SIZE: tl.constexpr = COLUMNS * D
     dtype: tl.constexpr = grad_hidden.dtype.element_ty
@@ -218,12 +219,13 @@ class Tiles(NamedTuple):
     number: int
 
 
+@functools.cache
 def tiles_of(columns: int, row_dim: int, num_warps: int) -> Tiles:
     """Tiles of ELEMENTS_A_THREAD elements a thread; a block of 32 elements is never cut."""
     most = ELEMENTS_A_THREAD * 32 * num_warps
-    width = min(max(triton.next_power_of_2(row_dim), BLOCK.value if row_dim % BLOCK.value == 0 else 1), most)
-    count = min(max(most // width, 1), triton.next_power_of_2(columns))
-    return Tiles(count, width, triton.cdiv(columns, count) * triton.cdiv(row_dim, width))
+    width = min(max(power_of_two_from(row_dim), BLOCK.value if row_dim % BLOCK.value == 0 else 1), most)
+    count = min(max(most // width, 1), power_of_two_from(columns))
+    return Tiles(count, width, ceil_div(columns, count) * ceil_div(row_dim, width))
 
 
 def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Tensor, w_hidden: Tensor, w_key: Tensor,
@@ -281,6 +283,6 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
             launch(gather_gate_products_bwd_kernel, (small.number, parts, 1),
                    (hidden, table.rows, table.scales, row_ids, mask, slopes, partial, num_tokens, *units[2:], *source),
                    (*constants[:6], *small[:2], zero_scale_is_zero), 4)
-    launch(gate_weights_bwd_kernel, (triton.cdiv(branches * size, SUM_CHUNK), 1, 1),
+    launch(gate_weights_bwd_kernel, (ceil_div(branches * size, SUM_CHUNK), 1, 1),
            (partial, w_hidden, w_key, grads[2], grads[3], parts), (branches * size, SUM_CHUNK), 1)
     return tuple(grads)

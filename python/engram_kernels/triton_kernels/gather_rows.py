@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import BLOCK, FLOAT, decode_rows, round_to, row_args, to_float
-from engram_kernels.triton_kernels.launch import error_counter, launch
+from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
 MAX_CHUNK = 2048  # elements of a row at a time
@@ -67,14 +67,14 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     count = row_ids.numel()
     if count == 0:
         return out
-    chunk = min(max(triton.next_power_of_2(row_dim), BLOCK.value), MAX_CHUNK)
+    chunk = min(max(power_of_two_from(row_dim), BLOCK.value), MAX_CHUNK)
     size = shape_class(count)
     tuned = parameters("gather_rows", row_ids.device, size)
     tile_rows = max(1, tuned["tile"] // chunk)
     table = row_args(rows, scales, row_format, row_dim)
     args = (table.rows, table.scales, row_ids, out, error_counter("gather_rows", row_ids.device), count, table.num_rows,
             table.row_units, table.scale_stride)
-    launch(gather_rows_kernel, (triton.cdiv(count, tile_rows), 1, 1), args,
+    launch(gather_rows_kernel, (ceil_div(count, tile_rows), 1, 1), args,
            (table.code, row_dim, table.unit, chunk, tile_rows, zero_scale_is_zero), tuned["num_warps"])
     return out
 
@@ -86,7 +86,7 @@ def gather_rows_bwd(grad: Tensor, row_ids: Tensor, num_rows: int, dtype: torch.d
     if row_ids.numel() == 0 or num_rows == 0:
         return grad_rows
     ids, positions = torch.sort(row_ids.flatten(), stable=True)
-    chunk = min(triton.next_power_of_2(row_dim), BWD_CHUNK)
-    launch(gather_rows_bwd_kernel, (row_ids.numel(), triton.cdiv(row_dim, chunk), 1),
+    chunk = min(power_of_two_from(row_dim), BWD_CHUNK)
+    launch(gather_rows_bwd_kernel, (row_ids.numel(), ceil_div(row_dim, chunk), 1),
            (grad.contiguous(), ids, positions, grad_rows, row_ids.numel(), num_rows), (row_dim, chunk), 1)
     return grad_rows

@@ -24,6 +24,17 @@ POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16:
 ABSENT, ALIGNMENT = "absent", 16
 
 
+# triton.cdiv and triton.next_power_of_2 take microseconds of the host's time
+def ceil_div(count: int, by: int) -> int:
+    """Of positive numbers."""
+    return -(-count // by)
+
+
+def power_of_two_from(count: int) -> int:
+    """The least that is not less than `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()
+
+
 class Variant(NamedTuple):
     """What a kernel is compiled for."""
     kernel: Any  # triton.jit function

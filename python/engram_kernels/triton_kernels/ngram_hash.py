@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram_kernels.triton_kernels.launch import error_counter, launch
+from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
@@ -145,7 +145,7 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: T
         return out
     max_order = multipliers.shape[-1]
     heads = columns // (max_order - 1)
-    padded = triton.next_power_of_2(heads)
+    padded = power_of_two_from(heads)
     tuned = parameters("ngram_hash", token_ids.device, shape_class(num_tokens))
     chunk = max(tuned["ids"] // padded, 16)
     layers = min(tuned["layers"], num_layers)
@@ -154,6 +154,6 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: T
             error_counter("ngram_hash", token_ids.device), num_tokens, token_ids.stride(0), num_sequences,
             (num_sequences - 1).bit_length(), num_ids if token_map is None else token_map.shape[0], boundary_id, eos_id,
             num_layers, chunks)
-    launch(ngram_hash_kernel, (triton.cdiv(num_tokens, chunk * chunks), triton.cdiv(num_layers, layers), 1), args,
+    launch(ngram_hash_kernel, (ceil_div(num_tokens, chunk * chunks), ceil_div(num_layers, layers), 1), args,
            (max_order, heads, padded, multipliers.dim() == 3, layers, chunk), tuned["num_warps"])
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, SUM_CHUNK, chunk_of, row_of
-from engram_kernels.triton_kernels.launch import error_counter, launch
+from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
@@ -284,13 +284,13 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
     launch(short_conv_kernel, (walks_of(num_tokens, dilation, steps), branches, 1),
            (x, weight, norm_weight, cu_seqlens, positions, state, out, errors, num_tokens, *units, state_stride, num_sequences,
             (num_sequences - 1).bit_length(), steps, dilation, float(eps)),
-           (size, branches, unit, width, chunk, (width + 1) * triton.cdiv(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD),
+           (size, branches, unit, width, chunk, (width + 1) * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD),
            num_warps)
     if state is not None and width > 1:
         slots = (width - 1) * dilation
         launch(short_conv_state_kernel, (num_sequences * slots, branches, 1),
                (x, cu_seqlens, positions, state, errors, num_tokens, *units, state_stride, slots),
-               (size, branches, unit, min(triton.next_power_of_2(size), COPY_CHUNK)), 4)
+               (size, branches, unit, min(power_of_two_from(size), COPY_CHUNK)), 4)
     return out
 
 
@@ -320,15 +320,15 @@ def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Ten
         launch(short_conv_bwd_scales_kernel, (num_tokens, branches, 1),
                (x, cu_seqlens, scales, bounds, *units[2:], num_sequences, (num_sequences - 1).bit_length(), float(eps)),
                (*shape, chunk), num_warps)
-        launch(short_conv_bwd_conv_kernel, (num_tokens, branches, triton.cdiv(size, chunk)),
+        launch(short_conv_bwd_conv_kernel, (num_tokens, branches, ceil_div(size, chunk)),
                (grad_out, x, weight, norm_weight, scales, bounds, grad_z, *units, dilation), (*shape, width, chunk), num_warps)
         launch(short_conv_bwd_rows_kernel, (num_tokens, branches, 1),
                (grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_x, *units, dilation, num_tokens),
                (*shape, width, chunk), num_warps)
-        launch(short_conv_bwd_products_kernel, (triton.cdiv(size, small), branches, parts),
+        launch(short_conv_bwd_products_kernel, (ceil_div(size, small), branches, parts),
                (x, scales, bounds, grad_z, partial, num_tokens, *units[2:], dilation), (*shape, width, small), 1)
-    chunk = min(triton.next_power_of_2(size), SUM_CHUNK)
-    launch(short_conv_bwd_weights_kernel, (triton.cdiv(size, chunk), branches, 1),
+    chunk = min(power_of_two_from(size), SUM_CHUNK)
+    launch(short_conv_bwd_weights_kernel, (ceil_div(size, chunk), branches, 1),
            (partial, weight, norm_weight, grad_weight, grad_norm_weight, parts), (size, branches, width, chunk), 1)
     return grad_x, grad_weight, grad_norm_weight
 
@@ -345,4 +345,4 @@ def steps_of(num_tokens: int, branches: int, programs: int) -> int:
 
 def walks_of(num_tokens: int, dilation: int, steps: int) -> int:
     """How many walks of `steps` tokens there are; in the last stretch some may be empty."""
-    return min(dilation, num_tokens) if steps * dilation >= num_tokens else dilation * triton.cdiv(num_tokens, steps * dilation)
+    return min(dilation, num_tokens) if steps * dilation >= num_tokens else dilation * ceil_div(num_tokens, steps * dilation)

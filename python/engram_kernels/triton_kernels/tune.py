@@ -85,20 +85,21 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
         scales = scales.to(device)
         scales = scales.repeat(copies, 1) if scales.dim() == 2 else scales
     ids = torch.randint(0, rows.shape[0], (tokens, layout.num_columns), generator=generator).to(device, torch.int32)
-    source: tuple[Any, ...] = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
+    source = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
     hidden, value, weight = rand(tokens, branches, size), rand(tokens, size), rand(branches, size)
     w_kv = rand((branches + 1) * size, layout.num_columns * spec.head_dim)
     options = (spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
+    both: tuple[Any, ...] = (*source, *options)
     found: dict[str, Callable[[], Any]] = {
         "ngram_hash": lambda: ngram_hash(token_ids, bounds, moduli, offsets, multipliers, None, None, None, layout.num_ids,
                                          layout.boundary_id, layout.eos_id),
         "gather_rows": lambda: gather_rows(rows, scales, ids, *source, torch.bfloat16),
         "gate": lambda: gate(hidden, hidden, value, weight, weight, None, *options),
         "gate_bwd": lambda: gate_bwd(hidden, hidden, hidden, value, weight, weight, None, *options),
-        "engram_forward": lambda: engram_forward(hidden, rows, scales, ids, w_kv, weight, weight, None, *source, *options)}
+        "engram_forward": lambda: engram_forward(hidden, rows, scales, ids, w_kv, weight, weight, None, *both)}
     if size % spec.head_dim == 0:  # as many rows as make the hidden size
         columns = torch.randint(0, rows.shape[0], (tokens, size // spec.head_dim), generator=generator).to(device, torch.int32)
-        fused = (hidden, rows, scales, columns, weight, weight, None, *source, *options)
+        fused = (hidden, rows, scales, columns, weight, weight, None, *both)
         found["gather_gate"] = lambda: gather_gate(*fused)
         found["gather_gate_bwd"] = lambda: gather_gate_bwd(hidden, *fused)
     if spec.conv_width is not None and spec.conv_dilation is not None:

@@ -87,7 +87,7 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     hidden = make(num_tokens, spec.branches, spec.hidden_size, dtype=dtype)
     value = make(num_tokens, spec.hidden_size, dtype=dtype)
     weight = make(spec.branches, spec.hidden_size, dtype=weight_dtype)
-    source: tuple[Any, ...] = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
+    source = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
     memory_size = layout.num_columns * spec.head_dim
     w_kv = make((spec.branches + 1) * spec.hidden_size, memory_size, dtype=dtype)
     for mask in (None, dead):
@@ -95,9 +95,10 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
         yield functools.partial(gate, hidden, hidden, value, weight, weight, *options)
         if backward:
             yield functools.partial(gate_bwd, hidden, hidden, hidden, value, weight, weight, *options)
-        yield functools.partial(engram_forward, hidden, rows, scales, ids, w_kv, weight, weight, mask, *source, *options[1:])
+        both: tuple[Any, ...] = (mask, *source, *options[1:])
+        yield functools.partial(engram_forward, hidden, rows, scales, ids, w_kv, weight, weight, *both)
         if memory_size == spec.hidden_size:
-            args = (hidden, rows, scales, ids, weight, weight, mask, *source, *options[1:])
+            args = (hidden, rows, scales, ids, weight, weight, *both)
             yield functools.partial(gather_gate, *args)
             if backward:
                 yield functools.partial(gather_gate_bwd, hidden, *args)
