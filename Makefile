@@ -91,11 +91,11 @@ bench-check: $(VENV)/.built $(VENV)/.bench
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python tests bench setup.py
 	mypy
-	find csrc tests/cuda_sim -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
+	find csrc tests/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	ruff check --fix python tests bench setup.py
-	find csrc tests/cuda_sim -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
+	find csrc tests/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
 	rm -rf build build-asan build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so

@@ -1,6 +1,6 @@
-// A CUDA runtime without a device, for the prefetcher's CUDA engine: device memory is host memory, and streams are as late as they
-// may be. What is queued runs when somebody waits for it, or when a draw from the seed says so: an order that the engine forgot to
-// ask for shows as wrong rows. Captures, and the rules about events in them, are as in CUDA.
+// A CUDA runtime without a device, for the prefetcher's CUDA engine: device memory is host memory, and streams are as late as
+// they may be. What is queued runs when somebody waits for it, or when a draw from the seed says so: an order that the engine
+// forgot to ask for shows as wrong rows. Captures, and the rules about events in them, are as in CUDA.
 #pragma once
 
 #include <cuda_runtime.h>
