@@ -126,9 +126,11 @@ def test_profile_where_the_file_system_has_no_direct_reads(tmp_path, fast, monke
     assert kinds(profile(tmp_path, "--only", "disk", code=5), "disk_read") == {"NO_DIRECT_IO"}
 
 
-def test_profile_with_little_memory(tmp_path, fast, compiled):
-    report = profile(tmp_path, "--only", "host", "--max-memory-gib", "0.001")
-    assert "NO_MEMORY" in kinds(report, "host_gather") & kinds(report, "host_stream")
+@pytest.mark.parametrize("gib", [0.001, 0.0])
+def test_profile_with_little_memory(tmp_path, fast, compiled, gib):
+    report = profile(tmp_path, "--only", "host", "--max-memory-gib", str(gib))
+    assert "NO_MEMORY" in kinds(report, "host_gather") & kinds(report, "host_stream") & kinds(report, "host_latency")
+    assert ("NO_MEMORY" in kinds(report, "host_memcpy")) == (gib == 0)
 
 
 def test_profile_where_memory_comes_slowly(tmp_path, fast, monkeypatch, compiled):

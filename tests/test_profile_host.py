@@ -89,7 +89,7 @@ def test_profile_gather_figures_are_those_of_plain_c(tmp_path, compiled):
     plain.restype = ctypes.c_double
     plain.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_long]
     memory = arena.Arena(256 * MIB, True, [-1])
-    rng, out = np.random.default_rng(0), np.ones(512 << 16, np.uint8)
+    rng, out = np.random.default_rng(0), arena.Arena(512 << 16, True, [-1]).data
     # rows of its own for each, or the second would find in the cache what the first has read
     ids, of_loop, of_op = (rng.integers(0, 256 * MIB // 512, 1 << 16) for _ in range(3))
 

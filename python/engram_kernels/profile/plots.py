@@ -11,6 +11,7 @@ from engram_kernels.profile.cells import JsonCell
 from engram_kernels.profile.show import bytes_text
 
 # colours that are told apart by those who see no red and green (Okabe and Ito)
+_MAX_INSIDE = 6  # lines whose legend finds room among them
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
@@ -53,21 +54,25 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for (name, cells), colour in zip(lines.items(), _COLOURS * 3, strict=False):
+    for i, (name, cells) in enumerate(lines.items()):
         values = [y(c) for c in cells]
         # a rate's interval is that of the time, upside down
         bars = [[v - v * c["median"] / c["high"] for v, c in zip(values, cells, strict=True)],
                 [v * c["median"] / c["low"] - v for v, c in zip(values, cells, strict=True)]]
-        axes.errorbar([c[x] for c in cells], values, yerr=bars, label=name, color=colour, marker="o", markersize=4, capsize=2,
-                      linewidth=1.3)
+        axes.errorbar([c[x] for c in cells], values, yerr=bars, label=name, color=_COLOURS[i % len(_COLOURS)],
+                      linestyle="-" if i < len(_COLOURS) else "--", marker="o", markersize=4, capsize=2, linewidth=1.3)
     axes.set_xscale(scales[0], **({"base": 2} if scales[0] == "log" else {}))
     axes.set_yscale(scales[1])
     ticks = sorted({c[x] for cells in lines.values() for c in cells})
     axes.set_xticks(ticks, [bytes_text(t) if x.endswith("bytes") else str(t) for t in ticks], fontsize=8)
     axes.minorticks_off()
-    axes.set(title=f"{title}, measured", xlabel=x_label, ylabel=y_label)
+    figure.suptitle(f"{title}, measured")
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if len(lines) > _MAX_INSIDE:
+        figure.legend(loc="outside right upper", fontsize=8)
+    else:
+        axes.legend(fontsize=8)
     return figure
 
 
