@@ -28,7 +28,7 @@ def seconds(calls):
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(50_000_000)  # the queue fills behind this
+        torch.cuda._sleep(20_000_000)  # the queue fills behind this
         start.record()
         for call in calls:
             call()
