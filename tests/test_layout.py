@@ -92,3 +92,9 @@ def test_tracked_files_name_no_machine():
     tracked = subprocess.run(["git", "grep", "-nIE", f"{homes}|{re.escape(str(ROOT))}"], cwd=ROOT, capture_output=True, text=True)
     hits = [line for line in tracked.stdout.splitlines() if not line.startswith("tests/test_layout.py")]
     assert hits == []
+
+
+def test_layout_compiled_code_uses_no_iostreams():
+    """With two C++ libraries in a process they crash: csrc/common/text.h. STABLE_ macros are newer than torch 2.10."""
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        assert not re.search(r"#include <(sstream|fstream|iostream|iomanip)>|STABLE_TORCH_ERROR", path.read_text()), path

@@ -1,16 +1,17 @@
 // Errors of the torch-free layer. Every message names the op, the argument and the value that was wrong.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 
+#include "common/text.h"
+
 // A wrong argument. torch and pybind11 turn std::invalid_argument into ValueError, std::out_of_range into IndexError.
-// `msg` is a stream expression: EK_CHECK(n > 0, "gate: n is " << n).
+// `msg` is what Text takes: EK_CHECK(n > 0, "gate: n is " << n).
 #define EK_THROW_AS(exception, msg) \
   do {                              \
-    std::ostringstream ek_os;       \
-    ek_os << msg;                   \
-    throw exception(ek_os.str());   \
+    ::engram_kernels::Text ek_text; \
+    ek_text << msg;                 \
+    throw exception(ek_text.str()); \
   } while (0)
 
 #define EK_CHECK(cond, msg)                               \

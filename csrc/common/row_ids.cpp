@@ -38,7 +38,7 @@ void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const in
   const int64_t bad = ids.are_int64 ? first_bad(static_cast<const int64_t*>(ids.data), ids.count, num_rows)
                                     : first_bad(static_cast<const int32_t*>(ids.data), ids.count, num_rows);
   if (bad < 0) return;
-  std::ostringstream where;
+  Text where;
   int64_t inner = ids.count;
   for (int d = 0; d < dims; ++d) {
     inner /= sizes[d];

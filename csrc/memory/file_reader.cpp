@@ -10,13 +10,13 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <mutex>
 #include <utility>
 #include <vector>
 
 #include "common/error.h"
 #include "memory/file_state.h"
+#include "memory/proc_file.h"
 #include "memory/read_plan.h"
 
 namespace engram_kernels {
@@ -27,11 +27,11 @@ constexpr int kMaxThreads = 64;
 constexpr int kMaxStalls = 64;  // results of a read in a row that bring nothing
 constexpr int kEndOfFile = 0;   // as an error number
 
-#define EK_THROW_READ(error, msg)              \
-  do {                                         \
-    std::ostringstream ek_os;                  \
-    ek_os << "tier file: " << msg;             \
-    throw FileReadError((error), ek_os.str()); \
+#define EK_THROW_READ(error, msg)                \
+  do {                                           \
+    Text ek_text;                                \
+    ek_text << "tier file: " << msg;             \
+    throw FileReadError((error), ek_text.str()); \
   } while (0)
 
 FileState state_of(int fd, const std::string& path, int (*look)(int, FileState*) = file_state) {
@@ -43,13 +43,9 @@ FileState state_of(int fd, const std::string& path, int (*look)(int, FileState*)
 
 // Bytes that can be had without swapping; 0: unknown.
 int64_t available_memory_bytes() {
-  std::ifstream info("/proc/meminfo");
-  for (std::string name; info >> name;) {
-    int64_t kib = 0;
-    if (name == "MemAvailable:" && info >> kib) return kib << 10;
-    info.ignore(1 << 10, '\n');
-  }
-  return 0;
+  long kib = 0;
+  for_each_line("/proc/meminfo", [&](const char* line) { return std::sscanf(line, "MemAvailable: %ld", &kib) != 1; });
+  return int64_t{kib} << 10;
 }
 
 }  // namespace

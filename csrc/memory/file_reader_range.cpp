@@ -21,7 +21,7 @@ void FileReader::read_range(int64_t offset, int64_t bytes, std::byte* out) const
       done += got;
     } else if (got == 0 || errno != EINTR) {
       const int error = got == 0 ? EIO : errno;
-      std::ostringstream text;
+      Text text;
       text << "tier file: " << path_ << ": bytes from " << offset + done
            << " on cannot be read: " << (got == 0 ? "the file was cut short" : std::strerror(error));
       throw FileReadError(error, text.str());

@@ -8,11 +8,10 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <map>
-#include <sstream>
 
 #include "common/error.h"
+#include "memory/proc_file.h"
 
 #ifndef MAP_HUGE_2MB
 #define MAP_HUGE_2MB (21 << 26)
@@ -27,11 +26,11 @@ namespace {
 constexpr int kMpolPreferred = 1, kMpolInterleave = 3;  // linux/mempolicy.h
 constexpr int kMaxNodes = 1024;
 
-#define EK_THROW_MEMORY(error, msg)              \
-  do {                                           \
-    std::ostringstream ek_os;                    \
-    ek_os << "HostTable: " << msg;               \
-    throw HostMemoryError((error), ek_os.str()); \
+#define EK_THROW_MEMORY(error, msg)                \
+  do {                                             \
+    Text ek_text;                                  \
+    ek_text << "HostTable: " << msg;               \
+    throw HostMemoryError((error), ek_text.str()); \
   } while (0)
 
 int64_t page_bytes() {
@@ -133,7 +132,7 @@ void HostTable::place(const std::vector<int>& numa_nodes) {
   const int mode = numa_nodes.size() == 1 ? kMpolPreferred : kMpolInterleave;
   const unsigned long bits = kMaxNodes + 1;  // the kernel takes one off
   if (syscall(SYS_mbind, data_, static_cast<unsigned long>(mapped_bytes_), mode, mask, bits, 0) != 0) {
-    std::ostringstream nodes;
+    Text nodes;
     for (const int node : numa_nodes) nodes << ' ' << node;
     EK_THROW_MEMORY(errno, "memory cannot be placed on NUMA nodes" << nodes.str() << ": " << std::strerror(errno));
   }
@@ -145,24 +144,24 @@ void HostTable::unmap() noexcept {
 }
 
 HostTable::Usage HostTable::usage() const {
-  std::ifstream maps("/proc/self/smaps");
-  if (!maps) return {-1, -1};
   const auto begin = reinterpret_cast<uintptr_t>(data_), end = begin + static_cast<uintptr_t>(mapped_bytes_);
   bool inside = false;
   int64_t resident_kib = 0, huge_kib = 0;
-  for (std::string line; std::getline(maps, line);) {
+  const bool found = for_each_line("/proc/self/smaps", [&](const char* line) {
     unsigned long from = 0, to = 0;
     char name[32];
     long kib = 0;
-    if (std::sscanf(line.c_str(), "%lx-%lx ", &from, &to) == 2) {
+    if (std::sscanf(line, "%lx-%lx ", &from, &to) == 2) {
       inside = from >= begin && to <= end;
-    } else if (inside && std::sscanf(line.c_str(), "%31[A-Za-z_]: %ld kB", name, &kib) == 2) {
+    } else if (inside && std::sscanf(line, "%31[A-Za-z_]: %ld kB", name, &kib) == 2) {
       const std::string field = name;
       const bool pool = field == "Private_Hugetlb" || field == "Shared_Hugetlb";  // not counted in Rss
       if (field == "Rss" || pool) resident_kib += kib;
       if (field == "AnonHugePages" || field == "ShmemPmdMapped" || field == "FilePmdMapped" || pool) huge_kib += kib;
     }
-  }
+    return true;
+  });
+  if (!found) return {-1, -1};
   return {resident_kib << 10, huge_kib << 10};
 }
 

@@ -1,11 +1,18 @@
 #include "memory/prefetch_trace.h"
 
-#include <sstream>
+#include "common/text.h"
 
 namespace engram_kernels {
 namespace {
 
 constexpr const char* kTrackNames[] = {"caller", "tier device", "tier host", "tier file"};
+
+// With three decimals.
+std::string microseconds(int64_t ns) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%.3f", static_cast<double>(ns) * 1e-3);
+  return digits;
+}
 
 }  // namespace
 
@@ -21,22 +28,19 @@ void PrefetchTrace::add(const TraceSpan& span) {
 }
 
 std::string PrefetchTrace::json() const {
-  std::ostringstream out;
+  Text out;
   out << "{\"displayTimeUnit\": \"ns\", \"otherData\": {\"provenance\": \"measured\"}, \"traceEvents\": [\n";
   for (size_t track = 0; track < sizeof(kTrackNames) / sizeof(*kTrackNames); ++track) {
     out << "{\"ph\": \"M\", \"pid\": 1, \"tid\": " << track << ", \"name\": \"thread_name\", \"args\": {\"name\": \""
         << kTrackNames[track] << "\"}},\n";
   }
   out << "{\"ph\": \"M\", \"pid\": 1, \"name\": \"process_name\", \"args\": {\"name\": \"RowPrefetcher\"}}";
-  out.setf(std::ios::fixed);
-  out.precision(3);
   const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < spans_.size(); ++i) {
     const TraceSpan& span = spans_[(oldest_ + i) % spans_.size()];
     out << ",\n{\"ph\": \"X\", \"pid\": 1, \"tid\": " << static_cast<int>(span.track) << ", \"name\": \"" << span.name
-        << "\", \"ts\": " << static_cast<double>(span.begin_ns) * 1e-3
-        << ", \"dur\": " << static_cast<double>(span.end_ns - span.begin_ns) * 1e-3 << ", \"args\": {\"ticket\": " << span.ticket
-        << ", \"rows\": " << span.rows << "}}";
+        << "\", \"ts\": " << microseconds(span.begin_ns) << ", \"dur\": " << microseconds(span.end_ns - span.begin_ns)
+        << ", \"args\": {\"ticket\": " << span.ticket << ", \"rows\": " << span.rows << "}}";
   }
   out << "\n]}\n";
   return out.str();

@@ -250,7 +250,7 @@ std::exception_ptr RowPrefetcher::bad_ids_of(int64_t ticket) {
   for (size_t slot = 0; slot < ticket_of_slot_.size(); ++slot) {
     const uint32_t bad = std::atomic_ref(bad_ids_[slot]).exchange(0);
     if (bad == 0) continue;
-    std::ostringstream message;
+    Text message;
     message << kName << ": " << bad << " ids of ticket " << ticket_of_slot_[slot] << " are outside [0, "
             << options_.stager.table.num_rows << "); their rows are zeros";
     if (ticket_of_slot_[slot] == ticket) return std::make_exception_ptr(std::out_of_range(message.str()));
