@@ -76,7 +76,7 @@ def test_triton_gather_gate_compiles(target):
         rows = torch.empty(9, stored.width(256), dtype=stored.dtype, device="meta")
         shape = stored.scale_shape(9, 256)
         scales = None if shape is None else torch.empty(shape, dtype=stored.scale_dtype, device="meta")
-        branches, dtype = ((2, torch.bfloat16), (1, torch.float32), (4, torch.bfloat16), (4, torch.float32))[i % 4]
+        branches, dtype = ((1, torch.bfloat16), (2, torch.float32), (4, torch.bfloat16), (4, torch.float32))[i % 4]
         hidden = torch.empty(100, branches, 5120, dtype=dtype, device="meta")
         ids, weight = torch.empty(100, 20, dtype=torch.int32, device="meta"), hidden[0]
         mask = torch.empty(100, dtype=torch.bool, device="meta") if i % 3 == 0 else None

@@ -153,8 +153,8 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
     if num_tokens == 0:
         return out
     tuned = parameters("engram_forward", hidden.device, shape_class(num_tokens))
-    narrow = hidden.element_size() // 2  # float32 takes twice the room
-    block, num_warps = tuned["columns"] // narrow, tuned["num_warps"]
+    narrow = hidden.element_size() // 2  # float32 takes more room
+    block, num_warps = max(tuned["columns"] // narrow**2, MIN_DEPTH), tuned["num_warps"]
     tokens = max(tuned["tokens"] // narrow, MIN_DEPTH)
     blocks, rows_of_blocks = ceil_div(size, block), ceil_div(num_tokens, tokens)
     table, strides = row_args(rows, scales, row_format, row_dim), hidden.stride()[:2]

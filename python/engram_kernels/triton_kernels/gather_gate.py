@@ -30,7 +30,7 @@ from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
 from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
-MAX_HELD_BWD = 120  # registers a thread
+MAX_HELD_BWD = 96  # registers a thread
 
 
 @triton.jit
