@@ -186,7 +186,9 @@ def test_profile_ctrl_c_and_kill(tmp_path, compiled):
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         out.unlink(missing_ok=True)
         run = subprocess.Popen([sys.executable, "-m", "engram_kernels.cli", "profile", "--json", str(out), "--only", "host",
-                                "--max-memory-gib", "0.25"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                "--max-memory-gib", "0.25"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               # a job that a shell put in the background ignores it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         try:
             deadline = time.monotonic() + 120
             while not out.exists():
