@@ -34,28 +34,30 @@ void pin_to(int cpu) {
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
 }
 
-// Seconds of work(thread) on all threads at once.
+// Seconds of work(thread) on all threads at once. The caller sleeps meanwhile: it would take a CPU from one of them.
 template <class Work>
 double time_threads(const std::vector<int>& cpus, const Work& work) {
   EK_CHECK(!cpus.empty() && cpus.size() <= 4096, "probe: " << cpus.size() << " threads, expected 1 to 4096");
   const int num_threads = static_cast<int>(cpus.size());
-  std::atomic<int> ready{0}, go{0};
-  std::vector<Clock::time_point> ends(cpus.size());
+  constexpr int kSpins = 1000;
+  std::atomic<int> ready{0};
+  std::vector<Clock::time_point> begins(cpus.size()), ends(cpus.size());
   std::vector<std::thread> threads;
   threads.reserve(cpus.size());
   for (int t = 0; t < num_threads; ++t) {
     threads.emplace_back([&, t] {
       pin_to(cpus[static_cast<size_t>(t)]);
       ready.fetch_add(1);
-      while (go.load(std::memory_order_acquire) == 0) std::this_thread::yield();
+      for (int spins = 0; ready.load(std::memory_order_acquire) < num_threads; ++spins) {
+        if (spins > kSpins) std::this_thread::yield();
+      }
+      begins[static_cast<size_t>(t)] = Clock::now();
       work(t);
       ends[static_cast<size_t>(t)] = Clock::now();
     });
   }
-  while (ready.load() < num_threads) std::this_thread::yield();
-  const Clock::time_point begin = Clock::now();
-  go.store(1, std::memory_order_release);
   for (std::thread& thread : threads) thread.join();
+  const auto begin = *std::min_element(begins.begin(), begins.end());
   return std::chrono::duration<double>(*std::max_element(ends.begin(), ends.end()) - begin).count();
 }
 

@@ -1,5 +1,5 @@
-// Loops that measure a machine's memory. Every function returns seconds between the moment that all of its threads stood
-// ready and the moment that the last was done: no thread's start counts.
+// Loops that measure a machine's memory. Every function returns seconds from the first thread's begin, once all stood ready,
+// to the last one's end: no thread's start counts.
 //
 // Threads     one for each entry of `cpus`, pinned to that CPU where it is not -1, on an equal contiguous share of the work.
 // Stores      copy and triad write past the caches on x86, so that the bytes that are counted are those that move; elsewhere a
