@@ -14,6 +14,7 @@ from engram_kernels import _triton, backends
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
 from engram_kernels.testing import random_rows
 
@@ -187,6 +188,23 @@ def test_triton_gradients_compile_and_opcheck():
     want = torch.autograd.grad((gate(*leaves, mask, backend="reference") * 2).sum(), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_decode_step_compiles():
+    if not _triton.INTERPRETED:
+        pytest.skip("needs the interpreter")
+    x, weight, norm_weight = torch.randn(2, 1, 8), torch.randn(1, 8, 3), torch.ones(1, 8)
+    bounds, positions, ring = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([5, 0]), torch.randn(2, 4, 1, 8)
+
+    def step(x, state):
+        return short_conv(x * 2, weight, norm_weight, bounds, 2, 1e-5, state, positions, backend="triton") + 1
+    eager, compiled = ring.clone(), ring.clone()
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(x, compiled), step(x, eager))
+    assert torch.equal(eager, compiled) and not torch.equal(eager, ring)
+    op = torch.ops.engram_kernels_triton.short_conv_update
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        op(x.requires_grad_(), weight, norm_weight, bounds, positions, 2, 1e-5, ring)
 
 
 @needs_triton

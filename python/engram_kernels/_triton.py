@@ -57,19 +57,19 @@ def why_not_on(device_index: int) -> str | None:
 
 
 def implementation(op: str, check_data: Callable[..., None] | None, in_place: str | None,
-                   updates: str | None) -> Callable[..., Any]:
+                   as_update: Callable[..., Any] | None) -> Callable[..., Any]:
     """What `backends.select` returns: takes the op's tensor-level arguments and `out`.
 
     Args:
         op: op name.
         check_data: raises for bad data; called in the interpreter, where the data can be looked at, before anything is written.
         in_place: name of the argument that `out` may be; None: `out` shares memory with no argument.
-        updates: name of an optional argument that is written; a call that gives it is one of the op `<op>_update`.
+        as_update: the arguments of a call that is one of the op `<op>_update`, of which the last is written; None for others.
     """
     def run(*args, out=None):
         refuse_forward_ad(op)
         tensors = [x for x in args if isinstance(x, Tensor)]
-        written = None if updates is None else dict(zip(argument_names(op), args, strict=False)).get(updates)
+        update = None if as_update is None else as_update(*args)
         if out is not None:
             if wants_grad(*tensors, out):
                 raise ValueError(f"{op}: out cannot be given while an input requires grad; leave it away or use torch.no_grad()")
@@ -77,16 +77,15 @@ def implementation(op: str, check_data: Callable[..., None] | None, in_place: st
                 if isinstance(x, Tensor):
                     expect_apart(op, name, x, out, may_be_same=name == in_place)
         if is_compiling() or (out is None and wants_grad(*tensors)):
-            twin = getattr(getattr(torch.ops, NAMESPACE), op if written is None else f"{op}_update")
-            named = dict(zip(argument_names(op), args, strict=False))
+            twin = getattr(getattr(torch.ops, NAMESPACE), op if update is None else f"{op}_update")
             if out is None:
-                return twin.default(**named)
-            twin.out(**named, out=out)
+                return twin.default(*(update or args))
+            twin.out(*(update or args), out=out)
             return out
         if INTERPRETED and check_data is not None:
             check_data(*args)
         out = launch_function(op)(*args, out=out)
-        mark_written(out, written)
+        mark_written(out, None if update is None else update[-1])
         return out
     return run
 

@@ -27,7 +27,7 @@ def register(op: str, backend: str, implementation: Callable[..., Any] | None, w
 
 def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., Any], *,
                 check_data: Callable[..., None] | None = None, in_place: str | None = None,
-                updates: str | None = None) -> None:
+                as_update: Callable[..., Any] | None = None) -> None:
     """Registers what every op has: its reference, its compiled and its Triton kernels, or the reasons why they are missing.
 
     Args:
@@ -36,7 +36,7 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
         compiled: calls `torch.ops.engram_kernels.<op>`.
         check_data: the data checks that kernels on a GPU cannot make; takes the tensor-level arguments.
         in_place: the argument that `out` may be.
-        updates: an optional argument that is written.
+        as_update: as `_triton.implementation` takes it.
     """
     register(op, "reference", reference)
     register(op, "cpu", None if COMPILE_ERROR else compiled, COMPILE_ERROR)
@@ -45,7 +45,7 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
         no_cuda = "there is no CUDA kernel of it yet"
     register(op, "cuda", None if no_cuda else compiled, no_cuda)
     missing = _triton.why_not(op)
-    register(op, "triton", None if missing else _triton.implementation(op, check_data, in_place, updates), missing)
+    register(op, "triton", None if missing else _triton.implementation(op, check_data, in_place, as_update), missing)
     if not missing:
         _triton.define_twin(op)
 

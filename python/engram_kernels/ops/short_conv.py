@@ -166,6 +166,10 @@ def _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=Non
         raise ValueError(f"short_conv: positions must be at least 0, got {positions.tolist()}")
 
 
+def _as_update(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None):
+    return None if state is None else (x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state)
+
+
 def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
     _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state)
     if state is None:
@@ -203,4 +207,4 @@ for _namespace, _library in libraries_of("short_conv_update", LIB).items():
     _library.impl("short_conv_update.out", _refuse_grad(_update.out), "Autograd")
 register_autograd("short_conv", _backward, _setup_context, LIB)
 register_autograd("short_conv_bwd", no_second_derivative("short_conv"), None, LIB)
-backends.register_op("short_conv", _checked_reference, _compiled, check_data=_check_data, updates="state")
+backends.register_op("short_conv", _checked_reference, _compiled, check_data=_check_data, as_update=_as_update)
