@@ -70,7 +70,7 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     if len(lines) > _MAX_INSIDE:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside center right", fontsize=8)
+        figure.legend(loc="outside right center", fontsize=8)
     else:
         axes.legend(fontsize=8)
     return figure
