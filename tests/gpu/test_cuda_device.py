@@ -36,7 +36,7 @@ def make_calls(device="cuda", seed=0):
     }
 
 
-@pytest.fixture(params=ek.backends.ops())
+@pytest.fixture(params=[op for op in ek.backends.ops() if op != "engram_forward"])  # which Triton serves
 def op(request):
     assert "cuda" in ek.backends.available(request.param), ek.backends.explain(request.param, "cuda")
     return request.param
