@@ -175,7 +175,8 @@ def test_short_conv_inf_weight_meets_nothing_before_the_start(width, backend, de
 
 
 def test_short_conv_threads_give_the_same_bits(backend, device):
-    args = tuple(a.to(device) for a in make_inputs([300, 1, 99], 4, 64))
+    lengths = [30, 1, 9] if backend == "triton" else [300, 1, 99]  # the interpreter takes minutes for more
+    args = tuple(a.to(device) for a in make_inputs(lengths, 4, 64))
     threads = torch.get_num_threads()
     results = []
     try:
