@@ -30,13 +30,24 @@ constexpr size_t kNumCountingOps = sizeof(kCountingOps) / sizeof(*kCountingOps);
 std::mutex counters_mutex;
 std::map<int, uint32_t*> counters;  // by device; device memory [kNumCountingOps], kept for the life of the process
 
+// Zeros, there when this returns: on a stream of its own, since no other stream waits for a memset of the default one.
+cudaError_t clear_counters(void* memory) {
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error != cudaSuccess) return error;
+  error = cudaMemsetAsync(memory, 0, sizeof(uint32_t) * kNumCountingOps, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  return error;
+}
+
 // The one allocation of this library; legal while a graph is being captured, since it is no part of the graph.
 uint32_t* make_counters() {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   EK_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
   void* memory = nullptr;
   const cudaError_t allocated = cudaMalloc(&memory, sizeof(uint32_t) * kNumCountingOps);
-  const cudaError_t cleared = allocated == cudaSuccess ? cudaMemset(memory, 0, sizeof(uint32_t) * kNumCountingOps) : allocated;
+  const cudaError_t cleared = allocated == cudaSuccess ? clear_counters(memory) : allocated;
   EK_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
   EK_CUDA_CHECK(cleared);
   return static_cast<uint32_t*>(memory);
@@ -84,7 +95,7 @@ std::vector<CudaErrors> take_cuda_errors() {
     EK_CUDA_CHECK(cudaDeviceSynchronize());
     uint32_t counts[kNumCountingOps];
     EK_CUDA_CHECK(cudaMemcpy(counts, memory, sizeof(counts), cudaMemcpyDeviceToHost));
-    EK_CUDA_CHECK(cudaMemset(memory, 0, sizeof(counts)));
+    EK_CUDA_CHECK(clear_counters(memory));
     for (size_t i = 0; i < kNumCountingOps; ++i) {
       if (counts[i] != 0) errors.push_back({kCountingOps[i], device, counts[i]});
     }

@@ -64,13 +64,14 @@ def call_inputs(device, grad=False):
     cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * T
     ids = torch.zeros(T, C, dtype=torch.int32, device=device)
     hidden, key, value, w_hidden, w_key = randn(T, M, H), randn(T, M, H), randn(T, H), randn(M, H), randn(M, H)
-    rows = randn(50, D)
+    rows, w_kv = randn(50, D), torch.randn((M + 1) * H, C * D, device=device, dtype=torch.bfloat16)
     leaves = {"gate": (hidden, key, value, w_hidden, w_key), "gather_gate": (hidden, rows, w_hidden, w_key),
               "gather_rows": (rows,), "short_conv": (hidden, conv := randn(M, H, 4), norm := randn(M, H)), "ngram_hash": ()}
     table = RowTable.from_tensor(rows)
     calls = {
         "gate": (lambda: ek.gate(hidden, key, value, w_hidden, w_key), (T, M, H), torch.bfloat16),
         "gather_gate": (lambda: ek.gather_gate(hidden, table, ids, w_hidden, w_key), (T, M, H), torch.bfloat16),
+        "engram_forward": (lambda: ek.engram_forward(hidden, table, ids, w_kv, w_hidden, w_key), (T, M, H), torch.bfloat16),
         "gather_rows": (lambda: ek.gather_rows(table, ids, torch.float32), (T, C, D), torch.float32),
         "ngram_hash": (lambda: ek.ngram_hash(tokens, cu_seqlens, LAYOUT.to(device), TOKEN_MAP.to(device)), (2, T, 24),
                        torch.int32),

@@ -24,9 +24,9 @@ def _nvdisasm():
 
 
 MISSING_NVCC = "" if shutil.which("nvcc") else "nvcc is not installed"
-if MISSING_NVCC and os.environ.get("EK_EXPECT_NVCC") == "1":
-    raise RuntimeError(f"EK_EXPECT_NVCC=1, but {MISSING_NVCC}: the CUDA kernels would go untested")
 MISSING_SASS = "" if _nvdisasm() else "nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)"
+if (MISSING_NVCC or MISSING_SASS) and os.environ.get("EK_EXPECT_NVCC") == "1":
+    raise RuntimeError(f"EK_EXPECT_NVCC=1, but {MISSING_NVCC or MISSING_SASS}: the CUDA kernels would go untested")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-// CUDA kernels of gate. Contract: gate.h; layout of a block: gate_row_cuda.h.
+// CUDA kernels of gate. Contract: gate.h; layout of a block: gate_token_cuda.h.
 //
 // Mapping  a block takes a token after the other, kBranches branches of it: all of them, where they are 4, 2 or 1. A thread keeps
 //          hidden, key and value of its vectors in registers from the sums to the output, and loads those of the next token
 //          as soon as it is done with them. The products of the weights stay in shared memory for the life of the block. The
 //          second kernel, element by element, takes what is not aligned or too wide, and reads hidden twice (the second
 //          time out of the cache).
-// Traffic  hidden, key and value once, output once; the weights once a block.
+// Traffic  hidden and key once, output once, the value once a step of branches (one step where they are 4, 2 or 1 and not f16);
+//          the weights once a block.
 // Limits   the first kernel: rows on 16 bytes, at most kMaxThreads * 8 vectors a row.
 #include <algorithm>
 #include <utility>
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(kRowThreads, 8) gate_rows(const GateParams p) 
     float sums[3] = {0, 0, 0};
     for (int i = threadIdx.x; i < size && !masked; i += kRowThreads) {
       const float h = load_element(hidden, kType, i), k = load_element(key, kType, i);
-      const float w = load_element(p.weights.w_hidden, p.weights.dtype, m * size + i) *
-                      load_element(p.weights.w_key, p.weights.dtype, m * size + i);
+      const float w = load_element(p.weights.w_hidden, p.weights.dtype, int64_t{m} * size + i) *
+                      load_element(p.weights.w_key, p.weights.dtype, int64_t{m} * size + i);
       sums[0] = fmaf(h, k * w, sums[0]), sums[1] = fmaf(h, h, sums[1]), sums[2] = fmaf(k, k, sums[2]);
     }
     branch_sums(sums, partial);
@@ -197,8 +198,9 @@ __global__ void __launch_bounds__(kRowThreads, 8) gate_rows(const GateParams p) 
     for (int i = threadIdx.x; i < size; i += kRowThreads) {
       if (masked) {  // bits, not values: a NaN keeps its payload
         for (int b = 0; b < dtype_bytes(kType); ++b) {
-          const auto* from = static_cast<const std::byte*>(hidden) + i * dtype_bytes(kType) + b;
-          static_cast<std::byte*>(out)[i * dtype_bytes(kType) + b] = p.options.add_residual ? *from : std::byte{0};
+          const int64_t at = int64_t{i} * dtype_bytes(kType) + b;
+          const auto* from = static_cast<const std::byte*>(hidden) + at;
+          static_cast<std::byte*>(out)[at] = p.options.add_residual ? *from : std::byte{0};
         }
         continue;
       }

@@ -1,8 +1,7 @@
-// Device code that the kernels of gate and gather_gate share: how a block lies over a token, sums, weights, scores.
+// Device code that the kernels of gate and gather_gate share: vectors, sums, weights, scores.
 // Included by .cu files only.
 //
-// A block is (lanes, branches) threads: whole warps a branch. A thread holds kVectors 16-byte vectors of its branch, a warp
-// apart, so that their addresses differ by constants. What is float in shared memory lies in planes of four: neighbouring
+// What is float in shared memory lies in planes of four: neighbouring
 // lanes then read neighbouring 16 bytes, and no bank is asked twice.
 #pragma once
 
@@ -25,13 +24,6 @@ template <class T>
 __device__ __forceinline__ T* vector_at(const BranchRows& rows, DType dtype, int64_t t, int branch, int index) {
   const int64_t element = t * rows.token_stride + branch * rows.branch_stride;
   return reinterpret_cast<T*>(static_cast<std::byte*>(rows.data) + element * dtype_bytes(dtype)) + index;
-}
-
-// 16 bytes from global to shared memory, past the registers.
-__device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
-               "l"(from)
-               : "memory");
 }
 
 // The copies that this thread started; the others' are there after the next barrier.

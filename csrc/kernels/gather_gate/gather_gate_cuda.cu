@@ -13,9 +13,9 @@
 namespace engram_kernels {
 namespace {
 
-template <bool kStaged, int kGroup>
+template <bool kWhole, int kGroup>
 constexpr int kMaxThreads = kGroup == 1 ? 768
-                            : kStaged   ? 640
+                            : kWhole    ? 640
                                         : 512;  // of an SM too, by registers
 constexpr int kRowThreads = 128;
 
@@ -203,8 +203,9 @@ __global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherG
     for (int i = threadIdx.x; i < size; i += kRowThreads) {
       if (masked) {  // bits, not values: a NaN keeps its payload
         for (int b = 0; b < dtype_bytes(kType); ++b) {
-          const auto* from = static_cast<const std::byte*>(hidden) + i * dtype_bytes(kType) + b;
-          static_cast<std::byte*>(out)[i * dtype_bytes(kType) + b] = p.options.add_residual ? *from : std::byte{0};
+          const int64_t at = int64_t{i} * dtype_bytes(kType) + b;
+          const auto* from = static_cast<const std::byte*>(hidden) + at;
+          static_cast<std::byte*>(out)[at] = p.options.add_residual ? *from : std::byte{0};
         }
         continue;
       }

@@ -5,7 +5,7 @@
 //          thread: as it lies there, or decoded. A batch so small that a warp a row fills no GPU waits less without the
 //          tiles: a warp carries a row from memory to memory. Another kernel, by element, takes what has no alignment.
 // Traffic  every sector of a row once, the output once, 4 or 8 B an id. Over PCIe the reads are 128-byte requests.
-// Limits   tiles of rows up to kMaxStagedBytes; any row for the kernel by element.
+// Limits   tiles of rows up to kMaxStagedBytes, longer ones a warp a row; any row for the kernel by element.
 #include <algorithm>
 
 #include "common/convert_cuda.h"
@@ -169,14 +169,14 @@ void place(int rows_a_thread, Plan* plan) {
   plan->shared_bytes = plan->ids_at + (plan->keeps_ids ? plan->staged_rows * 8 : 0);
 }
 
-// Whether tiles can be staged, and how.
-bool make_plan(const GatherRowsParams& p, Plan* plan) {
+// Whether rows and output are aligned for more than a byte or element at a time, and what follows for a row.
+bool plan_row(const GatherRowsParams& p, Plan* plan) {
   const RowSource& s = p.source;
   const int64_t row_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
   const int64_t out_bytes = copies(p) ? row_bytes : int64_t{s.row_dim} * dtype_bytes(p.out_dtype);
   const int aligned = lowest_bit(reinterpret_cast<uintptr_t>(s.rows) | static_cast<uint64_t>(s.row_stride_bytes));
   plan->slot_bytes = std::min({aligned, lowest_bit(static_cast<uint64_t>(row_bytes)), 16});
-  if (plan->slot_bytes < 4 || row_bytes > kMaxStagedBytes || reinterpret_cast<uintptr_t>(p.out) % kVectorBytes != 0) return false;
+  if (plan->slot_bytes < 4 || row_bytes > INT32_MAX || reinterpret_cast<uintptr_t>(p.out) % kVectorBytes != 0) return false;
   if (!copies(p) && out_bytes % kVectorBytes != 0) return false;
   const int64_t lead = aligned >= kLineBytes ? 0 : kLineBytes - aligned;  // of a row into its first line, at most
   plan->aligned_bytes = std::min(aligned, kVectorBytes);
@@ -190,6 +190,13 @@ bool make_plan(const GatherRowsParams& p, Plan* plan) {
   plan->vector_lanes = std::clamp(plan->vectors, 1, kThreads);
   plan->rows_at_once = kThreads / plan->vector_lanes;
   plan->lanes_inverse = static_cast<int>(ceil_div(1 << 16, plan->vector_lanes));
+  return true;
+}
+
+// Whether tiles of such rows can be staged, and how.
+bool plan_tiles(const GatherRowsParams& p, Plan* plan) {
+  const int64_t row_bytes = plan->row_bytes, out_bytes = copies(p) ? row_bytes : int64_t{plan->vectors} * kVectorBytes;
+  if (row_bytes > kMaxStagedBytes) return false;
   const int groups = kThreads / (kLineBytes / plan->slot_bytes);
   int rows_a_thread = static_cast<int>(std::min(ceil_div(kMaxLoadsInFlight * kLineBytes, row_bytes), kMaxRowsAThread));
   // a small batch goes over many blocks rather than deep into few, as long as a thread has 8 loads in flight
@@ -224,9 +231,14 @@ unsigned grid_of(const GatherRowsParams& p, int64_t blocks) {
   return static_cast<unsigned>(std::min({blocks, kMaxGridX, p.max_blocks > 0 ? p.max_blocks : kMaxGridX}));
 }
 
-// Whether a warp a row will do: all rows at once fit the GPU, and what a thread decodes at once is aligned.
-bool fits_warps(const GatherRowsParams& p, const Plan& plan) {
-  if (p.row_ids.count > int64_t{kResidentWarps} * num_multiprocessors()) return false;
+// Whether there is a warp for each row at once, so that a row a warp leaves nothing to wait for.
+bool fits_warps(const GatherRowsParams& p) {
+  const int64_t warps = int64_t{kResidentWarps} * num_multiprocessors();
+  return p.row_ids.count <= (p.max_blocks > 0 ? std::min<int64_t>(warps, p.max_blocks * (kThreads / kWarp)) : warps);
+}
+
+// Whether what a thread decodes at once is aligned.
+bool decodes_from_memory(const GatherRowsParams& p, const Plan& plan) {
   if (copies(p)) return true;
   const int64_t elements = kVectorBytes / dtype_bytes(p.out_dtype);
   const int64_t load_bytes =
@@ -238,13 +250,13 @@ bool fits_warps(const GatherRowsParams& p, const Plan& plan) {
 template <DType kOut>
 void launch(const GatherRowsParams& p, cudaStream_t stream) {
   Plan plan{};
-  const bool staged = make_plan(p, &plan);
-  if (staged && fits_warps(p, plan)) {
-    const unsigned grid = grid_of(p, ceil_div(p.row_ids.count, kThreads / kWarp));
+  const bool aligned = plan_row(p, &plan), tiles = aligned && plan_tiles(p, &plan);
+  const int64_t resident = int64_t{kBlocksPerSm} * num_multiprocessors();
+  if (aligned && (fits_warps(p) || !tiles) && decodes_from_memory(p, plan)) {
+    const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, kThreads / kWarp), resident));
     gather_rows_warp_per_row_kernel<kOut><<<grid, kThreads, 0, stream>>>(p, plan, copies(p));
-  } else if (staged) {
+  } else if (tiles) {
     // each block walks several tiles and sets up once
-    const int64_t resident = int64_t{kBlocksPerSm} * num_multiprocessors();
     const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, plan.rows), resident));
     const auto kernel = copies(p) ? gather_rows_copy_kernel : decode_kernel<kOut>(p.source.format);
     kernel<<<grid, kThreads, plan.shared_bytes, stream>>>(p, plan);
