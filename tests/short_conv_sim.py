@@ -79,7 +79,7 @@ def simulate_bwd(grad_out, x, weight, norm_weight, cu, dilation, device=None):
     for name, like in (("grad_x", x), ("grad_weight", weight), ("grad_norm_weight", norm_weight)):
         grads[name] = (poisoned(like.numel() * like.element_size(), np.uint8), like)
         setattr(params, name, device.address(grads[name][0], name))
-    device.library.fake_cudart_set(device.callback, device.multiprocessors)
+    device.set_runtime()
     scratch_bytes = device.library.short_conv_bwd_cuda_scratch_bytes
     scratch_bytes.restype = ctypes.c_int64
     scratch = poisoned(scratch_bytes(ctypes.byref(params)), np.uint8)

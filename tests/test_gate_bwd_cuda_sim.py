@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build
+from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build, bytes_asked
 from cuda_sim.params import DTYPES, GateBwdParams
 from cuda_sim.sass_path import longest_path, longest_without, parts_of, token_loop
 from test_gate_cuda_sim import branch_rows, gate_params, make_inputs
@@ -35,7 +35,7 @@ def simulate(inputs, grad_out, mask=None, device=None, **options):
         grad_w_hidden=at(grads[3], "grad_w_hidden"), grad_w_key=at(grads[4], "grad_w_key"))
     scratch_bytes = device.library.gate_bwd_cuda_scratch_bytes
     scratch_bytes.restype = ctypes.c_int64
-    device.library.fake_cudart_set(device.callback, device.multiprocessors)
+    device.set_runtime()
     params.scratch = at(torch.full((scratch_bytes(ctypes.byref(params)) // 4,), float("nan")), "scratch")
     return grads, device.run(OP, params)
 
@@ -136,11 +136,19 @@ def test_gate_bwd_reads_and_writes_once(v41):
         assert buffers[name]["load_bytes"] == rows * ROW * TOKENS
     for name, rows in {"grad_hidden": BRANCHES, "grad_key": BRANCHES, "grad_value": 1}.items():
         assert buffers[name]["store_bytes"] == buffers[name]["unique_bytes_written"] == rows * ROW * TOKENS
-    # the blocks' shares, written once and read once: within a tenth of the least from 14 tokens a block on
+    # the blocks' shares, written once and read once
     share = BRANCHES * SIZE * 4
     assert buffers["scratch"]["store_bytes"] == v41[0].grid[0] * share
     assert v41[1].result.buffers["scratch"]["load_bytes"] == v41[0].grid[0] * share
-    assert 2 * share <= 0.10 * 14 * (5 * BRANCHES + 2) * ROW
+
+
+def test_gate_bwd_moves_at_most_a_tenth_more_than_the_least():
+    """All that is asked for of 14 tokens a block, shares too. Least: the rows, the weights read and their gradients written once."""
+    tokens = 14
+    inputs = make_inputs(tokens, BRANCHES, SIZE, weight_dtype=torch.bfloat16)
+    launches = simulate(inputs, random_grad(tokens, BRANCHES, SIZE), device=Device(multiprocessors=1))[1]
+    assert launches[0].grid[0] == 1
+    assert bytes_asked(launches) <= 1.10 * ((5 * BRANCHES + 2) * tokens + 4 * BRANCHES) * ROW
 
 
 def test_gate_bwd_accesses_are_16_bytes_wide(v41):

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build
+from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build, bytes_asked
 from cuda_sim.params import DTYPES, BranchRows, GateOptions, GateParams, GateWeights
 from cuda_sim.sass_path import longest_path, longest_without, parts_of, token_loop
 
@@ -150,6 +150,21 @@ def test_gate_reads_and_writes_once(v41):
         assert buffers[name]["load_sectors"] <= 1.02 * least_bytes / 32
     assert buffers["out"]["store_bytes"] == buffers["out"]["unique_bytes_written"] == BRANCHES * rows
     assert buffers["w_key"]["load_bytes"] == v41.grid[0] * BRANCHES * SIZE * 2
+
+
+def test_gate_moves_the_least_bytes():
+    """All that is asked for, the weights too, of 40 tokens a block: a large batch has more."""
+    tokens = 40
+    launch, = simulate(make_inputs(tokens, BRANCHES, SIZE, weight_dtype=torch.bfloat16), device=Device(multiprocessors=1))[1]
+    assert launch.grid[0] == 1
+    assert bytes_asked([launch]) <= 1.02 * (3 * BRANCHES + 1) * tokens * SIZE * 2
+
+
+def test_gate_of_less_shared_memory():
+    """What does not fit the block goes the plain way."""
+    inputs = make_inputs(5, 4, 1024, weight_dtype=torch.bfloat16)
+    assert "gate_tokens" in check(inputs)[0].kernel
+    assert "gate_rows" in check(inputs, device=Device(shared_limit=4096))[0].kernel
 
 
 def test_gate_accesses_are_16_bytes_wide(v41):

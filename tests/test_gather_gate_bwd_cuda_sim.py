@@ -35,7 +35,7 @@ def simulate(table, inputs, grad_out, mask=None, device=None, **options):
         **{name: at(grads[name], name) for name in list(shapes)[1:]})
     scratch_bytes = device.library.gather_gate_bwd_cuda_scratch_bytes
     scratch_bytes.restype = ctypes.c_int64
-    device.library.fake_cudart_set(device.callback, device.multiprocessors)
+    device.set_runtime()
     params.scratch = at(torch.full((scratch_bytes(ctypes.byref(params)) // 4,), float("nan")), "scratch")
     return list(grads.values()), device.run(OP, params)
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build
+from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build, bytes_asked
 from cuda_sim.params import DTYPES, ROW_FORMATS
 from cuda_sim.sass_path import executed, longest_path, token_loop
 from gather_gate_sim import NUM_ROWS, OP, WORDS, Table, make_inputs, simulate
@@ -264,6 +264,17 @@ def test_gather_gate_reads_and_writes_once(v41):
     # 264-byte rows share their first and last sectors with their neighbours: 9 sectors a row are the least
     assert buffers["rows"]["load_sectors"] <= 1.02 * 9 * rows
     assert buffers["hidden"]["load_sectors"] == least["hidden"] // 32 and written["store_sectors"] == least["hidden"] // 32
+
+
+def test_gather_gate_moves_the_least_bytes():
+    """All that is asked for, the weights too, of 48 tokens a block: a large batch has more."""
+    tokens, columns = 96, 20
+    rows, _ = random_rows("fp8_e4m3_block32_packed", NUM_ROWS, ROW_DIM, torch.Generator().manual_seed(11))
+    inputs = make_inputs(tokens, BRANCHES, columns, ROW_DIM, weight_dtype=torch.bfloat16, none=False)
+    launch, = simulate(Table("fp8_e4m3_block32_packed", ROW_DIM, rows), inputs, device=Device(multiprocessors=1))[2]
+    assert launch.grid[0] <= 2
+    least = columns * (ROW_BYTES + 4) + 2 * BRANCHES * columns * ROW_DIM * 2
+    assert bytes_asked([launch]) <= 1.02 * tokens * least
 
 
 def test_gather_gate_accesses_are_wide(v41):

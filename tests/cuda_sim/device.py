@@ -31,9 +31,11 @@ class Device:
     """Holds arrays; runs launchers on them.
 
     options: of every simulated launch (cta_order, seed, ..); races are looked for unless race=False.
+    shared_limit: bytes of shared memory that a block may ask for: an H100's, unless told.
     """
     multiprocessors: int = 132
     options: dict = field(default_factory=dict)
+    shared_limit: int = 232448
     launches: list[Launch] = field(default_factory=list)
 
     def __post_init__(self):
@@ -57,7 +59,7 @@ class Device:
         assert _Simulator.device is self, "the arrays of this device went when a newer one was made"
         assert known() == ctypes.sizeof(params), f"{type(params).__name__} is not the C++ struct"
         _Simulator.load(launcher, self.build)
-        self.library.fake_cudart_set(self.callback, self.multiprocessors)
+        self.set_runtime()
         before, self.failure = len(self.launches), None
         error = call(ctypes.byref(params))
         if self.failure is not None:
@@ -65,6 +67,10 @@ class Device:
         if error is not None:
             raise LaunchError(error.decode())
         return self.launches[before:]
+
+    def set_runtime(self) -> None:
+        """Makes the fake runtime this device's; `run` does so, and whoever calls another function of the library must."""
+        self.library.fake_cudart_set(self.callback, self.multiprocessors, self.shared_limit)
 
     def kernel(self, name: str) -> ptxsim.Kernel:
         """The compiled kernel behind a mangled name, of an op that has run."""
@@ -106,6 +112,12 @@ class _Simulator:
         assert not module.globals, "device variables are not supported here"
         module.mem = cls.mem
         cls.kernels.update({name: module for name in module.kernels()})
+
+
+def bytes_asked(launches: list[Launch]) -> int:
+    """What the kernels loaded from memory and stored to it, cached or not."""
+    return sum(buffer.get(kind, 0) for launch in launches for buffer in launch.result.buffers.values()
+               for kind in ("load_bytes", "store_bytes"))
 
 
 def poisoned(shape, dtype=np.int32) -> np.ndarray:

@@ -17,7 +17,9 @@ struct Configuration {
 };
 
 Launch launch_callback = nullptr;
-int multiprocessors = 132;
+int multiprocessors = 132, shared_limit = 0;
+std::map<const void*, int> dynamic_limits;  // what kernels have asked for above 48 KiB
+cudaError_t last_error = cudaSuccess;
 std::vector<Configuration> configurations;
 
 std::map<const void*, std::string>& kernels() {  // filled by static initialisers of the kernels' files
@@ -29,9 +31,11 @@ std::map<const void*, std::string>& kernels() {  // filled by static initialiser
 
 extern "C" {
 
-void fake_cudart_set(Launch callback, int num_multiprocessors) {
+void fake_cudart_set(Launch callback, int num_multiprocessors, int max_shared_bytes) {
   launch_callback = callback;
   multiprocessors = num_multiprocessors;
+  shared_limit = max_shared_bytes;
+  dynamic_limits.clear();
 }
 
 void** __cudaRegisterFatBinary(void*) {
@@ -64,11 +68,19 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_function) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared_bytes, cudaStream_t) {
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
+  const auto asked = dynamic_limits.find(kernel);
+  if (shared_bytes > 48 * 1024 && (asked == dynamic_limits.end() || shared_bytes > static_cast<size_t>(asked->second))) {
+    return last_error = cudaErrorInvalidValue;  // as the runtime does
+  }
   launch_callback(kernels().at(kernel).c_str(), g, b, args, shared_bytes);
   return cudaSuccess;
 }
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
 const char* cudaGetErrorString(cudaError_t) { return "an error of the fake runtime"; }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -78,9 +90,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMultiProcessorCount && attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) {
     return cudaErrorInvalidValue;
   }
-  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : 232448;  // of an H100
+  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : shared_limit;
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > shared_limit) return cudaErrorInvalidValue;
+  dynamic_limits[kernel] = value;
+  return cudaSuccess;
+}
 
 }  // extern "C"

@@ -6,11 +6,15 @@ import torch
 from gather_gate_sim import Table
 from gather_gate_sim import make_inputs as gather_gate_inputs
 from gather_gate_sim import simulate as simulate_gather_gate
+from short_conv_sim import make_inputs as short_conv_inputs
+from short_conv_sim import simulate as simulate_short_conv
+from short_conv_sim import simulate_bwd as simulate_short_conv_bwd
 from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
 from test_gate_cuda_sim import make_inputs as gate_inputs
 from test_gate_cuda_sim import simulate as simulate_gate
 from test_gather_gate_bwd_cuda_sim import random_grad
 from test_gather_gate_bwd_cuda_sim import simulate as simulate_gather_gate_bwd
+from test_gather_rows_bwd_cuda_sim import simulate as simulate_gather_rows_bwd
 from test_gather_rows_cuda_sim import bytes_of
 from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
@@ -77,6 +81,40 @@ def gather_gate(backward, tokens=24):
     return case
 
 
+def gather_rows_bwd():
+    positions, num_rows = 960, 480
+    grad = torch.randn(positions, ROW_DIM).bfloat16()
+    ids = torch.randint(0, num_rows, (positions,), generator=torch.Generator().manual_seed(12))
+    least = positions * (2 * ROW_DIM + 16) + len(ids.unique()) * 2 * ROW_DIM  # sorted ids and their positions, 8 bytes each
+    return ("gather_rows backward", "bf16, 2 positions a row, after the sort",
+            lambda: simulate_gather_rows_bwd(grad, ids, num_rows, torch.bfloat16)[1], least, positions, "position")
+
+
+def short_conv(tokens=20):
+    args = short_conv_inputs([tokens], BRANCHES, HIDDEN_SIZE)
+    return ("short_conv", "bf16, M 4, H 5120, 20 tokens a block",
+            lambda: simulate_short_conv(*args, 3, device=Device(multiprocessors=1))[2],
+            2 * tokens * BRANCHES * HIDDEN_SIZE * 2, tokens * BRANCHES, "token and branch")
+
+
+def short_conv_decode(sequences=8):
+    args = short_conv_inputs([1] * sequences, BRANCHES, HIDDEN_SIZE)
+    state = torch.zeros(sequences, 9, BRANCHES, HIDDEN_SIZE, dtype=torch.bfloat16)
+    row = BRANCHES * HIDDEN_SIZE * 2  # a token reads itself and three of the state, writes the output and its place in the state
+    return ("short_conv", "decode step of 8 sequences",
+            lambda: simulate_short_conv(*args, 3, state, torch.full((sequences,), 100))[2], sequences * 6 * row,
+            sequences * BRANCHES, "token and branch")
+
+
+def short_conv_bwd(tokens=40):
+    args = short_conv_inputs([tokens], 1, HIDDEN_SIZE)
+    grad_out = torch.randn(args[0].shape).bfloat16()
+    return ("short_conv backward", "bf16, H 5120, 40 tokens a block",
+            lambda: simulate_short_conv_bwd(grad_out, *args, 3, device=Device(multiprocessors=1))[2],
+            3 * tokens * HIDDEN_SIZE * 2, tokens, "token and branch")
+
+
 CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
          gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
-         gate, gate_bwd, gather_gate(backward=False), gather_gate(backward=True))
+         gather_rows_bwd, gate, gate_bwd, gather_gate(backward=False), gather_gate(backward=True), short_conv, short_conv_decode,
+         short_conv_bwd)
