@@ -65,11 +65,11 @@ test-stress: $(VENV)/.python
 test-cuda-build: $(CUDA_VENV)/.installed
 	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
 
-GPU_OP_TESTS := test_ngram_hash.py test_gather_rows_op.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py
-# On a machine with a GPU: the op tests on the CUDA kernels, graphs and streams, then memory checks of a part of them.
+GPU_OP_TESTS := test_ngram_hash.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py
+# On a machine with a GPU: the op tests on the CUDA and Triton kernels, graphs and streams, then memory checks of a part of them.
 test-gpu: $(GPU_READY)
 	$(GPU_RUN) -m pytest -q tests/gpu $(ARGS)
-	$(GPU_RUN) -m pytest -q $(addprefix tests/,$(GPU_OP_TESTS)) -k cuda $(ARGS)
+	$(GPU_RUN) -m pytest -q $(addprefix tests/,$(GPU_OP_TESTS)) -k "cuda or triton" $(ARGS)
 	for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
 	    env $(GPU_RUN) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
