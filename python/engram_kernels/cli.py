@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engram_kernels import backends, info
+from engram_kernels._usage import UsageError
 from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
 from engram_kernels.spec import EngramSpec
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DemoError, ValueError, RuntimeError, OSError) as err:
         print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
         return 1
+    except UsageError as err:
+        print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"engram-kernels {args.command}: interrupted", file=sys.stderr)
         return 130

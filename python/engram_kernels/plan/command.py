@@ -14,6 +14,7 @@ from typing import Any
 
 from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
+from engram_kernels._usage import UsageError
 from engram_kernels.demo.main import Progress
 from engram_kernels.plan import report
 from engram_kernels.plan.hardware import GPUS, Hardware, assumed_hardware, this_node, with_room
@@ -37,16 +38,12 @@ from engram_kernels.plan.trial import run_trial
 from engram_kernels.plan.workload import Workload, table_bytes
 from engram_kernels.spec import EngramSpec
 
-USAGE, NO_CAPABILITY = 2, 5  # exit codes
+NO_CAPABILITY = 5  # exit code
 _GIB = 2.0**30
 _DEFAULT_TOKENS, _DEFAULT_STEP_MS, _DEFAULT_LAYERS = 256, 10.0, 32
 
 
 Specs = Mapping[str, Callable[[], EngramSpec]]
-
-
-class UsageError(Exception):
-    """An argument makes no sense; the message says which."""
 
 
 class CapabilityError(Exception):
@@ -101,13 +98,13 @@ def run(args: argparse.Namespace, specs: Specs, progress: Progress) -> int:
     """Runs the command.
 
     Returns:
-        0; 1: a file cannot be read or nothing fits; 2: an argument makes no sense; 5: what was asked for is not here.
+        0; 1: a file cannot be read or nothing fits; 5: what was asked for is not here.
+
+    Raises:
+        UsageError: an argument makes no sense.
     """
     try:
         return _paper(args) if args.preset else _plan(args, specs, progress)
-    except UsageError as err:
-        print(f"engram-kernels plan: {err}", file=sys.stderr)
-        return USAGE
     except CapabilityError as err:
         print(f"engram-kernels plan: {err}", file=sys.stderr)
         return NO_CAPABILITY

@@ -116,8 +116,10 @@ def _read_rate(loops: Any, num_bytes: int, cpus: list[int]) -> float:
 
 
 def _stream_by_node(session: Session, loops: Any, num_bytes: int) -> None:
+    """Every node's memory read by every node's CPUs. Reads across are facts; they are a fault where there are no others."""
     mine = set(allowed_cpus())
     sides = {n["node"]: [c for c in n["cpus"] if c in mine] for n in session.machine["numa"]}
+    across, has_near = [], False
     for memory_node in sides:
         try:
             memory = Arena(num_bytes, True, [-1], memory_node)
@@ -131,8 +133,13 @@ def _stream_by_node(session: Session, loops: Any, num_bytes: int) -> None:
                     "bytes": num_bytes, "table_bytes": num_bytes, "huge_pages": memory.huge_pages,
                     "cpu_node": cpu_node, "memory_node": memory_node}
             cell = session.measure(base, partial(loops.probe_stream, "read", *[memory.data] * 3, cpus))
+            has_near |= cpu_node == memory_node
             if cpu_node != memory_node and cell["status"] == "ok":
-                give_verdict(cell, "NUMA_REMOTE")
+                cell["facts"] = {"crosses_nodes": True}
+                across.append(cell)
+    if not has_near:
+        for cell in across:
+            give_verdict(cell, "NUMA_REMOTE")
 
 
 def memcpy(session: Session) -> None:
@@ -182,7 +189,7 @@ def latency(session: Session) -> None:
             base = {"probe": "host_latency", "op": "load", "tier": "host", "placement": "host", "threads": 1,
                     "table_bytes": num_bytes, "row_bytes": 64, "rows": 1, "huge_pages": memory.huge_pages}
             cell = session.measure(base, sample)
-            if huge_pages and not memory.huge_pages:
+            if huge_pages and not memory.huge_pages and cell["status"] == "ok":
                 give_verdict(cell, "NO_HUGEPAGES")
             if cell["status"] == "ok":
                 cell["facts"] = {"load_ns": cell["median"] * 1e9}
