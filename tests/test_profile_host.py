@@ -147,10 +147,12 @@ def test_profile_trace_is_one_more_order(tmp_path, fast, compiled):
 
 
 def test_profile_table_limit():
-    assert arena.table_limit(10 << 30, None, None) == int(0.8 * (10 << 30)) - (512 << 20)
-    assert arena.table_limit(10 << 30, 1 << 30, None) < 1 << 30
-    assert arena.table_limit(10 << 30, None, 1 << 20) == 1 << 20
-    assert arena.table_limit(100 << 20, None, None) == 0
+    assert arena.table_limit(10 << 30, None) == int(0.8 * (10 << 30)) - (512 << 20)
+    assert arena.table_limit(10 << 30, 1 << 20) == 1 << 20
+    assert arena.table_limit(100 << 20, None) == 0 and arena.table_limit(None, None) == 1 << 30
+    block = quiet_machine()
+    for limit in ("cgroup_bytes", "memory_room_bytes"):
+        assert probes_host.table_limit(Session(Options(), {**block, "limits": {**block["limits"], limit: 1 << 30}})) < 1 << 30
 
 
 def test_profile_numa_nodes(tmp_path, monkeypatch):
@@ -203,7 +205,8 @@ def test_profile_latency_without_huge_pages_and_time(fast, monkeypatch, compiled
     session = Session(Options(max_memory_bytes=16 * MIB), quiet_machine())
     with session.probe("host_latency", -1):
         probes_host.latency(session)
-    assert {c["reason"]["kind"] for c in session.cells} == {"TIME_BUDGET"} and session.probes["host_latency"]["verdict"] == "SKIPPED"
+    assert {c["reason"]["kind"] for c in session.cells} == {"TIME_BUDGET"}
+    assert session.probes["host_latency"]["verdict"] == "SKIPPED"
 
 
 @pytest.mark.parametrize("op_seconds, verdict", [((1.2e-3, 3e-3), "BELOW_REFERENCE"), ((1.05e-3, 3e-3), "OK")])

@@ -98,17 +98,23 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--tune", action="store_true",
                          help="instead: try launch parameters of the Triton kernels on this GPU, keep the fastest for this user")
     command.add_argument("--spec", default="deepseek_v41", help=f"whose sizes --tune times: {', '.join(PRESETS)}, or a JSON file")
-    command.add_argument("--json", type=Path, metavar="OUT", default=Path("build/bench.json"), help="where the run is written")
+    command.add_argument("--json", type=Path, metavar="OUT", help="where the run is written; default: build/bench.json")
     command.add_argument("--bench-dir", type=Path, default=Path("bench"), help="the bench folder of a checkout")
     command.set_defaults(run=_run_bench)
 
 
 def _run_bench(args: argparse.Namespace) -> int:
+    if args.spec not in PRESETS and not Path(args.spec).is_file():
+        raise UsageError(f"spec is {args.spec!r}, expected {', '.join(PRESETS)} or a JSON file of EngramSpec.to_json")
     if args.compare:
+        if args.ops:
+            raise UsageError(f"--compare reads two files and runs nothing: what is {' '.join(args.ops)} for?")
         return compare_files(*args.compare)
     if args.tune:
         return tune_launches(_spec(args.spec), args.ops)
-    return run_benchmarks(args.ops, args.bench_dir, args.json, args.quick)
+    if args.quick and args.json is not None:
+        raise UsageError("--quick times nothing, so there is nothing to write to --json")
+    return run_benchmarks(args.ops, args.bench_dir, args.json or Path("build/bench.json"), args.quick)
 
 
 def _spec(name: str) -> EngramSpec:

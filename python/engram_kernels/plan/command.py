@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from engram_kernels.spec import EngramSpec
 
 NO_CAPABILITY = 5  # exit code
 _GIB = 2.0**30
+_MOST = 1 << 53  # beyond it a count is no exact number
 _DEFAULT_TOKENS, _DEFAULT_STEP_MS, _DEFAULT_LAYERS = 256, 10.0, 32
 
 
@@ -156,18 +158,23 @@ def machine_of(gpu: str | None, profiles: list[tuple[Path, dict[str, Any]]]) -> 
     measured_gpus = [name for _, profile in profiles if (name := gpu_name(profile))]
     if gpu == "here" and not measured_gpus:
         raise CapabilityError("--gpu here needs a --profile that measured a GPU; none of those given did")
-    known = next((name for name in GPUS if measured_gpus and name in measured_gpus[-1].lower()), None)
+    known = next((name for name in GPUS if measured_gpus and _is_a(name, measured_gpus[-1])), None)
     if gpu in (None, "here") and measured_gpus:
         node = dataclasses.replace(assumed_hardware(known or "h100"), name=measured_gpus[-1])
     else:
         node = assumed_hardware(gpu or "none")
     if not profiles and not node.has_gpu:
-        node = this_node(node, info.collect()["machine"]["memory_free_bytes"], shutil.disk_usage(tempfile.gettempdir()).free)
+        node = this_node(node, info.memory_room(info.collect()), shutil.disk_usage(tempfile.gettempdir()).free)
     for path, profile in profiles:
         name = gpu_name(profile)
-        planned = name is not None and (gpu in (None, "here") or gpu in name.lower())
+        planned = name is not None and (gpu in (None, "here") or _is_a(gpu, name))
         node = apply_profile(node, profile, path.name, planned)
     return node
+
+
+def _is_a(gpu: str, name: str) -> bool:
+    """Whether a GPU of this name is such a one; a GH200 is no H200."""
+    return gpu in re.split(r"[^a-z0-9]+", name.lower())
 
 
 def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> Workload:
@@ -180,6 +187,8 @@ def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> W
     def chosen(value: float | None, default: float, unit: str, scale: float = 1.0) -> Quantity:
         if value is None:
             return assumed(default * scale, unit, "default")
+        if value > _MOST:
+            raise ValueError(f"plan: {str(value)[:12]}... {unit} are more than {_MOST}")
         return given(value * scale, unit, "command line")
 
     layers = chosen(args.layers, max(_DEFAULT_LAYERS, max(spec.layer_ids) + 1), "1")
@@ -190,8 +199,8 @@ def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> W
     return Workload(
         spec=spec, table_bytes=table_bytes(spec), tokens=chosen(args.tokens_per_step, _DEFAULT_TOKENS, "tokens"),
         step=chosen(args.step_ms, _DEFAULT_STEP_MS, "s", 1e-3), layers=layers,
-        ahead=given(args.ahead_ms * 1e-3, "s", "command line"), copies=given(args.copies, "1", "command line"),
-        gpus=given(args.gpus, "1", "command line"), nodes=given(args.nodes, "1", "command line"), cache_bytes=cache,
+        ahead=chosen(args.ahead_ms, 0, "s", 1e-3), copies=chosen(args.copies, 1, "1"),
+        gpus=chosen(args.gpus, 1, "1"), nodes=chosen(args.nodes, 1, "1"), cache_bytes=cache,
         repeats=_repeats(args, spec))
 
 

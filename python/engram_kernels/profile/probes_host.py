@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
@@ -198,8 +199,7 @@ def latency(session: Session) -> None:
 def table_limit(session: Session) -> int:
     """Bytes of the largest table that may be made now."""
     block = session.machine
-    return arenas.table_limit(block["machine"]["memory_free_bytes"], block["limits"]["cgroup_bytes"],
-                              session.options.max_memory_bytes)
+    return arenas.table_limit(info.memory_room(block), session.options.max_memory_bytes)
 
 
 @dataclass(frozen=True)
