@@ -185,7 +185,7 @@ def test_profile_report_goes_through_links_and_into_pipes(tmp_path, one_cell, ca
     assert link.is_symlink() and check(json.loads(target.read_text()))["complete"]
     os.mkfifo(pipe)
     got = []
-    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
     reader.start()
     assert cli.main(["profile", "--only", "gpu", "--json", str(pipe)]) == 0
     reader.join(20)
@@ -201,7 +201,7 @@ def test_profile_report_goes_through_links_and_into_pipes(tmp_path, one_cell, ca
 @pytest.mark.parametrize("arguments, message", [
     (["--disk-dir", "nowhere"], "--disk-dir nowhere is no folder"), (["--disk-dir", "file"], "--disk-dir file is no folder"),
     (["--trace", "nowhere.npy"], "--trace nowhere.npy: "), (["--trace", "file"], "--trace file: "),
-    (["--json", "."], "--json . is a folder"), (["--max-memory-gib", "inf"], "'inf' is no size"),
+    (["--json", "."], "--json . is a folder"), (["--plots", "file"], "--plots file is no folder"), (["--max-memory-gib", "inf"], "'inf' is no size"),
     (["--max-memory-gib", "nan"], "'nan' is no size"), (["--max-memory-gib", "-1"], "'-1' is no size"),
     (["--max-memory-gib", "much"], "'much' is no size")])
 def test_profile_usage_errors(tmp_path, one_cell, monkeypatch, capsys, arguments, message):

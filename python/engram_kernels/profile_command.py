@@ -68,6 +68,8 @@ def _check_paths(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and path.is_dir():
             raise UsageError(f"--{name} {path} is a folder, expected a file")
+    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
+        raise UsageError(f"--plots {args.plots} is no folder")
     if args.trace is not None:
         try:
             load_trace(args.trace)

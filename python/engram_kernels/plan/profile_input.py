@@ -40,7 +40,8 @@ def load_profile(path: Path) -> dict[str, Any]:
     for number, cell in enumerate(cells):
         _check_cell(path, number, cell)
         index = cell.get("gpu")
-        if index is not None and cell["status"] == "ok" and index not in range(len(machine.get("gpu") or [])):
+        known = isinstance(index, int) and 0 <= index < len(machine.get("gpu") or [])
+        if index is not None and cell["status"] == "ok" and not known:
             raise ValueError(f"plan: {path}: cell {number} is of GPU {index!r}, which the machine does not have")
     return report
 
