@@ -110,8 +110,8 @@ def test_bench_compare_exit_codes(tmp_path, capsys, after, code, verdict):
 def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd, monkeypatch):
     pytest.importorskip("pytest_benchmark")
     bench = Path(__file__).parents[1] / "bench"
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # what is relative is so to here, not to the checkout
+    monkeypatch.chdir(tmp_path.parents[1])  # what is relative is so to here, not to the checkout
+    here = tmp_path.relative_to(tmp_path.parents[1])
     for name in ("harness.py", "conftest.py"):
         (tmp_path / name).write_text((bench / name).read_text())
     (tmp_path / "bench_tiny.py").write_text(
@@ -120,8 +120,8 @@ def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd, monkeypa
         "    measure(benchmark, lambda: bytes(1 << 20), group='tiny', contender='ours', role='ours', num_bytes=1 << 20,\n"
         "            units=1)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib\n")
-    out = tmp_path / "elsewhere" / "run.json"
-    assert cli.main(["bench", "tiny", "--bench-dir", "..", "--json", "run.json"]) == 0
+    out = tmp_path / "run.json"
+    assert cli.main(["bench", "tiny", "--bench-dir", str(here), "--json", str(here / "run.json")]) == 0
     run = json.loads(out.read_text())
     assert run["peak_bytes_per_s"] > 1e8
     header, line = (text.split(" | ") for text in capfd.readouterr().out.splitlines() if "workload" in text or "**ours**" in text)

@@ -163,8 +163,8 @@ def test_numbers_that_a_profile_assumes_stay_assumed():
      r"cell 0 has provenance \[1\]"),
     ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "gpu_link", "status": "ok", "provenance": "measured", "gpu": 1}]}',
      "cell 0 is of GPU 1, which the machine does not have"),
-    ('{"schema_version": 1, "machine": {"gpu": [{}, {}]}, "cells": [{"probe": "gpu_link", "status": "ok", "provenance": "measured", '
-     '"gpu": 1.0}]}', "cell 0 is of GPU 1.0, which"),
+    ('{"schema_version": 1, "machine": {"gpu": [{}, {}]}, "cells": [{"probe": "gpu_link", "status": "ok", '
+     '"provenance": "measured", "gpu": 1.0}]}', "cell 0 is of GPU 1.0, which"),
     ('{"schema_version": 1, "machine": {"machine": [1]}, "cells": []}', "machine of the machine is .*, expected an object"),
     ('{"schema_version": 1, "machine": {"disk": "big"}, "cells": []}', "disk of the machine is 'big', expected an object"),
     ('{"schema_version": 1, "machine": {"disk": {"free_bytes": "big"}}, "cells": []}', "disk of the machine has free_bytes"),
