@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engram_kernels import backends, cli, info
+from engram_kernels.memory import capacity
 
 
 def test_info_names_every_backend_and_reason(capsys):
@@ -33,15 +34,70 @@ def test_info_exit_codes_are_in_the_help(capsys):
 
 def test_info_where_the_system_tells_nothing(monkeypatch):
     monkeypatch.setattr(info, "_read", lambda path: None)
+    monkeypatch.setattr(capacity.SYSTEM, "read", lambda path: "")
+    monkeypatch.setattr(capacity.SYSTEM, "limit", lambda name: None)
     found = info.collect()
     assert found["machine"]["memory_bytes"] is None and found["limits"]["cgroup_bytes"] is None
+    assert found["limits"]["memory_room_bytes"] is None and info.memory_room(found) is None
     assert any("no limit known" in line for line in info.lines(found))
+
+
+def test_info_knows_the_limit_of_a_parent_cgroup(monkeypatch):
+    files = {"/proc/self/cgroup": "0::/a/b\n", "/proc/meminfo": "MemAvailable: 4000 kB\n",
+             "/proc/self/mountinfo": "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+             "/sys/fs/cgroup/a/memory.max": "900000\n", "/sys/fs/cgroup/a/memory.current": "200000\n",
+             "/sys/fs/cgroup/a/b/memory.max": "max\n"}
+    monkeypatch.setattr(capacity.SYSTEM, "read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(capacity.SYSTEM, "limit", lambda name: None)
+    found = info.collect()
+    assert (found["limits"]["cgroup_bytes"], found["limits"]["memory_room_bytes"]) == (900_000, 700_000)
+    assert info.memory_room(found) == 700_000
+    assert info.memory_room({"machine": {"memory_free_bytes": 5}, "limits": {"cgroup_bytes": 3}}) == 3
+    assert info.memory_room({}) is None
 
 
 def run_file(path, seconds):
     path.write_text(json.dumps({"benchmarks": [{"group": "g", "name": "ours", "extra_info": {"contender": "ours", "role": "ours"},
                                                 "stats": {"data": [seconds * (1 + i / 1000) for i in range(15)]}}]}))
     return str(path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--spec", "nope"], "spec is 'nope', expected deepseek_v41"), (["--quick", "--json", "x.json"], "--quick times nothing"),
+    (["gate", "--compare", "a.json", "b.json"], "--compare reads two files and runs nothing")])
+def test_bench_usage_errors(capsys, arguments, message):
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    lambda e: e.update(group=["g"]), lambda e: e["extra_info"].update(contender=[1]), lambda e: e["extra_info"].update(role=None),
+    lambda e: e.update(extra_info=[1]), lambda e: e["stats"].update(data=[]), lambda e: e["stats"].update(data=[0.0] * 15),
+    lambda e: e["stats"].update(data=[-1.0] * 15), lambda e: e["stats"].update(data=[float("nan")]),
+    lambda e: e["stats"].update(data=["1"] * 15), lambda e: e["stats"].update(data=[10**400]), lambda e: e.update(stats=None)])
+def test_bench_compare_refuses_what_is_no_run(tmp_path, capsys, change):
+    good, bad = run_file(tmp_path / "a.json", 1.0), run_file(tmp_path / "b.json", 1.0)
+    run = json.loads(Path(bad).read_text())
+    change(run["benchmarks"][0])
+    Path(bad).write_text(json.dumps(run))
+    assert cli.main(["bench", "--compare", good, bad]) == 1
+    assert "b.json: no run of the benchmarks with its samples" in capsys.readouterr().err
+    Path(bad).write_text("[]")
+    assert cli.main(["bench", "--compare", bad, good]) == 1
+
+
+def test_bench_compare_names_what_is_gone_and_other_machines(tmp_path, capsys):
+    files = [Path(run_file(tmp_path / name, 1.0)) for name in ("a.json", "b.json")]
+    assert cli.main(["bench", "--compare", *map(str, files)]) == 0
+    assert "only in" not in (said := capsys.readouterr().out) and "not the same machine" not in said
+    for file, cpu, extra in ((files[0], "a CPU", [{"group": "h"}]), (files[1], "another CPU", [])):
+        run = json.loads(file.read_text())
+        run["machine_info"] = {"cpu": {"brand_raw": cpu, "count": 2}, "node": "x"}
+        run["benchmarks"] += [{**run["benchmarks"][0], **e} for e in extra]
+        file.write_text(json.dumps(run))
+    assert cli.main(["bench", "--compare", *map(str, files)]) == 0
+    said = capsys.readouterr().out
+    assert "a.json: h, ours" in said and "not the same machine: a CPU, 2 CPUs, x before, another CPU, 2 CPUs, x after" in said
 
 
 @pytest.mark.parametrize("after, code, verdict", [(1.0, 0, "1 SAME"), (1.5, 3, "1 SLOWER"), (0.5, 0, "1 FASTER")])
@@ -51,9 +107,11 @@ def test_bench_compare_exit_codes(tmp_path, capsys, after, code, verdict):
     assert verdict in capsys.readouterr().out
 
 
-def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd):
+def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd, monkeypatch):
     pytest.importorskip("pytest_benchmark")
     bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.chdir(tmp_path.parents[1])  # what is relative is so to here, not to the checkout
+    here = tmp_path.relative_to(tmp_path.parents[1])
     for name in ("harness.py", "conftest.py"):
         (tmp_path / name).write_text((bench / name).read_text())
     (tmp_path / "bench_tiny.py").write_text(
@@ -63,7 +121,7 @@ def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd):
         "            units=1)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib\n")
     out = tmp_path / "run.json"
-    assert cli.main(["bench", "tiny", "--bench-dir", str(tmp_path), "--json", str(out)]) == 0
+    assert cli.main(["bench", "tiny", "--bench-dir", str(here), "--json", str(here / "run.json")]) == 0
     run = json.loads(out.read_text())
     assert run["peak_bytes_per_s"] > 1e8
     header, line = (text.split(" | ") for text in capfd.readouterr().out.splitlines() if "workload" in text or "**ours**" in text)
@@ -78,5 +136,5 @@ def test_bench_says_what_is_missing(tmp_path, capsys):
     assert "holds no benchmarks" in capsys.readouterr().err
     (tmp_path / "harness.py").touch()
     (tmp_path / "bench_gate.py").touch()
-    assert cli.main(["bench", "nothing", "--bench-dir", str(tmp_path)]) == 1
+    assert cli.main(["bench", "nothing", "--bench-dir", str(tmp_path)]) == 2
     assert "no benchmark bench_nothing.py; there are gate" in capsys.readouterr().err

@@ -101,9 +101,40 @@ def test_profile_of_a_gpu_replaces_the_constants():
     assert node.link.value == pytest.approx(54e9) and node.copy_latency.value == 9e-6
     assert node.gpu_latency.value == pytest.approx(24 * 256 / 1e9) and node.gather_share.value == pytest.approx(0.2)
     assert node.nvlink.provenance is Provenance.ASSUMED  # not measured
+    assert node.hbm_counts_traffic is False
     other = machine_of("a100", [(Path("gpu.json"), report)])
     assert other.name == "a100" and other.link.provenance is Provenance.ASSUMED
     assert other.host_copy.at(256, GIB).value == pytest.approx(4e9)
+
+
+def test_profile_of_a_gpu_that_could_not_be_used_is_none(tmp_path, capsys):
+    report = profile_of(HOST, [{"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 10**9}])
+    assert not machine_of(None, [(Path("gpu.json"), report)]).has_gpu
+    assert cli.main(["plan", "--profile", str(write(tmp_path / "p.json", report)), "--gpu", "here"]) == 5
+    assert "needs a --profile that measured a GPU" in capsys.readouterr().err
+
+
+def test_profile_of_the_second_gpu_is_that_one():
+    gpus = [{"name": "NVIDIA T4", "memory_bytes": 16 * 10**9}, {"name": "NVIDIA A100-SXM4-80GB", "memory_bytes": 80 * 10**9}]
+    node = machine_of("here", [(Path("gpu.json"), profile_of([{**c, "gpu": 1} for c in GPU], gpus))])
+    assert node.name == gpus[1]["name"] and node.hbm_bytes.value == pytest.approx(8e9)
+
+
+@pytest.mark.parametrize("name, is_planned", [("NVIDIA H200", True), ("NVIDIA GH200 480GB", False), ("NVIDIA H200 NVL", True)])
+def test_a_gh200_is_no_h200(name, is_planned):
+    report = profile_of(GPU, [{"name": name, "memory_bytes": 141 * 10**9}])
+    assert isinstance(machine_of("h200", [(Path("gpu.json"), report)]).uva, Surface) == is_planned  # the profile's
+
+
+def test_room_is_what_the_limits_leave(monkeypatch):
+    report = profile_of(HOST)
+    for limits, room in (({"cgroup_bytes": 50 * GIB}, 50), ({"cgroup_bytes": 50 * GIB, "memory_room_bytes": 10 * GIB}, 10)):
+        report["machine"]["limits"] = limits
+        assert machine_of("none", [(Path("p.json"), report)]).host_bytes.value == 0.8 * room * GIB
+    found = info.collect()
+    found["limits"]["memory_room_bytes"] = GIB
+    monkeypatch.setattr(info, "collect", lambda: found)
+    assert machine_of("none", []).host_bytes.value == 0.8 * GIB
 
 
 def test_profile_where_everything_was_skipped_changes_nothing_but_room():
@@ -127,7 +158,19 @@ def test_numbers_that_a_profile_assumes_stay_assumed():
     ('{"schema_version": 1, "machine": {}, "cells": [3]}', "cell 0 is '3', expected an object"),
     ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok"}]}', "cell 0 has provenance None"),
     ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok", "provenance": "measured", '
-     '"rows_per_s": -5}]}', r"cell 0 \(disk_read\) has rows_per_s -5, expected a positive number")])
+     '"rows_per_s": -5}]}', r"cell 0 \(disk_read\) has rows_per_s -5, expected a positive number"),
+    ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok", "provenance": [1]}]}',
+     r"cell 0 has provenance \[1\]"),
+    ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "gpu_link", "status": "ok", "provenance": "measured", "gpu": 1}]}',
+     "cell 0 is of GPU 1, which the machine does not have"),
+    ('{"schema_version": 1, "machine": {"gpu": [{}, {}]}, "cells": [{"probe": "gpu_link", "status": "ok", '
+     '"provenance": "measured", "gpu": 1.0}]}', "cell 0 is of GPU 1.0, which"),
+    ('{"schema_version": 1, "machine": {"machine": [1]}, "cells": []}', "machine of the machine is .*, expected an object"),
+    ('{"schema_version": 1, "machine": {"disk": "big"}, "cells": []}', "disk of the machine is 'big', expected an object"),
+    ('{"schema_version": 1, "machine": {"disk": {"free_bytes": "big"}}, "cells": []}', "disk of the machine has free_bytes"),
+    ('{"schema_version": 1, "machine": {"machine": {"memory_free_bytes": NaN}}, "cells": []}', "has memory_free_bytes 'nan'"),
+    ('{"schema_version": 1, "machine": {"gpu": {"name": "x"}}, "cells": []}', "gpu of the machine is .*, expected a list"),
+    ('{"schema_version": 1, "machine": {"gpu": ["x"]}, "cells": []}', "gpu 0 of the machine is 'x', expected an object")])
 def test_bad_profile_is_named(tmp_path, capsys, text, message):
     path = tmp_path / "bad.json"
     path.write_text(text)
@@ -145,6 +188,7 @@ def test_bad_profile_is_named(tmp_path, capsys, text, message):
     (["--gpus", "0"], 2, "gpus is 0"), (["--spec", "nowhere"], 2, "spec is"),
     (["--hbm-gib", "4"], 2, "there is no GPU"), (["--host-gib", "nan"], 2, "host_bytes is nan"),
     (["--text", "nowhere.txt"], 2, "nowhere.txt is no file"), (["--profile", "nowhere.json"], 1, "nowhere.json"),
+    (["--tokens-per-step", "9" * 400], 2, "tokens are more than"), (["--copies", "9" * 400], 2, "are more than"),
     (["--gpu", "here"], 5, "--gpu here needs a --profile that measured a GPU"), (["--host-gib", "1", "--disk-gib", "1"], 1, None),
     (["--host-gib", "1", "--disk-gib", "1", "--simulate", "t.json"], 2, "nothing fits, so there is nothing to simulate"),
     (["--host-gib", "999", "--simulate", "t.json", "--placement", "uva"], 2, "UVA cannot be simulated: there is no GPU"),

@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import jsonschema
 import pytest
 from profile_machine import MIB, SCHEMA, check, kinds, make_fast, ok, profile, quiet_machine  # noqa: F401  a fixture
 
-from engram_kernels import profile_command
+from engram_kernels import cli, profile_command
 from engram_kernels.profile import arena, cells, machine, probes_disk, probes_host, statistics
 from engram_kernels.profile import session as session_module
 from engram_kernels.profile.session import Options, Session
@@ -154,7 +156,64 @@ def test_profile_where_the_system_tells_nothing(tmp_path, fast, monkeypatch, com
     assert report["machine"]["numa"] == [] and ok(report, "host_gather")
 
 
+@pytest.mark.parametrize("kind", ["tmpfs", "ramfs"])
+def test_profile_does_not_call_memory_a_disk(tmp_path, fast, monkeypatch, compiled, kind):
+    found = quiet_machine()
+    found["disk"]["file_system"] = kind
+    monkeypatch.setattr(machine, "collect", lambda folder: found)
+    report = profile(tmp_path, "--only", "disk", code=5)
+    assert kinds(report, "disk_read") == {"NOT_SUPPORTED"} and kind in report["probes"]["disk_read"]["advice"]
+
+
 # the run
+
+@pytest.fixture
+def one_cell(monkeypatch):
+    """A run of a single cell."""
+    def run(session):
+        with session.probe("gpu_link", 5):
+            session.measure({"probe": "gpu_link", "op": "h2d", "engine": "copy", "pinned": True, "bytes": 64, "table_bytes": 64},
+                            lambda: 1e-3)
+    monkeypatch.setitem(profile_command.GROUPS, "gpu", run)
+
+
+def test_profile_report_goes_through_links_and_into_pipes(tmp_path, one_cell, capsys):
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert cli.main(["profile", "--only", "gpu", "--json", str(link)]) == 0
+    assert link.is_symlink() and check(json.loads(target.read_text()))["complete"]
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert cli.main(["profile", "--only", "gpu", "--json", str(pipe)]) == 0
+    reader.join(20)
+    assert pipe.is_fifo() and check(json.loads(got[0]))["complete"]  # once, not after every probe
+    session_module.write_whole(Path("/dev/null"), "x")
+    assert Path("/dev/null").is_char_device()
+    capsys.readouterr()
+    assert cli.main(["profile", "--only", "gpu", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert check(json.loads(printed.out))["complete"] and "gpu_link" in printed.err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--disk-dir", "nowhere"], "--disk-dir nowhere is no folder"), (["--disk-dir", "file"], "--disk-dir file is no folder"),
+    (["--trace", "nowhere.npy"], "--trace nowhere.npy: "), (["--trace", "file"], "--trace file: "),
+    (["--json", "."], "--json . is a folder"),
+    (["--plots", "file"], "--plots file is no folder"), (["--max-memory-gib", "inf"], "'inf' is no size"),
+    (["--max-memory-gib", "nan"], "'nan' is no size"), (["--max-memory-gib", "-1"], "'-1' is no size"),
+    (["--max-memory-gib", "much"], "'much' is no size")])
+def test_profile_usage_errors(tmp_path, one_cell, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    try:
+        code = cli.main(["profile", "--only", "gpu", *arguments])
+    except SystemExit as stop:  # the parser's
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err
+
 
 def test_profile_a_probe_that_breaks_costs_its_own_cells(tmp_path, fast, monkeypatch, compiled):
     monkeypatch.setattr(probes_host, "latency", lambda session: 1 / 0)

@@ -135,7 +135,8 @@ def test_profile_orders(tmp_path):
     assert set(row_draws.draw("trace", 1000, 10, rng, trace)) == {5, 6, 7}
     assert all(b - a in (1, -2) for a, b in itertools.pairwise(row_draws.draw("trace", 1000, 10, rng, trace)))
     np.save(tmp_path / "bad.npy", np.array([-1]))
-    assert cli.main(["profile", "--trace", str(tmp_path / "bad.npy")]) == 1
+    for path in ("bad.npy", "none.npy"):
+        assert cli.main(["profile", "--trace", str(tmp_path / path)]) == 2
 
 
 def test_profile_trace_is_one_more_order(tmp_path, fast, compiled):
@@ -146,10 +147,12 @@ def test_profile_trace_is_one_more_order(tmp_path, fast, compiled):
 
 
 def test_profile_table_limit():
-    assert arena.table_limit(10 << 30, None, None) == int(0.8 * (10 << 30)) - (512 << 20)
-    assert arena.table_limit(10 << 30, 1 << 30, None) < 1 << 30
-    assert arena.table_limit(10 << 30, None, 1 << 20) == 1 << 20
-    assert arena.table_limit(100 << 20, None, None) == 0
+    assert arena.table_limit(10 << 30, None) == int(0.8 * (10 << 30)) - (512 << 20)
+    assert arena.table_limit(10 << 30, 1 << 20) == 1 << 20
+    assert arena.table_limit(100 << 20, None) == 0 and arena.table_limit(None, None) == 1 << 30
+    block = quiet_machine()
+    for limit in ("cgroup_bytes", "memory_room_bytes"):
+        assert probes_host.table_limit(Session(Options(), {**block, "limits": {**block["limits"], limit: 1 << 30}})) < 1 << 30
 
 
 def test_profile_numa_nodes(tmp_path, monkeypatch):
@@ -176,9 +179,34 @@ def test_profile_streams_by_numa_node(fast, monkeypatch, compiled):
     with session.probe("host_stream", 50):
         probes_host.stream(session)
     by_node = {(c["cpu_node"], c["memory_node"]): c["verdict"] for c in session.cells if c.get("cpu_node") is not None}
-    assert by_node[0, 1] == "NUMA_REMOTE" and by_node[0, 0] != "NUMA_REMOTE"
+    assert len(by_node) == 4 and "NUMA_REMOTE" not in by_node.values()  # a machine of two nodes is no fault
+    assert [c["facts"] for c in session.cells if c.get("cpu_node") == 0 and c["memory_node"] == 1] == [{"crosses_nodes": True}]
     assert session.cells[-1]["reason"]["kind"] == "PERMISSION"
     check(session.report())
+
+
+def test_profile_numa_remote_where_cpus_and_memory_are_apart(fast, monkeypatch, compiled):
+    def bind_only_node_1(num_bytes, huge_pages, cpus, node=None, **kwargs):
+        if node == 0:
+            raise ValueError("the system refuses memory of node 0")
+        return whole(num_bytes, huge_pages, cpus)
+    whole = arena.Arena
+    monkeypatch.setattr(probes_host, "Arena", bind_only_node_1)
+    nodes = [{"node": 0, "cpus": machine.allowed_cpus(), "memory_bytes": 1}, {"node": 1, "cpus": [], "memory_bytes": 1}]
+    session = Session(Options(max_memory_bytes=64 * MIB), quiet_machine(numa=nodes))
+    with session.probe("host_stream", 50):
+        probes_host.stream(session)
+    assert [c["verdict"] for c in session.cells if c.get("cpu_node") is not None] == ["NUMA_REMOTE"]
+    assert session.probes["host_stream"]["verdict"] == "NUMA_REMOTE"
+
+
+def test_profile_latency_without_huge_pages_and_time(fast, monkeypatch, compiled):
+    monkeypatch.setattr(arena, "huge_page_bytes", lambda address: 0)
+    session = Session(Options(max_memory_bytes=16 * MIB), quiet_machine())
+    with session.probe("host_latency", -1):
+        probes_host.latency(session)
+    assert {c["reason"]["kind"] for c in session.cells} == {"TIME_BUDGET"}
+    assert session.probes["host_latency"]["verdict"] == "SKIPPED"
 
 
 @pytest.mark.parametrize("op_seconds, verdict", [((1.2e-3, 3e-3), "BELOW_REFERENCE"), ((1.05e-3, 3e-3), "OK")])

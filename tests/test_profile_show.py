@@ -98,6 +98,16 @@ def test_profile_figures_are_files(drawn, tmp_path):
     assert {f.suffix for f in files} == {".png", ".svg"} and len(files) == 14 and all(f.stat().st_size > 2000 for f in files)
 
 
+def test_profile_axis_of_less_than_a_decade_has_labels(drawn):
+    from engram_kernels.profile.plots import figures
+    for name, figure in figures(drawn[0]).items():
+        figure.draw_without_rendering()
+        axis = figure.axes[0].yaxis
+        low, high = figure.axes[0].get_ylim()
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        assert any(t.label1.get_text() and low <= t.get_loc() <= high for t in ticks), name
+
+
 def test_profile_page_in_a_browser(drawn, tmp_path):
     browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
     if browser is None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from engram_kernels import _triton
-from engram_kernels.profile.compare import Verdict, compare_runs, load_run, markdown
+from engram_kernels._usage import UsageError
+from engram_kernels.profile.compare import Verdict, compare_runs, gone, load_machine, load_run, markdown
 from engram_kernels.spec import EngramSpec
 
 REGRESSION, NO_CAPABILITY = 3, 5  # exit codes
@@ -25,15 +26,17 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
         quick: every benchmark once, untimed: that they run.
 
     Raises:
-        ValueError: there is no such folder or benchmark.
+        ValueError: there is no such folder.
+        UsageError: there is no such benchmark.
     """
+    folder, out = folder.resolve(), out.resolve()  # the benchmarks run in the checkout
     if not (folder / "harness.py").is_file():
         raise ValueError(f"{folder} holds no benchmarks; they come with the source: run this in a checkout, or pass --bench-dir")
     files = [folder / f"bench_{op}.py" for op in ops] or [folder]
     missing = [f.name for f in files if not f.exists()]
     if missing:
         known = ", ".join(sorted(f.stem.removeprefix("bench_") for f in folder.glob("bench_*.py")))
-        raise ValueError(f"no benchmark {', '.join(missing)}; there are {known}")
+        raise UsageError(f"no benchmark {', '.join(missing)}; there are {known}")
     try:
         import pytest_benchmark  # noqa: F401
     except ImportError:
@@ -86,5 +89,10 @@ def compare_files(before: Path, after: Path) -> int:
     if not cells:
         raise ValueError(f"{before} and {after} have no benchmark in common")
     print(markdown(cells))
+    if missing := gone(old, new):
+        print(f"only in {before}: " + "; ".join(f"{group}, {contender}" for group, contender in missing))
+    machines = load_machine(before), load_machine(after)
+    if machines[0] != machines[1]:
+        print(f"not the same machine: {machines[0] or 'unknown'} before, {machines[1] or 'unknown'} after")
     slower = [c for c in cells if c.verdict is Verdict.SLOWER and new[c.group, c.contender][0] == "ours"]
     return REGRESSION if slower else 0

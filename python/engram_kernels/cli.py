@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engram_kernels import backends, info
+from engram_kernels._usage import UsageError
 from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
 from engram_kernels.spec import EngramSpec
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DemoError, ValueError, RuntimeError, OSError) as err:
         print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
         return 1
+    except UsageError as err:
+        print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"engram-kernels {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -94,17 +98,23 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--tune", action="store_true",
                          help="instead: try launch parameters of the Triton kernels on this GPU, keep the fastest for this user")
     command.add_argument("--spec", default="deepseek_v41", help=f"whose sizes --tune times: {', '.join(PRESETS)}, or a JSON file")
-    command.add_argument("--json", type=Path, metavar="OUT", default=Path("build/bench.json"), help="where the run is written")
+    command.add_argument("--json", type=Path, metavar="OUT", help="where the run is written; default: build/bench.json")
     command.add_argument("--bench-dir", type=Path, default=Path("bench"), help="the bench folder of a checkout")
     command.set_defaults(run=_run_bench)
 
 
 def _run_bench(args: argparse.Namespace) -> int:
+    if args.spec not in PRESETS and not Path(args.spec).is_file():
+        raise UsageError(f"spec is {args.spec!r}, expected {', '.join(PRESETS)} or a JSON file of EngramSpec.to_json")
     if args.compare:
+        if args.ops:
+            raise UsageError(f"--compare reads two files and runs nothing: what is {' '.join(args.ops)} for?")
         return compare_files(*args.compare)
     if args.tune:
         return tune_launches(_spec(args.spec), args.ops)
-    return run_benchmarks(args.ops, args.bench_dir, args.json, args.quick)
+    if args.quick and args.json is not None:
+        raise UsageError("--quick times nothing, so there is nothing to write to --json")
+    return run_benchmarks(args.ops, args.bench_dir, args.json or Path("build/bench.json"), args.quick)
 
 
 def _spec(name: str) -> EngramSpec:

@@ -13,6 +13,7 @@ import torch
 
 from engram_kernels import backends
 from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.memory import capacity
 
 # of /proc/cpuinfo: what the kernels use, or could
 _CPU_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",
@@ -27,6 +28,17 @@ def collect() -> dict[str, Any]:
             "backends": {op: {name: _explain(op, name) for name in backends.BACKENDS} for op in backends.ops()}}
 
 
+def memory_room(found: dict[str, Any]) -> int | None:
+    """Bytes of memory that a process may have: the least that free memory and the limits leave; None: nothing is known.
+
+    Args:
+        found: from `collect`, or the machine block of a report, in which each part may be missing.
+    """
+    machine, limits = found.get("machine") or {}, found.get("limits") or {}
+    known = (machine.get("memory_free_bytes"), limits.get("memory_room_bytes"), limits.get("cgroup_bytes"))
+    return min((num_bytes for num_bytes in known if num_bytes is not None), default=None)
+
+
 def lines(info: dict[str, Any]) -> list[str]:
     """The same for reading."""
     machine, limits = info["machine"], info["limits"]
@@ -35,7 +47,8 @@ def lines(info: dict[str, Any]) -> list[str]:
            f"features   {' '.join(machine['cpu_features']) or 'not known'}",
            f"memory     {_gib(machine['memory_bytes'])} in all, {_gib(machine['memory_free_bytes'])} free, "
            f"transparent huge pages: {machine['huge_pages']}",
-           f"limits     cgroup {_gib(limits['cgroup_bytes'])}, memlock {_gib(limits['memlock_bytes'])}, "
+           f"limits     cgroup {_gib(limits['cgroup_bytes'])}, room {_gib(limits['memory_room_bytes'])}, "
+           f"memlock {_gib(limits['memlock_bytes'])}, "
            f"/dev/shm {_gib(limits['shm_free_bytes'])} free, open files {limits['open_files']}"]
     out += [f"gpu        {gpu['name']}, {_gib(gpu['memory_bytes'])}, capability {gpu['capability']}" for gpu in info["gpu"]]
     if not info["gpu"]:
@@ -77,10 +90,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _limits() -> dict[str, Any]:
-    cgroup = _read("/sys/fs/cgroup/memory.max") or _read("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
-    return {"cgroup_bytes": int(cgroup) if cgroup and cgroup.isdigit() and int(cgroup) < 2**60 else None,
+    return {"cgroup_bytes": capacity.cgroup_limit_bytes(), "memory_room_bytes": capacity.memory_room_bytes(),
             "memlock_bytes": None if memlock == resource.RLIM_INFINITY else memlock, "shm_free_bytes": shm,
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
 

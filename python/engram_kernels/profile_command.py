@@ -3,17 +3,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from engram_kernels._usage import UsageError
 from engram_kernels.profile import machine
 from engram_kernels.profile.probes_disk import run_disk_probes
 from engram_kernels.profile.probes_gpu import run_gpu_probes
 from engram_kernels.profile.probes_host import run_host_probes
 from engram_kernels.profile.row_draws import load_trace
-from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, write_whole
+from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, is_stream, write_whole
 from engram_kernels.profile.show import print_report
 
 GROUPS: dict[str, Callable[[Session], None]] = {"host": run_host_probes, "disk": run_disk_probes, "gpu": run_gpu_probes}
@@ -27,23 +30,51 @@ def add_arguments(commands: Any) -> None:
     length = command.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="under a minute; what is done without --full")
     length.add_argument("--full", action="store_true", help="under ten minutes: more sizes, tables up to 80 %% of what is free")
-    command.add_argument("--json", type=Path, metavar="F", help="write the report here; valid after every probe")
+    command.add_argument("--json", type=Path, metavar="F",
+                         help="write the report here, valid after every probe; -: print it at the end")
     command.add_argument("--html", type=Path, metavar="F", help="write it as one page with figures; needs matplotlib")
     command.add_argument("--plots", type=Path, metavar="DIR", help="write the figures here as PNG and SVG; needs matplotlib")
     command.add_argument("--only", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="which memory is measured")
     command.add_argument("--disk-dir", type=Path, default=Path(), help="where the disk probe makes its file, which has no name")
     command.add_argument("--trace", type=Path, metavar="IDS.npy", help="row ids of a real run, as one more order")
-    command.add_argument("--max-memory-gib", type=float, metavar="GIB", help="no table is larger; default: 80 %% of what is free")
+    command.add_argument("--max-memory-gib", type=_gibibytes, metavar="GIB",
+                         help="no table is larger; default: 80 %% of what is free")
     command.add_argument("--gpu", type=int, default=0, help="index of the GPU")
     command.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.trace is not None:
-        load_trace(args.trace)  # a bad file is an error before anything is measured
+    _check_paths(args)
     most = None if args.max_memory_gib is None else int(args.max_memory_gib * 2**30)
     options = Options("full" if args.full else "quick", tuple(args.only), args.disk_dir, args.trace, most, args.gpu)
     return run_profile(options, args.json, args.html, args.plots)
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 2**30:  # nan is not either
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number of GiB, at least 0")
+    return value
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """What would fail, fails before anything is measured."""
+    if not args.disk_dir.is_dir():
+        raise UsageError(f"--disk-dir {args.disk_dir} is no folder")
+    for name in ("json", "html"):
+        path = getattr(args, name)
+        if path is not None and path.is_dir():
+            raise UsageError(f"--{name} {path} is a folder, expected a file")
+    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
+        raise UsageError(f"--plots {args.plots} is no folder")
+    if args.trace is not None:
+        try:
+            load_trace(args.trace)
+        except (OSError, ValueError, EOFError) as err:
+            raise UsageError(f"--trace {args.trace}: {err}") from None
 
 
 def run_profile(options: Options, json_path: Path | None = None, html_path: Path | None = None, plots: Path | None = None) -> int:
@@ -51,7 +82,8 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
 
     Args:
         options: of the run.
-        json_path: where the report goes as JSON; it is there, and valid, after every probe.
+        json_path: where the report goes as JSON; a file is there, and valid, after every probe. "-" is the standard output,
+            which gets it at the end, as a device or a pipe does; the table then goes to standard error.
         html_path: where it goes as one page.
         plots: the folder of its figures.
 
@@ -60,7 +92,9 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
         figures were asked for and matplotlib is missing (the JSON is written); 130 after Ctrl-C, with what was measured until
         then written too.
     """
-    session = Session(options, machine.collect(options.disk_folder), json_path)
+    printed = json_path is not None and str(json_path) == "-"
+    at_end = json_path is not None and (printed or is_stream(json_path))
+    session = Session(options, machine.collect(options.disk_folder), None if at_end else json_path)
     interrupted = False
     try:
         with _progress(session):
@@ -72,7 +106,11 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
         print("engram-kernels profile: interrupted; what was measured is kept", file=sys.stderr)
     session.write()
     report = session.report()
-    print_report(report)
+    print_report(report, sys.stderr if printed else None)
+    if printed:
+        print(json.dumps(report, indent=1))
+    elif at_end and json_path is not None:
+        write_whole(json_path, json.dumps(report, indent=1) + "\n")
     drawn = _draw(report, html_path, plots)
     if interrupted:
         return INTERRUPTED

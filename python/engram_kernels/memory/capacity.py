@@ -101,12 +101,22 @@ def memory_room() -> list[Room]:
     if available is not None:
         rooms.append(Room("RAM (MemAvailable)", available, "free memory, or leave the table in its file (RowTable.open)"))
     rooms += [Room(f"the memory limit of cgroup {name}", left, "raise the limit of the container or service")
-              for name, left in _cgroups()]
+              for name, _, left in _cgroups()]
     addresses = SYSTEM.limit("RLIMIT_AS")
     if addresses is not None:
         used = _kib("/proc/self/status", "VmSize") or 0
         rooms.append(Room("RLIMIT_AS", max(addresses - used, 0), "raise it (ulimit -v)"))
     return rooms
+
+
+def memory_room_bytes() -> int | None:
+    """The least that a limit on memory leaves for this process; None: none is known."""
+    return min((room.available_bytes for room in memory_room()), default=None)
+
+
+def cgroup_limit_bytes() -> int | None:
+    """The lowest memory limit of the cgroups above this process; None: there is none."""
+    return min((limit for _, limit, _ in _cgroups()), default=None)
 
 
 def huge_pool_bytes() -> int:
@@ -144,8 +154,8 @@ def _has_capability(number: int) -> bool:
     return bool(found) and bool(int(found[1], 16) >> number & 1)  # type: ignore[index]
 
 
-def _cgroups() -> Iterator[tuple[str, int]]:
-    """Name and bytes left of every cgroup above this process that limits memory, version 1 and 2."""
+def _cgroups() -> Iterator[tuple[str, int, int]]:
+    """Name, limit and bytes left of every cgroup above this process that limits memory, version 1 and 2."""
     of_controller = {}
     for line in SYSTEM.read("/proc/self/cgroup").splitlines():
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
@@ -163,12 +173,13 @@ def _cgroups() -> Iterator[tuple[str, int]]:
         parts = [part for part in inside.split("/") if part and part != ".."]
         for depth in range(len(parts), -1, -1):
             name = "/" + "/".join(parts[:depth])
-            left = _cgroup_left(folder + name.rstrip("/"), kind == "cgroup2")
-            if left is not None:
-                yield name, left
+            found = _cgroup_memory(folder + name.rstrip("/"), kind == "cgroup2")
+            if found is not None:
+                yield name, *found
 
 
-def _cgroup_left(folder: str, is_v2: bool) -> int | None:
+def _cgroup_memory(folder: str, is_v2: bool) -> tuple[int, int] | None:
+    """Limit and bytes left."""
     names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     limit, used = (SYSTEM.read(f"{folder}/{name}").strip() for name in names)
     if not (limit.isdigit() and used.isdigit()) or int(limit) >= _NO_LIMIT_BYTES:
@@ -176,4 +187,4 @@ def _cgroup_left(folder: str, is_v2: bool) -> int | None:
     # pages of files are given back when memory is asked for
     prefix = "" if is_v2 else "total_"
     cached = sum(int(n) for n in re.findall(rf"^{prefix}(?:in)?active_file (\d+)", SYSTEM.read(f"{folder}/memory.stat"), re.M))
-    return max(int(limit) - max(int(used) - cached, 0), 0)
+    return int(limit), max(int(limit) - max(int(used) - cached, 0), 0)

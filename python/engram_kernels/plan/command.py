@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
+from engram_kernels._usage import UsageError
 from engram_kernels.demo.main import Progress
 from engram_kernels.plan import report
 from engram_kernels.plan.hardware import GPUS, Hardware, assumed_hardware, this_node, with_room
@@ -37,16 +39,13 @@ from engram_kernels.plan.trial import run_trial
 from engram_kernels.plan.workload import Workload, table_bytes
 from engram_kernels.spec import EngramSpec
 
-USAGE, NO_CAPABILITY = 2, 5  # exit codes
+NO_CAPABILITY = 5  # exit code
 _GIB = 2.0**30
+_MOST = 1 << 53  # beyond it a count is no exact number
 _DEFAULT_TOKENS, _DEFAULT_STEP_MS, _DEFAULT_LAYERS = 256, 10.0, 32
 
 
 Specs = Mapping[str, Callable[[], EngramSpec]]
-
-
-class UsageError(Exception):
-    """An argument makes no sense; the message says which."""
 
 
 class CapabilityError(Exception):
@@ -101,13 +100,13 @@ def run(args: argparse.Namespace, specs: Specs, progress: Progress) -> int:
     """Runs the command.
 
     Returns:
-        0; 1: a file cannot be read or nothing fits; 2: an argument makes no sense; 5: what was asked for is not here.
+        0; 1: a file cannot be read or nothing fits; 5: what was asked for is not here.
+
+    Raises:
+        UsageError: an argument makes no sense.
     """
     try:
         return _paper(args) if args.preset else _plan(args, specs, progress)
-    except UsageError as err:
-        print(f"engram-kernels plan: {err}", file=sys.stderr)
-        return USAGE
     except CapabilityError as err:
         print(f"engram-kernels plan: {err}", file=sys.stderr)
         return NO_CAPABILITY
@@ -159,18 +158,23 @@ def machine_of(gpu: str | None, profiles: list[tuple[Path, dict[str, Any]]]) -> 
     measured_gpus = [name for _, profile in profiles if (name := gpu_name(profile))]
     if gpu == "here" and not measured_gpus:
         raise CapabilityError("--gpu here needs a --profile that measured a GPU; none of those given did")
-    known = next((name for name in GPUS if measured_gpus and name in measured_gpus[-1].lower()), None)
+    known = next((name for name in GPUS if measured_gpus and _is_a(name, measured_gpus[-1])), None)
     if gpu in (None, "here") and measured_gpus:
         node = dataclasses.replace(assumed_hardware(known or "h100"), name=measured_gpus[-1])
     else:
         node = assumed_hardware(gpu or "none")
     if not profiles and not node.has_gpu:
-        node = this_node(node, info.collect()["machine"]["memory_free_bytes"], shutil.disk_usage(tempfile.gettempdir()).free)
+        node = this_node(node, info.memory_room(info.collect()), shutil.disk_usage(tempfile.gettempdir()).free)
     for path, profile in profiles:
         name = gpu_name(profile)
-        planned = name is not None and (gpu in (None, "here") or gpu in name.lower())
+        planned = name is not None and (gpu in (None, "here") or _is_a(gpu, name))
         node = apply_profile(node, profile, path.name, planned)
     return node
+
+
+def _is_a(gpu: str, name: str) -> bool:
+    """Whether a GPU of this name is such a one; a GH200 is no H200."""
+    return gpu in re.split(r"[^a-z0-9]+", name.lower())
 
 
 def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> Workload:
@@ -183,6 +187,8 @@ def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> W
     def chosen(value: float | None, default: float, unit: str, scale: float = 1.0) -> Quantity:
         if value is None:
             return assumed(default * scale, unit, "default")
+        if value > _MOST:
+            raise ValueError(f"plan: {str(value)[:12]}... {unit} are more than {_MOST}")
         return given(value * scale, unit, "command line")
 
     layers = chosen(args.layers, max(_DEFAULT_LAYERS, max(spec.layer_ids) + 1), "1")
@@ -193,8 +199,8 @@ def workload_of(args: argparse.Namespace, spec: EngramSpec, node: Hardware) -> W
     return Workload(
         spec=spec, table_bytes=table_bytes(spec), tokens=chosen(args.tokens_per_step, _DEFAULT_TOKENS, "tokens"),
         step=chosen(args.step_ms, _DEFAULT_STEP_MS, "s", 1e-3), layers=layers,
-        ahead=given(args.ahead_ms * 1e-3, "s", "command line"), copies=given(args.copies, "1", "command line"),
-        gpus=given(args.gpus, "1", "command line"), nodes=given(args.nodes, "1", "command line"), cache_bytes=cache,
+        ahead=chosen(args.ahead_ms, 0, "s", 1e-3), copies=chosen(args.copies, 1, "1"),
+        gpus=chosen(args.gpus, 1, "1"), nodes=chosen(args.nodes, 1, "1"), cache_bytes=cache,
         repeats=_repeats(args, spec))
 
 

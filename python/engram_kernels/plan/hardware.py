@@ -22,6 +22,7 @@ class Hardware:
         hbm_bytes, host_bytes, disk_bytes: room for tables.
         hbm_stream: bytes/s of long reads.
         hbm_gather, uva: bytes/s of rows that a kernel reads at random from device memory, from pinned host memory.
+        hbm_counts_traffic: `hbm_gather` is what the memory moves, sectors read and results written, not the rows alone.
         uva_counts_sectors: `uva` is what crosses the link, not what of it are rows.
         link: bytes/s of the copy engine, host to device.
         host_copy, host_decode: bytes/s of rows gathered by the CPU, as stored, and dequantized to bf16.
@@ -38,6 +39,7 @@ class Hardware:
     disk_bytes: Quantity
     hbm_stream: Quantity | None
     hbm_gather: Quantity | Surface | None
+    hbm_counts_traffic: bool
     uva: Quantity | Surface | None
     uva_counts_sectors: bool
     link: Quantity | None
@@ -82,8 +84,8 @@ def assumed_hardware(name: str) -> Hardware:
     if name != "none" and name not in _SHEETS:
         raise ValueError(f"plan: gpu is {name!r}, expected none, {', '.join(GPUS)}")
     node = Hardware(
-        name=name, hbm_bytes=None, hbm_stream=None, hbm_gather=None, uva=None, uva_counts_sectors=True, link=None, nvlink=None,
-        gpu_latency=None, copy_latency=None, gather_share=None,
+        name=name, hbm_bytes=None, hbm_stream=None, hbm_gather=None, hbm_counts_traffic=True, uva=None,
+        uva_counts_sectors=True, link=None, nvlink=None, gpu_latency=None, copy_latency=None, gather_share=None,
         host_bytes=assumed(0.8 * 2**40, "B", "default: 80 % of 1 TiB of RAM"),
         disk_bytes=assumed(3.84e12, "B", "default: one 3.84 TB drive"),
         host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "this project's README: gather_rows 53.34 ns a row of 512 bytes with "
@@ -105,18 +107,32 @@ def assumed_hardware(name: str) -> Hardware:
         source = _FIELD + "UVA reads by SMs, PCIe 4 x16, A100, {} GiB"
         uva = Surface(tuple((256.0, gib * 2.0**30, assumed(rate, "B/s", source.format(gib)))
                             for gib, rate in ((1, 25e9), (20, 16.5e9))))
-    return dataclasses.replace(
+    machine = dataclasses.replace(
         node, hbm_bytes=assumed(LEFT_SHARE * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is "
                                 "left beside weights and KV cache"),
         disk_reads=assumed(900_000, "1/s", _SHEET + "Samsung PM9A3, random reads of 4 KiB"),
         hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title),
-        hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak"),
+        hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak, "
+                           "reads and writes counted"),
         uva=uva, nvlink=assumed(nvlink, "B/s", f"{_SHEET}{title}, one direction"),
         link=assumed(28e9 if pcie4 else 56e9, "B/s", _FIELD + "copy engine on PCIe 5 x16, 55 to 57 GB/s"
                      + ("; PCIe 4 has half of it" if pcie4 else "")),
         gpu_latency=assumed(3.7e-6, "s", _FIELD + "lookup kernel for one token, GB300, host table"),
         copy_latency=assumed(10e-6, "s", "default: submit, event and wait of an asynchronous copy"),
         gather_share=assumed(8 / 132, "1", "default: a background gather holds 8 of 132 multiprocessors"))
+    return _measured_elsewhere(machine) if name == "h200" else machine
+
+
+def _measured_elsewhere(h200: Hardware) -> Hardware:
+    """The H200 with what this project measured on one: 16,384 tokens of 24 rows of packed fp8, 264 bytes, read as 288."""
+    source = "this project's bench/results/2026-11-26_h200.md, an H200 elsewhere: "
+    rows, sectors, written = 16_384 * 24, 288, 512
+    return dataclasses.replace(
+        h200, hbm_gather=assumed(rows * (sectors + written) / 101.9e-6, "B/s",
+                                 f"{source}gather_rows of packed fp8, {rows:,} rows in 101.9 us, reads and writes counted"),
+        uva=assumed(rows * sectors / 3780.8e-6, "B/s", f"{source}gather_rows from pinned host memory over PCIe 5 x16, "
+                    f"{rows:,} rows in 3780.8 us (27 GB/s of rows; 32 where a call has 3,072)"),
+        link=assumed(55.1e9, "B/s", f"{source}copy from pinned host memory"))
 
 
 def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | None, disk_bytes: float | None) -> Hardware:
@@ -141,7 +157,7 @@ def this_node(hardware: Hardware, host_bytes: int | None, disk_bytes: int | None
     """The same machine with the memory and disk that are free here, as far as they are known."""
     changes: dict[str, Any] = {}
     if host_bytes is not None:
-        changes["host_bytes"] = measured(0.8 * host_bytes, "B", "80 % of the memory that is free here")
+        changes["host_bytes"] = measured(0.8 * host_bytes, "B", "80 % of the memory that is free here, and that limits leave")
     if disk_bytes is not None:
         changes["disk_bytes"] = measured(disk_bytes, "B", "free disk space here")
     return dataclasses.replace(hardware, **changes)

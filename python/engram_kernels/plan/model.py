@@ -110,7 +110,7 @@ def evaluate(placement: str, work: Workload, node: Hardware, with_largest: bool 
     slower = derived("s", lambda out, lost, hid, whole: out + lost * num_lookups * hid / whole, exposed, found.lost, hidden,
                      lookup_s)
     in_hbm = derived("B", lambda table, g, n: table / (g * n), work.table_bytes, work.gpus, work.nodes)
-    freed = derived("B", lambda table, mine: table - mine if node.has_gpu else 0.0, in_hbm, found.device_bytes)
+    freed = derived("B", lambda table, mine: max(table - mine, 0.0) if node.has_gpu else 0.0, in_hbm, found.device_bytes)
     largest = _largest_hidden(placement, work, node) if with_largest else None
     return Outcome(placement, found.why_not, found, lookup_s, hidden, exposed, slower, largest, freed)
 

@@ -83,6 +83,13 @@ def _seconds(num_bytes: float, rows: Quantity, rate: Quantity, times: Quantity |
     return derived("s", lambda n, r, k: n * num_bytes * k / r, rows, rate, times)
 
 
+def _hbm_seconds(work: Workload, node: Hardware, rows: Quantity, table_bytes: float) -> Quantity:
+    """A kernel gathers rows from device memory and writes them out; a measured rate of rows has the writing in it."""
+    rate, = _device(node, "hbm_gather")
+    num_bytes = work.link_bytes + work.spec.row_dim * OUT_BYTES if node.hbm_counts_traffic else work.row_bytes
+    return _seconds(num_bytes, rows, rate_at(rate, work.row_bytes, table_bytes))
+
+
 def _fits(need: Quantity, room: Quantity | None, where: str) -> str | None:
     if room is None or need.value <= room.value:
         return None
@@ -98,6 +105,10 @@ def _device_ring(work: Workload, node: Hardware) -> Quantity:
     return _ring(work) if node.has_gpu else given(0, "B", "no GPU")
 
 
+def _ring_fits(work: Workload, node: Hardware) -> str | None:
+    return _fits(_device_ring(work, node), node.hbm_bytes, "device memory for the buffers")
+
+
 def _device(node: Hardware, *fields: str) -> list[Quantity]:
     values = [getattr(node, field) for field in fields]
     assert all(v is not None for v in values), "lookup() lets no placement that needs a GPU through without one"
@@ -107,9 +118,8 @@ def _device(node: Hardware, *fields: str) -> list[Quantity]:
 def _hbm(work: Workload, node: Hardware) -> Lookup:
     gpus = derived("1", lambda g, n: g * n, work.gpus, work.nodes)
     mine = derived("B", lambda table, g: table / g, work.table_bytes, gpus)
-    rate, latency, nvlink = _device(node, "hbm_gather", "gpu_latency", "nvlink")
-    gather = rate_at(rate, work.row_bytes, mine.value)
-    stages = [Stage("hbm", _seconds(work.row_bytes, work.requested, gather), _MEMORY_BOUND)]
+    latency, nvlink = _device(node, "gpu_latency", "nvlink")
+    stages = [Stage("hbm", _hbm_seconds(work, node, work.requested, mine.value), _MEMORY_BOUND)]
     if work.gpus.value > 1:  # the shard of another GPU of the node
         away = derived("1", lambda g, n: (g - 1) / (g * n), work.gpus, work.nodes)
         stages.append(Stage("nvlink", _seconds(work.row_bytes, work.requested, nvlink, away), _NO_COMPUTE))
@@ -135,15 +145,14 @@ def _uva(work: Workload, node: Hardware) -> Lookup:
     latency, share = _device(node, "gpu_latency", "gather_share")
     host = derived("B", lambda table, copies: table * copies, work.table_bytes, work.copies)
     stage = Stage("link", _seconds(work.row_bytes, work.requested, _uva_rate(work, node)), share)
-    return Lookup(latency, (stage,), _ring(work), _fits(host, node.host_bytes, "host memory"))
+    return Lookup(latency, (stage,), _ring(work), _fits(host, node.host_bytes, "host memory") or _ring_fits(work, node))
 
 
 def _hbm_cache(work: Workload, node: Hardware) -> Lookup:
-    latency, hbm_rate, share = _device(node, "gpu_latency", "hbm_gather", "gather_share")
+    latency, share = _device(node, "gpu_latency", "gather_share")
     hit_rows = derived("rows", lambda n, h: n * h, work.distinct, work.hit_rate)
     missed = derived("rows", lambda n, h: n - h, work.distinct, hit_rows)
-    hits = Stage("hbm", _seconds(work.row_bytes, hit_rows, rate_at(hbm_rate, work.row_bytes, max(work.cache_bytes.value, 1))),
-                 _MEMORY_BOUND)
+    hits = Stage("hbm", _hbm_seconds(work, node, hit_rows, max(work.cache_bytes.value, 1)), _MEMORY_BOUND)
     misses = Stage("link", _seconds(work.row_bytes, missed, _uva_rate(work, node)), share)
     host = derived("B", lambda table, copies: table * copies, work.table_bytes, work.copies)
     device = derived("B", lambda c, ring: c + ring, work.cache_bytes, _ring(work))
@@ -163,10 +172,9 @@ def _to_device(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:
     """Over the link by the copy engine, then into the order of the ids by a kernel; nothing where the CPU computes."""
     if not node.has_gpu:
         return []
-    link, stream, hbm_rate = _device(node, "link", "hbm_stream", "hbm_gather")
+    link, stream = _device(node, "link", "hbm_stream")
     share = derived("1", lambda rate, hbm: rate / hbm, link, stream)  # of the device memory's time
-    expand = derived("s", lambda n, r: n * (work.row_bytes + work.spec.row_dim * OUT_BYTES) / r, work.requested,
-                     rate_at(hbm_rate, work.row_bytes, work.row_bytes * work.requested.value))
+    expand = _hbm_seconds(work, node, work.requested, work.row_bytes * work.requested.value)
     return [Stage("link", _seconds(work.row_bytes, rows, link), share),
             Stage("hbm", expand, _MEMORY_BOUND)]
 
@@ -188,7 +196,7 @@ def _staged(work: Workload, node: Hardware) -> Lookup:
     stages = [_host_gather(work, node, rows, work.table_bytes.value / work.nodes.value), *_from_other_nodes(work, node, rows),
               *_to_device(work, node, rows)]
     return Lookup(_latency(work, node, node.host_latency, node.copy_latency), tuple(stages), _device_ring(work, node),
-                  _fits(shard, node.host_bytes, "host memory"))
+                  _fits(shard, node.host_bytes, "host memory") or _ring_fits(work, node))
 
 
 def _file(work: Workload, node: Hardware) -> Lookup:
@@ -203,7 +211,7 @@ def _file(work: Workload, node: Hardware) -> Lookup:
     stages = [reads, _host_gather(work, node, rows, PAGE_BYTES * max(rows.value, 1)), *_from_other_nodes(work, node, rows),
               *_to_device(work, node, rows)]
     return Lookup(_latency(work, node, node.disk_latency, node.copy_latency), tuple(stages), _device_ring(work, node),
-                  _fits(shard, node.disk_bytes, "disk"))
+                  _fits(shard, node.disk_bytes, "disk") or _ring_fits(work, node))
 
 
 def _remote(work: Workload, node: Hardware) -> Lookup:
@@ -212,6 +220,6 @@ def _remote(work: Workload, node: Hardware) -> Lookup:
     gather = dataclasses.replace(_host_gather(work, node, rows, work.table_bytes.value), share=_NO_COMPUTE)
     stages = [gather, Stage("network", _seconds(work.row_bytes, rows, node.network), _NO_COMPUTE), *_to_device(work, node, rows)]
     others = derived("B", lambda room, nodes: room * (nodes - 1), node.host_bytes, work.nodes)
-    why_not = "there is no other node (--nodes)" if work.nodes.value < 2 else _fits(work.table_bytes, others,
-                                                                                  "the other nodes' memory")
+    why_not = "there is no other node (--nodes)" if work.nodes.value < 2 else (
+        _fits(work.table_bytes, others, "the other nodes' memory") or _ring_fits(work, node))
     return Lookup(_latency(work, node, node.host_latency, node.copy_latency), tuple(stages), _device_ring(work, node), why_not)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engram_kernels import info
 from engram_kernels.plan.hardware import LEFT_SHARE, Hardware
-from engram_kernels.plan.quantity import Provenance, Quantity, Surface, derived
+from engram_kernels.plan.quantity import Provenance, Quantity, Surface, derived, measured
 
 SCHEMA_VERSION = 1
 PAGE_BYTES = 4096  # of a read past the page cache
@@ -35,19 +36,39 @@ def load_profile(path: Path) -> dict[str, Any]:
     cells, machine = report.get("cells"), report.get("machine")
     if not isinstance(cells, list) or not isinstance(machine, dict):
         raise ValueError(f"plan: {path} is no report of engram-kernels profile: it has no list of cells or no machine")
+    _check_machine(path, machine)
     for number, cell in enumerate(cells):
         _check_cell(path, number, cell)
+        index = cell.get("gpu")
+        known = isinstance(index, int) and 0 <= index < len(machine.get("gpu") or [])
+        if index is not None and cell["status"] == "ok" and not known:
+            raise ValueError(f"plan: {path}: cell {number} is of GPU {index!r}, which the machine does not have")
     return report
+
+
+def _check_machine(path: Path, machine: dict[str, Any]) -> None:
+    parts = [(name, machine.get(name)) for name in ("machine", "limits", "disk")]
+    gpus = machine.get("gpu")
+    if gpus is not None and not isinstance(gpus, list):
+        raise ValueError(f"plan: {path}: gpu of the machine is {str(gpus)[:80]!r}, expected a list")
+    for name, part in [*parts, *((f"gpu {i}", gpu) for i, gpu in enumerate(gpus or []))]:
+        if part is not None and not isinstance(part, dict):
+            raise ValueError(f"plan: {path}: {name} of the machine is {str(part)[:80]!r}, expected an object")
+        for field in ("memory_free_bytes", "memory_room_bytes", "cgroup_bytes", "free_bytes", "memory_bytes"):
+            value = (part or {}).get(field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30):
+                raise ValueError(f"plan: {path}: {name} of the machine has {field} {str(value)[:80]!r}, expected a size in bytes")
 
 
 def _check_cell(path: Path, number: int, cell: Any) -> None:
     where = f"plan: {path}: cell {number}"
     if not isinstance(cell, dict) or not isinstance(cell.get("probe"), str) or not isinstance(cell.get("status"), str):
         raise ValueError(f"{where} is {str(cell)[:80]!r}, expected an object with probe and status")
-    if cell.get("provenance") not in _WORDS:
+    if str(cell.get("provenance")) not in _WORDS:
         raise ValueError(f"{where} has provenance {cell.get('provenance')!r}, expected measured, simulated or assumed")
     if cell["status"] == "ok":
-        for field in ("rows_per_s", "bytes_per_s", "median", "row_bytes", "table_bytes", "rows", "bytes", "queue_depth"):
+        for field in ("rows_per_s", "bytes_per_s", "median", "row_bytes", "table_bytes", "rows", "bytes", "queue_depth",
+                      "slowdown_of_other"):
             value = cell.get(field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30):
                 raise ValueError(f"{where} ({cell['probe']}) has {field} {value!r}, expected a positive number")
@@ -68,14 +89,21 @@ def apply_profile(hardware: Hardware, report: dict[str, Any], source: str, of_gp
     cells = [c for c in report["cells"] if c["status"] == "ok"]
     changes = _host(cells, source) | _disk(cells, report["machine"], source) | _room(report["machine"], source)
     if of_gpu:
-        changes |= _gpu(cells, report["machine"], source)
+        changes |= _gpu(cells, _measured_gpu(report) or {}, source)
     return dataclasses.replace(hardware, **{k: v for k, v in changes.items() if v is not None})
 
 
 def gpu_name(report: dict[str, Any]) -> str | None:
-    """The name of the first GPU that the report has, or None."""
+    """The name of the GPU that the report measured, or None: a GPU that was there and could not be used has no numbers."""
+    gpu = _measured_gpu(report)
+    return None if gpu is None else str(gpu.get("name"))
+
+
+def _measured_gpu(report: dict[str, Any]) -> dict[str, Any] | None:
     gpus = report["machine"].get("gpu") or []
-    return str(gpus[0].get("name")) if gpus else None
+    measured_on = [cell.get("gpu") or 0 for cell in report["cells"]
+                   if cell["probe"].startswith("gpu_") and cell["status"] == "ok"]
+    return gpus[measured_on[0]] if gpus and measured_on else None
 
 
 def _host(cells: list[Cell], source: str) -> dict[str, Any]:
@@ -102,26 +130,28 @@ def _disk(cells: list[Cell], machine: dict[str, Any], source: str) -> dict[str, 
 
 
 def _room(machine: dict[str, Any], source: str) -> dict[str, Any]:
-    memory = (machine.get("machine") or {}).get("memory_free_bytes")
+    memory = info.memory_room(machine)
     disk = (machine.get("disk") or {}).get("free_bytes")
-    return {"host_bytes": memory and Quantity(0.8 * memory, "B", Provenance.MEASURED, f"{source}: 80 % of the free memory"),
-            "disk_bytes": disk and Quantity(float(disk), "B", Provenance.MEASURED, f"{source}: free disk space")}
+    return {"host_bytes": None if memory is None else measured(0.8 * memory, "B", f"{source}: 80 % of the free memory"),
+            "disk_bytes": None if disk is None else measured(disk, "B", f"{source}: free disk space")}
 
 
-def _gpu(cells: list[Cell], machine: dict[str, Any], source: str) -> dict[str, Any]:
+def _gpu(cells: list[Cell], gpu: dict[str, Any], source: str) -> dict[str, Any]:
     gathers = [c for c in cells if c["probe"] == "gpu_gather" and _is_random(c) and c.get("beside") in (None, "nothing")]
     hbm = [c for c in gathers if c.get("placement") == "hbm"]
     uva = [c for c in gathers if c.get("placement") == "uva"]
     copies = [c for c in cells if c["probe"] == "gpu_link" and c.get("op") == "h2d" and c.get("pinned") is not False
               and c.get("engine") in (None, "copy") and c.get("bytes") and c.get("bytes_per_s")]
     streams = [c for c in cells if c["probe"] == "gpu_stream" and c.get("op") == "read" and c.get("bytes_per_s")]
-    memory = (machine.get("gpu") or [{}])[0].get("memory_bytes")
+    memory = gpu.get("memory_bytes")
     room = memory and Quantity(LEFT_SHARE * memory, "B", Provenance.ASSUMED,
                                f"{source}: memory of the GPU; default: a tenth is left")
     changes: dict[str, Any] = {"hbm_bytes": room, "hbm_gather": _surface(hbm, source), "uva": _surface(uva, source),
                                "gpu_latency": _latency(uva or hbm, source)}
     if changes["uva"] is not None:
         changes["uva_counts_sectors"] = False
+    if changes["hbm_gather"] is not None:
+        changes["hbm_counts_traffic"] = False
     if copies:
         changes["link"] = _of(max(copies, key=lambda c: c["bytes"]), "bytes_per_s", "B/s", source)
         least = min(copies, key=lambda c: c["bytes"])

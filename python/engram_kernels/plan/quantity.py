@@ -111,7 +111,7 @@ class Surface:
 
 
 def interpolate(points: Sequence[tuple[float, Quantity]], at: float, what: str) -> Quantity:
-    """The curve's value at `at`, linear in the logarithms.
+    """The curve's value at `at`, linear in the logarithms; between two points it has both as its source.
 
     Args:
         points: (positive argument, positive value).
@@ -129,4 +129,5 @@ def interpolate(points: Sequence[tuple[float, Quantity]], at: float, what: str) 
                        source=f"{rate.source}; measured with {what.format(nearest)}, not {what.format(at)}")
     (low, a), (high, b) = points[right - 1], points[right]
     share = math.log(at / low) / math.log(high / low)
-    return derived(a.unit, lambda x, y: x ** (1 - share) * y ** share, a, b)
+    between = derived(a.unit, lambda x, y: x ** (1 - share) * y ** share, a, b)
+    return between if a.source == b.source else replace(between, source=f"between {a.source} and {b.source}")

@@ -81,7 +81,8 @@ class Workload:
 
     @property
     def link_bytes(self) -> float:
-        """Bytes that a kernel reading a row over the link moves: whole sectors, on average over the rows' alignments."""
+        """Bytes that move where a kernel reads a row, over the link or from device memory: whole sectors, on average over the
+        rows' alignments."""
         parts = [self.row_bytes]
         if self.spec.row_format in SPLIT_FORMATS:
             scales = self.row_bytes - self.spec.head_dim

@@ -79,8 +79,7 @@ def huge_page_bytes(address: int) -> int:
     return 0
 
 
-def table_limit(free_bytes: int | None, cgroup_bytes: int | None, wanted_max: int | None) -> int:
+def table_limit(free_bytes: int | None, wanted_max: int | None) -> int:
     """Bytes that a table may have: 80 % of what is free, less what else is needed, and no more than the user allows."""
-    free = min(x for x in (free_bytes, cgroup_bytes, 1 << 62) if x is not None)
-    limit = max(int(0.8 * free) - _KEEP_BYTES, 0) if free < 1 << 62 else 1 << 30
+    limit = 1 << 30 if free_bytes is None else max(int(0.8 * free_bytes) - _KEEP_BYTES, 0)
     return limit if wanted_max is None else min(limit, wanted_max)

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engram_kernels.profile.statistics import Summary, summarize
 
@@ -51,15 +52,48 @@ def load_run(path: Path) -> dict[tuple[str, str], tuple[str, Summary]]:
         ValueError: it is no such file, or holds no samples.
     """
     try:
-        entries = json.loads(path.read_text())["benchmarks"]
         cells = {}
-        for entry in entries:
+        for entry in _load(path)["benchmarks"]:
             info = entry["extra_info"]
-            key = (entry["group"], info.get("contender", entry["name"]))
-            cells[key] = (info.get("role", "ours"), summarize(entry["stats"]["data"]))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as err:
+            group, contender, role = entry["group"], info.get("contender", entry["name"]), info.get("role", "ours")
+            if not all(isinstance(word, str) for word in (group, contender, role)):
+                raise ValueError(f"group, contender and role are {group!r}, {contender!r} and {role!r}, expected words")
+            cells[group, contender] = (role, summarize(_samples(entry["stats"]["data"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise ValueError(f"{path}: no run of the benchmarks with its samples: {err!r}") from None
     return cells
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("the file holds no object")
+    return content
+
+
+def _samples(data: Any) -> list[float]:
+    if not isinstance(data, list) or not data:
+        raise ValueError("a benchmark has no samples")
+    for value in data:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise ValueError(f"a sample is {str(value)[:40]}, expected a positive number of seconds")
+    return data
+
+
+def load_machine(path: Path) -> str:
+    """What a run says of its machine: processor and its number of CPUs, system, node; "" where it says nothing."""
+    about = _load(path).get("machine_info")
+    if not isinstance(about, dict):
+        return ""
+    cpu = about.get("cpu")
+    words = [cpu.get("brand_raw"), f"{cpu.get('count')} CPUs"] if isinstance(cpu, dict) else []
+    words += [about.get(field) for field in ("machine", "system", "node")]
+    return ", ".join(str(word) for word in words if word)
+
+
+def gone(before: Mapping[tuple[str, str], object], after: Mapping[tuple[str, str], object]) -> list[tuple[str, str]]:
+    """The cells that the second run does not have."""
+    return [key for key in before if key not in after]
 
 
 def judge(low: float, high: float, tolerance: float = TOLERANCE) -> Verdict:

@@ -49,6 +49,7 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
            scales: tuple[str, str] = ("log", "log")) -> Any:
     """A line a name, with the 95 % interval of each point as its bar."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
     lines = {name: sorted(cells, key=lambda c: c[x]) for name, cells in lines.items() if cells}
     if not lines:
         return None
@@ -65,7 +66,7 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
     axes.set_yscale(scales[1])
     ticks = sorted({c[x] for cells in lines.values() for c in cells})
     axes.set_xticks(ticks, [bytes_text(t) if x.endswith("bytes") else str(t) for t in ticks], fontsize=8)
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())  # those of y stay: they are all that an axis of less than a decade may have
     figure.suptitle(f"{title}, measured")
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)

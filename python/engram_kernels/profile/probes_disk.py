@@ -24,6 +24,7 @@ _WRITE_SECONDS = {"quick": 3.0, "full": 30.0}
 _LEAST_BYTES = 32 * MIB
 _FREE_SHARE = 8  # the file takes at most this part of the free space
 _PIECE_BYTES = 8 * MIB
+_IN_MEMORY = ("tmpfs", "ramfs")
 _SIZES, _DEPTHS = (4 * KIB, 16 * KIB, 64 * KIB), (1, 8, 64)
 _FULL_SIZES, _FULL_DEPTHS = (4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB), (1, 4, 16, 64, 256)
 
@@ -42,6 +43,9 @@ def scratch_file(session: Session) -> Iterator[tuple[int, int]]:
         Skip: it cannot be written here.
     """
     folder = session.options.disk_folder
+    kind = session.machine["disk"]["file_system"]
+    if kind in _IN_MEMORY:
+        raise Skip("NOT_SUPPORTED", f"the folder is a {kind}, which is memory and not a disk: name another with --disk-dir")
     try:
         free = shutil.disk_usage(folder).free
         wanted = min(_FILE_BYTES[session.options.mode], free // _FREE_SHARE) // _PIECE_BYTES * _PIECE_BYTES
@@ -50,11 +54,11 @@ def scratch_file(session: Session) -> Iterator[tuple[int, int]]:
         with tempfile.TemporaryFile(dir=folder) as file:  # unlinked at once
             yield file.fileno(), _fill(file.fileno(), wanted, _WRITE_SECONDS[session.options.mode])
     except OSError as err:
-        kind = {errno.EROFS: "READ_ONLY", errno.EACCES: "READ_ONLY", errno.EPERM: "READ_ONLY", errno.ENOSPC: "NO_DISK_SPACE",
+        reason = {errno.EROFS: "READ_ONLY", errno.EACCES: "READ_ONLY", errno.EPERM: "READ_ONLY", errno.ENOSPC: "NO_DISK_SPACE",
                 errno.EDQUOT: "NO_DISK_SPACE"}.get(err.errno or 0)
-        if kind is None:
+        if reason is None:
             raise
-        raise Skip(kind, f"the disk probe cannot write its file: {err.strerror}") from None
+        raise Skip(reason, f"the disk probe cannot write its file: {err.strerror}") from None
 
 
 def _fill(fd: int, wanted: int, max_seconds: float) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
@@ -116,8 +117,10 @@ def _read_rate(loops: Any, num_bytes: int, cpus: list[int]) -> float:
 
 
 def _stream_by_node(session: Session, loops: Any, num_bytes: int) -> None:
+    """Every node's memory read by every node's CPUs. Reads across are facts; they are a fault where there are no others."""
     mine = set(allowed_cpus())
     sides = {n["node"]: [c for c in n["cpus"] if c in mine] for n in session.machine["numa"]}
+    across, has_near = [], False
     for memory_node in sides:
         try:
             memory = Arena(num_bytes, True, [-1], memory_node)
@@ -131,8 +134,13 @@ def _stream_by_node(session: Session, loops: Any, num_bytes: int) -> None:
                     "bytes": num_bytes, "table_bytes": num_bytes, "huge_pages": memory.huge_pages,
                     "cpu_node": cpu_node, "memory_node": memory_node}
             cell = session.measure(base, partial(loops.probe_stream, "read", *[memory.data] * 3, cpus))
+            has_near |= cpu_node == memory_node
             if cpu_node != memory_node and cell["status"] == "ok":
-                give_verdict(cell, "NUMA_REMOTE")
+                cell["facts"] = {"crosses_nodes": True}
+                across.append(cell)
+    if not has_near:
+        for cell in across:
+            give_verdict(cell, "NUMA_REMOTE")
 
 
 def memcpy(session: Session) -> None:
@@ -182,7 +190,7 @@ def latency(session: Session) -> None:
             base = {"probe": "host_latency", "op": "load", "tier": "host", "placement": "host", "threads": 1,
                     "table_bytes": num_bytes, "row_bytes": 64, "rows": 1, "huge_pages": memory.huge_pages}
             cell = session.measure(base, sample)
-            if huge_pages and not memory.huge_pages:
+            if huge_pages and not memory.huge_pages and cell["status"] == "ok":
                 give_verdict(cell, "NO_HUGEPAGES")
             if cell["status"] == "ok":
                 cell["facts"] = {"load_ns": cell["median"] * 1e9}
@@ -191,8 +199,7 @@ def latency(session: Session) -> None:
 def table_limit(session: Session) -> int:
     """Bytes of the largest table that may be made now."""
     block = session.machine
-    return arenas.table_limit(block["machine"]["memory_free_bytes"], block["limits"]["cgroup_bytes"],
-                              session.options.max_memory_bytes)
+    return arenas.table_limit(info.memory_room(block), session.options.max_memory_bytes)
 
 
 @dataclass(frozen=True)

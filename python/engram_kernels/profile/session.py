@@ -183,8 +183,17 @@ class Session:
             write_whole(self.path, json.dumps(self.report(), indent=1) + "\n")
 
 
+def is_stream(path: Path) -> bool:
+    """Whether it is a device, a pipe or a socket, which is written to and not replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file beside `path`, then renames it."""
+    """Writes a file beside `path`, then renames it. A link stays one, and what is no regular file is written to as it is."""
+    if is_stream(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
