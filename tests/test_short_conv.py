@@ -217,7 +217,8 @@ def test_short_conv_reference_gradcheck():
 def test_short_conv_backward_matches_reference(case, backend, device):
     lengths, branches, size, width, dilation, dtype, weight_dtype = CASES[case]
     if case == "demo_shape":
-        lengths, size = [700, 1, 400], 64  # several groups of several blocks
+        # several groups of several blocks; the interpreter takes minutes for as many
+        lengths, size = [90, 1, 40] if device == "cpu" and backend == "triton" else [700, 1, 400], 64
     args = make_inputs(lengths, branches, size, width, dtype, weight_dtype)
     upstream = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(9)).to(dtype)
 
