@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_token
       const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
       if (branch == 0 && !ends) stage_rows(p, tile);
       std::byte* to = first_vector_at<kType>(p.out, t, first + branch);
-      const int from_token = left > 0 ? t : t + static_cast<int>(gridDim.x), from_branch = first + (left > 0 ? branch + kGroup : 0);
+      const int from_token = left > 0 ? t : t + static_cast<int>(gridDim.x),
+                from_branch = first + (left > 0 ? branch + kGroup : 0);
       const Following following{first_vector_at<kType>(p.hidden, from_token, from_branch), left > 0 ? min(kGroup, left)
                                                                                            : ends   ? 0
                                                                                                     : min(kGroup, tile.branches)};
