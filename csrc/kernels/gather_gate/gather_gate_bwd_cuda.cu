@@ -353,14 +353,7 @@ void gather_gate_bwd_cuda(const GatherGateBwdParams& p, void* stream) {
   EK_CHECK(f.hidden_size * f.branches <= INT32_MAX,
            "gather_gate: " << f.branches << " rows of " << f.hidden_size << " are too many");
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (f.dtype) {
-    case DType::kF32:
-      return launch<DType::kF32>(p, on);
-    case DType::kBf16:
-      return launch<DType::kBf16>(p, on);
-    case DType::kF16:
-      return launch<DType::kF16>(p, on);
-  }
+  dispatch_dtype(f.dtype, [&](auto type) { launch<type.value>(p, on); });
 }
 
 }  // namespace engram_kernels
