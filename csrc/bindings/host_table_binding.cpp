@@ -63,7 +63,7 @@ void bind_host_table(py::module_& m) {
           },
           "(resident, of these in huge pages) bytes; -1: unknown.")
       .def("pages_by_node", &HostTable::pages_by_node, py::arg("samples") = 256, "[(node, pages of the sample)].")
-      .def("pin", &HostTable::pin, py::arg("registrar"), py::arg("chunk_bytes") = HostTable::kPinChunkBytes,
+      .def("pin", &HostTable::pin, py::arg("registrar"), py::arg("chunk_bytes") = HostRegistration::kChunkBytes,
            "Registers the memory for a device, chunk by chunk.")
       .def("unpin", &HostTable::unpin);
 }

@@ -14,8 +14,6 @@
 // Failure     HostMemoryError, and nothing is left behind.
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -42,7 +40,6 @@ struct HostTableOptions {
 class HostTable {
  public:
   static constexpr int64_t kHugePageBytes = 2 << 20;
-  static constexpr int64_t kPinChunkBytes = 1 << 30;
 
   explicit HostTable(int64_t bytes, const HostTableOptions& options = {});
   ~HostTable();
@@ -52,7 +49,7 @@ class HostTable {
   std::byte* data() const { return data_; }  // on a 2 MiB boundary
   int64_t bytes() const { return bytes_; }
   int64_t mapped_bytes() const { return mapped_bytes_; }
-  int64_t pinned_bytes() const { return pinned_bytes_; }
+  int64_t pinned_bytes() const { return registration_.bytes(); }
   const char* pages() const { return pages_; }  // "explicit", "transparent" or "small"
 
   struct Usage {
@@ -62,9 +59,9 @@ class HostTable {
   // (node, pages) of about `samples` pages spread over the memory; those that were never touched are on no node.
   std::vector<std::pair<int, int64_t>> pages_by_node(int samples) const;
 
-  // Registers the memory chunk by chunk; on failure none of it stays registered. A single copy must not cross a multiple of
-  // chunk_bytes, kernels may. Pinned memory may be written to by the driver, so protection is lifted.
-  void pin(const HostRegistrar& registrar, int64_t chunk_bytes = kPinChunkBytes);
+  // Registers the memory chunk by chunk; on failure none of it stays registered. Pinned memory may be written to by the driver,
+  // so protection is lifted.
+  void pin(const HostRegistrar& registrar, int64_t chunk_bytes = HostRegistration::kChunkBytes);
   void unpin() noexcept;
 
  private:
@@ -82,10 +79,7 @@ class HostTable {
   int64_t reserved_bytes_ = 0;
   const char* pages_ = "small";
   bool read_only_ = false;
-  pid_t process_;
-  HostRegistrar registrar_{};
-  std::vector<std::byte*> chunks_;  // registered
-  int64_t pinned_bytes_ = 0;
+  HostRegistration registration_;
 };
 
 }  // namespace engram_kernels
