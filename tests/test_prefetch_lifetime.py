@@ -33,8 +33,8 @@ def way(request):
 def test_prefetch_close_in_flight(tier, tables):
     table = tables.make(tier, **(dict(io="preadv_buffered", queue_depth=1) if tier == "file" else {}))
     if tier == "file":
-        tables.reader.inject_faults(max_delay_us=200_000)
-    pf = prefetcher(table, "file" if tier == "file" else "host_staged", dict(max_delay_us=100_000), ring_bytes=4 << 20)
+        tables.reader.inject_faults(max_delay_us=500_000)  # some ten reads a request: 10 s for all
+    pf = prefetcher(table, "file" if tier == "file" else "host_staged", dict(max_delay_us=300_000), ring_bytes=4 << 20)
     ids = torch.arange(0, NUM_ROWS, 3)
     tickets = [pf.submit(ids) for _ in range(4)]
     waiting = [in_thread(lambda t=t: pf.wait(t, timeout_s=TIMEOUT_S)) for t in tickets]
