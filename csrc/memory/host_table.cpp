@@ -142,6 +142,15 @@ void HostTable::unmap() noexcept {
   reserved_ = data_ = nullptr;
 }
 
+void HostTable::populate(int64_t offset, int64_t bytes) {
+  EK_CHECK(offset >= 0 && bytes >= 0 && bytes <= mapped_bytes_ - offset,
+           "HostTable: bytes " << offset << ".." << offset + bytes << " are not inside of " << mapped_bytes_);
+  const int64_t begin = offset / page_bytes() * page_bytes();
+  if (madvise(data_ + begin, static_cast<size_t>(offset + bytes - begin), MADV_POPULATE_WRITE) == 0) return;
+  const int error = errno == EFAULT ? ENOSPC : errno;  // where a write would be a signal
+  EK_THROW_MEMORY(error, bytes << " bytes of memory cannot be had: " << std::strerror(error));
+}
+
 HostTable::Usage HostTable::usage() const {
   const auto begin = reinterpret_cast<uintptr_t>(data_), end = begin + static_cast<uintptr_t>(mapped_bytes_);
   bool inside = false;

@@ -5,7 +5,8 @@
 // Size        whole pages, or whole huge pages where those are explicit and waste less than an eighth. Nothing is rounded up to a
 //             power of two. A page without access on either side (not of explicit huge pages) turns an overrun into a fault.
 // Pages       anonymous: explicit huge pages (MAP_HUGETLB) where the pool has enough, else transparent ones are asked for;
-//             a shared segment: transparent ones are asked for, and given where its file system is mounted with huge=advise.
+//             a shared segment: transparent ones are asked for, and given to pages
+//             that are taken by `populate` or a write to the mapping where its file system is mounted with huge=advise.
 //             `pages` says what was asked for, `huge_bytes` what is there.
 // Ownership   owns the mapping and its registration; the descriptor of a segment stays the caller's and may be closed.
 // Threads     `pin` and `unpin` from one thread; everything else from any.
@@ -51,6 +52,10 @@ class HostTable {
   int64_t mapped_bytes() const { return mapped_bytes_; }
   int64_t pinned_bytes() const { return registration_.bytes(); }
   const char* pages() const { return pages_; }  // "explicit", "transparent" or "small"
+
+  // Takes the pages of [offset, offset + bytes) now, as a write by the processor would, but where there is none HostMemoryError
+  // says so. Kernels before 5.14 cannot.
+  void populate(int64_t offset, int64_t bytes);
 
   struct Usage {
     int64_t resident_bytes, huge_bytes;  // in memory now; of these, in huge pages. -1: the system does not say
