@@ -1,7 +1,9 @@
 """The prefetcher when things go wrong: every row delivered is right, every failure reaches its own ticket, nothing hangs."""
 import errno
+import math
 import os
 import random
+import signal
 import time
 
 import pytest
@@ -170,6 +172,43 @@ def test_prefetch_timeout_leaves_the_ticket_valid(way, tables):
         assert timeouts and pf.stats()["exposed_wait_s"] >= 0.02 * timeouts
 
 
+@pytest.mark.parametrize("timeout_s", [None, math.inf, 1e300, 1e10])
+def test_prefetch_without_a_limit(timeout_s, way, tables):
+    """No number of seconds is so large that it counts as over."""
+    truth, table, ids = tables.make("host"), tables.make(WAYS[way][0]), make_ids(6)
+    with prefetcher(table, way, dict(seed=1, max_delay_us=20_000), depth=1) as pf:
+        ticket = pf.submit(ids)
+        pf.drain(timeout_s)
+        torch.testing.assert_close(pf.wait(ticket, timeout_s=timeout_s), gather_rows(truth, ids), rtol=0, atol=0)
+        ticket = pf.submit(ids, timeout_s)
+        torch.testing.assert_close(pf.wait(ticket, timeout_s=timeout_s), gather_rows(truth, ids), rtol=0, atol=0)
+        with pytest.raises(ValueError, match="timeout_s is nan, expected seconds, or None"):
+            pf.drain(math.nan)
+
+
+@pytest.mark.parametrize("call", ["wait", "drain", "submit"])
+def test_prefetch_a_signal_is_heeded(call, tables):
+    """Ctrl-C while nothing arrives: the call ends, its ticket is as it was."""
+    table, slow = tables.make("file", io="preadv_buffered", queue_depth=1), torch.arange(0, NUM_ROWS, 3)
+    with prefetcher(table, "file", ring_bytes=4 << 20, staging_bytes=4 << 20, depth=1) as pf:
+        tables.reader.inject_faults(max_delay_us=2_000_000)  # 10 s to its end
+        ticket = pf.submit(slow)
+        calls = {"wait": lambda: pf.wait(ticket), "drain": pf.drain, "submit": lambda: pf.submit(slow, timeout_s=None)}
+
+        def interrupt(*args):
+            raise KeyboardInterrupt
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                calls[call]()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        with pytest.raises(TimeoutError, match=f"ticket {ticket} did not arrive in 0.01 s"):
+            pf.wait(ticket, timeout_s=0.01)
+        assert pf.cancel(ticket)
+
+
 def test_prefetch_cancel_in_flight(way, tables):
     """Cancelled at every point of their way; the slots come back, and the rows of the next request are its own."""
     truth, table = tables.make("host"), tables.make(WAYS[way][0])
@@ -212,8 +251,8 @@ def test_prefetch_cancel_ends_a_read_and_a_wait(tables):
 def test_prefetch_verify_finds_a_wrong_row(way, tables):
     tier = WAYS[way][0]
     table = tables.make(tier)
-    ids = make_ids(50)
-    with prefetcher(table, way, verify_rows=200) as pf:
+    ids, state = make_ids(50), torch.get_rng_state()
+    with prefetcher(table, way, verify_rows=50) as pf:
         pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
         if tier == "host":
             ticket = pf.submit(ids)
@@ -221,3 +260,6 @@ def test_prefetch_verify_finds_a_wrong_row(way, tables):
             table.rows[ids[5]] ^= 1  # the table changes behind the prefetcher's back
             with pytest.raises(RuntimeError, match=rf"verify: tier host: row {ids[5]} of position \d+ is not what"):
                 pf.wait(ticket, timeout_s=TIMEOUT_S)
+    with prefetcher(table, way, verify_rows=7) as pf:
+        pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
+    assert torch.equal(torch.get_rng_state(), state)  # which rows are looked at is no draw of the caller's
