@@ -4,6 +4,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,11 @@ import torch
 from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, check, in_thread, make_ids, prefetcher
 
 from engram_kernels import gather_rows
+from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
+
+if not COMPILE_ERROR:
+    from engram_kernels import _C
 
 pytestmark = pytest.mark.usefixtures("compiled")
 ROW_BYTES = ROW_DIM  # of the values; the scales lie behind all of them
@@ -184,6 +190,36 @@ def test_prefetch_without_a_limit(timeout_s, way, tables):
         torch.testing.assert_close(pf.wait(ticket, timeout_s=timeout_s), gather_rows(truth, ids), rtol=0, atol=0)
         with pytest.raises(ValueError, match="timeout_s is nan, expected seconds, or None"):
             pf.drain(math.nan)
+
+
+NO_THREADS = """
+import os, resource, sys, torch
+from engram_kernels import RowPrefetcher, RowTable, _C
+table, ids = RowTable.from_tensor(torch.ones(30, 8), row_format="f32"), torch.arange(4)
+def no_more_threads():  # their stacks find no addresses
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))
+prefetcher = RowPrefetcher(table, _engine=_C.host_engine(1, has_device_memory=True), ring_bytes=1 << 16, staging_bytes=1 << 14)
+no_more_threads()
+for call in (lambda: _C.host_engine(1), lambda: prefetcher.wait(prefetcher.submit(ids), timeout_s=60)):
+    try:
+        call()
+    except RuntimeError as err:
+        print(err)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+print(float(prefetcher.wait(prefetcher.submit(ids), timeout_s=60).sum()), prefetcher.stats()["in_flight"])
+"""
+
+
+def test_prefetch_without_threads(compiled):
+    """Where the system has none left, that is an error of what wanted one; and the next request gets one."""
+    if _C.sanitized:
+        pytest.skip("the sanitizer's shadow takes more addresses than a limit could spare")
+    run = subprocess.run([sys.executable, "-c", NO_THREADS], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.splitlines() == [
+        f"RowPrefetcher: the thread {which} cannot be started: Resource temporarily unavailable"
+        for which in ("of the stream", "that fetches")] + ["32.0 0"]
 
 
 @pytest.mark.parametrize("call", ["wait", "drain", "submit"])

@@ -311,10 +311,18 @@ def test_shared_table_without_space(call, message, shm, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     before = set(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match=message) as caught:
-        source().share("t", directory=shm)
-    monkeypatch.undo()
-    assert caught.value.errno == errno.ENOSPC and segments(shm) == [] and set(os.listdir("/proc/self/fd")) <= before
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match=message) as caught:
+            source().share("t", directory=shm)
+        monkeypatch.undo()
+        assert caught.value.errno == errno.ENOSPC
+        del caught
+        with open("/proc/self/maps") as maps:
+            assert str(shm) not in maps.read()
+    finally:
+        gc.enable()
+    assert segments(shm) == [] and set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_shared_table_that_cannot_be_mapped(shm, monkeypatch):

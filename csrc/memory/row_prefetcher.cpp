@@ -120,7 +120,7 @@ bool RowPrefetcher::begin(const RequestPtr& request, const PrefetchIds& ids) {
   }
   const std::lock_guard lock(mutex_);
   if (request->gone) throw PrefetchCancelled("RowPrefetcher: cancelled before it began");
-  if (!worker_.joinable()) worker_ = std::thread([this] { work(); });
+  if (!worker_.joinable()) worker_ = start_thread("that fetches", [this] { work(); });
   queue_.push_back(request);
   work_.notify_one();
   return false;

@@ -128,11 +128,13 @@ class _Filler:
         begins = iter(range(0, self._table.num_rows, step))
         num_threads = min(len(os.sched_getaffinity(0)), _MAX_FILL_THREADS, -(-self._table.num_rows // step))
         with progress("share", self._table.num_rows) as advance, ThreadPoolExecutor(max(num_threads, 1)) as pool:
+            running = [pool.submit(self._take_pieces, begins, step, advance) for _ in range(num_threads)]
             try:
-                for done in [pool.submit(self._take_pieces, begins, step, advance) for _ in range(num_threads)]:
-                    done.result()
+                while running:
+                    running.pop().result()  # a failure that this frame held would hold the mapping in a cycle
             finally:
                 self._stop = True
+                running.clear()
 
     def _take_pieces(self, begins: Iterator[int], step: int, advance: Callable[[int], None]) -> None:
         try:
