@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from engram_kernels import backends, info
 from engram_kernels._usage import UsageError
 from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
+from engram_kernels.progress import progress_bar
 from engram_kernels.spec import EngramSpec
 
 EXIT_CODES = ("Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement (profile), "
@@ -85,7 +85,7 @@ def _add_profile(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     from engram_kernels.plan import command
-    command.add_arguments(commands, PRESETS, _progress)
+    command.add_arguments(commands, PRESETS, progress_bar)
 
 
 def _add_bench(commands: Any) -> None:
@@ -130,7 +130,7 @@ def _run_demo(args: argparse.Namespace) -> int:
     spec = _spec(args.spec)
     options = DemoOptions(args.text, spec, args.backend, args.rows, args.hidden, args.tokens_per_step, args.table_dir)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    result = run_demo(options, _progress)
+    result = run_demo(options, progress_bar)
     ok = print_report(result, spec, console)
     if args.json:
         machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
@@ -156,23 +156,11 @@ def _run_pack(args: argparse.Namespace) -> int:
     from engram_kernels.memory.pack import pack_table
     has_rich = importlib.util.find_spec("rich") is not None
     result = pack_table(args.source, args.target, args.tensor, args.scales, verify_all=args.verify == "all",
-                        progress=_progress if has_rich else None)
+                        progress=progress_bar if has_rich else None)
     resumed = f", {result.resumed_rows:,} of them by an earlier run" if result.resumed_rows else ""
     print(f"{args.target}: {result.num_rows:,} rows of {result.row_bytes} bytes{resumed}; {result.verified_rows:,} compared "
           "with the source")
     return 0
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; elsewhere nothing, so that logs stay short."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
-                  disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.update(task, advance=count)
 
 
 if __name__ == "__main__":
