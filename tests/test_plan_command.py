@@ -10,10 +10,10 @@ import torch
 from plan_cases import SPEC, cpu_machine, machine, workload
 
 from engram_kernels import EngramSpec, cli, info
+from engram_kernels._printer import Printer
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
 from engram_kernels.plan.command import machine_of
 from engram_kernels.plan.profile_input import apply_profile, load_profile
-from engram_kernels.plan.report import Printer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "python/engram_kernels/profile/profile.schema.json").read_text())

@@ -22,7 +22,7 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
     Args:
         ops: names of files, without bench_ and .py.
         folder: the repository's bench folder.
-        out: where the run goes.
+        out: where the run goes, in a folder that is there.
         quick: every benchmark once, untimed: that they run.
 
     Raises:
@@ -42,7 +42,6 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
     except ImportError:
         print("engram-kernels bench: needs pytest-benchmark: pip install 'engram-kernels[bench]'", file=sys.stderr)
         return NO_CAPABILITY
-    out.parent.mkdir(parents=True, exist_ok=True)
     timed = ["--benchmark-disable"] if quick else [f"--benchmark-json={out}"]
     ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *map(str, files), *timed], cwd=folder.parent,
                          capture_output=True, text=True)
@@ -82,9 +81,23 @@ def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:
     return 0
 
 
-def compare_files(before: Path, after: Path) -> int:
-    """Prints the comparison of two runs as Markdown; 3 when a cell of ours is slower."""
-    old, new = load_run(before), load_run(after)
+def compare_files(before: Path, after: Path, ops: Sequence[str] = ()) -> int:
+    """Prints the comparison of two runs as Markdown.
+
+    Args:
+        before, after: files of `run_benchmarks`.
+        ops: names of files, without bench_ and .py: only their benchmarks; none: all.
+
+    Returns:
+        The exit code: REGRESSION when a cell of ours is slower.
+
+    Raises:
+        ValueError: a file is no such run, or the two have nothing in common.
+        UsageError: neither run has benchmarks of an op.
+    """
+    old, new = load_run(before, ops), load_run(after, ops)
+    if ops and not old and not new:
+        raise UsageError(f"neither {before} nor {after} has benchmarks of {' or '.join(ops)}")
     cells = compare_runs(old, new)
     if not cells:
         raise ValueError(f"{before} and {after} have no benchmark in common")

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engram_kernels._usage import UsageError
+from engram_kernels._usage import UsageError, expect_writable, expect_writable_folder, is_stream
 from engram_kernels.profile import machine
 from engram_kernels.profile.probes_disk import run_disk_probes
 from engram_kernels.profile.probes_gpu import run_gpu_probes
 from engram_kernels.profile.probes_host import run_host_probes
 from engram_kernels.profile.row_draws import load_trace
-from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, is_stream, write_whole
+from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, write_whole
 from engram_kernels.profile.show import print_report
 
+FIRST_PROBE = {"host": "host_limits", "disk": "disk_read", "gpu": "gpu_link"}
 GROUPS: dict[str, Callable[[Session], None]] = {"host": run_host_probes, "disk": run_disk_probes, "gpu": run_gpu_probes}
 FAILURE, INVALID, NO_CAPABILITY, INTERRUPTED = 1, 4, 5, 130  # exit codes
 
@@ -64,12 +65,9 @@ def _check_paths(args: argparse.Namespace) -> None:
     """What would fail, fails before anything is measured."""
     if not args.disk_dir.is_dir():
         raise UsageError(f"--disk-dir {args.disk_dir} is no folder")
-    for name in ("json", "html"):
-        path = getattr(args, name)
-        if path is not None and path.is_dir():
-            raise UsageError(f"--{name} {path} is a folder, expected a file")
-    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
-        raise UsageError(f"--plots {args.plots} is no folder")
+    expect_writable("--json", None if args.json == Path("-") else args.json)
+    expect_writable("--html", args.html)
+    expect_writable_folder("--plots", args.plots)
     if args.trace is not None:
         try:
             load_trace(args.trace)
@@ -94,24 +92,27 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
     """
     printed = json_path is not None and str(json_path) == "-"
     at_end = json_path is not None and (printed or is_stream(json_path))
-    session = Session(options, machine.collect(options.disk_folder), None if at_end else json_path)
+    session = Session(options, machine.nothing_known(), None if at_end else json_path)
     interrupted = False
     try:
+        session.machine = machine.collect(options.disk_folder)
         with _progress(session):
             for name in options.groups:
                 _run_group(session, name)
         session.complete = True
     except KeyboardInterrupt:
         interrupted = True
+        if not session.cells:
+            _skip_first(session, options.groups[0], "INTERRUPTED", "Ctrl-C before the first probe")
         print("engram-kernels profile: interrupted; what was measured is kept", file=sys.stderr)
     session.write()
     report = session.report()
+    drawn = _draw(report, html_path, plots)  # files first: who reads the table may go away
+    if at_end and not printed and json_path is not None:
+        write_whole(json_path, json.dumps(report, indent=1) + "\n")
     print_report(report, sys.stderr if printed else None)
     if printed:
         print(json.dumps(report, indent=1))
-    elif at_end and json_path is not None:
-        write_whole(json_path, json.dumps(report, indent=1) + "\n")
-    drawn = _draw(report, html_path, plots)
     if interrupted:
         return INTERRUPTED
     if any(c["status"] == "invalid" for c in report["cells"]):
@@ -126,9 +127,13 @@ def _run_group(session: Session, name: str) -> None:
     try:
         GROUPS[name](session)
     except Exception as err:
-        probe = {"host": "host_limits", "disk": "disk_read", "gpu": "gpu_link"}[name]
-        with session.probe(probe, 1):
-            session.skip({"probe": probe}, "ERROR", f"{type(err).__name__}: {err}")
+        _skip_first(session, name, "ERROR", f"{type(err).__name__}: {err}")
+
+
+def _skip_first(session: Session, group: str, kind: str, text: str) -> None:
+    """Files that the first probe of a group was not run."""
+    with session.probe(FIRST_PROBE[group], 1):
+        session.skip({"probe": FIRST_PROBE[group]}, kind, text)
 
 
 def _draw(report: dict[str, Any], html_path: Path | None, plots: Path | None) -> int:

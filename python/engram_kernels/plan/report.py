@@ -1,11 +1,10 @@
 """A plan as a table and as JSON: every number with where it comes from."""
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
+from engram_kernels._printer import Printer
 from engram_kernels.plan.hardware import Hardware
 from engram_kernels.plan.model import MAX_FACTOR, MAX_TOKENS, TIE, Flip, Plan, input_names, input_value
 from engram_kernels.plan.placements import TITLES
@@ -45,41 +44,6 @@ def _text(quantity: Quantity) -> str:
 
 def _share(ratio: float) -> str:
     return f"{ratio:.2%}" if ratio < 10 else f"{ratio:.0f}x"
-
-
-class Printer:
-    """Tables and sentences: rich on a terminal; plain text with NO_COLOR, without a terminal, or without rich."""
-
-    def __init__(self, out: TextIO | None = None, console: Any = None):
-        self._out = sys.stdout if out is None else out
-        self._console = console
-        if console is None and "NO_COLOR" not in os.environ and self._out.isatty():
-            try:
-                from rich.console import Console
-                self._console = Console(file=self._out, highlight=False)
-            except ImportError:
-                pass
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
-        """A table; `styles` are rich's, a line each."""
-        if self._console is None:
-            widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-            for line in [head, *rows]:
-                print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip(), file=self._out)
-            return
-        from rich.markup import escape
-        from rich.table import Table
-        table = Table(*head)
-        for line, style in zip(rows, styles, strict=True):
-            table.add_row(*map(escape, line), style=style)
-        self._console.print(table)
-
-    def say(self, text: str = "", style: str | None = None) -> None:
-        """A line."""
-        if self._console is None:
-            print(text, file=self._out)
-        else:
-            self._console.print(text, style=style, markup=False)
 
 
 def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> None:

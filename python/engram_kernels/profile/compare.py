@@ -5,7 +5,7 @@ import enum
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,12 @@ class Cell:
     verdict: Verdict
 
 
-def load_run(path: Path) -> dict[tuple[str, str], tuple[str, Summary]]:
+def load_run(path: Path, ops: Sequence[str] = ()) -> dict[tuple[str, str], tuple[str, Summary]]:
     """(group, contender) -> (role, seconds a call) of a JSON file of pytest-benchmark.
+
+    Args:
+        path: of the file.
+        ops: only what bench_<op>.py of these measured; none: everything.
 
     Raises:
         ValueError: it is no such file, or holds no samples.
@@ -54,6 +58,8 @@ def load_run(path: Path) -> dict[tuple[str, str], tuple[str, Summary]]:
     try:
         cells = {}
         for entry in _load(path)["benchmarks"]:
+            if ops and Path(str(entry.get("fullname", "")).partition("::")[0]).stem.removeprefix("bench_") not in ops:
+                continue
             info = entry["extra_info"]
             group, contender, role = entry["group"], info.get("contender", entry["name"]), info.get("role", "ours")
             if not all(isinstance(word, str) for word in (group, contender, role)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from engram_kernels.profile.cells import JsonCell
 from engram_kernels.profile.plots import figures, svg_text
-from engram_kernels.profile.show import HEAD, bytes_text, row, time_text
+from engram_kernels.profile.show import HEAD, bytes_text, cut_text, row, time_text
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
@@ -55,7 +55,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], verdict_colum
 
 
 def _verdicts(report: dict[str, Any]) -> str:
-    rows = [(name, p["verdict"], p["advice"], str(p["cells"]), f"{p['seconds']:.1f} s")
+    rows = [(name, p["verdict"], "; ".join(text for text in (p["advice"], cut_text(p)) if text), str(p["cells"]),
+             f"{p['seconds']:.1f} s")
             for name, p in report["probes"].items()]
     return _table(("probe", "verdict", "what to do", "cells", "time"), rows, 1)
 
