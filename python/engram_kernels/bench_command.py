@@ -107,5 +107,5 @@ def compare_files(before: Path, after: Path, ops: Sequence[str] = ()) -> int:
     machines = load_machine(before), load_machine(after)
     if machines[0] != machines[1]:
         print(f"not the same machine: {machines[0] or 'unknown'} before, {machines[1] or 'unknown'} after")
-    slower = [c for c in cells if c.verdict is Verdict.SLOWER and new[c.group, c.contender][0] == "ours"]
+    slower = [c for c in cells if c.verdict is Verdict.SLOWER and new[c.group, c.contender].role == "ours"]
     return REGRESSION if slower else 0

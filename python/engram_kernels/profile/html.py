@@ -63,8 +63,7 @@ def _verdicts(report: dict[str, Any]) -> str:
 
 def _machine(report: dict[str, Any]) -> str:
     block = report["machine"]
-    lines = [(f"{part}: {name.replace('_bytes', '').replace('_', ' ')}",
-              _size(value) if name.endswith("_bytes") else " ".join(value) if isinstance(value, list) else str(value))
+    lines = [(f"{part}: {name.replace('_bytes', '').replace('_', ' ')}", _value(name, value))
              for part in ("machine", "limits", "caches", "disk") for name, value in block[part].items()]
     nodes = (f"{n['node']}: {len(n['cpus'])} CPUs, {_size(n['memory_bytes'])}" for n in block["numa"])
     lines.append(("NUMA nodes", "; ".join(nodes)))
@@ -72,6 +71,12 @@ def _machine(report: dict[str, Any]) -> str:
               for i, gpu in enumerate(block["gpu"])]
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in block["versions"].items() if v)))
     return _table(("what", "value"), lines)
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "no limit" if name in ("memlock_bytes", "cgroup_bytes", "open_files") else "not known"
+    return bytes_text(value) if name.endswith("_bytes") else " ".join(value) if isinstance(value, list) else str(value)
 
 
 def _size(num_bytes: int | None) -> str:
