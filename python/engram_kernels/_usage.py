@@ -1,6 +1,8 @@
 """What the commands say of arguments that make no sense, and of files that cannot be written, before any work is done."""
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -8,6 +10,17 @@ from pathlib import Path
 
 class UsageError(Exception):
     """An argument makes no sense; the message says which. The command ends with exit code 2."""
+
+
+def finite(text: str) -> float:
+    """A number of the command line, for argparse: "nan" and "inf" are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
 
 
 def is_stream(path: Path) -> bool:

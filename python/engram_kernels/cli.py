@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     _add_pack(commands)
     _add_plan(commands)
     args = parser.parse_args(argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, io.StringIO())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that the locale lacks
     try:
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
     except (DemoError, ValueError, RuntimeError, OSError) as err:
-        print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
+        print(f"engram-kernels {args.command}: {str(err).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
     except UsageError as err:
         print(f"engram-kernels {args.command}: {err}", file=sys.stderr)

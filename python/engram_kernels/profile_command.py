@@ -4,13 +4,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engram_kernels._usage import UsageError, expect_writable, expect_writable_folder, is_stream
+from engram_kernels._usage import UsageError, expect_writable, expect_writable_folder, finite, is_stream
 from engram_kernels.profile import machine
 from engram_kernels.profile.probes_disk import run_disk_probes
 from engram_kernels.profile.probes_gpu import run_gpu_probes
@@ -40,7 +39,7 @@ def add_arguments(commands: Any) -> None:
     command.add_argument("--trace", type=Path, metavar="IDS.npy", help="row ids of a real run, as one more order")
     command.add_argument("--max-memory-gib", type=_gibibytes, metavar="GIB",
                          help="no table is larger; default: 80 %% of what is free")
-    command.add_argument("--gpu", type=int, default=0, help="index of the GPU")
+    command.add_argument("--gpu", type=_index, default=0, help="index of the GPU")
     command.set_defaults(run=_run)
 
 
@@ -52,13 +51,16 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _gibibytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 2**30:  # nan is not either
+    value = finite(text)
+    if not 0 <= value < 2**30:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number of GiB, at least 0")
     return value
+
+
+def _index(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no index: expected 0 or more")
+    return int(text)
 
 
 def _check_paths(args: argparse.Namespace) -> None:

@@ -137,7 +137,8 @@ def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> No
     printer.say(LEGEND)
     printer.say("Nothing is fitted. Published is the throughput lost against the backbone without a memory, the module's own "
                 "compute included. The model says that the rows are hidden; what the paper's harness (nano-vLLM, Python) does "
-                f"beside that it does not know. A step is a token of each of {LIVE:.0f} sequences, at the throughput that was measured.")
+                f"beside that it does not know. A step is a token of each of {LIVE:.0f} sequences, at the throughput that was "
+                "measured.")
 
 
 def simulated_lines(simulated: Simulated, placement: str, early: int | None) -> list[str]:

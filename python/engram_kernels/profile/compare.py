@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import math
 import statistics
@@ -84,7 +85,7 @@ def load_run(path: Path, ops: Sequence[str] = ()) -> dict[tuple[str, str], Serie
             samples = _samples(entry["stats"]["data"])
             cells[group, contender] = Series(role, summarize(samples), _over_controls(samples, info.get("controls", {})))
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ValueError(f"{path}: no run of the benchmarks with its samples: {err!r}") from None
+        raise ValueError(f"{path}: no run of the benchmarks with its samples: {type(err).__name__}: {err}") from None
     return cells
 
 
@@ -105,11 +106,15 @@ def _samples(data: Any) -> list[float]:
 
 
 def _over_controls(samples: list[float], controls: dict[str, Any]) -> dict[str, tuple[Summary, float]]:
-    """Every sample over the control that was timed last before it; the controls are spread evenly over the samples."""
+    """Blocks of samples over the control that was timed before each; the controls are spread evenly over the samples.
+
+    A block counts as one, by its median: what disturbs its control is in all of it, however many samples it has.
+    """
     found = {}
     for name, times in controls.items():
-        seconds = _samples(times)
-        ratios = [sample / seconds[i * len(seconds) // len(samples)] for i, sample in enumerate(samples)]
+        seconds = _samples(times)[:len(samples)]
+        starts = [-(-i * len(samples) // len(seconds)) for i in range(len(seconds) + 1)]
+        ratios = [statistics.median(samples[a:b]) / c for (a, b), c in zip(itertools.pairwise(starts), seconds, strict=True)]
         found[name] = (summarize(ratios, "1"), statistics.median(seconds))
     return found
 
