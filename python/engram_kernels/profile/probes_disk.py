@@ -19,6 +19,7 @@ from engram_kernels.profile.cells import JsonCell, Skip
 from engram_kernels.profile.session import Session
 
 KIB, MIB = 1 << 10, 1 << 20
+SECONDS = {"quick": 6, "full": 90}
 _FILE_BYTES = {"quick": 512 * MIB, "full": 4096 * MIB}
 _WRITE_SECONDS = {"quick": 3.0, "full": 30.0}
 _CONTROL_BYTES, _CONTROL_READS = 4 * KIB, 4
@@ -32,7 +33,7 @@ _FULL_SIZES, _FULL_DEPTHS = (4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128
 
 def run_disk_probes(session: Session) -> None:
     """The one probe of the disk."""
-    with session.probe("disk_read", 6 if session.quick else 90), scratch_file(session) as (fd, num_bytes):
+    with session.probe("disk_read", SECONDS[session.options.mode]), scratch_file(session) as (fd, num_bytes):
         read(session, fd, num_bytes)
 
 
