@@ -225,14 +225,22 @@ class Small(fake_gpu.FakeGpu):
 
 def test_profile_gpu_smaller_tables_where_memory_is_short(monkeypatch, compiled):
     monkeypatch.setattr(probes_gpu_gather, "GIB", 4 << 20)  # tables of 8 and 32 MiB
-    session = run(open_gpu=Small)
+    monkeypatch.setattr(probes_gpu_gather, "_ROW_BYTES", {"quick": (512,)})
+
+    def run_gather():
+        session = Session(Options(max_memory_bytes=64 << 20), quiet_machine())
+        with session.probe("gpu_gather", 50), torch.inference_mode():
+            probes_gpu_gather.gather(session, Small(0))
+        jsonschema.Draft202012Validator(SCHEMA).validate(session.report())
+        return session
+    session = run_gather()
     assert [c for c in session.cells if c["status"] == "failed"] == []
     rows = of(session, "gpu_gather", status="ok")
     assert {c["table_bytes"] >> 20 for c in rows if c["placement"] == "hbm"} == {4}
     short = [c for c in of(session, "gpu_gather", placement="hbm") if c["status"] == "skipped"]
     assert [(c["table_bytes"] >> 20, c["reason"]["kind"]) for c in short] == [(32, "NO_MEMORY")]
     monkeypatch.setattr(Small, "most", 5 << 20)
-    session = run(open_gpu=Small)
+    session = run_gather()
     assert {c["reason"]["kind"] for c in of(session, "gpu_gather", placement="uva")} == {"NO_MEMORY"}
     assert of(session, "gpu_gather", placement="staged", status="ok")
 

@@ -61,7 +61,8 @@ def expect_writable_folder(option: str, path: Path | None) -> None:
 
 
 def _expect_room(folder: Path) -> None:
-    """Writes a file there that has no name; permissions alone do not tell of read-only file systems, nor of root."""
+    """Makes a file there and takes it away; permissions alone do not tell of read-only file systems, nor of root."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    number, path = tempfile.mkstemp(dir=folder, prefix=".engram-kernels-")
+    os.close(number)
+    os.unlink(path)
