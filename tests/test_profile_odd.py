@@ -17,6 +17,8 @@ from engram_kernels.profile import session as session_module
 from engram_kernels.profile.session import Options, Session
 from engram_kernels.profile.show import print_report
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Terminal(io.StringIO):
     def isatty(self):
@@ -85,6 +87,28 @@ def test_profile_interrupted_before_the_first_cell(tmp_path, monkeypatch):
     assert cli.main(["profile", "--only", "disk", "--json", str(out)]) == 130
     report = check(json.loads(out.read_text()))
     assert [(c["probe"], c["reason"]["kind"]) for c in report["cells"]] == [("disk_read", "INTERRUPTED")]
+
+
+def test_profile_interrupted_while_torch_is_imported(tmp_path):
+    """The command as it is installed; the signal comes while a module that it needs is loaded."""
+    start = (tmp_path / "start.py")
+    start.write_text(f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {str(ROOT / 'python')!r})
+class Finder:
+    def find_spec(self, name, *rest):
+        if name in ("engram_kernels", "engram_kernels.plan"):  # the latter while the arguments are described
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+import engram_kernels_command
+sys.exit(engram_kernels_command.main())
+""")
+    for arguments, said in ((["profile", "--json", "r.json"], "what was measured is kept"), (["info"], "info: interrupted")):
+        run = subprocess.run([sys.executable, str(start), *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 130 and said in run.stderr and "Traceback" not in run.stderr
+    report = check(json.loads((tmp_path / "r.json").read_text()))
+    assert [c["reason"]["kind"] for c in report["cells"]] == ["INTERRUPTED"]
 
 
 # what a time budget costs is said

@@ -29,8 +29,13 @@ PRESETS: dict[str, Callable[[], EngramSpec]] = {
     "longcat": EngramSpec.longcat}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+def main(argv: list[str] | None = None, heed_interrupts: Callable[[], None] = lambda: None) -> int:
+    """Runs the command; returns its exit code.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        heed_interrupts: raises KeyboardInterrupt where Ctrl-C was pressed before it came to this, and from then on Ctrl-C does.
+    """
     parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.",
                                      epilog=EXIT_CODES)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that the locale lacks
     try:
+        if args.command == "profile":  # which leaves a report
+            args.heed_interrupts = heed_interrupts
+        else:
+            heed_interrupts()
         code = int(args.run(args))
         sys.stdout.flush()
         return code

@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_paths(args)
     most = None if args.max_memory_gib is None else int(args.max_memory_gib * 2**30)
     options = Options("full" if args.full else "quick", tuple(args.only), args.disk_dir, args.trace, most, args.gpu)
-    return run_profile(options, args.json, args.html, args.plots)
+    return run_profile(options, args.json, args.html, args.plots, args.heed_interrupts)
 
 
 def _gibibytes(text: str) -> float:
@@ -77,7 +77,8 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise UsageError(f"--trace {args.trace}: {err}") from None
 
 
-def run_profile(options: Options, json_path: Path | None = None, html_path: Path | None = None, plots: Path | None = None) -> int:
+def run_profile(options: Options, json_path: Path | None = None, html_path: Path | None = None, plots: Path | None = None,
+                heed_interrupts: Callable[[], None] = lambda: None) -> int:
     """Runs the probes, prints the table, writes what was asked for.
 
     Args:
@@ -86,6 +87,7 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
             which gets it at the end, as a device or a pipe does; the table then goes to standard error.
         html_path: where it goes as one page.
         plots: the folder of its figures.
+        heed_interrupts: raises KeyboardInterrupt where Ctrl-C was pressed already.
 
     Returns:
         0; 1 where a probe broke; 4 where a measurement is invalid; 5 where nothing that was asked for can be measured here, or
@@ -97,6 +99,7 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
     session = Session(options, machine.nothing_known(), None if at_end else json_path)
     interrupted = False
     try:
+        heed_interrupts()
         session.machine = machine.collect(options.disk_folder)
         with _progress(session):
             for name in options.groups:
