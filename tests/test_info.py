@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_kernels import backends, cli, info
+from engram_kernels import backends, bench_command, cli, info
 from engram_kernels.memory import capacity
 
 
@@ -163,6 +163,17 @@ def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd, monkeypa
     (tmp_path / "slow.json").write_text(json.dumps(run))
     assert cli.main(["bench", "tiny", "--compare", str(out), str(here / "slow.json")]) == 3
     assert "1 SLOWER" in capfd.readouterr().out
+
+
+def test_bench_counts_the_benchmarks_that_are_done(tmp_path):
+    (tmp_path / "bench_x.py").write_text("import pytest\n"
+                                         "@pytest.mark.parametrize('n', range(3))\n"
+                                         "def test_ok(n): pass\n"
+                                         "def test_skipped(): pytest.skip('x.s')\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
+    done = []
+    code, said = bench_command._run_pytest([str(tmp_path / "bench_x.py")], tmp_path, done.append)
+    assert code == 0 and done == [1] * 4 and "3 passed, 1 skipped" in said
 
 
 def test_bench_says_what_is_missing(tmp_path, capsys):

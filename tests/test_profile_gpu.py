@@ -69,6 +69,7 @@ def test_profile_gpu_measures_every_axis(session, compiled):
     assert {c["rows"] for c in rows if c["placement"] == "uva" and c["row_bytes"] == 264} == {24, 384, (1 << 20) // 264}
     assert {(c["pinned"], c["row_format"]) for c in rows if c["row_bytes"] == 264} == {
         (True, "fp8_e4m3_block32_packed"), (None, "fp8_e4m3_block32_packed"), (False, "bf16")}  # staged: as stored
+    assert all(c["facts"]["share_of_hbm" if c["placement"] == "hbm" else "share_of_link_h2d_copy"] > 0 for c in rows)
     timed = [c for c in session.cells if c["probe"].startswith("gpu_") and c.get("median")]
     assert timed and all(c["control"] > 0 for c in timed)
     assert {c["cold"] for c in rows if c["placement"] == "hbm"} == {True, False}

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,10 @@ from engram_kernels.spec import EngramSpec
 REGRESSION, NO_CAPABILITY = 3, 5  # exit codes
 
 
-def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> int:
+Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+
+
+def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool, progress: Progress) -> int:
     """Runs bench_<op>.py for the named ops (none: all) with pytest-benchmark; writes its JSON to `out` and prints the table.
 
     Args:
@@ -24,6 +28,7 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
         folder: the repository's bench folder.
         out: where the run goes, in a folder that is there.
         quick: every benchmark once, untimed: that they run.
+        progress: opens a bar of so many benchmarks, None: not known.
 
     Raises:
         ValueError: there is no such folder.
@@ -43,15 +48,29 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
         print("engram-kernels bench: needs pytest-benchmark: pip install 'engram-kernels[bench]'", file=sys.stderr)
         return NO_CAPABILITY
     timed = ["--benchmark-disable"] if quick else [f"--benchmark-json={out}"]
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *map(str, files), *timed], cwd=folder.parent,
-                         capture_output=True, text=True)
-    if ran.returncode:
-        print(ran.stdout[-4000:] + ran.stderr[-4000:], file=sys.stderr)
+    with progress("benchmarks", None) as done:
+        code, said = _run_pytest([*map(str, files), *timed], folder.parent, done)
+    if code:
+        print(said[-4000:], file=sys.stderr)
         return 1
     if quick:
-        print(ran.stdout.strip().splitlines()[-1])
+        print(said.strip().splitlines()[-1])
         return 0
     return subprocess.run([sys.executable, str(folder / "harness.py"), str(out)]).returncode
+
+
+def _run_pytest(arguments: list[str], folder: Path, done: Callable[[int], None]) -> tuple[int, str]:
+    """(exit code, what it said); `done(1)` for each letter of pytest's line of results."""
+    with subprocess.Popen([sys.executable, "-m", "pytest", "-q", *arguments], cwd=folder, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said, line = [], ""
+        while letter := process.stdout.read(1):
+            said.append(letter)
+            line = "" if letter == "\n" else line + letter
+            if line and not line.strip(".sFEx"):
+                done(1)
+    return process.returncode, "".join(said)
 
 
 def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:

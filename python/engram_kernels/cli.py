@@ -20,6 +20,7 @@ from engram_kernels import backends, info
 from engram_kernels._usage import UsageError, expect_writable
 from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
+from engram_kernels.plan.repeats import no_progress
 from engram_kernels.spec import EngramSpec
 
 EXIT_CODES = ("Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement (profile), "
@@ -138,7 +139,8 @@ def _run_bench(args: argparse.Namespace) -> int:
     out = args.json or Path("build/bench.json")
     if not args.quick:
         expect_writable("--json", out)
-    return run_benchmarks(args.ops, args.bench_dir, out, args.quick)
+    bar = _progress if importlib.util.find_spec("rich") else no_progress
+    return run_benchmarks(args.ops, args.bench_dir, out, args.quick, bar)
 
 
 def _spec(name: str) -> EngramSpec:
@@ -188,12 +190,13 @@ def _run_pack(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal; elsewhere nothing, so that logs stay short."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
+    text = "{task.description}" if total is not None else "{task.description}, {task.completed:.0f} done"
+    with Progress(TextColumn(text), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
                   disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.update(task, advance=count)

@@ -179,6 +179,6 @@ def _hash_of(spec: EngramSpec) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def no_progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar that is not shown."""
     yield lambda count: None

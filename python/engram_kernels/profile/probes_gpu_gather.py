@@ -157,10 +157,14 @@ def _measure(session: Session, gpu: Any, memory: Any, shape: Shape, backend: str
     try:
         work = Gather(gpu, memory, shape)
     except (RuntimeError, ValueError) as err:
-        session.skip(base, "NO_MEMORY" if "memory" in str(err) else "NOT_SUPPORTED", str(err)[:300])
+        session.fail(base, err)
         return
-    peak = {"hbm": "hbm_stream", "uva": "link_h2d", "staged": "link_h2d"}[shape.placement]
-    session.measure(work.cell(session, backend), work.sample, peak=peak, may_be_cached=not shape.cold or shape.table_bytes < GIB)
+    # what a stream reached here, and what the hardware could: the one divides, the other is a fact
+    peak, other = ("hbm_stream", "hbm") if shape.placement == "hbm" else ("link_h2d", "link_h2d_copy")
+    result = session.measure(work.cell(session, backend), work.sample, peak=peak,
+                             may_be_cached=not shape.cold or shape.table_bytes < GIB)
+    if result["status"] == "ok" and other in session.peaks:
+        result["facts"][f"share_of_{other}"] = result["bytes_per_s"] / session.peaks[other]["bytes_per_s"]
 
 
 def interference(session: Session, gpu: Any) -> None:
@@ -178,9 +182,8 @@ def interference(session: Session, gpu: Any) -> None:
             for beside, other in others.items():
                 try:
                     _measure_beside(session, gpu, work, (beside, other), backend)
-                except RuntimeError as err:
-                    cell = {**work.cell(session, backend), "probe": "gpu_interference", "beside": beside}
-                    session.skip(cell, "ERROR", str(err)[:300])
+                except Exception as err:
+                    session.fail({**work.cell(session, backend), "probe": "gpu_interference", "beside": beside}, err)
         del memory
         gpu.release()
 

@@ -108,14 +108,12 @@ class Session:
         interrupted = False
         try:
             yield
-        except Skip as skip:
-            self.add(not_measured({"probe": name}, skip.kind, skip.text))
         except KeyboardInterrupt:
             interrupted = True
             self.add(not_measured({"probe": name}, "INTERRUPTED", "Ctrl-C"))
             raise
         except Exception as err:
-            self.add(not_measured({"probe": name}, *_reason(err)))
+            self.fail({"probe": name}, err)
         finally:
             mine = self.cells[before:]
             if not mine and not interrupted:
@@ -159,10 +157,8 @@ class Session:
             summary, control = sample_until(sample, self.control, min_rounds=min_rounds, max_seconds=seconds,
                                             out_of_time=self.time_is_up)
             result = measured(cell, summary, control)
-        except Skip as skip:
-            return self.add(not_measured(cell, skip.kind, skip.text))
         except Exception as err:
-            return self.add(not_measured(cell, *_reason(err)))
+            return self.fail(cell, err)
         if peak in self.peaks:
             if peak in self.peak_again and not may_be_cached and passes(result, self.peaks[peak]):
                 # the peak may have been measured in a bad moment
@@ -181,6 +177,10 @@ class Session:
     def skip(self, cell: JsonCell, kind: str, text: str) -> JsonCell:
         """Files a cell that cannot be measured."""
         return self.add(not_measured(cell, kind, text))
+
+    def fail(self, cell: JsonCell, err: Exception) -> JsonCell:
+        """Files a cell whose measurement raised."""
+        return self.add(not_measured(cell, *((err.kind, err.text) if isinstance(err, Skip) else _reason(err))))
 
     def add(self, cell: JsonCell) -> JsonCell:
         """Files a cell."""
