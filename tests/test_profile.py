@@ -202,7 +202,7 @@ def test_profile_report_goes_through_links_and_into_pipes(tmp_path, one_cell, ca
 @pytest.mark.parametrize("arguments, message", [
     (["--disk-dir", "nowhere"], "--disk-dir nowhere is no folder"), (["--disk-dir", "file"], "--disk-dir file is no folder"),
     (["--trace", "nowhere.npy"], "--trace nowhere.npy: "), (["--trace", "file"], "--trace file: "),
-    (["--json", "."], "--json . is a folder"),
+    (["--json", "."], "--json . is a folder"), (["--json", "x", "--html", "./x"], "--json and --html are both x"),
     (["--plots", "file"], "--plots file is no folder"), (["--max-memory-gib", "inf"], "'inf' is no number"),
     (["--max-memory-gib", "nan"], "'nan' is no number"), (["--max-memory-gib", "-1"], "'-1' is no size"),
     (["--max-memory-gib", "much"], "'much' is no number")])

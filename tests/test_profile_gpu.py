@@ -1,4 +1,6 @@
 """The GPU half of `profile`, on a fake device and a fake NVML."""
+import sys
+
 import fake_gpu
 import jsonschema
 import pytest
@@ -155,6 +157,13 @@ def test_profile_nvml_finds_the_gpu_that_torch_has():
         uuid = bus_id = None
     with pytest.raises(Skip, match="torch tells neither uuid nor PCI address"):
         Nvml(Silent(0), Named())
+
+
+def test_profile_nvml_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(Skip, match="pip install nvidia-ml-py") as skip:
+        Nvml(fake_gpu.FakeGpu(0))
+    assert skip.value.kind == "NO_NVML"
 
 
 def test_profile_gpu_slice_is_not_judged_by_the_whole(compiled):

@@ -135,7 +135,8 @@ def test_profile_orders(tmp_path):
     assert set(row_draws.draw("trace", 1000, 10, rng, trace)) == {5, 6, 7}
     assert all(b - a in (1, -2) for a, b in itertools.pairwise(row_draws.draw("trace", 1000, 10, rng, trace)))
     np.save(tmp_path / "bad.npy", np.array([-1]))
-    for path in ("bad.npy", "none.npy"):
+    np.savez(tmp_path / "several.npz", np.array([1]))
+    for path in ("bad.npy", "none.npy", "several.npz"):
         assert cli.main(["profile", "--trace", str(tmp_path / path)]) == 2
 
 

@@ -69,6 +69,8 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise UsageError(f"--disk-dir {args.disk_dir} is no folder")
     expect_writable("--json", None if args.json == Path("-") else args.json)
     expect_writable("--html", args.html)
+    if args.json is not None and args.html is not None and args.json.resolve() == args.html.resolve():
+        raise UsageError(f"--json and --html are both {args.html}: one would overwrite the other")
     expect_writable_folder("--plots", args.plots)
     if args.trace is not None:
         try:
