@@ -83,7 +83,8 @@ def test_gate_matches_reference(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gate_of_few_tokens_takes_a_block_a_branch(dtype):
     for case, multiprocessors, branches in (((3, 4, 520), 12, 1), ((3, 4, 520), 11, 2 if dtype == torch.float16 else 4)):
-        launch, = check(make_inputs(*case, dtype, weight_dtype=dtype), torch.arange(3) == 1, Device(multiprocessors=multiprocessors))
+        device = Device(multiprocessors=multiprocessors)
+        launch, = check(make_inputs(*case, dtype, weight_dtype=dtype), torch.arange(3) == 1, device)
         assert launch.grid == (3, 4 // branches, 1) and f"Li{branches}E" in launch.kernel
 
 
