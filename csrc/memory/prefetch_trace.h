@@ -14,7 +14,7 @@ enum class TraceTrack : int { kCaller, kDevice, kHost, kFile };
 struct TraceSpan {
   TraceTrack track;
   const char* name;  // a literal
-  int64_t ticket, rows;
+  int64_t ticket, rows, cached;  // cached: of the distinct rows of the ticket
   int64_t begin_ns, end_ns;  // of steady_ns()
 };
 

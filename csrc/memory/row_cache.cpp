@@ -109,7 +109,7 @@ int64_t RowCacheDirectory::make_room(int64_t begin) {
 }
 
 void RowCacheDirectory::forget(int64_t row) {
-  const int64_t slot = slot_of(row);
+  const int64_t slot = row < 0 ? -1 : slot_of(row);
   if (slot < 0) return;
   slots_[static_cast<size_t>(slot)] = {};
   uses_[static_cast<size_t>(slot)] = 0;

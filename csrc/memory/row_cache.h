@@ -10,6 +10,7 @@
 // Cost        kBytesPerSlot bytes a slot; find and admit look at one bucket.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -35,7 +36,9 @@ class RowCacheDirectory {
 
   // From here on slots that are found or admitted are kept until the next call: what one batch uses, it does not evict.
   // Without any call nothing is kept.
-  void begin_batch() { ++batch_; }
+  void begin_batch() { batch_ += batch_ == UINT32_MAX ? 2 : 1; }  // 0: no call yet
+
+  int64_t row_in(int64_t slot) const { return slots_[static_cast<size_t>(slot)].row; }  // -1: none
 
   void forget(int64_t row);  // nothing where it is not cached
   void clear();              // rows, not what is known of their use

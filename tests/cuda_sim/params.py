@@ -84,3 +84,8 @@ class ShortConvBwdParams(Structure):
     _fields_ = [("forward", ShortConvParams), ("grad_out", c_void_p), ("grad_token_stride", c_int64),
                 ("grad_branch_stride", c_int64), ("grad_x", c_void_p), ("grad_weight", c_void_p), ("grad_norm_weight", c_void_p),
                 ("scratch", c_void_p)]
+
+
+class PlaceRowsParams(Structure):
+    _fields_ = [("rows", c_void_p), ("scales", c_void_p)] + [(name, c_int64) for name in ("row_bytes", "scale_bytes", "num_rows")] + [
+        ("places", c_void_p), ("count", c_int64), ("max_blocks", c_int)]

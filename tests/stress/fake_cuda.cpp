@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/gather_rows/gather_rows.h"
+#include "memory/place_rows.h"
 
 namespace {
 
@@ -137,6 +138,11 @@ void gather_rows_cuda(const GatherRowsParams& p, void* stream) {
                                              }
                                            },
                                            nullptr, nullptr});
+}
+
+void place_rows_cuda(const PlaceRowsParams& p, void* stream) {
+  const std::lock_guard lock(mutex);
+  push(static_cast<cudaStream_t>(stream), {[p] { place_rows_cpu(p, {}); }, nullptr, nullptr});
 }
 
 }  // namespace engram_kernels

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
+from engram_kernels.memory.capacity import check_device_memory, check_memory
 from engram_kernels.memory.row_table import RowTable
 
 if not COMPILE_ERROR:
@@ -33,6 +34,7 @@ class RuntimeOptions:
     threads: int
     max_blocks: int
     trace_spans: int
+    cache_bytes: int = 0
     engine: Any = None  # tests: an engine that injects faults
 
     @property
@@ -46,6 +48,7 @@ class CompiledRuntime:
 
     def __init__(self, options: RuntimeOptions):
         self._table, self._device, self._policy = options.table, options.device, options.policy
+        _check_room_of_cache(options)
         self._ring = _ring_memory(options)
         self._slots = self._ring.view(options.out_dtype).view(options.depth + 1, -1)
         self._engine = options.engine or _make_engine(options)
@@ -60,11 +63,11 @@ class CompiledRuntime:
                     self._register(memory)
         self._impl = _C.RowPrefetcher({
             **_table_of(options.table, self._scales), "direct": self._direct, "on_device": options.table.tier == "device",
-            "staging_bytes": options.staging_bytes, "num_threads": options.threads,
+            "staging_bytes": options.staging_bytes, "cache_bytes": options.cache_bytes, "num_threads": options.threads,
             "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
             "slots": self._ring.data_ptr(), "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
             "trace_spans": options.trace_spans}, self._engine)
-        self.cancel, self.drain = self._impl.cancel, self._impl.drain
+        self.cancel, self.drain, self.clear_cache = self._impl.cancel, self._impl.drain, self._impl.clear_cache
         self.counters, self.chrome_trace, self.knows = self._impl.counters, self._impl.chrome_trace, self._impl.knows
 
     def submit(self, row_ids: Tensor, timeout_s: float) -> int:
@@ -112,6 +115,19 @@ def _make_engine(options: RuntimeOptions) -> Any:
         raise RuntimeError(f"RowPrefetcher: device {options.device} is not available: {CUDA_ERROR}")
     from engram_kernels import _C_cuda
     return _C_cuda.cuda_engine(options.device.index)
+
+
+def _check_room_of_cache(options: RuntimeOptions) -> None:
+    if options.cache_bytes == 0:
+        return
+    table = options.table
+    cache_bytes = min(options.cache_bytes, (table.num_rows + 15) * table.row_bytes)
+    what = f"a cache of {cache_bytes // table.row_bytes} rows"
+    if options.device.type == "cpu":
+        check_memory("RowPrefetcher", what, cache_bytes)
+    else:
+        check_device_memory("RowPrefetcher", f"{what}, with ring and staging buffer",
+                            cache_bytes + options.ring_bytes + options.staging_bytes, options.device)
 
 
 def _ring_memory(options: RuntimeOptions) -> Tensor:
