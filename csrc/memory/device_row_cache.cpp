@@ -10,6 +10,7 @@ namespace engram_kernels {
 namespace {
 
 constexpr int64_t kMaxRows = INT32_MAX;  // of the arrays: a gather's ids are int32
+constexpr int64_t kPrefetchRows = 8;     // looked for ahead: each is some accesses to memory
 
 int64_t slots_of(const DeviceRowCacheOptions& o) {
   const int64_t row_bytes = o.row_bytes + o.scale_bytes;
@@ -48,13 +49,25 @@ void DeviceRowCache::settle(int staging_slot) {
   }
 }
 
-void DeviceRowCache::begin_block() {
+int64_t DeviceRowCache::find(int64_t* rows, int64_t count, int staging_slot, int32_t* indices) {
   if (clear_.exchange(false)) directory_.clear();
   directory_.begin_batch();
   ++block_;
+  int64_t staged = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kPrefetchRows < count) directory_.prefetch(rows[i + kPrefetchRows]);
+    int64_t index = find_one(rows[i]);
+    if (index < 0) {
+      index = first_row(staging_slot) + staged;
+      rows[staged++] = rows[i];
+    }
+    indices[i] = static_cast<int32_t>(index);
+  }
+  return staged;
 }
 
-int64_t DeviceRowCache::find(int64_t row) {
+// -1: it is not cached, or it is not known yet whether it was written.
+int64_t DeviceRowCache::find_one(int64_t row) {
   const int64_t slot = directory_.find(row);
   if (slot < 0) return -1;
   const uint32_t by = written_by_[static_cast<size_t>(slot)];
@@ -68,6 +81,7 @@ int64_t DeviceRowCache::admit(const int64_t* rows, int64_t count, int staging_sl
   in_flight_.push_back({block_, staging_slot, places, 0, nullptr});
   int64_t& admitted = in_flight_.back().count;
   for (int64_t i = 0, evicted = -1; i < count; ++i) {
+    if (i + kPrefetchRows < count) directory_.prefetch(rows[i + kPrefetchRows]);
     const int64_t slot = directory_.admit(rows[i], &evicted);
     if (slot < 0) continue;
     written_by_[static_cast<size_t>(slot)] = block_;

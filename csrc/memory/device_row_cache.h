@@ -52,8 +52,9 @@ class DeviceRowCache {
   // others.
   void settle(int staging_slot);
 
-  void begin_block();
-  int64_t find(int64_t row);  // its index in the arrays, or -1
+  // Which of the block's rows are cached, in the order of `rows`: indices[i] is the place in the arrays of rows[i], or that of the
+  // next staged row. Rows that must be staged move to the front of `rows`; how many.
+  int64_t find(int64_t* rows, int64_t count, int staging_slot, int32_t* indices);
   // Gives slots to rows that the block stages, rows[i] at index first_row(staging_slot) + i, and writes where they go to `places`,
   // which stays as it is until the staging slot is settled. How many got one. Then comes `launched`, with what launches the block
   // and places them, or `abandon`.
@@ -73,6 +74,7 @@ class DeviceRowCache {
     Event event;
   };
 
+  int64_t find_one(int64_t row);
   void forget(const Block& block);
 
   const DeviceRowCacheOptions options_;

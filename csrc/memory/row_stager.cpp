@@ -183,7 +183,13 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
   const int64_t any_row = unique > 0 ? distinct_[0] : kNoRow;
   // in the arrays of rows and scales on the device
   const int64_t first = cache_ == nullptr ? 0 : cache_->first_row(slot.number);
-  const int64_t count = find_cached(first);
+  indices_.resize(distinct_.size());
+  int64_t count = unique;  // that are staged
+  if (cache_ == nullptr) {
+    std::iota(indices_.begin(), indices_.end(), 0);
+  } else {
+    count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
+  }
   const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
   const int64_t scales_at = cache_ == nullptr ? places_at : rows_a_slot_ * row_bytes_;
   auto* local_ids = reinterpret_cast<int32_t*>(slot.host + ids_at);
@@ -220,28 +226,6 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
   block->place = {cache_->rows(), cache_->scales(),   row_bytes_,
                   scale_bytes_,   cache_->num_rows(), reinterpret_cast<const RowPlace*>(device + places_at),
                   admitted};
-}
-
-// Leaves the rows of the block that must be staged in distinct_, and in indices_ where its rows are: staged ones from `first` on.
-// How many are staged.
-int64_t RowStager::find_cached(int64_t first) {
-  indices_.resize(distinct_.size());
-  if (cache_ == nullptr) {
-    std::iota(indices_.begin(), indices_.end(), 0);
-    return static_cast<int64_t>(distinct_.size());
-  }
-  cache_->begin_block();
-  int64_t count = 0;
-  for (size_t i = 0; i < distinct_.size(); ++i) {
-    const int64_t row = distinct_[i];
-    int64_t index = cache_->find(row);
-    if (index < 0) {
-      index = first + count;
-      distinct_[static_cast<size_t>(count++)] = row;
-    }
-    indices_[i] = static_cast<int32_t>(index);
-  }
-  return count;
 }
 
 // The first rows of distinct_, from wherever the table is.

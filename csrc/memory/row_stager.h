@@ -66,7 +66,6 @@ class RowStager {
   void fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters);
   void fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
                       StageCounters* counters);
-  int64_t find_cached(int64_t first);
   void read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled, StageCounters* counters);
   void copy_rows(int64_t count, std::byte* rows, std::byte* scales);
 
@@ -79,7 +78,7 @@ class RowStager {
   ThreadPool threads_;
   std::unique_ptr<DeviceRowCache> cache_;
   std::unique_ptr<StagingRing> ring_;
-  std::vector<int64_t> distinct_;  // rows of the block; then those that are staged
+  std::vector<int64_t> distinct_;  // rows of the block; then, at its front, those that are staged
   std::vector<int32_t> indices_;   // of its distinct rows, where the gather finds them
 };
 

@@ -87,5 +87,5 @@ class ShortConvBwdParams(Structure):
 
 
 class PlaceRowsParams(Structure):
-    _fields_ = [("rows", c_void_p), ("scales", c_void_p)] + [(name, c_int64) for name in ("row_bytes", "scale_bytes", "num_rows")] + [
-        ("places", c_void_p), ("count", c_int64), ("max_blocks", c_int)]
+    _fields_ = [("rows", c_void_p), ("scales", c_void_p), ("row_bytes", c_int64), ("scale_bytes", c_int64), ("num_rows", c_int64),
+                ("places", c_void_p), ("count", c_int64), ("max_blocks", c_int)]

@@ -96,14 +96,14 @@ def check_cache(cache_bytes: int, policy: Policy, crosses_link: bool) -> None:
     """
     if cache_bytes == 0:
         return
+    asked = f"RowPrefetcher: cache_bytes is {cache_bytes}, expected 0"
     if not crosses_link:
-        raise ValueError(f"RowPrefetcher: cache_bytes is {cache_bytes}, expected 0: the CPU reads rows where they are, there is no "
-                         "link to a device that a cache would save (RowTable.open(cache_bytes=) keeps rows of a file in memory)")
+        raise ValueError(f"{asked}: the CPU reads rows where they are, there is no link to a device that a cache would save "
+                         "(RowTable.open(cache_bytes=) keeps rows of a file in memory)")
     if policy.name not in ("staged", "file"):
         why = ("the table is on the device itself" if policy.name == "device" else
                "its kernel reads rows over the bus by ids that the host may never see")
-        raise ValueError(f"RowPrefetcher: cache_bytes is {cache_bytes}, expected 0 with policy {policy.name!r}: {why}; a cache of "
-                         "hot rows goes with policy staged or file")
+        raise ValueError(f"{asked} with policy {policy.name!r}: {why}; a cache of hot rows goes with policy staged or file")
 
 
 def read_surface(path: str | os.PathLike[str], row_bytes: int) -> dict[str, float]:

@@ -42,8 +42,9 @@ class RowPrefetcher:
     policy. Rows of a request that cross a link do so once, however often their ids occur; with ``cache_bytes`` hot rows stay on
     the device from one request to the next.
 
-    Ownership: the table must not change while a request is in flight (with ``cache_bytes``: before `clear_cache`), and neither
-    may ids on a GPU; ids in host memory are copied. The tensor that `wait` returns is valid until the next `wait` without ``out=``; pass ``out=`` to keep rows longer.
+    Ownership: the table must not change while a request is in flight (with ``cache_bytes``: unless `clear_cache` follows), and
+    neither may ids on a GPU; ids in host memory are copied. The tensor that `wait` returns is valid until the next `wait` without
+    ``out=``; pass ``out=`` to keep rows longer.
     Threads: every method may be called from several threads, `wait` without ``out=`` from one; a ticket is waited for once. Rows
     carry no gradient. After a fork the child must make its own. Failure: an error of a request is raised by the `wait` of its own
     ticket and leaves the others whole; docs/prefetch.md lists them.
@@ -58,8 +59,8 @@ class RowPrefetcher:
             slot. On the CPU memory is taken as slots are used, on a GPU at once.
         staging_bytes: memory for rows and ids on their way (registered host memory, and as much on a GPU). None: 32 MiB, or
             2 MiB where ids alone are staged.
-        cache_bytes: device memory for hot rows, as stored, where rows cross a link to a device: policies staged and file on a GPU.
-            Trimmed to the size of the table. Beside it 29 bytes of host memory a row. 0: no cache.
+        cache_bytes: memory on the device for hot rows, as stored, where rows cross a link to it: policies staged and file on a
+            GPU. Trimmed to the size of the table. Takes 29 bytes of host memory a row besides. 0: no cache.
         threads: CPU threads that gather; None: as many as torch uses.
         background: leave the machine to others: one CPU thread (unless `threads` says more), few blocks of a GPU.
         surface: JSON of `engram-kernels profile`, for "auto".
@@ -200,9 +201,10 @@ class RowPrefetcher:
 
         Returns:
             requests, failed, cancelled; requested (rows) and unique (that were looked up); hits (of `unique`, by tier: device,
-            host, file, and the caches: device_cache, that of `cache_bytes`, and cache, the file table's in RAM); payload_bytes (of the rows requested, as stored) and moved_bytes (read from a file or copied to a
-            device); fetch_s (busy) and exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of
-            the rings and the device's cache, and device_cache_slots, the rows that it has room for; tier, policy and policy_reason; provenance.
+            host, file, and the caches: device_cache, that of `cache_bytes`, and cache, the file table's in RAM); payload_bytes
+            (of the rows requested, as stored) and moved_bytes (read from a file or copied to a device); fetch_s (busy) and
+            exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of the rings and the device's
+            cache, and device_cache_slots, the rows that it has room for; tier, policy and policy_reason; provenance.
         """
         return {**self._runtime.counters(), "depth": self._options.depth, "tier": self.table.tier, "policy": self._policy.name,
                 "policy_reason": self._policy.reason, "provenance": "measured"}
