@@ -204,7 +204,7 @@ def refused(runtime, monkeypatch, table, message, **options):
 @pytest.mark.parametrize("runtime", ["compiled", "python"])
 def test_cache_is_refused_where_no_link_is_crossed(runtime, tables, monkeypatch):
     for table in (tables.make("host"), tables.make("file")):
-        refused(runtime, monkeypatch, table, "cache_bytes is 4096, expected 0: the CPU reads rows where they are", cache_bytes=4096)
+        refused(runtime, monkeypatch, table, "cache_bytes is 4096, expected 0: the CPU reads rows", cache_bytes=4096)
         refused(runtime, monkeypatch, table, "cache_bytes is -1, expected at least 0", cache_bytes=-1)
 
 

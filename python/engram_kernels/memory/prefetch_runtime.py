@@ -121,7 +121,7 @@ def _check_room_of_cache(options: RuntimeOptions) -> None:
     if options.cache_bytes == 0:
         return
     table = options.table
-    rows = min(options.cache_bytes // table.row_bytes, -(-table.num_rows // 16) * 16)  # as csrc/memory/device_row_cache.cpp has it
+    rows = min(options.cache_bytes // table.row_bytes, -(-table.num_rows // 16) * 16)  # as csrc/memory/device_row_cache.cpp
     cache_bytes, what = rows * table.row_bytes, f"a cache of {rows} rows"
     if options.device.type == "cpu":
         check_memory("RowPrefetcher", what, cache_bytes)
