@@ -14,6 +14,7 @@ from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory import capacity, row_prefetcher
 from engram_kernels.memory.capacity import CapacityError
 from engram_kernels.memory.prefetch_policy import choose_policy
+from engram_kernels.memory.prefetch_runtime import RuntimeOptions, check_room_of_cache
 from engram_kernels.memory.row_format import ROW_FORMATS
 
 if not COMPILE_ERROR:
@@ -244,6 +245,9 @@ def test_cache_too_large_for_the_device(tables, monkeypatch):
     with pytest.raises(CapacityError, match=r"a cache of 3008 rows needs 193.* the test leaves 97.7 KiB"):
         RowPrefetcher(table, cache_bytes=1 << 40, _engine=engine)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
-    capacity.check_device_memory("RowPrefetcher", "a cache", 1 << 20, torch.device("cuda:1"))
-    with pytest.raises(CapacityError, match=r"a cache needs 1.0 MiB \(1048577 bytes\), the memory of cuda:1 leaves 1.0 MiB"):
-        capacity.check_device_memory("RowPrefetcher", "a cache", (1 << 20) + 1, torch.device("cuda:1"))
+    options = dict(table=table, policy="staged", device=torch.device("cuda:1"), out_dtype=torch.bfloat16, depth=1, threads=1,
+                   ring_bytes=1 << 19, staging_bytes=1 << 18, max_blocks=0, trace_spans=0, cache_bytes=1 << 40)
+    check_room_of_cache(RuntimeOptions(**options))
+    with pytest.raises(CapacityError, match=r"a cache of 3008 rows, with ring and staging buffer needs 1.4.*\(1509248 bytes\), "
+                                            r"the memory of cuda:1 leaves 1.0 MiB .*torch.cuda.empty"):
+        check_room_of_cache(RuntimeOptions(**{**options, "ring_bytes": 1 << 20}))

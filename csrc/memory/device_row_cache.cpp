@@ -10,7 +10,7 @@ namespace engram_kernels {
 namespace {
 
 constexpr int64_t kMaxRows = INT32_MAX;  // of the arrays: a gather's ids are int32
-constexpr int64_t kPrefetchRows = 8;     // looked for ahead: each is some accesses to memory
+constexpr int64_t kPrefetchRows = 16;    // looked for ahead: each is some accesses to memory
 
 int64_t slots_of(const DeviceRowCacheOptions& o) {
   const int64_t row_bytes = o.row_bytes + o.scale_bytes;
@@ -104,12 +104,9 @@ void DeviceRowCache::abandon() {
   in_flight_.pop_back();
 }
 
-// A slot that another block has taken since is not the block's any more.
+// What lies in the slots of a block: its rows or, which costs no more than a hit, those of a block that has taken a slot since.
 void DeviceRowCache::forget(const Block& block) {
-  for (int64_t i = 0; i < block.count; ++i) {
-    const int64_t slot = block.places[i].to - first_slot_;
-    if (written_by_[static_cast<size_t>(slot)] == block.number) directory_.forget(directory_.row_in(slot));
-  }
+  for (int64_t i = 0; i < block.count; ++i) directory_.forget(directory_.row_in(block.places[i].to - first_slot_));
 }
 
 }  // namespace engram_kernels

@@ -4,8 +4,8 @@
 //             rows and, where scales lie apart, one of scales, so that one gather reads staged and cached rows alike. It
 //             launches nothing: rows get into their slots by the RowPlaces that `admit` gives, after the gather of their block.
 // Exactness   a row can be found once the launch that wrote it is known to be done. Until then it is staged like one that is not
-//             cached; if the launch fails, what it admitted is forgotten. Where a block is evicted from a slot, what it reads
-//             there is read before what comes is written, since launches run one after the other.
+//             cached; if the launch fails, what it admitted is forgotten. A slot is written by a launch behind those that read
+//             the row that leaves it: no block evicts what it uses itself.
 // Threads     used by one thread at a time, but for `clear`.
 // Cost        besides the rows on the device, kHostBytesPerSlot bytes a slot in host memory.
 #pragma once

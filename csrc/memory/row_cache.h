@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory/huge_allocator.h"
+
 namespace engram_kernels {
 
 class RowCacheDirectory {
@@ -66,9 +68,9 @@ class RowCacheDirectory {
   int estimate(int64_t row) const;
   void age();
 
-  std::vector<Bucket> buckets_;
-  std::vector<uint8_t> uses_;     // by slot: hits that count, and kResident
-  std::vector<uint64_t> sketch_;  // 16 counters of 4 bits a word, a word a slot
+  std::vector<Bucket, HugeAllocator<Bucket>> buckets_;
+  std::vector<uint8_t, HugeAllocator<uint8_t>> uses_;      // by slot: hits that count, and kResident
+  std::vector<uint64_t, HugeAllocator<uint64_t>> sketch_;  // 16 counters of 4 bits a word, a word a slot
   int64_t num_buckets_ = 0, ways_ = 0, trial_ways_ = 0, num_rows_ = 0, uses_until_aging_ = 0;
   uint32_t batch_ = 0;
   uint32_t turn_ = 0;

@@ -225,7 +225,11 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
       prefetcher.close();
     }
     for (std::thread& thread : threads) thread.join();
-    const PrefetchCounters counters = prefetcher.counters();
+    PrefetchCounters counters = prefetcher.counters();
+    // what was cancelled last may be on its way still
+    for (int i = 0; i < 1000 && counters.in_flight > 0; ++i, counters = prefetcher.counters()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
     if (counters.in_flight != 0 || counters.queued != 0) fail("requests are left in flight");
     if ((counters.device_cache_rows > 0) != (way.cached_rows > 0)) fail("rows were cached where they should not, or were not");
     if (prefetcher.chrome_trace().find("tier file") == std::string::npos) fail("the trace has no tracks");

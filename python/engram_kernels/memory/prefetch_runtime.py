@@ -48,7 +48,7 @@ class CompiledRuntime:
 
     def __init__(self, options: RuntimeOptions):
         self._table, self._device, self._policy = options.table, options.device, options.policy
-        _check_room_of_cache(options)
+        check_room_of_cache(options)
         self._ring = _ring_memory(options)
         self._slots = self._ring.view(options.out_dtype).view(options.depth + 1, -1)
         self._engine = options.engine or _make_engine(options)
@@ -117,7 +117,8 @@ def _make_engine(options: RuntimeOptions) -> Any:
     return _C_cuda.cuda_engine(options.device.index)
 
 
-def _check_room_of_cache(options: RuntimeOptions) -> None:
+def check_room_of_cache(options: RuntimeOptions) -> None:
+    """Raises CapacityError unless the device has room for the cache and, on a GPU, what else a prefetcher has there."""
     if options.cache_bytes == 0:
         return
     table = options.table
