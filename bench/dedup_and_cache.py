@@ -3,7 +3,8 @@
     python bench/dedup_and_cache.py HANDBOOK      html folder of the Debian package debian-handbook, unpacked (dpkg -x)
 
 Rows of layer 1 of DeepSeek-V4.1's true layout (384,006,168 rows, 24 a token), hashed from tokens of its tokenizer. The cache is
-the package's own RowCacheDirectory; LRU and the ideal (Belady's MIN, which knows the future) are in native_peers.cpp.
+the package's own RowCacheDirectory; LRU and the ideal (Belady's MIN, which knows the future) are in native_peers.cpp. The cache
+on a device is counted by a RowPrefetcher that runs on an engine of CPU threads with memory of its own.
 """
 import argparse
 import platform
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engram_kernels import EngramSpec, TokenMap, ngram_hash
+from engram_kernels import EngramSpec, RowPrefetcher, RowTable, TokenMap, ngram_hash
 from engram_kernels.demo.main import find_tokenizer
 from engram_kernels.plan.repeats import (
     BATCHES,
@@ -29,7 +30,9 @@ from texts import KINDS, token_ids
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NUM_TOKENS = 200_000
-SLOT_BYTES = 264 + 25  # a row and its share of the directory
+ROW_BYTES = 264
+SLOT_BYTES = ROW_BYTES + 25  # a row and its share of the directory
+DEVICE_SLOTS = tuple(s for s in SLOTS if s >= 4096)
 POLICIES = ("ours", "LRU", "ideal")
 
 
@@ -49,6 +52,25 @@ def hit_rates(rows):
         result["LRU", slots] = library.lru_hits(trace, trace.size, slots) / trace.size
         result["ideal", slots] = library.ideal_hits(trace, trace.size, slots) / trace.size
     return result, trace.size
+
+
+def device_cache(rows):
+    """Cache size in rows -> (hits over distinct rows asked for, bytes over the link over those without a cache), as a prefetcher
+    counts them: a request a batch, each waited for before the next, from an empty cache."""
+    from engram_kernels import _C
+    named, rows = np.unique(rows, return_inverse=True)  # a table of the rows that occur; their order stays, and so do all counts
+    rows = torch.from_numpy(rows.astype(np.int32).reshape(-1, 24))
+    table = RowTable.from_tensor(torch.zeros(len(named), ROW_BYTES, dtype=torch.uint8), row_format="fp8_e4m3_block32_packed",
+                                 row_dim=256)
+    result, without = {}, 0
+    for slots in (0, *DEVICE_SLOTS):
+        with RowPrefetcher(table, cache_bytes=slots * ROW_BYTES, _engine=_C.host_engine(1, has_device_memory=True)) as pf:
+            for batch in rows.split(CACHE_BATCH):
+                pf.wait(pf.submit(batch))
+            stats = pf.stats()
+        without = without or stats["moved_bytes"]
+        result[slots] = stats["hits"]["device_cache"] / stats["unique"], stats["moved_bytes"] / without
+    return result
 
 
 def plot(unique, sequences, hits, path):
@@ -82,7 +104,7 @@ def table(header, rows):
                       *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def report(unique, sequences, hits, sizes, tokens):
+def report(unique, sequences, hits, device, sizes, tokens):
     batches = table(["tokens in a batch", *KINDS],
                     [[f"{b:,}", *(f"{unique[kind, b]:.3f}" for kind in KINDS)] for b in BATCHES])
     in_step = table(["sequences in step", *KINDS],
@@ -90,6 +112,9 @@ def report(unique, sequences, hits, sizes, tokens):
     caches = table(["rows in cache", "MiB", *(f"{kind}: ours / LRU / ideal" for kind in KINDS)],
                    [[f"{s:,}", f"{s * SLOT_BYTES / 2**20:.1f}",
                      *(" / ".join(f"{hits[kind][policy, s]:.3f}" for policy in POLICIES) for kind in KINDS)] for s in SLOTS])
+    on_device = table(["rows in cache", "MiB", *(f"{kind}: hits, link bytes" for kind in KINDS)],
+                      [[f"{s:,}", f"{s * ROW_BYTES / 2**20:.1f}",
+                        *(f"{device[kind][s][0]:.3f}, {device[kind][s][1]:.2f}x" for kind in KINDS)] for s in DEVICE_SLOTS])
     texts = "\n".join(f"- **{kind}**: {KINDS[kind]}; {tokens[kind]:,} tokens"
                       f" ask for {tokens[kind] * 24:,} rows, {sizes[kind]:,} of them distinct in batches of {CACHE_BATCH}"
                       for kind in KINDS)
@@ -125,6 +150,16 @@ A cache takes {SLOT_BYTES} bytes a row of 264 bytes.
 
 {caches}
 
+## The cache on a device
+
+`RowPrefetcher(cache_bytes=)`, what its own counters say of the same batches, a request each: hits over distinct rows asked for,
+and bytes over the link (rows that missed, ids, and where rows go in the cache) over those without a cache. Run on an engine of
+CPU threads that has memory of its own, on a table of the rows that occur. A request looks for all its rows before it admits those
+that it lacks, and evicts none that it uses: in a cache smaller than a batch that finds more than the table above, elsewhere it is
+the same. Of the device a row takes {ROW_BYTES} bytes, and 29 of the host.
+
+{on_device}
+
 ## What follows
 
 - Dropping duplicates within a batch saves {1 - unique["prose", 256]:.0%} (prose) to {1 - unique["code", 256]:.0%} (code) of the
@@ -142,16 +177,17 @@ def main():
     parser.add_argument("handbook", type=Path)
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the page and the figure")
     args = parser.parse_args()
-    unique, sequences, hits, sizes, tokens = {}, {}, {}, {}, {}
+    unique, sequences, hits, device, sizes, tokens = {}, {}, {}, {}, {}, {}
     for kind in KINDS:
         rows = row_ids(kind, args.handbook)
         tokens[kind] = len(rows)
         unique.update({(kind, b): unique_ratio(rows, b) for b in BATCHES})
         sequences.update({(kind, b): unique_ratio_of_sequences(rows, b) for b in SEQUENCES})
         hits[kind], sizes[kind] = hit_rates(rows)
+        device[kind] = device_cache(rows)
     args.out.mkdir(exist_ok=True)
     plot(unique, sequences, hits, args.out / "dedup_and_cache.png")
-    (args.out / "dedup_and_cache.md").write_text(report(unique, sequences, hits, sizes, tokens))
+    (args.out / "dedup_and_cache.md").write_text(report(unique, sequences, hits, device, sizes, tokens))
 
 
 if __name__ == "__main__":

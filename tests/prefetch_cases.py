@@ -23,7 +23,10 @@ WAYS = {
     "host_device": ("host", "device", False),
     "file": ("file", "file", False),
     "file_to_a_device": ("file", "file", True),
+    "host_cached_on_a_device": ("host", "staged", True),
+    "file_cached_on_a_device": ("file", "file", True),
 }
+CACHE_BYTES = 1 << 16  # of the ways that cache: a third of the table
 
 
 def make_rows(row_format, num_rows=NUM_ROWS, row_dim=ROW_DIM):
@@ -65,6 +68,8 @@ def prefetcher(table, way, engine_options=None, **options):
     """A prefetcher by name of its way; small rings, so that large requests take several blocks."""
     _, policy, has_device_memory = WAYS[way]
     options = {"ring_bytes": 1 << 20, "staging_bytes": 1 << 15, **options}
+    if "cached" in way:
+        options.setdefault("cache_bytes", CACHE_BYTES)
     if has_device_memory or engine_options:
         options["_engine"] = _C.host_engine(2, has_device_memory=has_device_memory, **(engine_options or {}))
     return RowPrefetcher(table, policy=policy, **options)

@@ -288,7 +288,7 @@ def test_prefetch_verify_finds_a_wrong_row(way, tables):
     tier = WAYS[way][0]
     table = tables.make(tier)
     ids, state = make_ids(50), torch.get_rng_state()
-    with prefetcher(table, way, verify_rows=50) as pf:
+    with prefetcher(table, way, verify_rows=2000) as pf:  # of 50: each is among them
         pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
         if tier == "host":
             ticket = pf.submit(ids)

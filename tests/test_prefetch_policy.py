@@ -81,8 +81,11 @@ def test_prefetch_counters(way, tables):
         stats = pf.stats()
     unique = 3 if policy == "file" or (policy == "staged" and has_device_memory) else 6  # gathers read duplicates from a cache
     assert (stats["requests"], stats["requested"], stats["unique"]) == (2, 12, 2 * unique)
-    wanted = {"device": 0, "host": 0, "cache": 0, "file": 0}
-    wanted.update({"cache": 3, "file": 3} if tier == "file" else {"host": 12 if unique == 6 else 6})
+    wanted = {"device": 0, "host": 0, "device_cache": 0, "cache": 0, "file": 0}
+    if "cached" in way:  # nothing is left to look up in the file tier's own cache
+        wanted.update({"device_cache": 3, tier: 3})
+    else:
+        wanted.update({"cache": 3, "file": 3} if tier == "file" else {"host": 12 if unique == 6 else 6})
     assert stats["hits"] == wanted and stats["payload_bytes"] == 12 * table.row_bytes
     assert (stats["moved_bytes"] > 0) == (tier == "file" or has_device_memory)
     assert stats["policy"] == policy and stats["provenance"] == "measured" and stats["tier"] == tier
@@ -176,7 +179,9 @@ if way == "file":
     table = ek.RowTable.open(path, cache_bytes=4 << 20, io="preadv")
 else:
     table = ek.RowTable.from_tensor(torch.zeros(1 << 20, 64), row_format="f32")  # read, its pages take no memory; copied, they do
-options = {} if way != "staged" else {"_engine": ek._C.host_engine(2, has_device_memory=True)}
+options = {} if way in ("direct", "file") else {"_engine": ek._C.host_engine(2, has_device_memory=True)}
+if way == "cached":
+    options["cache_bytes"] = 6 << 20
 ids = torch.randint(0, table.num_rows, (40_000,), generator=torch.Generator().manual_seed(0))
 ek.gather_rows(table, ids[:10]), torch.arange(10).sum()
 before = memory('VmRSS')
@@ -191,15 +196,18 @@ with ek.RowPrefetcher(table, out_dtype=torch.float32, depth=3, ring_bytes=4 * 11
 SLACK_BYTES = 8 << 20  # threads, the allocator; the queue's buffers of the file reader: 64 of 32 KiB
 
 
-@pytest.mark.parametrize("way", ["direct", "staged", "file"])
+@pytest.mark.parametrize("way", ["direct", "staged", "cached", "file"])
 def test_prefetch_memory_is_ring_cache_and_ids(way, tables):
-    """As docs/prefetch.md has it: rings + cache + 40 bytes an id in flight + a constant. The table: 256 MiB; 64 in the file."""
+    """As docs/prefetch.md has it: rings + caches + 40 bytes an id in flight + a constant. The table: 256 MiB; 64 in the file."""
     if way == "file":
         RowTable.create(tables.path, torch.zeros(1 << 18, 64), row_format="f32")
     run = subprocess.run([sys.executable, "-c", MEMORY, way, str(tables.path)], capture_output=True, text=True, check=True)
     grown, rings, num_ids = map(int, run.stdout.split())
     cache = 4 << 20 if way == "file" else 0
-    assert rings <= (4 * 11 << 20) + 2 * (4 << 20)
+    on_device = (6 << 20) // 256 * (256 + 29) if way == "cached" else 0
+    assert on_device <= rings <= (4 * 11 << 20) + 2 * (4 << 20) + on_device
+    if way == "cached":
+        assert rings > (4 * 11 << 20) + 0.95 * on_device
     assert grown <= rings + cache + 3 * 40 * num_ids + SLACK_BYTES
 
 

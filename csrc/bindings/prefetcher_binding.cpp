@@ -49,6 +49,7 @@ std::shared_ptr<RowPrefetcher> make_prefetcher(const py::dict& o, std::shared_pt
   options.stager.direct = option<bool>(o, "direct");
   options.stager.on_device = option<bool>(o, "on_device");
   options.stager.staging_bytes = option<int64_t>(o, "staging_bytes");
+  options.stager.cache_bytes = option<int64_t>(o, "cache_bytes");
   options.stager.num_threads = option<int>(o, "num_threads");
   const auto out_dtype = option<std::string>(o, "out_dtype");
   options.out_dtype = out_dtype == "float32" ? DType::kF32 : out_dtype == "float16" ? DType::kF16 : DType::kBf16;
@@ -110,6 +111,7 @@ py::dict counters(const RowPrefetcher& prefetcher) {
   py::dict hits;
   hits["device"] = c.device_rows;
   hits["host"] = c.host_rows;
+  hits["device_cache"] = c.device_cache_rows;
   hits["cache"] = c.cached_rows;
   hits["file"] = c.file_rows;
   py::dict result;
@@ -127,6 +129,7 @@ py::dict counters(const RowPrefetcher& prefetcher) {
   result["max_in_flight"] = c.max_in_flight;
   result["queued"] = c.queued;
   result["memory_bytes"] = prefetcher.memory_bytes();
+  result["device_cache_slots"] = prefetcher.cache_slots();
   return result;
 }
 
@@ -186,6 +189,7 @@ void bind_prefetcher(py::module_& m) {
       .def("cancel", &RowPrefetcher::cancel, py::arg("ticket"), Released())
       .def("drain", &drain, py::arg("timeout_s"))
       .def("close", &RowPrefetcher::close, Released())
+      .def("clear_cache", &RowPrefetcher::clear_cache)
       .def("counters", &counters)
       .def("chrome_trace", &RowPrefetcher::chrome_trace, Released());
 }

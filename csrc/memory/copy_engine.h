@@ -1,11 +1,11 @@
 // The device seam: what the prefetcher needs of a device. CPU threads implement it (copy_engine_host.cpp, complete, and what
 // the stress tests drive), and CUDA (copy_engine_cuda.cu, in _C_cuda alone).
 //
-// Scope       one stream, first in, first out: copies and gathers; events; memory that the device can read. No tickets, no rows.
+// Scope       one stream, first in, first out: copies, gathers and placed rows; events; memory that the device can read. No tickets, no rows.
 // Ownership   whoever launches keeps the memory of a launch alive until its event is done.
 // Threads     every call may be made from several threads at once; a launch is one place in the stream.
-// Failure     what a call finds out, it throws. What the stream finds out later is thrown by the waits for the event of that
-//             launch, and by no other.
+// Failure     what a call finds out, it throws; nothing of a launch that threw is left on the stream. What the stream finds out
+//             later is thrown by the waits for the event of that launch, and by no other.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,7 @@
 #include <string>
 
 #include "kernels/gather_rows/gather_rows.h"
+#include "memory/place_rows.h"
 
 namespace engram_kernels {
 
@@ -28,15 +29,21 @@ class EngineEvent {
 };
 using Event = std::shared_ptr<EngineEvent>;  // null: done
 
-// In this order: wait for both events, copy, gather. A gather whose params have an error_count has ids that nobody has checked.
+struct EngineCopy {
+  std::byte* to = nullptr;
+  const std::byte* from = nullptr;
+  int64_t bytes = 0;
+};
+
+// In this order: wait for both events, copy, gather, place. A gather whose params have an error_count has ids that nobody has
+// checked. All of it is done or, where one of it fails, failed.
 struct EngineLaunch {
-  Event after;  // what used the memory before
-  Event ready;  // recorded for this launch, where its inputs are made
-  std::byte* copy_to = nullptr;
-  const std::byte* copy_from = nullptr;
-  int64_t copy_bytes = 0;
+  Event after = {};  // what used the memory before
+  Event ready = {};  // recorded for this launch, where its inputs are made
+  EngineCopy copies[2] = {};
   const GatherRowsParams* gather = nullptr;  // copied by the call
-  std::shared_ptr<const void> keeps;         // held until the launch is done, where host code runs it
+  const PlaceRowsParams* place = nullptr;    // copied by the call; rows that later launches may read where they are put
+  std::shared_ptr<const void> keeps = {};    // held until the launch is done, where host code runs it
 };
 
 // What the stream did for an event, by std::chrono::steady_clock.

@@ -179,18 +179,14 @@ class CudaEngine final : public CopyEngine {
     const unsigned long long capture = launch.ready == nullptr ? 0 : of(launch.ready).capture();
     follow(stream_, launch.ready, capture);  // first: it brings the stream into the graph that is captured
     follow(stream_, launch.after, capture);
-    if (launch.copy_bytes > 0) {
-      EK_ENGINE_CHECK(
-          cudaMemcpyAsync(launch.copy_to, launch.copy_from, static_cast<size_t>(launch.copy_bytes), cudaMemcpyDefault, stream_));
+    try {
+      queue(launch);
+      return std::make_shared<CudaEvent>(events_, stream_);
+    } catch (const std::exception& err) {
+      // no event tells when the part that was queued is done with the memory of the launch
+      if (capture == 0) cudaStreamSynchronize(stream_);
+      throw EngineError(err.what());
     }
-    if (launch.gather != nullptr) {
-      try {
-        gather_rows_cuda(*launch.gather, stream_);
-      } catch (const std::runtime_error& err) {
-        throw EngineError(err.what());
-      }
-    }
-    return std::make_shared<CudaEvent>(events_, stream_);
   }
 
   Event record_on(uintptr_t stream) override {
@@ -226,6 +222,15 @@ class CudaEngine final : public CopyEngine {
   bool times(const Event&, EngineTimes*) const override { return false; }
 
  private:
+  void queue(const EngineLaunch& launch) {
+    for (const EngineCopy& copy : launch.copies) {
+      if (copy.bytes == 0) continue;
+      EK_ENGINE_CHECK(cudaMemcpyAsync(copy.to, copy.from, static_cast<size_t>(copy.bytes), cudaMemcpyDefault, stream_));
+    }
+    if (launch.gather != nullptr) gather_rows_cuda(*launch.gather, stream_);
+    if (launch.place != nullptr) place_rows_cuda(*launch.place, stream_);
+  }
+
   // `capture`: that the stream is under, or is brought under by the event.
   void follow(cudaStream_t stream, const Event& event, unsigned long long capture) {
     if (event == nullptr) return;

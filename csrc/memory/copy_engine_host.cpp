@@ -106,8 +106,9 @@ class HostEngine final : public CopyEngine {
   void unregister_host(const std::byte*) noexcept override {}
 
   Event launch(const EngineLaunch& launch) override {
-    Task task{launch, {}, std::make_shared<HostEvent>()};
+    Task task{launch, {}, {}, std::make_shared<HostEvent>()};
     if (launch.gather != nullptr) task.gather = *launch.gather;
+    if (launch.place != nullptr) task.place = *launch.place;
     Event event = task.event;
     {
       const std::lock_guard lock(mutex_);
@@ -127,6 +128,7 @@ class HostEngine final : public CopyEngine {
   struct Task {
     EngineLaunch launch;
     GatherRowsParams gather;
+    PlaceRowsParams place;
     std::shared_ptr<HostEvent> event;
   };
   struct Finished {
@@ -172,12 +174,16 @@ class HostEngine final : public CopyEngine {
     if (options_.faults.error > 0 && std::uniform_real_distribution<double>(0, 1)(random_) < options_.faults.error) {
       throw EngineError("injected failure of a launch");
     }
-    if (launch.copy_bytes > 0) std::memcpy(launch.copy_to, launch.copy_from, static_cast<size_t>(launch.copy_bytes));
-    if (launch.gather == nullptr) return;
-    const GatherRowsParams& p = task.gather;
-    check_params(p);
-    if (p.error_count != nullptr) check_row_ids("RowPrefetcher", p.row_ids, p.source.num_rows, &p.row_ids.count, 1);
-    gather_rows_cpu(p, threads_.parallel());
+    for (const EngineCopy& copy : launch.copies) {
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    }
+    if (launch.gather != nullptr) {
+      const GatherRowsParams& p = task.gather;
+      check_params(p);
+      if (p.error_count != nullptr) check_row_ids("RowPrefetcher", p.row_ids, p.source.num_rows, &p.row_ids.count, 1);
+      gather_rows_cpu(p, threads_.parallel());
+    }
+    if (launch.place != nullptr) place_rows_cpu(task.place, threads_.parallel());
   }
 
   void delay() {

@@ -40,7 +40,7 @@ std::string PrefetchTrace::json() const {
     const TraceSpan& span = spans_[(oldest_ + i) % spans_.size()];
     out << ",\n{\"ph\": \"X\", \"pid\": 1, \"tid\": " << static_cast<int>(span.track) << ", \"name\": \"" << span.name
         << "\", \"ts\": " << microseconds(span.begin_ns) << ", \"dur\": " << microseconds(span.end_ns - span.begin_ns)
-        << ", \"args\": {\"ticket\": " << span.ticket << ", \"rows\": " << span.rows << "}}";
+        << ", \"args\": {\"ticket\": " << span.ticket << ", \"rows\": " << span.rows << ", \"cached\": " << span.cached << "}}";
   }
   out << "\n]}\n";
   return out.str();

@@ -13,9 +13,9 @@ enum class TraceTrack : int { kCaller, kDevice, kHost, kFile };
 
 struct TraceSpan {
   TraceTrack track;
-  const char* name;  // a literal
-  int64_t ticket, rows;
-  int64_t begin_ns, end_ns;  // of steady_ns()
+  const char* name;              // a literal
+  int64_t ticket, rows, cached;  // cached: of the distinct rows of the ticket
+  int64_t begin_ns, end_ns;      // of steady_ns()
 };
 
 inline int64_t steady_ns() {

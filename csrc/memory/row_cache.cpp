@@ -14,6 +14,7 @@ constexpr int kTrialShare = 2;     // one way in so many is for rows on trial
 constexpr int kCountersOfRow = 4;  // its estimate is the smallest of them
 // the sketch remembers about so many uses a slot; both numbers chosen on docs/dedup_and_cache.md's texts
 constexpr int64_t kUsesPerSlotUntilAging = 4;
+constexpr size_t kCacheLine = 64;
 constexpr uint64_t kHalfOfCounters = 0x7777777777777777;
 
 // splitmix64
@@ -32,13 +33,15 @@ RowCacheDirectory::RowCacheDirectory(int64_t max_slots) {
   ways_ = std::min<int64_t>(kWays, max_slots);
   trial_ways_ = std::max<int64_t>(ways_ / kTrialShare, 1);
   num_buckets_ = ways_ == 0 ? 0 : max_slots / ways_;
-  const auto slots = static_cast<size_t>(num_buckets_ * ways_);
-  slots_.resize(slots);
+  const auto slots = static_cast<size_t>(num_slots());
+  buckets_.resize(static_cast<size_t>(num_buckets_));
   uses_.assign(slots, 0);
   sketch_.assign(slots, 0);
   uses_until_aging_ = kUsesPerSlotUntilAging * num_slots();
+  clear();
 }
 
+// The first slot of the row's bucket. Buckets have kWays slots where there is more than one.
 int64_t RowCacheDirectory::bucket_of(int64_t row) const {
   return static_cast<int64_t>(mul_high(mix(static_cast<uint64_t>(row)), static_cast<uint64_t>(num_buckets_))) * ways_;
 }
@@ -46,10 +49,21 @@ int64_t RowCacheDirectory::bucket_of(int64_t row) const {
 int64_t RowCacheDirectory::slot_of(int64_t row) const {
   if (num_buckets_ == 0) return -1;
   const int64_t begin = bucket_of(row);
-  for (int64_t slot = begin; slot < begin + ways_; ++slot) {
-    if (slots_[static_cast<size_t>(slot)].row == row) return slot;
+  const Bucket& bucket = of(begin);
+  for (int64_t way = 0; way < ways_; ++way) {
+    if (bucket.rows[way] == row) return begin + way;
   }
   return -1;
+}
+
+void RowCacheDirectory::prefetch(int64_t row) const {
+  if (num_buckets_ == 0) return;
+  const int64_t begin = bucket_of(row);
+  const auto* bucket = reinterpret_cast<const char*>(&of(begin));
+  for (size_t at = 0; at < sizeof(Bucket); at += kCacheLine) __builtin_prefetch(bucket + at);
+  __builtin_prefetch(&uses_[static_cast<size_t>(begin)]);
+  uint64_t hash = mix(~static_cast<uint64_t>(row));
+  for (int i = 0; i < kCountersOfRow; ++i, hash = mix(hash)) __builtin_prefetch(&sketch_[mul_high(hash, sketch_.size())]);
 }
 
 int64_t RowCacheDirectory::find(int64_t row) {
@@ -59,7 +73,7 @@ int64_t RowCacheDirectory::find(int64_t row) {
   if (slot >= 0) {
     uint8_t& uses = uses_[static_cast<size_t>(slot)];
     uses = static_cast<uint8_t>(uses + ((uses & kMaxUses) < kMaxUses));
-    slots_[static_cast<size_t>(slot)].batch = batch_;
+    of(slot).ages[slot % kWays].batch = batch_;
   }
   return slot;
 }
@@ -69,12 +83,13 @@ int64_t RowCacheDirectory::admit(int64_t row, int64_t* evicted) {
   if (num_buckets_ == 0 || slot_of(row) >= 0) return -1;
   const int64_t slot = make_room(bucket_of(row));
   if (slot < 0) return -1;
-  Slot& entry = slots_[static_cast<size_t>(slot)];
+  int64_t& place = of(slot).rows[slot % kWays];
   // a row that was here, or was asked for, not long ago needs no trial; where there is room none is needed yet
-  const bool returns = entry.row >= 0 && estimate(row) >= 2;
-  num_rows_ += entry.row < 0;
-  *evicted = entry.row;
-  entry = {row, ++turn_, batch_};
+  const bool returns = place >= 0 && estimate(row) >= 2;
+  num_rows_ += place < 0;
+  *evicted = place;
+  place = row;
+  of(slot).ages[slot % kWays] = {++turn_, batch_};
   uses_[static_cast<size_t>(slot)] = returns ? kResident : 0;
   return slot;
 }
@@ -82,19 +97,21 @@ int64_t RowCacheDirectory::admit(int64_t row, int64_t* evicted) {
 bool RowCacheDirectory::older(int64_t slot, int64_t than) const {
   if (than < 0) return true;
   // turns wrap around: the difference tells which is older as long as neither is 2^31 turns old
-  return static_cast<int32_t>(slots_[static_cast<size_t>(slot)].turn - slots_[static_cast<size_t>(than)].turn) < 0;
+  const Age* ages = of(slot).ages;  // both are of one bucket
+  return static_cast<int32_t>(ages[slot % kWays].turn - ages[than % kWays].turn) < 0;
 }
 
 // A slot of the bucket that begins at `begin`: a free one, or that of the row to evict; -1: the batch keeps them all.
 int64_t RowCacheDirectory::make_room(int64_t begin) {
+  Bucket& bucket = of(begin);
   for (;;) {
     int64_t on_trial = 0, trial = -1, resident = -1;  // how many; the oldest of each that may go
     for (int64_t slot = begin; slot < begin + ways_; ++slot) {
-      const Slot& entry = slots_[static_cast<size_t>(slot)];
-      if (entry.row < 0) return slot;
+      const int64_t way = slot - begin;
+      if (bucket.rows[way] < 0) return slot;
       const bool is_resident = (uses_[static_cast<size_t>(slot)] & kResident) != 0;
       on_trial += !is_resident;
-      if (batch_ != 0 && entry.batch == batch_) continue;
+      if (batch_ != 0 && bucket.ages[way].batch == batch_) continue;
       int64_t& oldest = is_resident ? resident : trial;
       if (older(slot, oldest)) oldest = slot;
     }
@@ -104,20 +121,24 @@ int64_t RowCacheDirectory::make_room(int64_t begin) {
     uint8_t& uses = uses_[static_cast<size_t>(slot)];
     if ((uses & kMaxUses) == 0) return slot;
     uses = static_cast<uint8_t>(from_trial ? kResident : uses - 1);
-    slots_[static_cast<size_t>(slot)].turn = ++turn_;
+    bucket.ages[slot - begin].turn = ++turn_;
   }
 }
 
 void RowCacheDirectory::forget(int64_t row) {
-  const int64_t slot = slot_of(row);
+  const int64_t slot = row < 0 ? -1 : slot_of(row);
   if (slot < 0) return;
-  slots_[static_cast<size_t>(slot)] = {};
+  of(slot).rows[slot % kWays] = -1;
+  of(slot).ages[slot % kWays] = {};
   uses_[static_cast<size_t>(slot)] = 0;
   --num_rows_;
 }
 
 void RowCacheDirectory::clear() {
-  std::fill(slots_.begin(), slots_.end(), Slot{});
+  for (Bucket& bucket : buckets_) {
+    std::fill_n(bucket.rows, kWays, int64_t{-1});
+    std::fill_n(bucket.ages, kWays, Age{});
+  }
   std::fill(uses_.begin(), uses_.end(), uint8_t{0});
   num_rows_ = 0;
 }

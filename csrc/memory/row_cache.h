@@ -10,8 +10,11 @@
 // Cost        kBytesPerSlot bytes a slot; find and admit look at one bucket.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "memory/huge_allocator.h"
 
 namespace engram_kernels {
 
@@ -23,7 +26,7 @@ class RowCacheDirectory {
   // At most `max_slots` slots: whole buckets where there is more than one. 0: caches nothing.
   explicit RowCacheDirectory(int64_t max_slots);
 
-  int64_t num_slots() const { return static_cast<int64_t>(slots_.size()); }
+  int64_t num_slots() const { return num_buckets_ * ways_; }
   int64_t num_rows() const { return num_rows_; }
 
   // The slot of `row`, or -1. Counts the use either way: call it once a request of the row.
@@ -35,18 +38,28 @@ class RowCacheDirectory {
 
   // From here on slots that are found or admitted are kept until the next call: what one batch uses, it does not evict.
   // Without any call nothing is kept.
-  void begin_batch() { ++batch_; }
+  void begin_batch() { batch_ += batch_ == UINT32_MAX ? 2 : 1; }  // 0: no call yet
+
+  int64_t row_in(int64_t slot) const { return of(slot).rows[slot % kWays]; }  // -1: none
+
+  // Requests the memory that `find` and `admit` of the row look at: some rows ahead of them it is there in time.
+  void prefetch(int64_t row) const;
 
   void forget(int64_t row);  // nothing where it is not cached
   void clear();              // rows, not what is known of their use
 
  private:
-  struct Slot {
-    int64_t row = -1;   // -1: free
+  struct Age {
     uint32_t turn = 0;  // when it came, or passed its turn
     uint32_t batch = 0;
   };
+  struct alignas(64) Bucket {
+    int64_t rows[kWays];  // -1: free
+    Age ages[kWays];
+  };
 
+  Bucket& of(int64_t slot) { return buckets_[static_cast<size_t>(slot / kWays)]; }
+  const Bucket& of(int64_t slot) const { return buckets_[static_cast<size_t>(slot / kWays)]; }
   int64_t bucket_of(int64_t row) const;
   int64_t slot_of(int64_t row) const;
   int64_t make_room(int64_t begin);
@@ -55,9 +68,9 @@ class RowCacheDirectory {
   int estimate(int64_t row) const;
   void age();
 
-  std::vector<Slot> slots_;
-  std::vector<uint8_t> uses_;     // by slot: hits that count, and kResident
-  std::vector<uint64_t> sketch_;  // 16 counters of 4 bits a word, a word a slot
+  std::vector<Bucket, HugeAllocator<Bucket>> buckets_;
+  std::vector<uint8_t, HugeAllocator<uint8_t>> uses_;      // by slot: hits that count, and kResident
+  std::vector<uint64_t, HugeAllocator<uint64_t>> sketch_;  // 16 counters of 4 bits a word, a word a slot
   int64_t num_buckets_ = 0, ways_ = 0, trial_ways_ = 0, num_rows_ = 0, uses_until_aging_ = 0;
   uint32_t batch_ = 0;
   uint32_t turn_ = 0;

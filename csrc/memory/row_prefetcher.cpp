@@ -115,7 +115,8 @@ bool RowPrefetcher::begin(const RequestPtr& request, const PrefetchIds& ids) {
     GatherRowsParams gather = gather_into(*request);
     if (ids.on_device) gather.error_count = bad_ids_ + request->slot;
     request->staged.unique = request->count;
-    request->events.push_back(engine_->launch({request->slot_free, request->ids_ready, nullptr, nullptr, 0, &gather, request}));
+    request->events.push_back(
+        engine_->launch({.after = request->slot_free, .ready = request->ids_ready, .gather = &gather, .keeps = request}));
     return true;
   }
   const std::lock_guard lock(mutex_);

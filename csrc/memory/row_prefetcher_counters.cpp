@@ -15,16 +15,18 @@ void RowPrefetcher::count(const Request& request, int64_t waited_since_ns) {
   ++c.requests;
   c.requested += request.count;
   c.unique += staged.unique;
+  c.device_cache_rows += staged.device_cached;
   c.cached_rows += staged.cached_rows;
   c.file_rows += staged.file_rows;
-  if (!from_file) (options_.stager.on_device ? c.device_rows : c.host_rows) += staged.unique;
+  if (!from_file) (options_.stager.on_device ? c.device_rows : c.host_rows) += staged.unique - staged.device_cached;
   const RowSource& table = options_.stager.table;
   c.payload_bytes +=
       request.count * (row_value_bytes(table.format, table.row_dim) + row_scale_bytes(table.format, table.row_dim));
   c.moved_bytes += staged.moved_bytes;
   const int64_t now = steady_ns();
+  const int64_t cached = staged.device_cached + staged.cached_rows;
   const auto span = [&](TraceTrack track, const char* name, int64_t rows, int64_t begin, int64_t end) {
-    trace_.add({track, name, request.number, rows, begin, end});
+    trace_.add({track, name, request.number, rows, cached, begin, end});
   };
   if (request.fetch_end_ns > 0) {
     c.fetch_ns += request.fetch_end_ns - request.fetch_begin_ns;
@@ -49,5 +51,9 @@ PrefetchCounters RowPrefetcher::counters() const {
 std::string RowPrefetcher::chrome_trace() const { return trace_.json(); }
 
 int64_t RowPrefetcher::memory_bytes() const { return (options_.depth + 1) * options_.slot_bytes + stager_->memory_bytes(); }
+
+int64_t RowPrefetcher::cache_slots() const { return stager_->cache_slots(); }
+
+void RowPrefetcher::clear_cache() { stager_->clear_cache(); }
 
 }  // namespace engram_kernels

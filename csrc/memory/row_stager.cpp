@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "common/error.h"
+#include "common/math.h"
 
 namespace engram_kernels {
 namespace {
@@ -13,15 +15,21 @@ constexpr int64_t kAlign = 256;        // of the parts of a slot, for the widest
 constexpr int64_t kPrefetchRows = 16;  // requested ahead of the copy: a random row is a DRAM access away
 constexpr int64_t kGrainRows = 256;    // of a thread
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kMinRowsAligned = 16;  // so that scales of as many rows are aligned too
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
+// Rows after which the next one is aligned.
+int64_t aligned_rows(int64_t row_bytes) { return std::max(kAlign / std::gcd(kAlign, row_bytes), kMinRowsAligned); }
+
 }  // namespace
 
-// What a slot holds: rows, scales, ids into them.
+// A slot on its way to the device: rows, ids into `source`, places of rows that go into the cache, scales.
 struct RowStager::Block {
-  RowSource source;  // of the device
-  int64_t ids_at = 0, bytes = 0;
+  RowSource source;      // of the device
+  const void* ids;       // of the device
+  EngineCopy copies[2];  // none where the device reads the slot itself
+  PlaceRowsParams place;
 };
 
 RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine> engine)
@@ -42,14 +50,43 @@ RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine
   } else {
     check_row_source("RowPrefetcher", options_.table);
   }
-  if (!needed_) return;
-  const int64_t slot_bytes = options_.staging_bytes / kNumSlots / kAlign * kAlign;
-  const int64_t id_bytes = options_.direct ? 8 : row_bytes_ + scale_bytes_ + 4;
-  block_ids_ = std::min((slot_bytes - 3 * kAlign) / id_bytes, int64_t{1} << 30);
+  EK_CHECK(options_.cache_bytes == 0 || (!options_.direct && !engine_->reads_host_memory()),
+           "RowPrefetcher: cache_bytes is " << options_.cache_bytes << ", but no row is copied to a device");
+  if (needed_) make_ring();
+}
+
+void RowStager::make_ring() {
+  const bool caches = options_.cache_bytes > 0;
+  int64_t slot_bytes = options_.staging_bytes / kNumSlots / kAlign * kAlign;
+  int64_t id_bytes = options_.direct ? 8 : row_bytes_ + scale_bytes_ + 4, room = slot_bytes - 3 * kAlign;
+  int64_t least = id_bytes + 4 * kAlign;
+  if (caches) {  // on the device rows and scales of all slots are one array each, which a cache continues
+    const int64_t step = aligned_rows(row_bytes_);
+    rows_a_slot_ = slot_bytes / (row_bytes_ + scale_bytes_) / step * step;
+    slot_bytes = rows_a_slot_ * (row_bytes_ + scale_bytes_);
+    id_bytes = row_bytes_ + 4 + static_cast<int64_t>(sizeof(RowPlace));
+    room = rows_a_slot_ * row_bytes_ - 2 * kAlign;
+    least = (ceil_div(id_bytes + 2 * kAlign, step * row_bytes_) * step) * (row_bytes_ + scale_bytes_) + kAlign;
+  }
+  block_ids_ = std::min(room / id_bytes, int64_t{1} << 30);
   EK_CHECK(block_ids_ >= 1, "RowPrefetcher: staging_bytes is " << options_.staging_bytes << ", expected at least "
-                                                               << kNumSlots * (id_bytes + 4 * kAlign) << " for rows of "
+                                                               << kNumSlots * least << " for rows of "
                                                                << row_bytes_ + scale_bytes_ << " bytes");
-  ring_ = std::make_unique<StagingRing>(kNumSlots, slot_bytes, engine_);
+  if (caches) {
+    cache_ = std::make_unique<DeviceRowCache>(
+        DeviceRowCacheOptions{options_.cache_bytes, row_bytes_, scale_bytes_, options_.table.num_rows, kNumSlots, rows_a_slot_},
+        engine_);
+  }
+  ring_ = std::make_unique<StagingRing>(kNumSlots, slot_bytes, engine_, !caches);
+}
+
+int64_t RowStager::memory_bytes() const {
+  if (!needed_) return 0;
+  return options_.staging_bytes * (engine_->reads_host_memory() ? 1 : 2) + (cache_ == nullptr ? 0 : cache_->cache_bytes());
+}
+
+void RowStager::clear_cache() {
+  if (cache_ != nullptr) cache_->clear();
 }
 
 RingSlot RowStager::take_slot() {
@@ -58,6 +95,7 @@ RingSlot RowStager::take_slot() {
     engine_->wait_host(slot.after, -1);
   } catch (...) {  // that launch failed, and its own ticket says so
   }
+  if (cache_ != nullptr) cache_->settle(slot.number);
   return slot;
 }
 
@@ -70,7 +108,7 @@ std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& read
     const RingSlot slot = take_slot();
     Event copied;
     try {
-      copied = engine_->launch({nullptr, ready, slot.host, from + begin, bytes, nullptr, nullptr});
+      copied = engine_->launch({.ready = ready, .copies = {{slot.host, from + begin, bytes}}});
       engine_->wait_host(copied, -1);
     } catch (...) {
       ring_->give(slot.number, copied);
@@ -84,7 +122,7 @@ std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& read
 
 void RowStager::stage(const GatherRowsParams& gather, const Event& after, const std::atomic<bool>& cancelled,
                       std::vector<Event>* events, StageCounters* counters) {
-  if (gather.row_ids.count == 0) events->push_back(engine_->launch({after, nullptr, nullptr, nullptr, 0, nullptr, nullptr}));
+  if (gather.row_ids.count == 0) events->push_back(engine_->launch({.after = after}));
   const int64_t id_bytes = gather.row_ids.are_int64 ? 8 : 4;
   const int64_t out_bytes = int64_t{gather.source.row_dim} * dtype_bytes(gather.out_dtype);
   for (int64_t begin = 0; begin < gather.row_ids.count; begin += block_ids_) {
@@ -94,26 +132,44 @@ void RowStager::stage(const GatherRowsParams& gather, const Event& after, const 
     part.out = gather.out + begin * out_bytes;
     const RingSlot slot = take_slot();
     try {
-      Block block{options_.table, 0, part.row_ids.count * id_bytes};
-      if (options_.direct) {
-        std::memcpy(slot.host, part.row_ids.data, static_cast<size_t>(block.bytes));
-        counters->unique += part.row_ids.count;
-      } else {
-        fill_with_rows(part.row_ids, slot, cancelled, &block, counters);
-        part.row_ids.are_int64 = false;
-      }
-      part.source = block.source;
-      part.row_ids.data = slot.device + block.ids_at;
-      const bool copies = slot.device != slot.host;
-      if (copies) counters->moved_bytes += block.bytes;
-      events->push_back(engine_->launch(
-          {events->empty() ? after : nullptr, nullptr, slot.device, slot.host, copies ? block.bytes : 0, &part, nullptr}));
+      events->reserve(events->size() + 1);  // nothing may fail between a launch and its event's place
+      events->push_back(launch_block(&part, slot, events->empty() ? after : nullptr, cancelled, counters));
     } catch (...) {
+      if (cache_ != nullptr) cache_->abandon();
       ring_->give(slot.number, nullptr);
       throw;
     }
+    if (cache_ != nullptr) cache_->launched(events->back());
     ring_->give(slot.number, events->back());
   }
+}
+
+Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, const Event& after,
+                              const std::atomic<bool>& cancelled, StageCounters* counters) {
+  Block block{options_.table, nullptr, {}, {}};
+  if (options_.direct) {
+    fill_with_ids(gather->row_ids, slot, &block, counters);
+  } else {
+    fill_with_rows(gather->row_ids, slot, cancelled, &block, counters);
+    gather->row_ids.are_int64 = false;
+  }
+  gather->source = block.source;
+  gather->row_ids.data = block.ids;
+  block.place.max_blocks = gather->max_blocks;
+  EngineLaunch launch{.after = after, .gather = gather, .place = block.place.count > 0 ? &block.place : nullptr};
+  if (!engine_->reads_host_memory()) {
+    std::copy_n(block.copies, 2, launch.copies);
+    counters->moved_bytes += launch.copies[0].bytes + launch.copies[1].bytes;
+  }
+  return engine_->launch(launch);
+}
+
+void RowStager::fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters) {
+  const int64_t bytes = ids.count * (ids.are_int64 ? 8 : 4);
+  std::memcpy(slot.host, ids.data, static_cast<size_t>(bytes));
+  block->ids = slot.device;
+  block->copies[0] = {slot.device, slot.host, bytes};
+  counters->unique += ids.count;
 }
 
 void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
@@ -123,42 +179,72 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
   for (int64_t i = 0; i < order.count(); ++i) {
     if (i == 0 || order.row(i) != distinct_.back()) distinct_.push_back(order.row(i));
   }
-  const auto count = static_cast<int64_t>(distinct_.size());
-  const int64_t scales_at = aligned(count * row_bytes_);
-  block->ids_at = scales_at + aligned(count * scale_bytes_);
-  block->bytes = block->ids_at + ids.count * 4;
-  auto* local_ids = reinterpret_cast<int32_t*>(slot.host + block->ids_at);
+  const auto unique = static_cast<int64_t>(distinct_.size());
+  const int64_t any_row = unique > 0 ? distinct_[0] : kNoRow;
+  // in the arrays of rows and scales on the device
+  const int64_t first = cache_ == nullptr ? 0 : cache_->first_row(slot.number);
+  indices_.resize(distinct_.size());
+  int64_t count = unique;  // that are staged
+  if (cache_ == nullptr) {
+    std::iota(indices_.begin(), indices_.end(), 0);
+  } else {
+    count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
+  }
+  const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
+  const int64_t scales_at = cache_ == nullptr ? places_at : rows_a_slot_ * row_bytes_;
+  auto* local_ids = reinterpret_cast<int32_t*>(slot.host + ids_at);
   std::fill_n(local_ids, ids.count, static_cast<int32_t>(kNoRow));
-  int32_t local = -1;
+  int64_t local = -1;
   for (int64_t i = 0; i < order.count(); ++i) {
     local += i == 0 || order.row(i) != order.row(i - 1);
-    local_ids[order.position(i)] = local;
+    local_ids[order.position(i)] = indices_[static_cast<size_t>(local)];
   }
-  if (options_.file != nullptr) {
-    FetchCounters fetched;
-    options_.file->fetch(distinct_.data(), count, slot.host, slot.host + scales_at, &fetched, &cancelled);
-    counters->cached_rows += fetched.cache_hits;
-    counters->file_rows += fetched.file_rows;
-    counters->moved_bytes += fetched.moved_bytes;
-  } else {
-    if (cancelled.load(std::memory_order_relaxed)) throw FetchCancelled("RowPrefetcher: the request was cancelled");
-    copy_rows(slot.host, slot.host + scales_at);
-  }
-  counters->unique += count;
+  read_rows(count, slot.host, slot.host + scales_at, cancelled, counters);
+  if (options_.file != nullptr && count == 0 && unique > 0) options_.file->reader().check_unchanged(any_row);
+  counters->unique += unique;
+  counters->device_cached += unique - count;
+
   RowSource& source = block->source;
-  source.rows = slot.device;
+  std::byte* device = cache_ == nullptr ? slot.device : cache_->rows() + first * row_bytes_;
+  block->ids = device + ids_at;
   source.row_stride_bytes = row_bytes_;
-  source.num_rows = count;
-  if (scale_bytes_ > 0) {
-    source.scales = slot.device + scales_at;
-    source.scale_stride_bytes = scale_bytes_;
+  if (scale_bytes_ > 0) source.scale_stride_bytes = scale_bytes_;
+  if (cache_ == nullptr) {
+    source.rows = device;
+    source.num_rows = count;
+    if (scale_bytes_ > 0) source.scales = device + scales_at;
+    block->copies[0] = {device, slot.host, scales_at + count * scale_bytes_};
+    return;
   }
+  const int64_t admitted =
+      cache_->admit(distinct_.data(), count, slot.number, reinterpret_cast<RowPlace*>(slot.host + places_at));
+  source.rows = cache_->rows();
+  source.num_rows = cache_->num_rows();
+  if (scale_bytes_ > 0) source.scales = cache_->scales();
+  block->copies[0] = {device, slot.host, places_at + admitted * static_cast<int64_t>(sizeof(RowPlace))};
+  block->copies[1] = {cache_->scales() + first * scale_bytes_, slot.host + scales_at, count * scale_bytes_};
+  block->place = {cache_->rows(), cache_->scales(),   row_bytes_,
+                  scale_bytes_,   cache_->num_rows(), reinterpret_cast<const RowPlace*>(device + places_at),
+                  admitted};
 }
 
-// The distinct rows of a table in memory, side by side.
-void RowStager::copy_rows(std::byte* rows, std::byte* scales) {
+// The first rows of distinct_, from wherever the table is.
+void RowStager::read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled,
+                          StageCounters* counters) {
+  if (options_.file == nullptr) {
+    if (cancelled.load(std::memory_order_relaxed)) throw FetchCancelled("RowPrefetcher: the request was cancelled");
+    return copy_rows(count, rows, scales);
+  }
+  FetchCounters fetched;
+  options_.file->fetch(distinct_.data(), count, rows, scales, &fetched, &cancelled);
+  counters->cached_rows += fetched.cache_hits;
+  counters->file_rows += fetched.file_rows;
+  counters->moved_bytes += fetched.moved_bytes;
+}
+
+// Of a table in memory, side by side.
+void RowStager::copy_rows(int64_t count, std::byte* rows, std::byte* scales) {
   const RowSource& table = options_.table;
-  const auto count = static_cast<int64_t>(distinct_.size());
   threads_.parallel().for_range(count, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kPrefetchRows < end) {

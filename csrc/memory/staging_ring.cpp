@@ -8,11 +8,12 @@ StagingRing::StagingRing(int num_slots) {
   for (int i = 0; i < num_slots; ++i) free_.push_back({i, nullptr, nullptr, nullptr});
 }
 
-StagingRing::StagingRing(int num_slots, int64_t slot_bytes, std::shared_ptr<CopyEngine> engine)
+StagingRing::StagingRing(int num_slots, int64_t slot_bytes, std::shared_ptr<CopyEngine> engine, bool on_device)
     : engine_(std::move(engine)), slot_bytes_(slot_bytes) {
   host_ = engine_->allocate_host(num_slots * slot_bytes);
-  device_ = host_;
-  if (!engine_->reads_host_memory()) {
+  if (engine_->reads_host_memory()) {
+    device_ = host_;
+  } else if (on_device) {
     try {
       device_ = engine_->allocate_device(num_slots * slot_bytes);
     } catch (...) {
@@ -25,7 +26,7 @@ StagingRing::StagingRing(int num_slots, int64_t slot_bytes, std::shared_ptr<Copy
 
 StagingRing::~StagingRing() {
   if (engine_ == nullptr) return;
-  if (device_ != host_) engine_->free_device(device_);
+  if (device_ != nullptr && device_ != host_) engine_->free_device(device_);
   engine_->free_host(host_);
 }
 
@@ -37,7 +38,8 @@ RingSlot StagingRing::take() {
 
 void StagingRing::give(int number, Event after) {
   const int64_t at = number * slot_bytes_;
-  free_.push_back({number, std::move(after), host_ == nullptr ? nullptr : host_ + at, host_ == nullptr ? nullptr : device_ + at});
+  free_.push_back(
+      {number, std::move(after), host_ == nullptr ? nullptr : host_ + at, device_ == nullptr ? nullptr : device_ + at});
 }
 
 }  // namespace engram_kernels

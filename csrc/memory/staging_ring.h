@@ -1,7 +1,7 @@
 // A ring of buffers of one size, taken in turn: each comes with the event that must be done before it is written again.
 //
 // Scope       numbers and events; and, where it is made with an engine, the memory: registered host memory, and as much on a
-//             device that has its own.
+//             device that has its own, unless the owner has it.
 // Threads     none of its own, and no lock: the caller has one.
 #pragma once
 
@@ -19,13 +19,13 @@ struct RingSlot {
   int number = -1;
   Event after;  // what still uses it
   std::byte* host = nullptr;
-  std::byte* device = nullptr;  // as `host` where the engine reads host memory
+  std::byte* device = nullptr;  // as `host` where the engine reads host memory, null where the owner has it
 };
 
 class StagingRing {
  public:
   explicit StagingRing(int num_slots);  // no memory of its own
-  StagingRing(int num_slots, int64_t slot_bytes, std::shared_ptr<CopyEngine> engine);
+  StagingRing(int num_slots, int64_t slot_bytes, std::shared_ptr<CopyEngine> engine, bool on_device);
   ~StagingRing();
   StagingRing(const StagingRing&) = delete;
   StagingRing& operator=(const StagingRing&) = delete;

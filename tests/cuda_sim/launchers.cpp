@@ -7,6 +7,7 @@
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 #include "kernels/short_conv/short_conv.h"
+#include "memory/place_rows.h"
 
 #define EK_LAUNCHER(launcher, Params)                                \
   extern "C" const char* launcher(const engram_kernels::Params* p) { \
@@ -30,6 +31,7 @@ EK_LAUNCHER(gather_gate_cuda, GatherGateParams)
 EK_LAUNCHER(gather_gate_bwd_cuda, GatherGateBwdParams)
 EK_LAUNCHER(short_conv_cuda, ShortConvParams)
 EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
+EK_LAUNCHER(place_rows_cuda, PlaceRowsParams)
 
 extern "C" int64_t gate_bwd_cuda_scratch_bytes(const engram_kernels::GateBwdParams* p) {
   return engram_kernels::gate_bwd_cuda_scratch_bytes(*p);

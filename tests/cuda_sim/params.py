@@ -84,3 +84,8 @@ class ShortConvBwdParams(Structure):
     _fields_ = [("forward", ShortConvParams), ("grad_out", c_void_p), ("grad_token_stride", c_int64),
                 ("grad_branch_stride", c_int64), ("grad_x", c_void_p), ("grad_weight", c_void_p), ("grad_norm_weight", c_void_p),
                 ("scratch", c_void_p)]
+
+
+class PlaceRowsParams(Structure):
+    _fields_ = [("rows", c_void_p), ("scales", c_void_p), ("row_bytes", c_int64), ("scale_bytes", c_int64), ("num_rows", c_int64),
+                ("places", c_void_p), ("count", c_int64), ("max_blocks", c_int)]

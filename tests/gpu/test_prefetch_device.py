@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels.memory.capacity import CapacityError
+from engram_kernels.memory.prefetch_runtime import RuntimeOptions, check_room_of_cache
 from engram_kernels.memory.row_prefetcher import PrefetchQueueFull
 from engram_kernels.testing import random_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 NUM_ROWS, ROW_DIM, TIMEOUT_S = 5000, 256, 60
-POLICIES = ("staged", "uva_pageable", "uva_pinned", "device", "file")
+POLICIES = ("staged", "staged_cached", "uva_pageable", "uva_pinned", "device", "file", "file_cached")
+CACHE_BYTES = 1500 * ROW_DIM  # of the cached ones: a part of the table
 FORMATS = ("bf16", "f32", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
 
 
@@ -20,7 +23,7 @@ def make_table(policy, path, row_format="fp8_e4m3_block32_packed"):
     rows, scales = random_rows(row_format, NUM_ROWS, ROW_DIM, torch.Generator().manual_seed(0))
     options = dict(row_format=row_format, row_dim=ROW_DIM if row_format.endswith("packed") else None)
     truth = RowTable.from_tensor(rows, scales, **options)
-    if policy == "file":
+    if policy.startswith("file"):
         return truth, RowTable.create(path, rows, scales, row_format, row_dim=options["row_dim"])
     move = {"device": torch.Tensor.cuda, "uva_pinned": torch.Tensor.pin_memory}.get(policy, torch.Tensor.clone)
     return truth, RowTable.from_tensor(move(rows), None if scales is None else move(scales), **options)
@@ -34,6 +37,8 @@ def make_ids(*shape, seed=0):
 
 def prefetcher(table, policy, **options):
     options = {"ring_bytes": 64 << 20, "staging_bytes": 1 << 20, **options}  # large requests take several blocks
+    if policy.endswith("cached"):
+        options.setdefault("cache_bytes", CACHE_BYTES)
     return RowPrefetcher(table, "cuda", policy=policy.partition("_")[0], **options)
 
 
@@ -55,7 +60,8 @@ def test_prefetch_device_equals_gather_rows(row_format, policy, tmp_path):
                 torch.testing.assert_close(rows.cpu(), want, rtol=0, atol=0, equal_nan=True)
         stats = pf.stats()
     assert stats["policy"] == policy.partition("_")[0] and stats["failed"] == 0
-    assert (stats["unique"] < stats["requested"]) == (policy in ("staged", "file"))
+    assert (stats["unique"] < stats["requested"]) == policy.startswith(("staged", "file"))
+    assert (stats["hits"]["device_cache"] > 0) == policy.endswith("cached")
 
 
 def test_prefetch_device_wait_does_not_block_and_is_ordered(policy, tmp_path):
@@ -69,7 +75,7 @@ def test_prefetch_device_wait_does_not_block_and_is_ordered(policy, tmp_path):
         pf.wait(pf.submit(on_device[0]), timeout_s=TIMEOUT_S)
         torch.cuda.synchronize()
         for i, ids in enumerate(on_device):
-            ticket = pf.submit(requests[i] if policy in ("staged", "file") else ids)
+            ticket = pf.submit(requests[i] if policy.startswith(("staged", "file")) else ids)
             torch.cuda._sleep(20_000_000)
             rows = pf.wait(ticket, timeout_s=TIMEOUT_S)
             out[i].copy_(rows)
@@ -193,6 +199,40 @@ def test_prefetch_device_does_not_grow(policy, tmp_path):
             pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
         torch.cuda.synchronize()
         assert before - torch.cuda.mem_get_info()[0] < 1 << 20
+
+
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_prefetch_device_cache(row_format, tmp_path):
+    """Hot rows stay on the device and are right while others come and go; what is cached does not cross the bus."""
+    truth, table = make_table("staged_cached", tmp_path / "t", row_format)
+    generator = torch.Generator().manual_seed(0)
+    with prefetcher(table, "staged_cached", depth=3, cache_bytes=1500 * table.row_bytes) as pf:
+        pending = []
+        for _ in range(200):
+            ids = (NUM_ROWS * torch.rand(300, generator=generator) ** 4).long()  # some rows often, all of them at times
+            pending.append((pf.submit(ids, timeout_s=TIMEOUT_S), ids))
+            if len(pending) == 3:
+                ticket, wanted = pending.pop(0)
+                rows = pf.wait(ticket, timeout_s=TIMEOUT_S)
+                torch.testing.assert_close(rows.cpu(), gather_rows(truth, wanted), rtol=0, atol=0, equal_nan=True)
+        stats = pf.stats()
+    assert stats["hits"]["device_cache"] > 0.3 * stats["unique"]
+    assert stats["moved_bytes"] < 0.8 * (stats["unique"] * table.row_bytes + stats["requested"] * 4)
+
+
+def test_prefetch_device_cache_cleared_and_too_large(tmp_path):
+    _, table = make_table("staged_cached", tmp_path / "t")
+    ids = make_ids(500)
+    with prefetcher(table, "staged_cached") as pf:
+        for _ in range(3):
+            table.rows.bitwise_xor_(torch.tensor(1, dtype=torch.uint8))
+            pf.clear_cache()
+            rows = pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
+            torch.testing.assert_close(rows.cpu(), gather_rows(table, ids), rtol=0, atol=0, equal_nan=True)
+    large = RowTable.from_tensor(torch.empty(1 << 34, 32, dtype=torch.bfloat16, device="meta"), row_format="bf16")
+    with pytest.raises(CapacityError, match=r"a cache of \d+ rows, with ring and staging buffer needs .*, the memory of cuda"):
+        check_room_of_cache(RuntimeOptions(large, "staged", torch.device("cuda"), torch.bfloat16, 1, 0, 1 << 20, 1, 0, 0,
+                                           cache_bytes=1 << 40))
 
 
 def test_prefetch_device_auto_and_its_reason(tmp_path):

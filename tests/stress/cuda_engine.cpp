@@ -38,7 +38,7 @@ void check(const std::vector<int64_t>& ids, const float* rows, const std::string
 }
 
 struct Fixture {
-  explicit Fixture(bool direct)
+  explicit Fixture(bool direct, int64_t cached_rows = 0)
       : table(kNumRows * kRowDim), slots((kDepth + 1) * kMaxIds * kRowDim), engine(make_cuda_engine(0)) {
     for (int64_t r = 0; r < kNumRows; ++r) {
       for (int j = 0; j < kRowDim; ++j) table[static_cast<size_t>(r * kRowDim + j)] = value(r, j);
@@ -51,6 +51,7 @@ struct Fixture {
     options.stager.table.row_stride_bytes = kRowDim * 4;
     options.stager.direct = direct;
     options.stager.staging_bytes = 1 << 13;  // a large request takes several blocks
+    options.stager.cache_bytes = cached_rows * kRowDim * 4;
     options.out_dtype = DType::kF32;
     options.depth = kDepth;
     options.slots = reinterpret_cast<std::byte*>(slots.data());
@@ -92,11 +93,11 @@ std::vector<int64_t> draw_ids(std::mt19937_64& random, int64_t count) {
 }
 
 // The consumer's stream is behind all the time: rows must be there when it reads them, and stay until it has.
-void order(bool direct, bool ids_on_device, uint64_t seed) {
+void order(bool direct, bool ids_on_device, uint64_t seed, int64_t cached_rows = 0) {
   std::mt19937_64 random(seed);
   std::vector<std::vector<int64_t>> ids, late(kRequests);
   std::vector<std::vector<float>> outs(kRequests);
-  Fixture f(direct);
+  Fixture f(direct, cached_rows);
   for (int i = 0; i < kRequests; ++i) ids.push_back(draw_ids(random, static_cast<int64_t>(random() % kMaxIds)));
   std::deque<std::pair<int, int64_t>> pending;
   const auto finish = [&] {
@@ -119,10 +120,41 @@ void order(bool direct, bool ids_on_device, uint64_t seed) {
   }
   while (!pending.empty()) finish();
   cudaStreamSynchronize(f.stream);
-  const std::string where = std::string(direct ? "direct" : "staged") + (ids_on_device ? ", ids on the device" : "");
+  const std::string where = std::string(cached_rows > 0 ? "cached"
+                                        : direct        ? "direct"
+                                                        : "staged") +
+                            (ids_on_device ? ", ids on the device" : "");
   for (size_t i = 0; i < outs.size(); ++i) {
     if (!outs[i].empty()) check(ids[i], outs[i].data(), where + ", request " + std::to_string(i));
   }
+}
+
+// Calls of the runtime that fail, at every point of a launch: their tickets say so, and what others find in the cache was put
+// there. How many hits and failures.
+std::pair<int64_t, int64_t> failing(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Fixture f(false, 200);
+  int64_t failed = 0;
+  for (int i = 0; i < kRequests; ++i) {
+    const std::vector<int64_t> ids = draw_ids(random, static_cast<int64_t>(1 + random() % kMaxIds));
+    const int64_t ticket = f.submit(ids, nullptr);
+    int slot = -1;
+    fake_cuda_fail(0.05);
+    try {
+      f.prefetcher->drain(10);
+    } catch (const EngineError&) {
+    }
+    fake_cuda_fail(0);
+    try {
+      slot = f.prefetcher->wait(ticket, 10, f.handle(), false);
+    } catch (const EngineError&) {
+      ++failed;
+      continue;
+    }
+    cudaStreamSynchronize(f.stream);
+    check(ids, f.slot(slot), "failing, request " + std::to_string(i));
+  }
+  return {f.prefetcher->counters().device_cache_rows, failed};
 }
 
 // Two requests and one that uses a slot again, in one graph; replays read the ids of their time.
@@ -218,16 +250,24 @@ void registers() {
 
 int main(int argc, char** argv) {
   const uint64_t rounds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 40;
+  int64_t hits = 0, failures = 0;
   for (uint64_t seed = 0; seed < rounds; ++seed) {
     fake_cuda_seed(seed);
     order(false, false, seed);
     order(false, true, seed);
     order(true, false, seed);
     order(true, true, seed);
+    order(false, false, seed, seed % 2 == 0 ? 20 : 1000);
+    order(false, true, seed, 200);
     graph(seed);
+    const auto [hit, failure] = failing(seed);
+    hits += hit;
+    failures += failure;
   }
+  if (hits == 0 || failures == 0) fail("nothing was found in the cache, or nothing failed");
   bad_ids();
   registers();
   if (fake_cuda_live_events() != 0) fail("events are left");
-  std::printf("cuda_engine: %llu rounds\n", static_cast<unsigned long long>(rounds));
+  std::printf("cuda_engine: %llu rounds, %lld rows found in the cache, %lld failures\n", static_cast<unsigned long long>(rounds),
+              static_cast<long long>(hits), static_cast<long long>(failures));
 }

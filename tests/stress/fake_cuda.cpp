@@ -8,9 +8,12 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "kernels/gather_rows/gather_rows.h"
+#include "memory/place_rows.h"
 
 namespace {
 
@@ -38,6 +41,7 @@ struct FakeEvent {
 
 std::recursive_mutex mutex;
 std::mt19937_64 random_draw;
+double failing = 0;
 std::map<cudaStream_t, std::unique_ptr<FakeStream>> streams;  // the null stream among them
 std::map<const std::byte*, size_t> registered;                // none overlaps another
 int refused_registration = 0;                                 // 1: the next one
@@ -88,6 +92,12 @@ void push(cudaStream_t stream, Op op) {
   }
 }
 
+bool fails() { return failing > 0 && std::uniform_real_distribution<double>(0, 1)(random_draw) < failing; }
+
+void check_launch(const char* kernel) {
+  if (fails()) throw std::runtime_error(std::string("injected failure of ") + kernel);
+}
+
 cudaError_t blocking_call() {
   return capturing != 0 && thread_mode != cudaStreamCaptureModeRelaxed ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
@@ -97,6 +107,10 @@ cudaError_t blocking_call() {
 void fake_cuda_seed(uint64_t seed) {
   const std::lock_guard lock(mutex);
   random_draw.seed(seed);
+}
+void fake_cuda_fail(double share) {
+  const std::lock_guard lock(mutex);
+  failing = share;
 }
 void fake_cuda_begin_capture(cudaStream_t stream) {
   const std::lock_guard lock(mutex);
@@ -126,6 +140,7 @@ namespace engram_kernels {
 
 void gather_rows_cuda(const GatherRowsParams& p, void* stream) {
   const std::lock_guard lock(mutex);
+  check_launch("gather_rows");
   push(static_cast<cudaStream_t>(stream), {[p] {
                                              const int64_t out_bytes = int64_t{p.source.row_dim} * dtype_bytes(p.out_dtype),
                                                            id_bytes = p.row_ids.are_int64 ? 8 : 4;
@@ -144,6 +159,12 @@ void gather_rows_cuda(const GatherRowsParams& p, void* stream) {
                                              }
                                            },
                                            nullptr, nullptr});
+}
+
+void place_rows_cuda(const PlaceRowsParams& p, void* stream) {
+  const std::lock_guard lock(mutex);
+  check_launch("place_rows");
+  push(static_cast<cudaStream_t>(stream), {[p] { place_rows_cpu(p, {}); }, nullptr, nullptr});
 }
 
 }  // namespace engram_kernels
@@ -206,6 +227,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const std::lock_guard lock(mutex);
+  if (fails()) return cudaErrorUnknown;
   FakeStream& of = stream_of(stream);
   event_of(event).mark = std::make_shared<Mark>(Mark{&of, of.capture != 0, of.capture});
   if (of.capture == 0) push(stream, {{}, nullptr, event_of(event).mark});
@@ -244,6 +266,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   const std::lock_guard lock(mutex);
+  if (fails()) return cudaErrorUnknown;
   push(stream, {[=] {
                   if (bytes > 0) std::memcpy(to, from, bytes);
                 },

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 void fake_cuda_seed(uint64_t seed);
+void fake_cuda_fail(double share);  // of the copies, kernels and recorded events that are asked for
 void fake_cuda_begin_capture(cudaStream_t stream);
 void fake_cuda_end_capture();
 void fake_cuda_replay();  // what was captured last

@@ -51,15 +51,19 @@ struct Way {
   bool file, direct;
   const char* io;
   bool has_device_memory;
+  int64_t cached_rows;  // on the device
 };
 
 constexpr Way kWays[] = {
-    {"host table, gathered in place", false, true, "", false},
-    {"host table, staged to a device", false, false, "", true},
-    {"host table, read by a device, ids staged", false, true, "", true},
-    {"file, pread", true, false, "preadv", false},
-    {"file, pread, to a device", true, false, "preadv_buffered", true},
-    {"file, any io", true, false, "auto", false},
+    {"host table, gathered in place", false, true, "", false, 0},
+    {"host table, staged to a device", false, false, "", true, 0},
+    {"host table, few rows cached on a device", false, false, "", true, 40},
+    {"host table, many rows cached on a device", false, false, "", true, 4000},
+    {"host table, read by a device, ids staged", false, true, "", true, 0},
+    {"file, pread", true, false, "preadv", false, 0},
+    {"file, pread, to a device", true, false, "preadv_buffered", true, 0},
+    {"file, pread, cached on a device", true, false, "preadv", true, 400},
+    {"file, any io", true, false, "auto", false, 0},
 };
 
 struct Outcomes {
@@ -124,6 +128,7 @@ class Caller {
   void finish_one() {
     const Ticket ticket = tickets_.back();
     if (draw(0, 30) == 0) prefetcher_.cancel(ticket.number + draw(-8, 8));  // another's, as like as not
+    if (draw(0, 1000) == 0) prefetcher_.clear_cache();
     if (draw(0, 15) == 0) {
       tickets_.pop_back();
       outcomes_.cancelled += prefetcher_.cancel(ticket.number);
@@ -199,6 +204,7 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
   }
   options.stager.direct = way.direct;
   options.stager.staging_bytes = 1 << 16;  // large requests take several blocks
+  options.stager.cache_bytes = way.cached_rows * kRowDim * 4;
   options.stager.num_threads = 2;
   options.out_dtype = DType::kF32;
   options.depth = depth;
@@ -219,8 +225,13 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
       prefetcher.close();
     }
     for (std::thread& thread : threads) thread.join();
-    const PrefetchCounters counters = prefetcher.counters();
+    PrefetchCounters counters = prefetcher.counters();
+    // what was cancelled last may be on its way still
+    for (int i = 0; i < 1000 && counters.in_flight > 0; ++i, counters = prefetcher.counters()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
     if (counters.in_flight != 0 || counters.queued != 0) fail("requests are left in flight");
+    if ((counters.device_cache_rows > 0) != (way.cached_rows > 0)) fail("rows were cached where they should not, or were not");
     if (prefetcher.chrome_trace().find("tier file") == std::string::npos) fail("the trace has no tracks");
   }
   std::printf("%-42s depth %2d: %lld right, %lld failed, %lld bad ids, %lld cancelled, %lld full, %lld time-outs, %lld closed\n",

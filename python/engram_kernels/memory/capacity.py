@@ -12,6 +12,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 HUGE_PAGE_BYTES = 2 << 20
 DISK_REMEDY = "free space there, or write to another file system"
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes the largest page count
@@ -92,6 +94,13 @@ def check_memlock(op: str, what: str, num_bytes: int) -> None:
     _check(op, what, num_bytes, [Room("RLIMIT_MEMLOCK", max(limit - locked, 0),
                                       "raise it (ulimit -l, LimitMEMLOCK= in systemd, --ulimit memlock= in docker)")],
            errno.ENOMEM)
+
+
+def check_device_memory(op: str, what: str, num_bytes: int, device: torch.device) -> None:
+    """Raises CapacityError (ENOMEM) unless `num_bytes` of a GPU's memory can be had."""
+    free = torch.cuda.mem_get_info(device)[0]
+    remedy = "ask for less, or free what other processes and torch's own cache (torch.cuda.empty_cache) hold there"
+    _check(op, what, num_bytes, [Room(f"the memory of {device}", free, remedy)], errno.ENOMEM)
 
 
 def memory_room() -> list[Room]:

@@ -24,19 +24,22 @@ class Policy:
     reason: str
 
 
-def choose_policy(policy: str, table: RowTable, device: torch.device, surface: str | os.PathLike[str] | None) -> Policy:
+def choose_policy(policy: str, table: RowTable, device: torch.device, surface: str | os.PathLike[str] | None,
+                  caches: bool = False) -> Policy:
     """The policy of a prefetcher.
 
     A file table is read by "file" and one in the device's own memory by "device": there is no other way. Host memory goes to a
     GPU by "staged" or "uva": "auto" takes the one with more rows/s in the measured surface, at the row size nearest to the
-    table's; without one, "uva" where the table is pinned (no copy by the CPU, lowest latency), else "staged". On the CPU,
-    where the gather reads host memory itself, "auto" is "staged".
+    table's; without one, "uva" where the table is pinned (no copy by the CPU, lowest latency), else "staged"; and "staged" with a
+    cache on the device, which rows reach by staging alone. On the CPU, where the gather reads host memory itself, "auto" is
+    "staged".
 
     Args:
         policy: one of POLICIES.
         table: the table.
         device: where the rows go.
         surface: JSON that `engram-kernels profile` writes; None: none was measured.
+        caches: a cache of hot rows on the device is wanted.
 
     Returns:
         The policy's name (never "auto") and the reason.
@@ -65,6 +68,8 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
         return Policy(allowed[0], f"the table is of tier {table.tier!r}")
     if device.type == "cpu":
         return Policy("staged", "the CPU reads host memory itself")
+    if caches:
+        return Policy("staged", "rows are cached on the device")
     if surface is None:
         pinned = table.rows.is_pinned()
         return Policy("uva" if pinned else "staged", f"default: the table is {'' if pinned else 'not '}pinned; no surface given")
@@ -74,6 +79,31 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
                          f"{', '.join(sorted(rates)) or 'none'}")
     best = max(("staged", "uva"), key=lambda name: rates[name])
     return Policy(best, f"measured: staged {rates['staged']:.3g} rows/s, uva {rates['uva']:.3g} rows/s")
+
+
+def check_cache(cache_bytes: int, policy: Policy, crosses_link: bool) -> None:
+    """Refuses a cache on a device where no row that is known to the host crosses a link to it.
+
+    Args:
+        cache_bytes: what was asked for; 0: no cache.
+        policy: the way that rows take.
+        crosses_link: the device has memory of its own.
+
+    Raises:
+        ValueError: there is nothing that the cache could save; says why.
+
+    Source: docs/prefetch.md.
+    """
+    if cache_bytes == 0:
+        return
+    asked = f"RowPrefetcher: cache_bytes is {cache_bytes}, expected 0"
+    if not crosses_link:
+        raise ValueError(f"{asked}: the CPU reads rows where they are, there is no link to a device that a cache would save "
+                         "(RowTable.open(cache_bytes=) keeps rows of a file in memory)")
+    if policy.name not in ("staged", "file"):
+        why = ("the table is on the device itself" if policy.name == "device" else
+               "its kernel reads rows over the bus by ids that the host may never see")
+        raise ValueError(f"{asked} with policy {policy.name!r}: {why}; a cache of hot rows goes with policy staged or file")
 
 
 def read_surface(path: str | os.PathLike[str], row_bytes: int) -> dict[str, float]:

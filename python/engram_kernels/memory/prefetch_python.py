@@ -137,6 +137,9 @@ class PythonRuntime:
                     "payload_bytes": self._counts["requested"] * self._options.table.row_bytes, "in_flight": self._in_flight,
                     "queued": len(self._queue), "memory_bytes": sum(slot.nbytes for slot in self._ring)}
 
+    def clear_cache(self) -> None:
+        """Nothing: there is no device that could have one."""
+
     def chrome_trace(self) -> str:
         """Refused: nothing is recorded."""
         raise RuntimeError("RowPrefetcher: a trace needs the compiled module")

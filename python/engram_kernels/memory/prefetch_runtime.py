@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
+from engram_kernels.memory.capacity import check_device_memory, check_memory
 from engram_kernels.memory.row_table import RowTable
 
 if not COMPILE_ERROR:
@@ -33,6 +34,7 @@ class RuntimeOptions:
     threads: int
     max_blocks: int
     trace_spans: int
+    cache_bytes: int = 0
     engine: Any = None  # tests: an engine that injects faults
 
     @property
@@ -47,6 +49,7 @@ class CompiledRuntime:
     def __init__(self, options: RuntimeOptions):
         self._table, self._device, self._policy = options.table, options.device, options.policy
         self._engine = options.engine or _make_engine(options)  # first: it says why there is no such device
+        check_room_of_cache(options)
         self._ring = _ring_memory(options)
         self._slots = self._ring.view(options.out_dtype).view(options.depth + 1, -1)
         self._registered: list[int] = []
@@ -60,11 +63,11 @@ class CompiledRuntime:
                     self._register(memory)
         self._impl = _C.RowPrefetcher({
             **_table_of(options.table, self._scales), "direct": self._direct, "on_device": options.table.tier == "device",
-            "staging_bytes": options.staging_bytes, "num_threads": options.threads,
+            "staging_bytes": options.staging_bytes, "cache_bytes": options.cache_bytes, "num_threads": options.threads,
             "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
             "slots": self._ring.data_ptr(), "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
             "trace_spans": options.trace_spans}, self._engine)
-        self.cancel, self.drain = self._impl.cancel, self._impl.drain
+        self.cancel, self.drain, self.clear_cache = self._impl.cancel, self._impl.drain, self._impl.clear_cache
         self.counters, self.chrome_trace, self.knows = self._impl.counters, self._impl.chrome_trace, self._impl.knows
 
     def submit(self, row_ids: Tensor, timeout_s: float) -> int:
@@ -112,6 +115,20 @@ def _make_engine(options: RuntimeOptions) -> Any:
         raise RuntimeError(f"RowPrefetcher: device {options.device} is not available: {CUDA_ERROR}")
     from engram_kernels import _C_cuda
     return _C_cuda.cuda_engine(options.device.index)
+
+
+def check_room_of_cache(options: RuntimeOptions) -> None:
+    """Raises CapacityError unless the device has room for the cache and, on a GPU, what else a prefetcher has there."""
+    if options.cache_bytes == 0:
+        return
+    table = options.table
+    rows = min(options.cache_bytes // table.row_bytes, -(-table.num_rows // 16) * 16)  # as csrc/memory/device_row_cache.cpp
+    cache_bytes, what = rows * table.row_bytes, f"a cache of {rows} rows"
+    if options.device.type == "cpu":
+        check_memory("RowPrefetcher", what, cache_bytes)
+    else:
+        check_device_memory("RowPrefetcher", f"{what}, with ring and staging buffer",
+                            cache_bytes + options.ring_bytes + options.staging_bytes, options.device)
 
 
 def _ring_memory(options: RuntimeOptions) -> Tensor:

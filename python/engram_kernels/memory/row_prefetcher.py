@@ -15,7 +15,7 @@ from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.memory.prefetch_errors import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.memory.prefetch_ops import register_prefetcher
-from engram_kernels.memory.prefetch_policy import choose_policy
+from engram_kernels.memory.prefetch_policy import check_cache, choose_policy
 from engram_kernels.memory.prefetch_python import PythonRuntime
 from engram_kernels.memory.prefetch_runtime import CompiledRuntime, RuntimeOptions
 from engram_kernels.memory.row_table import RowTable, expect_row_ids
@@ -41,11 +41,12 @@ class RowPrefetcher:
 
     Scope: one table, requests in the order of their submission, a ring of ``depth + 1`` slots: ``depth`` requests in flight and
     the rows that the caller is reading. Rows equal ``gather_rows(table, row_ids, out_dtype)`` bit for bit, whatever the tier and
-    policy. Rows of a request that cross a link do so once, however often their ids occur. No cache between requests but that of
-    a file table.
+    policy. Rows of a request that cross a link do so once, however often their ids occur; with ``cache_bytes`` hot rows stay on
+    the device from one request to the next.
 
-    Ownership: the table must not change while a request is in flight, and neither may ids on a GPU; ids in host memory are
-    copied. The tensor that `wait` returns is valid until the next `wait` without ``out=``; pass ``out=`` to keep rows longer.
+    Ownership: the table must not change while a request is in flight (with ``cache_bytes``: unless `clear_cache` follows), and
+    neither may ids on a GPU; ids in host memory are copied. The tensor that `wait` returns is valid until the next `wait` without
+    ``out=``; pass ``out=`` to keep rows longer.
     Threads: every method may be called from several threads, `wait` without ``out=`` from one; a ticket is waited for once. Rows
     carry no gradient. After a fork the child must make its own. Failure: an error of a request is raised by the `wait` of its own
     ticket and leaves the others whole; docs/prefetch.md lists them.
@@ -60,6 +61,8 @@ class RowPrefetcher:
             slot. On the CPU memory is taken as slots are used, on a GPU at once.
         staging_bytes: memory for rows and ids on their way (registered host memory, and as much on a GPU). None: 32 MiB, or
             2 MiB where ids alone are staged.
+        cache_bytes: memory on the device for hot rows, as stored, where rows cross a link to it: policies staged and file on a
+            GPU. Trimmed to the size of the table. Takes 29 bytes of host memory a row besides. 0: no cache.
         threads: CPU threads that gather; None: as many as torch uses.
         background: leave the machine to others: one CPU thread (unless `threads` says more), few blocks of a GPU.
         surface: JSON of `engram-kernels profile`, for "auto".
@@ -68,7 +71,8 @@ class RowPrefetcher:
 
     Raises:
         TypeError: `table` is no RowTable.
-        ValueError: an argument is out of range, or the policy cannot read the table.
+        ValueError: an argument is out of range, the policy cannot read the table, or there is no link that a cache would save.
+        CapacityError: the device has no room for the ring, the staging buffers and the cache. An OSError.
         RuntimeError: the device is not available.
 
     Source: `spec/semantics.md` section 11; the ids depend on tokens alone, so a step's rows can be fetched during the one before.
@@ -76,7 +80,7 @@ class RowPrefetcher:
 
     def __init__(self, table: RowTable, device: str | torch.device = "cpu", depth: int = 4,
                  out_dtype: torch.dtype = torch.bfloat16, *, policy: str = "auto", ring_bytes: int | None = None,
-                 staging_bytes: int | None = None, threads: int | None = None, background: bool = False,
+                 staging_bytes: int | None = None, cache_bytes: int = 0, threads: int | None = None, background: bool = False,
                  surface: str | os.PathLike[str] | None = None, verify_rows: int = 0, trace_spans: int = 4096,
                  _engine: Any = None):
         if not isinstance(table, RowTable):
@@ -90,17 +94,18 @@ class RowPrefetcher:
             raise ValueError(f"RowPrefetcher: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
         ring_bytes = (depth + 1) * _SLOT_BYTES if ring_bytes is None else ring_bytes
         for name, value, least in (("depth", depth, 1), ("ring_bytes", ring_bytes, 0), ("threads", threads, 1),
-                                   ("staging_bytes", staging_bytes, 1), ("verify_rows", verify_rows, 0),
-                                   ("trace_spans", trace_spans, 0)):
+                                   ("staging_bytes", staging_bytes, 1), ("cache_bytes", cache_bytes, 0),
+                                   ("verify_rows", verify_rows, 0), ("trace_spans", trace_spans, 0)):
             if value is not None and value < least:
                 raise ValueError(f"RowPrefetcher: {name} is {value}, expected at least {least}")
         self.table, self.device, self.out_dtype, self.row_dim = table, device, out_dtype, table.row_dim
-        self._policy = choose_policy(policy, table, device, surface)
+        self._policy = choose_policy(policy, table, device, surface, cache_bytes > 0)
+        check_cache(cache_bytes, self._policy, device.type != "cpu" if _engine is None else not _engine.reads_host_memory)
         if staging_bytes is None:
             staging_bytes = _IDS_STAGING_BYTES if self._policy.name in ("uva", "device") else _STAGING_BYTES
         threads = threads or (1 if background else torch.get_num_threads())
         self._options = RuntimeOptions(table, self._policy.name, device, out_dtype, depth, ring_bytes, staging_bytes, threads,
-                                       _BACKGROUND_BLOCKS if background else 0, trace_spans, _engine)
+                                       _BACKGROUND_BLOCKS if background else 0, trace_spans, cache_bytes, _engine)
         self._verify_rows, self._sampler = verify_rows, torch.Generator()  # not the caller's
         self._submitted: dict[int, _Submitted] = {}
         self._runtime: Any = PythonRuntime(self._options) if COMPILE_ERROR else CompiledRuntime(self._options)
@@ -198,9 +203,10 @@ class RowPrefetcher:
 
         Returns:
             requests, failed, cancelled; requested (rows) and unique (that were looked up); hits (of `unique`, by tier: device,
-            host, cache, file); payload_bytes (of the rows requested, as stored) and moved_bytes (read from a file or copied to a
-            device); fetch_s (busy) and exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of
-            the rings; tier, policy and policy_reason; provenance.
+            host, file, and the caches: device_cache, that of `cache_bytes`, and cache, the file table's in RAM); payload_bytes
+            (of the rows requested, as stored) and moved_bytes (read from a file or copied to a device); fetch_s (busy) and
+            exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of the rings and the device's
+            cache, and device_cache_slots, the rows that it has room for; tier, policy and policy_reason; provenance.
         """
         return {**self._runtime.counters(), "depth": self._options.depth, "tier": self.table.tier, "policy": self._policy.name,
                 "policy_reason": self._policy.reason, "provenance": "measured"}
@@ -208,6 +214,11 @@ class RowPrefetcher:
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the last `trace_spans` spans as a Chrome trace (Perfetto opens it): a track a tier, and one of the caller."""
         Path(path).write_text(self._runtime.chrome_trace())
+
+    def clear_cache(self) -> None:
+        """Empties the device's cache: requests that are submitted from here on read the table, which may have changed before.
+        Nothing where there is no cache."""
+        self._runtime.clear_cache()
 
     def close(self) -> None:
         """Drops requests that are in flight, ends the threads. Rows that `wait` returned stay readable."""
