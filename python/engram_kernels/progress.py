@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-Progress = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], None]]]  # (what, total) -> advance(n)
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]  # (what, total) -> advance(count)
 
 
 @contextlib.contextmanager
