@@ -14,6 +14,9 @@ from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.testing import random_rows
 
+if not COMPILE_ERROR:
+    from engram_kernels import _C
+
 pytest_plugins = ("shared_worker",)
 R, D = 3001, 64
 IDS = torch.randint(-1, R, (40, 7), generator=torch.Generator().manual_seed(1))
@@ -221,8 +224,9 @@ def test_shared_table_does_not_leak(memory, shm):
 
     def counts():
         gc.collect()
-        with open("/proc/self/maps") as maps:
-            return set(os.listdir("/proc/self/fd")), sum(1 for _ in maps), segments(shm)
+        with open("/proc/self/maps") as file:
+            maps = file.readlines()
+        return set(os.listdir("/proc/self/fd")), len(maps), [line for line in maps if str(shm) in line] + segments(shm)
 
     source.share("t", directory=shm)
     before = counts()
@@ -232,8 +236,9 @@ def test_shared_table_does_not_leak(memory, shm):
         assert attached.rows[3, 3] == source.rows[3, 3]
         del shared, attached
     after = counts()
-    # what other tests left may go meanwhile, and an allocator take a mapping or two
-    assert after[0] <= before[0] and after[1] < before[1] + 100 and after[2] == before[2] == []
+    # what other tests left may go meanwhile, and an allocator take a mapping or two; that of a sanitizer takes them all the time
+    allowed = 250 if not COMPILE_ERROR and _C.sanitized else 100
+    assert after[0] <= before[0] and after[1] < before[1] + allowed and after[2] == before[2] == []
 
 
 def test_shared_table_shows_how_far_it_is(memory, shm, monkeypatch):
