@@ -195,21 +195,31 @@ def in_memory_figures():
     memory.pf.close()
 
 
-def overlap_figures(steps):
+def device_interrupts():
+    """CPU -> interrupts of devices that it has served."""
+    lines = Path("/proc/interrupts").read_text().splitlines()
+    counts = [line.split()[1:1 + len(lines[0].split())] for line in lines[1:] if line.split()[0][:-1].isdigit()]
+    return {int(name.removeprefix("CPU")): sum(int(row[i]) for row in counts) for i, name in enumerate(lines[0].split())}
+
+
+def overlap_figures(steps, cpu):
+    """With the calling thread, which computes, on one CPU; those that fetch are where the system puts them."""
+    os.sched_setaffinity(0, {cpu})
     steps.prefetched()
-    before = steps.pf.stats()
+    before, interrupts = steps.pf.stats(), device_interrupts()[cpu]
     times = in_turn({way: getattr(steps, way) for way in ("in_memory", "prefetched", "synchronous")}, ROUNDS)
-    after = steps.pf.stats()
+    after, interrupts = steps.pf.stats(), device_interrupts()[cpu] - interrupts
     bound, ours, peer = times["in_memory"], times["prefetched"], times["synchronous"]
     spent = {name: after[name] - before[name] for name in ("requests", "fetch_s", "exposed_wait_s")}
     step_ms = quantiles([wall / STEPS * 1e3 for wall, *_ in bound])["median"]
     beside_ms = quantiles([others / STEPS * 1e3 for *_, others in ours])["median"]
-    print(f"{OVERLAP}; a step took {step_ms:.1f} ms, fetching {spent['fetch_s'] / spent['requests'] * 1e3:.1f} ms, "
-          f"of which {beside_ms:.1f} ms on a CPU; direct: {steps.table.io_stats()['direct']}")
-    ratio("prefetched over in memory, time", ours, bound)
-    ratio("synchronous over in memory, time", peer, bound)
-    ratio("prefetched over in memory, CPU time of the calling thread", ours, bound, column=1)
-    print(f"exposed wait: {spent['exposed_wait_s'] / sum(wall for wall, *_ in ours):.2%} of the prefetched steps")
+    per_fetch = interrupts / ROUNDS / STEPS / 2  # of the three contenders two fetch
+    print(f"computing on CPU {cpu}, which served {per_fetch:.1f} interrupts of devices for each fetch: a step took "
+          f"{step_ms:.1f} ms, fetching {spent['fetch_s'] / spent['requests'] * 1e3:.1f} ms, of these {beside_ms:.1f} ms on a CPU")
+    ratio("  prefetched over in memory, time", ours, bound)
+    ratio("  synchronous over in memory, time", peer, bound)
+    ratio("  prefetched over in memory, CPU time of the calling thread", ours, bound, column=1)
+    print(f"  exposed wait: {spent['exposed_wait_s'] / sum(wall for wall, *_ in ours):.2%} of the prefetched steps")
 
 
 def main():
@@ -218,7 +228,9 @@ def main():
     in_memory_figures()
     with tempfile.TemporaryDirectory(dir=os.environ.get("EK_BENCH_DIR")) as folder:
         steps = Steps(folder)
-        overlap_figures(steps)
+        print(f"{OVERLAP}; direct: {steps.table.io_stats()['direct']}")
+        for cpu in sorted(os.sched_getaffinity(0))[:2]:
+            overlap_figures(steps, cpu)
         steps.close()
     print("load average:", Path("/proc/loadavg").read_text().split()[0])
 

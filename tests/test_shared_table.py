@@ -4,7 +4,6 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,9 @@ from engram_kernels.memory import capacity, host_table, shared_segment, shared_t
 from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.testing import random_rows
+
+if not COMPILE_ERROR:
+    from engram_kernels import _C
 
 pytest_plugins = ("shared_worker",)
 R, D = 3001, 64
@@ -222,8 +224,9 @@ def test_shared_table_does_not_leak(memory, shm):
 
     def counts():
         gc.collect()
-        with open("/proc/self/maps") as maps:
-            return set(os.listdir("/proc/self/fd")), sum(1 for _ in maps), segments(shm)
+        with open("/proc/self/maps") as file:
+            maps = file.readlines()
+        return set(os.listdir("/proc/self/fd")), len(maps), [line for line in maps if str(shm) in line] + segments(shm)
 
     source.share("t", directory=shm)
     before = counts()
@@ -233,8 +236,9 @@ def test_shared_table_does_not_leak(memory, shm):
         assert attached.rows[3, 3] == source.rows[3, 3]
         del shared, attached
     after = counts()
-    # what other tests left may go meanwhile, and an allocator take a mapping or two
-    assert after[0] <= before[0] and after[1] < before[1] + 100 and after[2] == before[2] == []
+    # what other tests left may go meanwhile, and an allocator take a mapping or two; that of a sanitizer takes them all the time
+    allowed = 250 if not COMPILE_ERROR and _C.sanitized else 100
+    assert after[0] <= before[0] and after[1] < before[1] + allowed and after[2] == before[2] == []
 
 
 def test_shared_table_shows_how_far_it_is(memory, shm, monkeypatch):
@@ -260,12 +264,19 @@ def test_shared_table_in_huge_pages(huge, compiled, shm, request):
     if mount.returncode != 0:
         pytest.skip(f"no mount: {mount.stderr.decode().strip()}")
     request.addfinalizer(lambda: subprocess.run(["umount", "-l", shm / "mounted"], check=True))
+    with (shm / "mounted" / "probe").open("w+b") as probe:
+        probe.truncate(8 << 20)
+        memory = host_table.make_host_table(8 << 20, None, probe.fileno())
+        memory.populate(0, 8 << 20)
+        huge_in_probe = memory.usage()[1]
+        del memory
+    (shm / "mounted" / "probe").unlink()
     source = table_of("fp8_e4m3_block32", num_rows=200_001)
     shared = source.share("t", directory=shm / "mounted")
     assert torch.equal(shared.rows, source.rows) and torch.equal(shared.scales, source.scales)
-    if shared.memory_stats()["huge_bytes"] == 0 and "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        pytest.skip("transparent huge pages are off")
-    assert shared.memory_stats()["huge_bytes"] >= 12 << 20
+    if huge_in_probe == 0:
+        pytest.skip("the system gives no huge pages now")
+    assert shared.memory_stats()["huge_bytes"] >= 2 << 20
     monkeypatch = pytest.MonkeyPatch()
     request.addfinalizer(monkeypatch.undo)
     monkeypatch.setattr(capacity, "check_directory", lambda *args: None)

@@ -16,7 +16,7 @@ def no_progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, by rich; elsewhere nothing, so that logs stay short."""
+    """A bar on a terminal, by rich; elsewhere nothing, so that logs stay short. `total` None: not known, so a count."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     console = Console(stderr=True)
