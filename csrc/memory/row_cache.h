@@ -64,6 +64,8 @@ class RowCacheDirectory {
   int64_t slot_of(int64_t row) const;
   int64_t make_room(int64_t begin);
   bool older(int64_t slot, int64_t than) const;
+  template <class Visit>
+  void for_each_counter(int64_t row, const Visit& visit) const;
   void count_use(int64_t row);
   int estimate(int64_t row) const;
   void age();
