@@ -74,13 +74,14 @@ class DeviceRowCache {
     Event event;
   };
 
+  void prefetch(int64_t row) const;
   int64_t find_one(int64_t row);
   void forget(const Block& block);
 
   const DeviceRowCacheOptions options_;
   std::shared_ptr<CopyEngine> engine_;
   RowCacheDirectory directory_;
-  std::vector<uint32_t> written_by_;  // by slot: the block that admitted its row
+  std::vector<uint32_t, HugeAllocator<uint32_t>> written_by_;  // by slot: the block that admitted its row
   int64_t first_slot_, num_rows_;
   std::byte* memory_ = nullptr;
   uint32_t block_ = 0;

@@ -66,8 +66,8 @@ void RowCacheDirectory::for_each_counter(int64_t row, const Visit& visit) const 
   }
 }
 
-void RowCacheDirectory::prefetch(int64_t row) const {
-  if (num_buckets_ == 0) return;
+int64_t RowCacheDirectory::prefetch(int64_t row) const {
+  if (num_buckets_ == 0) return -1;
   const int64_t begin = bucket_of(row);
   const auto* bucket = reinterpret_cast<const char*>(&of(begin));
   for (size_t at = 0; at < sizeof(Bucket); at += kCacheLine) __builtin_prefetch(bucket + at);
@@ -75,6 +75,7 @@ void RowCacheDirectory::prefetch(int64_t row) const {
   // written out: gcc 12 takes a function that only prefetches for one without effect, and drops its calls
   uint64_t hash = mix(~static_cast<uint64_t>(row));
   for (int i = 0; i < kCountersOfRow; ++i, hash = mix(hash)) __builtin_prefetch(&sketch_[mul_high(hash, sketch_.size())]);
+  return begin;
 }
 
 int64_t RowCacheDirectory::find(int64_t row) {
