@@ -5,10 +5,12 @@ host's part, the directory and the places, beside the same without a cache. What
 
     python bench/bench_device_cache.py      contenders in turn, round by round: what a machine that drifts does not tilt
 """
+import json
+
 import pytest
 import torch
 
-from bench_prefetch import ratio, timed
+from bench_prefetch import quantiles, ratio, timed
 from engram_kernels import RowPrefetcher, RowTable
 from engram_kernels._library import COMPILE_ERROR
 from harness import measure
@@ -68,14 +70,29 @@ def test_never_hit(benchmark, staged, cache, role):
     measure(benchmark, lambda: staged.run(cache), group=GROUP, contender=name, role=role, units=units, unit="row")
 
 
+def parts(staged, name):
+    """ns a row of one request: of the host, which looks for rows and copies those that it must; and of the stand-in for the
+    device, which copies, gathers and puts them into the cache. From the prefetcher's own trace."""
+    pf = staged.prefetchers[name]
+    ticket = pf.submit(staged.ids(name))
+    pf.wait(ticket)
+    spans = [e for e in json.loads(pf._runtime.chrome_trace())["traceEvents"] if e.get("args", {}).get("ticket") == ticket]
+    return [sum(e["dur"] for e in spans if e["name"] == part) * 1e3 / (TOKENS * COLUMNS) for part in ("fetch", "gather")]
+
+
 def main():
-    """Medians of the ratios and their quartiles."""
+    """Medians of the ratios and their quartiles; where the time goes."""
     staged = Staged()
     rounds = [{name: timed(lambda name=name: staged.run(name))[0] for name in staged.prefetchers} for _ in range(25)]
     for name, slots in SLOTS.items():
         stats = staged.prefetchers[name].stats()
         ratio(f"{GROUP}: rows/s with a cache of {slots} rows over those without; {stats['hits']['device_cache']} hits of "
               f"{stats['unique']}", [times["none"] / times[name] for times in rounds])
+    of_parts = [{name: parts(staged, name) for name in staged.prefetchers} for _ in range(40)]
+    for name in staged.prefetchers:
+        q = [quantiles([part[name][i] for part in of_parts]) for i in (0, 1)]
+        host, device = (f"{of['median']:.0f} ns a row (quartiles {of['q1']:.0f} to {of['q3']:.0f})" for of in q)
+        print(f"one request, cache of {SLOTS.get(name, 0)} rows: the host {host}, the stand-in for the device {device}")
     staged.close()
 
 

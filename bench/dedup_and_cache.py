@@ -155,8 +155,8 @@ A cache takes {SLOT_BYTES} bytes a row of 264 bytes.
 `RowPrefetcher(cache_bytes=)`, what its own counters say of the same batches, a request each: hits over distinct rows asked for,
 and bytes over the link (rows that missed, ids, and where rows go in the cache) over those without a cache. Run on an engine of
 CPU threads that has memory of its own, on a table of the rows that occur. A request looks for all its rows before it admits those
-that it lacks, and evicts none that it uses: in a cache smaller than a batch that finds more than the table above, elsewhere it is
-the same. Of the device a row takes {ROW_BYTES} bytes, and 29 of the host.
+that it lacks, and evicts none that it uses: in a cache not much larger than a batch that finds more than the table above has,
+elsewhere it is the same. Of the device a row takes {ROW_BYTES} bytes, and 29 of the host.
 
 {on_device}
 

@@ -1,7 +1,8 @@
 // The device seam: what the prefetcher needs of a device. CPU threads implement it (copy_engine_host.cpp, complete, and what
 // the stress tests drive), and CUDA (copy_engine_cuda.cu, in _C_cuda alone).
 //
-// Scope       one stream, first in, first out: copies, gathers and placed rows; events; memory that the device can read. No tickets, no rows.
+// Scope       one stream, first in, first out: copies, gathers, rows put in places; events; memory that the device can read. No
+//             tickets; what rows are for, it does not know.
 // Ownership   whoever launches keeps the memory of a launch alive until its event is done.
 // Threads     every call may be made from several threads at once; a launch is one place in the stream.
 // Failure     what a call finds out, it throws; nothing of a launch that threw is left on the stream. What the stream finds out

@@ -55,7 +55,7 @@ int64_t DeviceRowCache::find(int64_t* rows, int64_t count, int staging_slot, int
   ++block_;
   int64_t staged = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kPrefetchRows < count) directory_.prefetch(rows[i + kPrefetchRows]);
+    if (i + kPrefetchRows < count) prefetch(rows[i + kPrefetchRows]);
     int64_t index = find_one(rows[i]);
     if (index < 0) {
       index = first_row(staging_slot) + staged;
@@ -64,6 +64,11 @@ int64_t DeviceRowCache::find(int64_t* rows, int64_t count, int staging_slot, int
     indices[i] = static_cast<int32_t>(index);
   }
   return staged;
+}
+
+void DeviceRowCache::prefetch(int64_t row) const {
+  const int64_t slot = directory_.prefetch(row);
+  if (slot >= 0) __builtin_prefetch(&written_by_[static_cast<size_t>(slot)]);
 }
 
 // -1: it is not cached, or it is not known yet whether it was written.
@@ -81,7 +86,7 @@ int64_t DeviceRowCache::admit(const int64_t* rows, int64_t count, int staging_sl
   in_flight_.push_back({block_, staging_slot, places, 0, nullptr});
   int64_t& admitted = in_flight_.back().count;
   for (int64_t i = 0, evicted = -1; i < count; ++i) {
-    if (i + kPrefetchRows < count) directory_.prefetch(rows[i + kPrefetchRows]);
+    if (i + kPrefetchRows < count) prefetch(rows[i + kPrefetchRows]);
     const int64_t slot = directory_.admit(rows[i], &evicted);
     if (slot < 0) continue;
     written_by_[static_cast<size_t>(slot)] = block_;

@@ -52,12 +52,12 @@ class DeviceRowCache {
   // others.
   void settle(int staging_slot);
 
-  // Which of the block's rows are cached, in the order of `rows`: indices[i] is the place in the arrays of rows[i], or that of the
-  // next staged row. Rows that must be staged move to the front of `rows`; how many.
+  // Which of the block's rows are cached, in the order of `rows`: indices[i] is the place in the arrays of rows[i], or that of
+  // the next staged row. Rows that must be staged move to the front of `rows`; how many.
   int64_t find(int64_t* rows, int64_t count, int staging_slot, int32_t* indices);
-  // Gives slots to rows that the block stages, rows[i] at index first_row(staging_slot) + i, and writes where they go to `places`,
-  // which stays as it is until the staging slot is settled. How many got one. Then comes `launched`, with what launches the block
-  // and places them, or `abandon`.
+  // Gives slots to rows that the block stages, rows[i] at index first_row(staging_slot) + i, and writes where they go to
+  // `places`, which stays as it is until the staging slot is settled. How many got one. Then comes `launched`, with what launches
+  // the block and places them, or `abandon`.
   int64_t admit(const int64_t* rows, int64_t count, int staging_slot, RowPlace* places);
   void launched(Event event);
   void abandon();  // also where `admit` was not come to
@@ -74,13 +74,14 @@ class DeviceRowCache {
     Event event;
   };
 
+  void prefetch(int64_t row) const;
   int64_t find_one(int64_t row);
   void forget(const Block& block);
 
   const DeviceRowCacheOptions options_;
   std::shared_ptr<CopyEngine> engine_;
   RowCacheDirectory directory_;
-  std::vector<uint32_t> written_by_;  // by slot: the block that admitted its row
+  std::vector<uint32_t, HugeAllocator<uint32_t>> written_by_;  // by slot: the block that admitted its row
   int64_t first_slot_, num_rows_;
   std::byte* memory_ = nullptr;
   uint32_t block_ = 0;

@@ -12,6 +12,7 @@ constexpr uint8_t kResident = 4;  // beside the uses, 0..3
 constexpr uint8_t kMaxUses = 3;
 constexpr int kTrialShare = 2;     // one way in so many is for rows on trial
 constexpr int kCountersOfRow = 4;  // its estimate is the smallest of them
+constexpr int kMaxCount = 15;
 // the sketch remembers about so many uses a slot; both numbers chosen on docs/dedup_and_cache.md's texts
 constexpr int64_t kUsesPerSlotUntilAging = 4;
 constexpr size_t kCacheLine = 64;
@@ -56,14 +57,25 @@ int64_t RowCacheDirectory::slot_of(int64_t row) const {
   return -1;
 }
 
-void RowCacheDirectory::prefetch(int64_t row) const {
-  if (num_buckets_ == 0) return;
+// Calls visit(word, shift) with each counter of the row.
+template <class Visit>
+void RowCacheDirectory::for_each_counter(int64_t row, const Visit& visit) const {
+  uint64_t hash = mix(~static_cast<uint64_t>(row));
+  for (int i = 0; i < kCountersOfRow; ++i, hash = mix(hash)) {
+    visit(mul_high(hash, sketch_.size()), static_cast<int>(hash & 15) * 4);
+  }
+}
+
+int64_t RowCacheDirectory::prefetch(int64_t row) const {
+  if (num_buckets_ == 0) return -1;
   const int64_t begin = bucket_of(row);
   const auto* bucket = reinterpret_cast<const char*>(&of(begin));
   for (size_t at = 0; at < sizeof(Bucket); at += kCacheLine) __builtin_prefetch(bucket + at);
   __builtin_prefetch(&uses_[static_cast<size_t>(begin)]);
+  // written out: gcc 12 takes a function that only prefetches for one without effect, and drops its calls
   uint64_t hash = mix(~static_cast<uint64_t>(row));
   for (int i = 0; i < kCountersOfRow; ++i, hash = mix(hash)) __builtin_prefetch(&sketch_[mul_high(hash, sketch_.size())]);
+  return begin;
 }
 
 int64_t RowCacheDirectory::find(int64_t row) {
@@ -145,23 +157,24 @@ void RowCacheDirectory::clear() {
 
 // Only the smallest counters of a row grow: the others count rows that they share.
 void RowCacheDirectory::count_use(int64_t row) {
-  const int least = estimate(row);
-  uint64_t hash = mix(~static_cast<uint64_t>(row));
-  for (int i = 0; i < kCountersOfRow && least < 15; ++i, hash = mix(hash)) {
-    uint64_t& word = sketch_[mul_high(hash, sketch_.size())];
-    const int shift = static_cast<int>(hash & 15) * 4;
-    if (static_cast<int>((word >> shift) & 15) == least) word += uint64_t{1} << shift;
+  uint64_t words[kCountersOfRow];
+  int shifts[kCountersOfRow], least = kMaxCount, i = 0;
+  for_each_counter(row, [&](uint64_t word, int shift) {
+    words[i] = word;
+    shifts[i++] = shift;
+    least = std::min(least, static_cast<int>((sketch_[word] >> shift) & kMaxCount));
+  });
+  for (i = 0; i < kCountersOfRow && least < kMaxCount; ++i) {
+    uint64_t& word = sketch_[words[i]];
+    if (static_cast<int>((word >> shifts[i]) & kMaxCount) == least) word += uint64_t{1} << shifts[i];
   }
   if (--uses_until_aging_ <= 0) age();
 }
 
 int RowCacheDirectory::estimate(int64_t row) const {
-  uint64_t hash = mix(~static_cast<uint64_t>(row));
-  int least = 15;
-  for (int i = 0; i < kCountersOfRow; ++i, hash = mix(hash)) {
-    const uint64_t word = sketch_[mul_high(hash, sketch_.size())];
-    least = std::min(least, static_cast<int>((word >> (static_cast<int>(hash & 15) * 4)) & 15));
-  }
+  int least = kMaxCount;
+  for_each_counter(
+      row, [&](uint64_t word, int shift) { least = std::min(least, static_cast<int>((sketch_[word] >> shift) & kMaxCount)); });
   return least;
 }
 

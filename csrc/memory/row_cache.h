@@ -42,8 +42,9 @@ class RowCacheDirectory {
 
   int64_t row_in(int64_t slot) const { return of(slot).rows[slot % kWays]; }  // -1: none
 
-  // Requests the memory that `find` and `admit` of the row look at: some rows ahead of them it is there in time.
-  void prefetch(int64_t row) const;
+  // Requests the memory that `find` and `admit` of the row look at: some rows ahead of them it is there in time. The first slot
+  // of its bucket; -1: there are none.
+  int64_t prefetch(int64_t row) const;
 
   void forget(int64_t row);  // nothing where it is not cached
   void clear();              // rows, not what is known of their use
@@ -64,6 +65,8 @@ class RowCacheDirectory {
   int64_t slot_of(int64_t row) const;
   int64_t make_room(int64_t begin);
   bool older(int64_t slot, int64_t than) const;
+  template <class Visit>
+  void for_each_counter(int64_t row, const Visit& visit) const;
   void count_use(int64_t row);
   int estimate(int64_t row) const;
   void age();
