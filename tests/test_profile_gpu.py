@@ -259,7 +259,7 @@ def test_profile_gpu_smaller_tables_where_memory_is_short(monkeypatch, compiled)
 def test_profile_gpu_each_placement_has_a_part_of_the_time(compiled):
     now = itertools.count()
     session = Session(Options(max_memory_bytes=64 << 20), quiet_machine(), clock=lambda: 0.1 * next(now))
-    with session.probe("gpu_gather", 5), torch.inference_mode():
+    with session.probe("gpu_gather", 15), torch.inference_mode():
         probes_gpu_gather.gather(session, fake_gpu.FakeGpu(0))
     for placement in ("uva", "hbm", "staged"):
         assert of(session, "gpu_gather", placement=placement, status="ok"), placement
