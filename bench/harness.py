@@ -105,11 +105,15 @@ def table(run: dict[str, Any]) -> str:
             per_unit = f"{median / info['units'] * 1e9:.2f} ns / {info['unit']}" if info.get("units") else ""
             rate = f"{info['num_bytes'] / median / 1e9:.1f}" if info.get("num_bytes") else ""
             share = f"{info['num_bytes'] / median / peak:.0%}" if peak and info.get("num_bytes") else ""
-            ratio = f"{median / ours[0]:.2f}x faster" if ours and info["role"] == "peer" else \
+            ratio = _faster(median / ours[0]) if ours and info["role"] == "peer" else \
                 f"{median / ours[0]:.0%} of this bound" if ours and info["role"] == "bound" else ""
             name = f"**{info['contender']}**" if info["role"] == "ours" else info["contender"]
             lines.append(f"| {group} | {name} | {median * 1e6:.1f} us | {per_unit} | {rate} | {share} | {ratio} |")
     return "\n".join(lines) + "\n"
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
 """The GPU half of `profile`, on a fake device and a fake NVML."""
+import itertools
 import sys
 
 import fake_gpu
@@ -253,6 +254,33 @@ def test_profile_gpu_smaller_tables_where_memory_is_short(monkeypatch, compiled)
     session = run_gather()
     assert {c["reason"]["kind"] for c in of(session, "gpu_gather", placement="uva")} == {"NO_MEMORY"}
     assert of(session, "gpu_gather", placement="staged", status="ok")
+
+
+def test_profile_gpu_each_placement_has_a_part_of_the_time(compiled):
+    now = itertools.count()
+    session = Session(Options(max_memory_bytes=64 << 20), quiet_machine(), clock=lambda: 0.1 * next(now))
+    with session.probe("gpu_gather", 15), torch.inference_mode():
+        probes_gpu_gather.gather(session, fake_gpu.FakeGpu(0))
+    for placement in ("uva", "hbm", "staged"):
+        assert of(session, "gpu_gather", placement=placement, status="ok"), placement
+    assert session.probes["gpu_gather"]["cut"] > 0
+
+
+def test_profile_gpu_alias_is_no_copy(monkeypatch):
+    """Of memory that is registered with another device torch makes a copy: that would be measured in place of the link."""
+    gpu, pinned = object.__new__(TorchGpu), torch.zeros(64, dtype=torch.uint8)
+    gpu.device = torch.device("cpu")
+    seen = []
+
+    def as_tensor(pointer, device):
+        seen.append(pointer.__cuda_array_interface__)
+        return pinned.view(torch.int64)
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    assert gpu.alias(pinned).data_ptr() == pinned.data_ptr()
+    assert seen[0]["data"] == (pinned.data_ptr(), False) and seen[0]["shape"] == (8,)
+    monkeypatch.setattr(torch, "as_tensor", lambda pointer, device: pinned.view(torch.int64).clone())
+    with pytest.raises(RuntimeError, match="torch copied the memory"):
+        gpu.alias(pinned)
 
 
 def test_profile_gpu_pinned_tables_are_powers_of_two(compiled):

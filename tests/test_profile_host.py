@@ -14,6 +14,8 @@ from engram_kernels import cli
 from engram_kernels.profile import arena, machine, probes_host, row_draws
 from engram_kernels.profile.session import Options, Session
 
+all_shapes = probes_host.shapes
+
 
 def test_profile_loops_do_their_work(compiled):
     from engram_kernels import _C
@@ -140,7 +142,10 @@ def test_profile_orders(tmp_path):
         assert cli.main(["profile", "--trace", str(tmp_path / path)]) == 2
 
 
-def test_profile_trace_is_one_more_order(tmp_path, fast, compiled):
+def test_profile_trace_is_one_more_order(tmp_path, fast, monkeypatch, compiled):
+    monkeypatch.setattr(probes_host, "SECONDS", {"host_gather": 12})
+    monkeypatch.setattr(probes_host, "shapes", lambda session, sizes, huge, has_trace: [
+        s for s in all_shapes(session, sizes, huge, has_trace) if s.order == "trace"])
     np.save(tmp_path / "ids.npy", np.arange(100))
     cell = next(c for c in ok(profile(tmp_path, "--only", "host", "--trace", str(tmp_path / "ids.npy")), "host_gather")
                 if c["order"] == "trace")

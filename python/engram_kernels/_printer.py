@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-_SHREDDED = 1.5  # a table this many times wider than the terminal is no longer one
+_FOLDED = 30  # columns to which rich may fold a long text and it can still be read
 
 
 class Printer:
@@ -30,17 +30,16 @@ class Printer:
             if "NO_COLOR" not in os.environ:
                 try:
                     from rich.console import Console
-                    self._console = Console(file=self._out, highlight=False)
-                    self._width = self._console.width
+                    self._console = Console(file=self._out, highlight=False, width=self._width)
                 except ImportError:
                     pass
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
-        """A table; `styles` are rich's, a line each. Where it would be far wider than the terminal, a paragraph a line of it."""
+        """A table; `styles` are rich's, a line each. Where the terminal is too narrow for one, a paragraph a line of it."""
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
         plain = self._console is None
-        room = None if self._width is None else self._width if plain else self._width * _SHREDDED
-        if room is not None and sum(widths) + 2 * len(widths) > room:
+        needed = sum(widths) + 2 * len(widths) if plain else sum(min(w, _FOLDED) for w in widths) + 3 * len(widths) + 1
+        if self._width is not None and needed > self._width:
             for line, style in zip(rows, styles, strict=True):
                 self._paragraph(head, line, style)
         elif plain:
