@@ -38,15 +38,16 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "short_conv_bwd": {"small": {"parts": 4}, "large": {"parts": 64}},
     # tokens by columns of the product: of a program; depth: of a step; programs: at least, where a branch can be cut into parts
     "engram_forward": {"small": {"tokens": 16, "columns": 32, "depth": 128, "programs": 2048, "num_warps": 4},
-                       "large": {"tokens": 128, "columns": 128, "depth": 64, "programs": 2048, "num_warps": 8}},
+                       "large": {"tokens": 128, "columns": 128, "depth": 32, "programs": 2048, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
     ("gather_rows", "cpu", "large"): {"tile": 65536},
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
-    ("engram_forward", "sm_80", "large"): {"tokens": 64},  # more spills
-    # more spills: sm_100 computes float32 in pairs of registers
+    # more spills
+    **{("engram_forward", target, "large"): {"tokens": 64, "depth": 64} for target in ("sm_80", "sm_90")},
+    # sm_100 computes float32 in pairs of registers
     **{("gate_bwd", target, size): {"held": 40} for target in ("sm_100", "gfx942") for size in ("small", "large")},
     **{("gather_gate_bwd", "sm_100", size): {"held": 80} for size in ("small", "large")},
     # the interpreter: long walks, which load less, and few sums to add
