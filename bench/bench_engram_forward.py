@@ -1,6 +1,6 @@
 """engram_forward against gather_rows, a matrix product and gate, one after the other. V4.1 widths, all threads, bf16 weights.
 
-torch's product uses oneDNN and, where the machine has them, bf16 or AMX instructions; ours multiplies in float32.
+The same product in both, torch's: oneDNN and, where the machine has them, bf16 or AMX instructions.
 """
 import pytest
 import torch

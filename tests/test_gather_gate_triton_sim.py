@@ -2,6 +2,7 @@
 import pytest
 import torch
 from test_gather_gate import exact, gradients, make_inputs, make_table, worst_plain
+from test_gate_triton_sim import cuda_figure
 from triton_sim import MISSING_TRITON, simulate, total
 
 from engram_kernels.memory.row_format import ROW_FORMATS
@@ -114,7 +115,7 @@ def assert_gradients(got, inputs, table, grad_out, mask):
 
 
 @pytest.mark.parametrize("row_format", ["f32", "fp8_e4m3_block32_packed", "int8_group32"])
-@pytest.mark.parametrize("shape", [(5, 3, 3, 96), (9, 8, 4, 1024)], ids=["held_sums", "sums_apart"])
+@pytest.mark.parametrize("shape", [(5, 3, 3, 96), (3, 8, 4, 1024)], ids=["held_sums", "sums_apart"])
 def test_gather_gate_backward_matches_reference(shape, row_format, programs):
     programs(2)
     table, inputs = make_table(row_format, shape[3]), make_inputs(*shape, torch.float32)
@@ -130,9 +131,20 @@ def test_gather_gate_backward_matches_reference(shape, row_format, programs):
 
 
 def test_gather_gate_backward_moves_the_least(programs):
-    programs(2)
-    inputs, table = distinct_inputs(4, 1, *V41_ROWS[1:], "bf16")  # one branch: the sums fit
+    """Every input and gradient once; at 12 tokens a program at most 1.05x of what the CUDA kernel asks for."""
+    programs(1)
+    tokens, (inputs, table) = 2, distinct_inputs(2, *V41_ROWS, "fp8_e4m3_block32_packed")
     grads, launches = run_bwd(inputs[0].clone(), inputs, table, race=False)
-    least = 2 * inputs[0].nbytes + inputs[1].numel() * table.rows.shape[1] * 2
-    assert total(launches[:1], "load_bytes", ("grad_out", *DATA)) <= 1.02 * least
-    assert total(launches[:1], "store_bytes", ("grad_hidden", "grad_rows")) == sum(g.nbytes for g in grads[:2])
+    read, written = total(launches, "load_bytes", ("grad_out", *DATA)), sum(g.nbytes for g in grads[:2])
+    least = 2 * inputs[0].nbytes + inputs[1].numel() * table.rows.shape[1]
+    assert read <= 1.05 * least  # threads that share a scale each ask for it
+    assert total(launches, "store_bytes", ("grad_hidden", "grad_rows")) == written
+    # a program adds the weights, which it asks the caches for again, and its sums, written and read; a call of two programs,
+    # as in the figure of CUDA, weights and gradients
+    weights = inputs[2].nbytes + inputs[3].nbytes
+    of_program = weights + total(launches, "load_bytes", ("partial",)) + total(launches, "store_bytes", ("partial",)) + \
+        (weights + total(launches, "store_bytes", ("grad_w_hidden", "grad_w_key"))) / 2
+    over = (12 * (read + written) / tokens + of_program) / (12 * (least + written) / tokens)
+    of_cuda = cuda_figure("gather_gate backward")
+    print(f"gather_gate backward: {over:.3f} of the least bytes, CUDA {of_cuda}")
+    assert over <= 1.05 * of_cuda

@@ -11,6 +11,7 @@ import pytest
 import torch
 from triton_sim import MISSING_TRITON
 
+import engram_kernels as ek
 from engram_kernels import _triton, backends
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_rows import gather_rows
@@ -36,7 +37,44 @@ def test_triton_compiles_nothing_for_other_token_counts():
     warm = set(spec_variants(EngramSpec.deepseek_v41(), "sm_90", backward=True))
     for num_tokens in (1, 2, 3, 16, 63, 64, 65, 100, 128, 1000, 4096, 8191, 65536, 300_001):
         for call in launch_all(num_tokens):
-            assert set(launch.variants_of(call, "sm_90")) <= warm, num_tokens
+            found = set(launch.variants_of(call, "sm_90"))
+            assert found <= warm, num_tokens
+            # a launch runs where its first tensor is, and a table may be in pinned host memory
+            assert all(variant.kernel.arg_names[0] not in ("rows", "scales") for variant in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
+    """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup does not know."""
+    if not _triton.INTERPRETED:
+        pytest.skip("needs the interpreter's tensors on the CPU")
+    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_kernels.warmup import spec_variants
+    preset = EngramSpec.deepseek_v41 if variant == "deepseek_v41" else EngramSpec.demo_v1
+    spec = preset(hidden_size=64, branches=2, table_sizes=(40,) * (preset().max_order - 1), head_dim=32)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)  # as on a GPU, which looks at no data
+    warm, found = set(spec_variants(spec, "sm_90", torch.bfloat16, torch.bfloat16, True)), {}
+    rows, scales = random_rows(spec.row_format, spec.layout().num_rows[0], 32, torch.Generator().manual_seed(0))
+    table = ek.RowTable.from_tensor(rows, scales, spec.row_format, row_dim=32)
+    layer = ek.Engram(spec, spec.layer_ids[0], table=table, dtype=torch.bfloat16)
+
+    def step(num_tokens, dead):
+        hidden = torch.zeros(num_tokens, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+        ids, bounds = torch.zeros(num_tokens, dtype=torch.int32), torch.tensor([0, num_tokens], dtype=torch.int32)
+        with torch.no_grad():
+            layer(hidden, ids, bounds, dead_mask=dead, backend="triton")
+        rows = torch.zeros(num_tokens, spec.num_columns, 32, dtype=torch.bfloat16)
+        layer(hidden, rows=rows, cu_seqlens=bounds, dead_mask=dead, backend="triton").sum().backward()
+    with launch.executing_on(lambda variant, grid, args: found.setdefault(variant), "sm_90"):
+        for num_tokens in (*range(1, 66), 128, 1000):
+            step(num_tokens, None)
+            step(num_tokens, torch.zeros(num_tokens, dtype=torch.bool))
+    kernels = {made.kernel.__name__ for made in found}
+    assert kernels >= {"ngram_hash_kernel", "gather_rows_kernel", "gate_kernel", "gate_bwd_kernel", "gate_weights_bwd_kernel"}
+    assert not found.keys() - warm, [(made.kernel.__name__, *made[1:]) for made in found.keys() - warm]
+    # the tokens make a small and a large batch of each; other kernels here have no more than these
+    assert len(found) <= 2 * 2 * len(kernels)
 
 
 @needs_triton

@@ -13,7 +13,6 @@ namespace engram_kernels {
 namespace {
 
 constexpr const char* kOp = "engram_forward";
-constexpr int64_t kTorchTokens = 2;   // from so many on torch's product is the faster one (bench/bench_engram_forward.py)
 constexpr int64_t kTileTokens = 256;  // keys and values of V4.1: 13 MB, which a last-level cache holds
 using OptionalTensor = std::optional<Tensor>;
 
@@ -50,7 +49,7 @@ EngramForwardParams params(const Tensor& hidden, const Tensor& rows, const Optio
   return p;
 }
 
-// torch's product, which has the fastest instructions of the machine. Past the dispatcher: nothing is to be recorded.
+// torch's matrix product. Past the dispatcher: nothing is to be recorded.
 struct TorchProduct {
   Tensor memory, kv, w_kv;
 
@@ -76,7 +75,7 @@ void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden
   p.out = branch_rows(kOp, "out", out, hidden, 3);
   expect_one_device(kOp, {{"hidden", &hidden}, {"out", &out}});
   expect_apart_or_same(kOp, hidden, out);
-  if (p.num_tokens < kTorchTokens) return engram_forward_cpu(p, {}, torch_threads());
+  if (p.num_tokens == 0) return;
   const int64_t tile = std::min(p.num_tokens, kTileTokens);
   TorchProduct torch_product{torch::stable::new_empty(hidden, {tile, p.memory_size()}),
                              torch::stable::new_empty(hidden, {tile, w_kv.size(0)}), w_kv};

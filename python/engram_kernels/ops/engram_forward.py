@@ -36,8 +36,8 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
 
     ``e[t] = concat(table[row_ids[t, 0]], ..., table[row_ids[t, C-1]])``, dequantized and rounded to the dtype of `hidden`;
     ``[key_0 .. key_{M-1}, value] = e @ w_kv.T`` in float32, and ``out = gate(hidden, key, value)`` with the formula of
-    `gate`. Neither keys nor value are rounded or written to memory, where the backend is cpu or triton. `gather_rows`, a matrix
-    product and `gate` differ by the rounding of keys and value to the dtype of `hidden`. For inference: no gradients.
+    `gate`. In Triton keys and value are neither rounded nor written; on the CPU they are rounded to the dtype of `hidden`, as a
+    matrix product gives them, and held for a tile of 256 tokens. For inference: no gradients.
 
     Args:
         hidden: [T, M, H] bfloat16, float16 or float32. The last dimension is dense, the strides of the others are free.

@@ -2,10 +2,11 @@
 
 Mapping  a program takes whole tokens, one after another, and all branches of each, so that a value is read once; a row of hidden
          and key is kept in registers between its sums and its output, and the product of the weights from token to token where
-         it fits. The weight gradients have a kernel of their own: their sums do not fit beside the rows. It sums parts of the
-         tokens, each in order, and a third kernel adds the parts in order.
-Traffic  forward: hidden, key, value and out once. Backward: grad_out, value and three gradients once, hidden and key twice,
-         and a float32 a token and branch.
+         it fits. The backward sums the weights' gradients from token to token where that fits (M 4, H 5120 in bfloat16 on
+         sm_80 and sm_90), else in a kernel of their own, part of the tokens by part; another kernel adds the programs' or parts'
+         sums in order.
+Traffic  forward: hidden, key, value and out once. Backward: grad_out, hidden, key, value and three gradients once (where the
+         sums do not fit, hidden and key twice, and a float32 a token and branch); the weights for each token, from a cache.
 Limits   hidden_size and branches are constants, so a model compiles once.
 """
 import math
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
-from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
+from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes, mask_slopes
 from engram_kernels.triton_kernels.launch import ceil_div, empty_like, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
@@ -127,9 +128,8 @@ def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hi
                 dv += to_float(douts[c]) * to_float(values[c])
             rh, rk, x, gate = gate_score(tl.sum(dot, 0), tl.sum(hh, 0), tl.sum(kk, 0), eps, clamp, SIZE, SIGN_AT_ZERO)
             a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(dv, 0), clamp, SIZE)
-            if mask is not None:  # zeros that make what is added to dout -0.0, which leaves its bits as they are
-                a, b, f = tl.where(alive, a, -0.0), tl.where(alive, b, 0.0), tl.where(alive, f, 0.0)
-                gate = tl.where(alive, gate, 0.0)
+            if mask is not None:
+                a, b, f, gate = mask_slopes(a, b, f, gate, alive)
             if not HOLD:
                 tl.store(slopes + t * BRANCHES + m, a)
             new_value_grads = ()
@@ -206,7 +206,8 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
     unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
     hold = branches * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD
     launch(gate_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
-           (hidden, key, value, w_hidden, w_key, mask, out), (num_tokens, *[s // unit for s in strides], float(eps), float(clamp)),
+           (hidden, key, value, w_hidden, w_key, mask, out),
+           (num_tokens, *[s // unit for s in strides], float(eps), float(clamp)),
            (size, branches, unit, chunk, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
     return out
 

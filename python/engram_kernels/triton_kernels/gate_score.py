@@ -26,3 +26,10 @@ def gate_slopes(rh, rk, x, gate, dout_v, clamp, SIZE: tl.constexpr):
     dx = tl.where(magnitude < clamp, 0.0, tl.div_rn(ds, 2.0 * tl.sqrt_rn(magnitude)))
     along = dx * x * (1.0 / SIZE)
     return dx * rh * rk * (1.0 / SIZE**0.5), along * rh * rh, along * rk * rk
+
+
+@triton.jit
+def mask_slopes(a, b, c, gate, alive):
+    """Zeros where not `alive`, such that a * w * k - b * h is -0.0 for w, k and h of 0: added to grad_out, it changes no bit."""
+    minus_zero = tl.cast(-2147483648, tl.int32).to(tl.float32, bitcast=True)  # Triton makes 0.0 of a literal
+    return tl.where(alive, a, minus_zero), tl.where(alive, b, 0.0), tl.where(alive, c, 0.0), tl.where(alive, gate, 0.0)

@@ -5,7 +5,7 @@ Mapping  a program takes whole tokens, one after another. A token's rows are gat
          The backward sums the weights' gradients beside them where they fit, else in a kernel of their own; the programs' sums
          are added by `gate_weights_bwd_kernel`.
 Traffic  forward: rows, hidden and out once. Backward: grad_out, hidden, rows and two gradients once (where the sums do not fit,
-         hidden and rows twice).
+         hidden and rows twice); the weights for each token, from a cache.
 Limits   C, D and M are constants, so a model compiles once.
 """
 import functools
@@ -27,11 +27,9 @@ from engram_kernels.triton_kernels.gate import (
     load_weights,
     row_of,
 )
-from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
+from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes, mask_slopes
 from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
-
-MAX_HELD_BWD = 140  # registers a thread
 
 
 @triton.jit
@@ -153,9 +151,8 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
                 de += to_float(douts[c]) * memory[c]
             rh, rk, x, gate = gate_score(tl.sum(dot), tl.sum(hh), ee, eps, clamp, SIZE, SIGN_AT_ZERO)
             a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(de), clamp, SIZE)
-            if mask is not None:  # zeros that make what is added to dout -0.0, which leaves its bits as they are
-                a, b, f = tl.where(alive, a, -0.0), tl.where(alive, b, 0.0), tl.where(alive, f, 0.0)
-                gate = tl.where(alive, gate, 0.0)
+            if mask is not None:
+                a, b, f, gate = mask_slopes(a, b, f, gate, alive)
             if not HOLD:
                 tl.store(slopes + t * BRANCHES + m, a)
             new_row_grads = ()
@@ -264,7 +261,7 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
     tuned = parameters("gather_gate_bwd", hidden.device, shape_class(num_tokens))
     tiles = tiles_of(columns, row_dim, tuned["num_warps"], ELEMENTS_A_THREAD_BWD)
     # beside the sums a token's memory vector and its gradient, and a branch of hidden and grad_out
-    hold = (branches + 2 + hidden.element_size() // 2) * tiles.number * ELEMENTS_A_THREAD_BWD <= MAX_HELD_BWD
+    hold = (branches + 2 + hidden.element_size() // 2) * tiles.number * ELEMENTS_A_THREAD_BWD <= tuned["held"]
     programs = min(num_tokens, tuned["programs"])
     parts = programs if hold else min(num_tokens, tuned["parts"])
     partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)

@@ -20,7 +20,7 @@ BWD_CHUNK = 256
 
 
 @triton.jit
-def gather_rows_kernel(rows, scales, row_ids, out, errors, count, num_rows, row_units, scale_stride,
+def gather_rows_kernel(row_ids, rows, scales, out, errors, count, num_rows, row_units, scale_stride,
                        CODE: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
                        ZERO_SCALE_IS_ZERO: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -73,7 +73,7 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     tile_rows = max(1, tuned["tile"] // chunk)
     table = row_args(rows, scales, row_format, row_dim)
     launch(gather_rows_kernel, (ceil_div(count, tile_rows), 1, 1),
-           (table.rows, table.scales, row_ids, out, error_counter("gather_rows", row_ids.device)),
+           (row_ids, table.rows, table.scales, out, error_counter("gather_rows", row_ids.device)),
            (count, table.num_rows, table.row_units, table.scale_stride),
            (table.code, row_dim, table.unit, chunk, tile_rows, zero_scale_is_zero), tuned["num_warps"])
     return out

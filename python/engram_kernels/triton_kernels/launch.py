@@ -75,7 +75,6 @@ Executor = Callable[[Variant, tuple[int, int, int], tuple[Any, ...]], None]
 _executor: Executor | None = None  # None: the GPU, or the interpreter
 _compiled: dict[tuple[Any, ...], Any] = {}  # what `launch` looks up -> compiled kernel
 _errors: dict[tuple[str, torch.device], Tensor] = {}
-_ON_CURRENT = contextlib.nullcontext()
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...],
@@ -85,7 +84,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor | None
     Args:
         kernel: a triton.jit function of tensors, then numbers, then constexpr parameters.
         grid: programs; none may be 0.
-        tensors: passed as pointers; None: absent. The first is there.
+        tensors: passed as pointers; None: absent. The first is on the device; a table may be in pinned host memory.
         numbers: int (int64) or float (float32); a parameter is always the same of the two.
         constants: values of the constexpr parameters.
         num_warps: warps of a program.
@@ -102,12 +101,14 @@ def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor | None
             kernel[grid](*bytes_for_bools, *numbers, *constants)
         return None
     device_index = tensors[0].get_device()  # type: ignore[union-attr]
-    with _ON_CURRENT if device_index == torch.cuda.current_device() else torch.cuda.device(device_index):
-        # by the Python function: hashing what triton.jit makes of it takes a lock
-        compiled = _compiled.get((device_index, kernel.fn, dtypes, constants, num_warps, aligned))
-        if compiled is None:
-            compiled = compiled_for(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), device_index)
-        compiled[grid](*addresses, *numbers, *constants)
+    if device_index != torch.cuda.current_device():
+        with torch.cuda.device(device_index):
+            return launch(kernel, grid, tensors, numbers, constants, num_warps)
+    # by the Python function: hashing what triton.jit makes of it takes a lock
+    compiled = _compiled.get((device_index, kernel.fn, dtypes, constants, num_warps, aligned))
+    if compiled is None:
+        compiled = compiled_for(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), device_index)
+    compiled[grid](*addresses, *numbers, *constants)
     return None
 
 

@@ -26,27 +26,30 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "gather_rows": {"small": {"tile": 1024, "num_warps": 4}, "large": {"tile": 4096, "num_warps": 4}},
     # ids: of one order and layer at a time; layers: of a program
     "ngram_hash": {"small": {"ids": 256, "layers": 1, "num_warps": 4}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
-    # programs: at most; held: registers a thread for sums that stay from token to token (more, and they have a kernel of their own)
+    # programs: at most; held: registers a thread for what the backward keeps from token to token; where more is needed, the
+    # weights' gradients are summed by a kernel of their own
     "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
     "gate_bwd": {"small": {"programs": 64, "parts": 4, "held": 80, "num_warps": 8},
                  "large": {"programs": 256, "parts": 32, "held": 80, "num_warps": 8}},
     "gather_gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
-    "gather_gate_bwd": {"small": {"programs": 16, "parts": 4, "num_warps": 8},
-                        "large": {"programs": 128, "parts": 32, "num_warps": 8}},
+    "gather_gate_bwd": {"small": {"programs": 16, "parts": 4, "held": 140, "num_warps": 8},
+                        "large": {"programs": 128, "parts": 32, "held": 140, "num_warps": 8}},
     "short_conv": {"small": {"programs": 1024}, "large": {"programs": 1024}},
     "short_conv_bwd": {"small": {"parts": 4}, "large": {"parts": 64}},
     # tokens by columns of the product: of a program; depth: of a step; programs: at least, where a branch can be cut into parts
     "engram_forward": {"small": {"tokens": 16, "columns": 32, "depth": 128, "programs": 2048, "num_warps": 4},
-                       "large": {"tokens": 128, "columns": 128, "depth": 64, "programs": 2048, "num_warps": 8}},
+                       "large": {"tokens": 128, "columns": 128, "depth": 32, "programs": 2048, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
     ("gather_rows", "cpu", "large"): {"tile": 65536},
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
-    ("engram_forward", "sm_80", "large"): {"tokens": 64},  # more spills
-    # more spills: sm_100 computes float32 in pairs of registers
+    # more spills
+    **{("engram_forward", target, "large"): {"tokens": 64, "depth": 64} for target in ("sm_80", "sm_90")},
+    # sm_100 computes float32 in pairs of registers
     **{("gate_bwd", target, size): {"held": 40} for target in ("sm_100", "gfx942") for size in ("small", "large")},
+    **{("gather_gate_bwd", "sm_100", size): {"held": 80} for size in ("small", "large")},
     # the interpreter: long walks, which load less, and few sums to add
     ("short_conv", "cpu", "small"): {"programs": 8},
     ("short_conv", "cpu", "large"): {"programs": 8},

@@ -1,5 +1,6 @@
 """Compiles, before serving, every variant that a model needs. `calls` has one entry an op."""
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,13 +67,14 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     make = functools.partial(torch.empty, device="meta")
     layout = spec.layout()
     tokens, bounds = make(num_tokens, dtype=torch.int32), make(2, dtype=torch.int32)
-    moduli, offsets, multipliers = (x.to("meta") for x in (layout.moduli, layout.offsets, layout.multipliers))
-    token_map = None if spec.num_classes is None else make(spec.vocab_size, dtype=torch.int32)
+    constants = tuple(x.to("meta") for x in (layout.moduli, layout.offsets, layout.multipliers))
+    token_maps = [None] if spec.num_classes is None else [None, make(spec.vocab_size, dtype=torch.int32)]
     history, dead = make(1, spec.max_order - 1, dtype=torch.int32), make(num_tokens, dtype=torch.bool)
-    for before in (None, history):
-        for mask in (None, dead):
-            yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, before, mask,
-                                    layout.num_ids, layout.boundary_id, layout.eos_id)
+    # all layers at once, or one as `Engram` does
+    for of_layers in (constants, tuple(x[:1] for x in constants)):
+        for token_map, before, mask in itertools.product(token_maps, (None, history), (None, dead)):
+            yield functools.partial(ngram_hash, tokens, bounds, *of_layers, token_map, before, mask, layout.num_ids,
+                                    layout.boundary_id, layout.eos_id)
 
     stored = ROW_FORMATS[spec.row_format]
     width = (spec.row_stride_bytes or stored.row_bytes(spec.head_dim)) if stored.is_packed else spec.head_dim
