@@ -40,7 +40,7 @@ test: $(VENV)/.built
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
 OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py test_safety.py)
 # objects with a lifetime: their threads, memory and files
-MEMORY_TESTS := $(addprefix tests/,test_file_tier.py test_file_tier_faults.py test_row_cache.py test_host_table.py \
+MEMORY_TESTS := $(addprefix tests/,test_file_tier.py test_file_tier_faults.py test_row_cache.py test_host_table.py test_shared_table.py test_shared_table_faults.py \
   test_row_prefetcher.py test_prefetch_cache.py test_prefetch_faults.py test_prefetch_lifetime.py)
 test-asan: $(VENV)/.built
 	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so

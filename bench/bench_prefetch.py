@@ -1,10 +1,12 @@
 """The prefetcher: what hiding the file tier behind compute costs, its rate in memory beside gather_rows, and the call itself.
 
-Overlap: steps of a backbone stand-in (matrix products on one thread, EK_BENCH_STEP_MS of them, default 400; the other core is the
-host's, as beside a GPU) that each need the rows of EK_BENCH_STEP_TOKENS tokens (default 64; 24 packed rows of 264 bytes a token),
-with the rows already in memory, fetched from a file during the step before, or read when they are needed.
+Overlap: steps of a backbone stand-in (matrix products on one thread, EK_BENCH_STEP_MS of them, default 50; the other core is the
+host's, as beside a GPU) that each need the rows of EK_BENCH_STEP_TOKENS tokens (default 48: reading them takes about a third of a
+step; 24 packed rows of 264 bytes a token), with the rows already in memory, fetched from a file during the step before, or read
+when they are needed.
 
     python bench/bench_prefetch.py      all contenders in turn, round by round: what a machine that drifts does not tilt
+    chrt -f 10 python bench/bench_prefetch.py       before all else that wants to run on a machine that is not idle
 """
 import os
 import tempfile
@@ -20,12 +22,12 @@ from harness import measure
 
 pytestmark = pytest.mark.skipif(bool(COMPILE_ERROR), reason=COMPILE_ERROR or "")
 MIB = int(os.environ.get("EK_BENCH_FILE_MIB", "512"))
-STEP_MS = float(os.environ.get("EK_BENCH_STEP_MS", "400"))
-STEP_TOKENS = int(os.environ.get("EK_BENCH_STEP_TOKENS", "64"))
+STEP_MS = float(os.environ.get("EK_BENCH_STEP_MS", "50"))
+STEP_TOKENS = int(os.environ.get("EK_BENCH_STEP_TOKENS", "48"))
 COLUMNS, ROW_DIM, ROW_BYTES = 24, 256, 264
 NUM_ROWS = (MIB << 20) // ROW_BYTES
 NUM_MEMORY_ROWS, TOKENS = 1 << 21, 4096  # 1 GiB of bf16 rows
-STEPS, ROUNDS = 5, 15
+STEPS, ROUNDS = 5, 60
 OVERLAP = f"step of {STEP_MS:g} ms on one thread with the rows of {STEP_TOKENS} tokens from a file of {MIB} MiB, O_DIRECT"
 IN_MEMORY = f"prefetch in memory, {TOKENS} tokens of {COLUMNS} rows of {ROW_DIM} to bf16, two in flight"
 CALL = "prefetch of 1 token, table in memory"
@@ -42,6 +44,7 @@ class Steps:
         RowTable.create(path, pieces, num_rows=NUM_ROWS, row_dim=ROW_DIM, row_format="fp8_e4m3_block32_packed")
         self.table = RowTable.open(path, io="io_uring" if _has_io_uring(path) else "preadv")
         self.pf = RowPrefetcher(self.table, depth=2, background=True)
+        self.ticket = self.pf.submit(self.ids())
         self.x = torch.randn(256, 1024)
         self.w = torch.randn(1024, 1024) / 32
         self.rows = torch.empty(STEP_TOKENS, COLUMNS, ROW_DIM, dtype=torch.bfloat16)
@@ -68,13 +71,10 @@ class Steps:
             self.compute(self.rows)
 
     def prefetched(self):
-        ticket = self.pf.submit(self.ids())
-        self.pf.drain()  # the first step's rows come before the first step, as in a running server
-        for _ in range(STEPS):
-            rows = self.pf.wait(ticket)
-            ticket = self.pf.submit(self.ids())
+        for _ in range(STEPS):  # as many fetches as steps: the first step's rows came during the last step of the call before
+            rows = self.pf.wait(self.ticket)
+            self.ticket = self.pf.submit(self.ids())
             self.compute(rows)
-        self.pf.cancel(ticket)
 
     def synchronous(self):
         for _ in range(STEPS):
@@ -157,49 +157,70 @@ def quantiles(values):
 
 
 def timed(run):
-    """(seconds, CPU seconds of this thread)"""
-    start, cpu = time.perf_counter(), time.thread_time()
+    """(seconds, CPU seconds of this thread, CPU seconds of the others)"""
+    start, process, cpu = time.perf_counter(), time.process_time(), time.thread_time()
     run()
-    return time.perf_counter() - start, time.thread_time() - cpu
+    cpu = time.thread_time() - cpu
+    return time.perf_counter() - start, cpu, time.process_time() - process - cpu
 
 
-def ratio(name, values):
-    q = quantiles(values)
-    print(f"{name}: {q['median']:.3f} (quartiles {q['q1']:.3f} to {q['q3']:.3f})")
+def in_turn(contenders, rounds):
+    """Name -> what `timed` gave, round by round; who goes first changes, so that nobody always follows the same one."""
+    names = list(contenders)
+    times = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names[number % len(names):] + names[:number % len(names)]:
+            times[name].append(timed(contenders[name]))
+    return times
 
 
-def main():
-    """Rounds of all contenders in turn; medians of the ratios and their quartiles."""
+def ratio(name, ours, theirs, column=0):
+    q = quantiles([a[column] / b[column] for a, b in zip(ours, theirs, strict=True)])
+    least = min(a[column] for a in ours) / min(b[column] for b in theirs)
+    print(f"{name}: {q['median']:.3f} (quartiles {q['q1']:.3f} to {q['q3']:.3f}); least over least {least:.3f}")
+
+
+def in_memory_figures():
     memory = InMemory()
-    pairs = [(timed(memory.gathered), timed(memory.staged)) for _ in range(25)]
-    ratio(f"{IN_MEMORY}: rows/s over those of gather_rows", [gathered[0] / staged[0] for gathered, staged in pairs])
-    times = []
+    times = in_turn({"gathered": memory.gathered, "staged": memory.staged}, 24)
+    ratio(f"{IN_MEMORY}: rows/s over those of gather_rows", times["gathered"], times["staged"])
+    calls = []
     for _ in range(3000):
         start = time.perf_counter()
         ticket = memory.pf.submit(memory.one)
-        times.append((time.perf_counter() - start) * 1e6)
+        calls.append((time.perf_counter() - start) * 1e6)
         memory.pf.wait(ticket)
-    q = quantiles(times)
+    q = quantiles(calls)
     print(f"submit of 1 token: median {q['median']:.1f} us, 99 % below {q['p99']:.1f} us")
     memory.pf.close()
-    del memory
+
+
+def overlap_figures(steps):
+    steps.prefetched()
+    before = steps.pf.stats()
+    times = in_turn({way: getattr(steps, way) for way in ("in_memory", "prefetched", "synchronous")}, ROUNDS)
+    after = steps.pf.stats()
+    bound, ours, peer = times["in_memory"], times["prefetched"], times["synchronous"]
+    spent = {name: after[name] - before[name] for name in ("requests", "fetch_s", "exposed_wait_s")}
+    step_ms = quantiles([wall / STEPS * 1e3 for wall, *_ in bound])["median"]
+    beside_ms = quantiles([others / STEPS * 1e3 for *_, others in ours])["median"]
+    print(f"{OVERLAP}; a step took {step_ms:.1f} ms, fetching {spent['fetch_s'] / spent['requests'] * 1e3:.1f} ms, "
+          f"of which {beside_ms:.1f} ms on a CPU; direct: {steps.table.io_stats()['direct']}")
+    ratio("prefetched over in memory, time", ours, bound)
+    ratio("synchronous over in memory, time", peer, bound)
+    ratio("prefetched over in memory, CPU time of the calling thread", ours, bound, column=1)
+    print(f"exposed wait: {spent['exposed_wait_s'] / sum(wall for wall, *_ in ours):.2%} of the prefetched steps")
+
+
+def main():
+    """Rounds of all contenders in turn; medians and quartiles of the rounds' ratios."""
+    print("load average:", Path("/proc/loadavg").read_text().split()[0])
+    in_memory_figures()
     with tempfile.TemporaryDirectory(dir=os.environ.get("EK_BENCH_DIR")) as folder:
         steps = Steps(folder)
-        steps.prefetched()
-        before = steps.pf.stats()
-        rounds = [[timed(run) for run in (steps.in_memory, steps.prefetched, steps.synchronous)] for _ in range(ROUNDS)]
-        after = steps.pf.stats()
-        direct = steps.table.io_stats()["direct"]
+        overlap_figures(steps)
         steps.close()
-    spent = {name: after[name] - before[name] for name in ("requests", "fetch_s", "exposed_wait_s")}
-    step_ms = quantiles([wall / STEPS * 1e3 for (wall, _), *_ in rounds])["median"]
-    fetch_ms = spent["fetch_s"] / spent["requests"] * 1e3
-    print(f"{OVERLAP}; a step took {step_ms:.1f} ms, fetching {fetch_ms:.1f} ms; direct: {direct}")
-    ratio("prefetched over in memory, time", [ours[0] / bound[0] for bound, ours, _ in rounds])
-    ratio("synchronous over in memory, time", [peer[0] / bound[0] for bound, _, peer in rounds])
-    # what other processes on the machine do not change: the caller's own CPU time, and how long it waited
-    ratio("prefetched over in memory, CPU time of the calling thread", [ours[1] / bound[1] for bound, ours, _ in rounds])
-    print(f"exposed wait: {spent['exposed_wait_s'] / sum(ours[0] for _, ours, _ in rounds):.2%} of the prefetched steps")
+    print("load average:", Path("/proc/loadavg").read_text().split()[0])
 
 
 if __name__ == "__main__":

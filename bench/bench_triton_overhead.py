@@ -43,6 +43,7 @@ def on_stub(monkeypatch):
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setitem(ek.backends._DEVICES, "triton", "cpu")
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_errors", {(op, torch.device("cpu")): torch.zeros(1, dtype=torch.int32) for op in CALLS})
     monkeypatch.setattr(launch.Variant, "compile", lambda self, target: Stub())
     monkeypatch.setattr(launch, "current_target", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)

@@ -7,16 +7,48 @@ contenders of a group run in one process one after the other; ratios are between
 """
 import argparse
 import datetime
+import functools
+import itertools
 import json
+import mmap
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+CONTROL_ROUNDS = 5  # of a benchmark, before which the controls are timed
+
+
+def seconds_of_loop() -> float:
+    """A control: what the interpreter computes."""
+    begin = time.perf_counter()
+    sum(range(20_000))
+    return time.perf_counter() - begin
+
+
+def seconds_of_pages() -> float:
+    """A control: 256 fresh pages, which the kernel clears."""
+    begin = time.perf_counter()
+    with mmap.mmap(-1, 1 << 20) as memory:
+        for byte in range(0, 1 << 20, mmap.PAGESIZE):
+            memory[byte] = 1
+    return time.perf_counter() - begin
+
+
+@functools.cache
+def controls() -> dict[str, Callable[[], float]]:
+    """Fixed pieces of work that tell a slow machine from slow code: computing, fresh pages, 8 MiB read from memory."""
+    from engram_kernels import _C
+    from engram_kernels.profile.arena import Arena
+    memory = Arena(8 << 20, True, [-1]).data
+    return {"loop": seconds_of_loop, "pages": seconds_of_pages,
+            "read": lambda: float(_C.probe_stream("read", memory, memory, memory, [-1]))}
+
 
 def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: str, role: str = "peer", num_bytes: int = 0,
             units: int = 0, unit: str = "", rounds: int = 15) -> None:
-    """Times `run` and files it under `group`.
+    """Times `run` and files it under `group`; at five moments among the rounds the controls are timed too, and filed with it.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -31,7 +63,18 @@ def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: st
     benchmark.group = group
     benchmark.name = contender
     benchmark.extra_info.update(contender=contender, role=role, num_bytes=num_bytes, units=units, unit=unit)
-    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=1)
+    beside: dict[str, list[float]] = {name: [] for name in controls()}
+    rounds_begun = itertools.count(-1)  # the first is not timed
+
+    def before_round() -> None:
+        number = next(rounds_begun)
+        if number >= 0 and number * CONTROL_ROUNDS // rounds >= len(beside["loop"]):
+            for name, seconds in controls().items():
+                beside[name].append(seconds())
+            run()  # the caches are as they were
+
+    benchmark.extra_info["controls"] = beside
+    benchmark.pedantic(run, setup=before_round, rounds=rounds, iterations=1, warmup_rounds=1)
 
 
 def peak_bytes_per_s(num_bytes: int = 256 << 20, rounds: int = 9) -> float:

@@ -18,6 +18,10 @@ class FakeGpu(TorchGpu):
         return "0000-1111"
 
     @property
+    def bus_id(self):
+        return "00000000:3B:00.0"
+
+    @property
     def name(self):
         return "fake"
 
@@ -70,7 +74,8 @@ CALLS = {
     "nvmlDeviceGetPowerUsage": 120_000, "nvmlDeviceGetEnforcedPowerLimit": 700_000, "nvmlDeviceGetTemperature": 40,
     "nvmlDeviceGetEccMode": [1, 1], "nvmlDeviceGetTotalEccErrors": 0, "nvmlDeviceGetMigMode": [0, 0],
     "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=3), "nvmlDeviceGetPcieThroughput": 50_000_000,
-    "nvmlDeviceGetHandleByUUID": "handle", "nvmlDeviceGetHandleByIndex": "handle", "nvmlInit": None}
+    "nvmlDeviceGetHandleByUUID": "handle", "nvmlDeviceGetHandleByPciBusId": "handle", "nvmlDeviceGetHandleByIndex": "handle",
+    "nvmlDeviceGetCount": 8, "nvmlInit": None}
 
 
 class FakeNvml:

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from prefetch_cases import num_threads
 from row_files import PAGE, SHAPES, File, open_reader
 
 from engram_kernels._library import COMPILE_ERROR
@@ -103,7 +104,7 @@ def test_file_tier_changed_while_open(change, cache_bytes, io, tmp_path):
 
 def test_file_tier_truncated_in_the_middle_of_a_fetch(io, tmp_path):
     file = File(tmp_path / "t", num_rows=2000, stride=3 * PAGE)  # a read for each row
-    tier = file.tier(io, 4, max_delay_us=2000)
+    tier = file.tier(io, 4, max_delay_us=4000)
     cut = threading.Timer(0.1, os.truncate, (file.path, file.size // 2))
     cut.start()
     with pytest.raises(OSError, match=r"tier file: \S*/t: row \d+ ends at byte|when it was opened; row \d+ is not what it was"):
@@ -114,7 +115,7 @@ def test_file_tier_truncated_in_the_middle_of_a_fetch(io, tmp_path):
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_file_tier_cancel(when, io, tmp_path):
     file = File(tmp_path / "t", num_rows=2000, stride=3 * PAGE)  # a read for each row
-    tier = file.tier(io, 2, max_delay_us=2000, reorder=True)
+    tier = file.tier(io, 2, max_delay_us=40_000, reorder=True)
     flag = _C.CancelFlag()
     setter = threading.Timer(0 if when == "before" else 0.1, flag.set)
     setter.start()
@@ -123,7 +124,7 @@ def test_file_tier_cancel(when, io, tmp_path):
     start = time.perf_counter()
     with pytest.raises(RuntimeError, match="the fetch was cancelled"):
         file.fetch(tier, np.arange(2000), flag)
-    assert time.perf_counter() - start < 0.5  # to its end it takes about 2 s
+    assert time.perf_counter() - start < 5  # to its end it takes about 20 s
     setter.join()
     file.check(tier, np.arange(0, 2000, 100))
 
@@ -157,21 +158,23 @@ def test_file_tier_many_threads_under_faults(io, tmp_path):
 
 def test_file_tier_does_not_grow(io, tmp_path):
     file = File(tmp_path / "t")
-    tier = file.tier(io, cache_bytes=50_000)
+    threads_before, queue_depth = num_threads(), 16
+    tier = file.tier(io, queue_depth, cache_bytes=50_000)
     rng = np.random.default_rng(0)
 
-    def size():
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    def descriptors():
+        return set(os.listdir("/proc/self/fd"))  # not how many: those that other tests left may go meanwhile
 
     for n in range(400):
         file.check(tier, rng.permutation(3000)[:70])
         if n == 100:
-            before = size()
-    assert size() == before
+            before = descriptors()
+        assert num_threads() <= threads_before + queue_depth
+    assert descriptors() <= before
     del tier
     for _ in range(50):
-        file.check(file.tier(io), np.arange(0, 3000, 100))
-    assert size()[0] <= before[0] and size()[1] <= before[1]
+        file.check(file.tier(io, queue_depth), np.arange(0, 3000, 100))
+    assert descriptors() <= before and num_threads() <= threads_before
 
 
 def test_file_tier_in_a_child_after_a_fork(io, tmp_path):

@@ -80,6 +80,14 @@ def test_gate_matches_reference(case, dtype):
     assert ("gate_tokens" in launches[0].kernel) == (case[2] % (16 // dtype.itemsize) == 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_of_few_tokens_takes_a_block_a_branch(dtype):
+    for case, multiprocessors, branches in (((3, 4, 520), 12, 1), ((3, 4, 520), 11, 2 if dtype == torch.float16 else 4)):
+        device = Device(multiprocessors=multiprocessors)
+        launch, = check(make_inputs(*case, dtype, weight_dtype=dtype), torch.arange(3) == 1, device)
+        assert launch.grid == (3, 4 // branches, 1) and f"Li{branches}E" in launch.kernel
+
+
 @pytest.mark.parametrize("zero_sign", ["copysign", "sign"])
 @pytest.mark.parametrize("add_residual", [True, False])
 def test_gate_options(zero_sign, add_residual):

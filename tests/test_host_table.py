@@ -100,7 +100,7 @@ def test_host_table_gives_its_memory_back(memory):
     for _ in range(200):
         host_table.make_host_table(5 * MIB)
     gc.collect()
-    assert num_maps() <= before + 3
+    assert num_maps() < before + 20  # what an allocator may take meanwhile
 
 
 def test_host_table_lives_as_long_as_its_rows(memory):
@@ -129,11 +129,12 @@ def test_host_table_rejects(options, message, compiled):
 
 def test_host_table_errors_name_the_step(compiled):
     before = num_maps()
-    with pytest.raises(OSError, match="bytes of a segment cannot be mapped: Bad file descriptor"):
-        _C.HostTable(4096, [], 9999)
-    with pytest.raises(OSError, match="memory cannot be placed on NUMA nodes 1023: "):
-        _C.HostTable(4096, [1023])
-    assert num_maps() == before
+    for _ in range(20):
+        with pytest.raises(OSError, match="bytes of a segment cannot be mapped: Bad file descriptor"):
+            _C.HostTable(4096, [], 9999)
+        with pytest.raises(OSError, match="memory cannot be placed on NUMA nodes 1023: "):
+            _C.HostTable(4096, [1023])
+    assert num_maps() < before + 20  # what an allocator may take meanwhile
     if _C.sanitized:
         return  # its shadow takes more addresses than a limit could spare
     result = run("""

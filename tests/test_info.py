@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_kernels import backends, cli, info
+from engram_kernels import backends, bench_command, cli, info
 from engram_kernels.memory import capacity
 
 
@@ -39,7 +39,18 @@ def test_info_where_the_system_tells_nothing(monkeypatch):
     found = info.collect()
     assert found["machine"]["memory_bytes"] is None and found["limits"]["cgroup_bytes"] is None
     assert found["limits"]["memory_room_bytes"] is None and info.memory_room(found) is None
-    assert any("no limit known" in line for line in info.lines(found))
+    said = "\n".join(info.lines(found))
+    assert "an unknown amount free" in said and "cgroup: none" in said and "free within all limits: an unknown amount" in said
+    assert "None" not in said
+
+
+def test_info_says_no_limit_where_there_is_none():
+    found = info.collect()
+    found["limits"].update(memlock_bytes=None, shm_free_bytes=None, open_files=None, cgroup_bytes=8 << 20)
+    said = next(line for line in info.lines(found) if line.startswith("limits"))
+    for text in ("cgroup: 8192 KiB", "(mlock and RDMA, not CUDA): none", "/dev/shm: not there", "open files: no limit"):
+        assert text in said
+    assert "not there free" not in said
 
 
 def test_info_knows_the_limit_of_a_parent_cgroup(monkeypatch):
@@ -64,7 +75,7 @@ def run_file(path, seconds):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--spec", "nope"], "spec is 'nope', expected deepseek_v41"), (["--quick", "--json", "x.json"], "--quick times nothing"),
-    (["gate", "--compare", "a.json", "b.json"], "--compare reads two files and runs nothing")])
+    (["--json", "/proc/none/run.json"], "--json /proc/none/run.json cannot be written")])
 def test_bench_usage_errors(capsys, arguments, message):
     assert cli.main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -100,6 +111,23 @@ def test_bench_compare_names_what_is_gone_and_other_machines(tmp_path, capsys):
     assert "a.json: h, ours" in said and "not the same machine: a CPU, 2 CPUs, x before, another CPU, 2 CPUs, x after" in said
 
 
+def test_bench_compare_of_named_ops(tmp_path, capsys):
+    files = []
+    for name, gate in (("a.json", 1.0), ("b.json", 1.5)):
+        run = json.loads(Path(run_file(tmp_path / name, 1.0)).read_text())
+        entry = run["benchmarks"][0]
+        slower = {**entry, "group": "h", "stats": {"data": [gate * s for s in entry["stats"]["data"]]}}
+        run["benchmarks"] = [{**entry, "fullname": "bench/bench_gather_rows.py::test_ours"},
+                             {**slower, "fullname": "bench/bench_gate.py::test_ours[1]"}]
+        (tmp_path / name).write_text(json.dumps(run))
+        files.append(str(tmp_path / name))
+    assert cli.main(["bench", "gather_rows", "--compare", *files]) == 0
+    assert "1 SAME" in (said := capsys.readouterr().out) and "0 SLOWER" in said
+    assert cli.main(["bench", "gate", "--compare", *files]) == cli.main(["bench", "--compare", *files]) == 3
+    assert cli.main(["bench", "hash", "--compare", *files]) == 2
+    assert "has benchmarks of hash" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("after, code, verdict", [(1.0, 0, "1 SAME"), (1.5, 3, "1 SLOWER"), (0.5, 0, "1 FASTER")])
 def test_bench_compare_exit_codes(tmp_path, capsys, after, code, verdict):
     files = [run_file(tmp_path / "a.json", 1.0), run_file(tmp_path / "b.json", after)]
@@ -127,8 +155,25 @@ def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd, monkeypa
     header, line = (text.split(" | ") for text in capfd.readouterr().out.splitlines() if "workload" in text or "**ours**" in text)
     rate, share = float(line[header.index("GB/s")]), line[header.index("of peak")]
     assert float(share.rstrip("%")) == pytest.approx(100 * rate * 1e9 / run["peak_bytes_per_s"], abs=10)
-    assert cli.main(["bench", "--compare", str(out), str(out)]) == 0
+    controls = run["benchmarks"][0]["extra_info"]["controls"]
+    assert {name: len(times) for name, times in controls.items()} == {"loop": 5, "pages": 5, "read": 5}
+    assert cli.main(["bench", "tiny", "--compare", str(out), str(out)]) == 0
     assert "tiny" in capfd.readouterr().out
+    run["benchmarks"][0]["stats"]["data"] = [100 * s for s in run["benchmarks"][0]["stats"]["data"]]  # no noise hides that
+    (tmp_path / "slow.json").write_text(json.dumps(run))
+    assert cli.main(["bench", "tiny", "--compare", str(out), str(here / "slow.json")]) == 3
+    assert "1 SLOWER" in capfd.readouterr().out
+
+
+def test_bench_counts_the_benchmarks_that_are_done(tmp_path):
+    (tmp_path / "bench_x.py").write_text("import pytest\n"
+                                         "@pytest.mark.parametrize('n', range(3))\n"
+                                         "def test_ok(n): pass\n"
+                                         "def test_skipped(): pytest.skip('x.s')\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
+    done = []
+    code, said = bench_command._run_pytest([str(tmp_path / "bench_x.py")], tmp_path, done.append)
+    assert code == 0 and done == [1] * 4 and "3 passed, 1 skipped" in said
 
 
 def test_bench_says_what_is_missing(tmp_path, capsys):

@@ -10,10 +10,10 @@ import torch
 from plan_cases import SPEC, cpu_machine, machine, workload
 
 from engram_kernels import EngramSpec, cli, info
+from engram_kernels._printer import Printer
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
 from engram_kernels.plan.command import machine_of
 from engram_kernels.plan.profile_input import apply_profile, load_profile
-from engram_kernels.plan.report import Printer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "python/engram_kernels/profile/profile.schema.json").read_text())
@@ -186,7 +186,7 @@ def test_bad_profile_is_named(tmp_path, capsys, text, message):
     (["--unique-ratio", "1.5"], 2, "unique ratio is 1.5"), (["--hit-rate", "-0.5"], 2, "hit rate is -0.5"),
     (["--zipf", "0"], 2, "Zipf exponent is 0.0"), (["--layers", "3"], 2, "the model has 3 layers"),
     (["--gpus", "0"], 2, "gpus is 0"), (["--spec", "nowhere"], 2, "spec is"),
-    (["--hbm-gib", "4"], 2, "there is no GPU"), (["--host-gib", "nan"], 2, "host_bytes is nan"),
+    (["--hbm-gib", "4"], 2, "there is no GPU"), (["--host-gib", "-1"], 2, "host_bytes is -"),
     (["--text", "nowhere.txt"], 2, "nowhere.txt is no file"), (["--profile", "nowhere.json"], 1, "nowhere.json"),
     (["--tokens-per-step", "9" * 400], 2, "tokens are more than"), (["--copies", "9" * 400], 2, "are more than"),
     (["--gpu", "here"], 5, "--gpu here needs a --profile that measured a GPU"), (["--host-gib", "1", "--disk-gib", "1"], 1, None),

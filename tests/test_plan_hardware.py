@@ -9,8 +9,10 @@ from plan_cases import machine, workload
 from engram_kernels import EngramSpec
 from engram_kernels.plan import Provenance, Surface, assumed_hardware
 from engram_kernels.plan.hardware import GPUS
+from engram_kernels.plan.module_compute import module_seconds
 from engram_kernels.plan.placements import lookup
-from engram_kernels.plan.quantity import Quantity
+from engram_kernels.plan.presets import PAPER, compare_with_paper, paper_workload
+from engram_kernels.plan.quantity import Quantity, given
 
 
 def test_gather_from_device_memory_writes_what_it_reads():
@@ -46,3 +48,39 @@ def test_published_constants_say_that_they_are_assumed(name):
                 assert q.provenance is Provenance.ASSUMED or (field.name, q.value) == ("host_share", 0), field.name
                 assert len(q.source) > 10, field.name
     assert node.has_gpu == (name != "none")
+
+
+def test_module_compute_by_hand():
+    spec = EngramSpec.deepseek_v41()
+    node, tokens = assumed_hardware("h100"), given(4096, "tokens", "test")
+    weights = 6144 * 5 * 5120
+    by_hand = 2 * (2 * 4096 * weights / 989e12 + 4096 * (5 + 13) * 5120 * 2 / 3.35e12)
+    assert module_seconds(spec, tokens, node).value == pytest.approx(by_hand)
+    few = module_seconds(spec, given(1, "tokens", "test"), node)  # reads the weights
+    assert few.value == pytest.approx(2 * (2 * weights + 18 * 5120 * 2) / 3.35e12) and few.provenance is Provenance.ASSUMED
+    assert module_seconds(spec, tokens, assumed_hardware("none")) is None
+    assert module_seconds(EngramSpec.qwen4_ple(), tokens, node) is None
+    demo = EngramSpec.demo_v1()
+    assert module_seconds(demo, tokens, node).value > module_seconds(dataclasses.replace(
+        demo, variant="deepseek_v41", conv_width=None, conv_dilation=None), tokens, node).value
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_table_and_how_far_the_model_is_off(name):
+    c, work = compare_with_paper(name), paper_workload(name)
+    assert round(100 * c.published.value, 1) == {"paper_4b": 1.9, "paper_8b": 2.8}[name]
+    assert work.table_bytes.value / 2 == pytest.approx(100e9, rel=1e-4)  # parameters of two bytes
+    assert c.error_points.value == pytest.approx(100 * (c.predicted.value - c.published.value))
+    # of 512 lengths drawn evenly from 100 to 1024 the longest is 1022 on average, the mean 562
+    assert work.tokens.value == pytest.approx(512 * 562 / (100 + 924 * 512 / 513)) and 281 < work.tokens.value < 282
+    hidden = PAPER[name].hidden_size
+    weights, through = 1280 * 2 * hidden, 2 * work.tokens.value
+    assert c.compute_s.value == pytest.approx(max(2 * weights / 3.35e12, 2 * weights * through / 989e12)
+                                              + 28 * 2 * hidden * through / 3.35e12)
+    assert c.launches_s.value == pytest.approx(143e-6 * 61 / 39) and "22 more" in c.launches_s.source
+    added = c.slower_s.value + c.launches_s.value + c.compute_s.value
+    assert c.predicted.value == pytest.approx(added / (work.step.value + added))
+    closed = added + c.missing_s.value
+    assert closed / (work.step.value + closed) == pytest.approx(c.published.value)
+    assert c.exposed_s.value == 0  # what the paper says too: the first block hides the transfer
+    assert {getattr(c, f.name).provenance for f in dataclasses.fields(c)[2:]} == {Provenance.ASSUMED}

@@ -209,3 +209,9 @@ def test_prefetch_memory_is_ring_cache_and_ids(way, tables):
     if way == "cached":
         assert rings > (4 * 11 << 20) + 0.95 * on_device
     assert grown <= rings + cache + 3 * 40 * num_ids + SLACK_BYTES
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_prefetch_for_a_device_that_is_not_there():
+    with pytest.raises(RuntimeError, match="RowPrefetcher: device cuda is not available: .+"):
+        RowPrefetcher(RowTable.from_tensor(torch.ones(3, 8), row_format="f32"), device="cuda")

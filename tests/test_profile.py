@@ -34,6 +34,7 @@ def test_profile_report_is_what_the_schema_says(tmp_path, fast, compiled, capsys
     for cell in (c for c in report["cells"] if c.get("median")):
         assert cell["least"] <= cell["low"] <= cell["median"] <= cell["high"] and len(cell["samples"]) >= 5
         assert cell["provenance"] == "measured" and (cell["status"] == "ok" or cell["verdict"] == "ABOVE_PEAK")
+        assert cell["control"] > 0, cell["probe"]
     text = capsys.readouterr().out
     assert "\x1b[" not in text and "host_gather" in text and "NO_GPU" in text
     assert [f.name for f in tmp_path.iterdir()] == ["report.json"]  # the disk probe's file had no name, and no temporary is left
@@ -201,10 +202,10 @@ def test_profile_report_goes_through_links_and_into_pipes(tmp_path, one_cell, ca
 @pytest.mark.parametrize("arguments, message", [
     (["--disk-dir", "nowhere"], "--disk-dir nowhere is no folder"), (["--disk-dir", "file"], "--disk-dir file is no folder"),
     (["--trace", "nowhere.npy"], "--trace nowhere.npy: "), (["--trace", "file"], "--trace file: "),
-    (["--json", "."], "--json . is a folder"),
-    (["--plots", "file"], "--plots file is no folder"), (["--max-memory-gib", "inf"], "'inf' is no size"),
-    (["--max-memory-gib", "nan"], "'nan' is no size"), (["--max-memory-gib", "-1"], "'-1' is no size"),
-    (["--max-memory-gib", "much"], "'much' is no size")])
+    (["--json", "."], "--json . is a folder"), (["--json", "x", "--html", "./x"], "--json and --html are both x"),
+    (["--plots", "file"], "--plots file is no folder"), (["--max-memory-gib", "inf"], "'inf' is no number"),
+    (["--max-memory-gib", "nan"], "'nan' is no number"), (["--max-memory-gib", "-1"], "'-1' is no size"),
+    (["--max-memory-gib", "much"], "'much' is no number")])
 def test_profile_usage_errors(tmp_path, one_cell, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

@@ -1,12 +1,15 @@
 """The GPU half of `profile`, on a fake device and a fake NVML."""
+import sys
+
 import fake_gpu
 import jsonschema
 import pytest
 import torch
 from profile_machine import SCHEMA, profile, quiet_machine
 
-from engram_kernels.profile import probes_gpu, probes_gpu_gather
+from engram_kernels.profile import probes_gpu, probes_gpu_gather, probes_host
 from engram_kernels.profile import session as session_module
+from engram_kernels.profile.cells import Skip
 from engram_kernels.profile.gpu_device import TorchGpu
 from engram_kernels.profile.nvml import FIELDS, Nvml, link_payload_bytes_per_s, throttle_reasons
 from engram_kernels.profile.session import Options, Session
@@ -15,7 +18,8 @@ from engram_kernels.profile.session import Options, Session
 SERVES = {"nvmlDeviceGetClockInfo": {"sm_clock_mhz", "memory_clock_mhz"},
           "nvmlDeviceGetMaxClockInfo": {"sm_clock_max_mhz", "memory_clock_max_mhz"}}
 FIELD_CALLS = [name for name in fake_gpu.CALLS if name not in (
-    "nvmlInit", "nvmlDeviceGetPcieThroughput", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByIndex")]
+    "nvmlInit", "nvmlDeviceGetPcieThroughput", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByPciBusId",
+    "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetCount")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,6 +69,11 @@ def test_profile_gpu_measures_every_axis(session, compiled):
     assert {c["placement"] for c in rows} == {"hbm", "uva", "staged"}
     assert {c["row_bytes"] for c in rows if c["placement"] == "uva"} == {128, 264, 512, 4096}
     assert {c["rows"] for c in rows if c["placement"] == "uva" and c["row_bytes"] == 264} == {24, 384, (1 << 20) // 264}
+    assert {(c["pinned"], c["row_format"]) for c in rows if c["row_bytes"] == 264} == {
+        (True, "fp8_e4m3_block32_packed"), (None, "fp8_e4m3_block32_packed"), (False, "bf16")}  # staged: as stored
+    assert all(c["facts"]["share_of_hbm" if c["placement"] == "hbm" else "share_of_link_h2d_copy"] > 0 for c in rows)
+    timed = [c for c in session.cells if c["probe"].startswith("gpu_") and c.get("median")]
+    assert timed and all(c["control"] > 0 for c in timed)
     assert {c["cold"] for c in rows if c["placement"] == "hbm"} == {True, False}
     beside = of(session, "gpu_interference", status="ok")
     assert {(c["placement"], c["beside"]) for c in beside} == {(p, b) for p in ("uva", "hbm") for b in ("gemm", "copies")}
@@ -98,27 +107,75 @@ def test_profile_gpu_link_ceiling_is_that_of_the_link_under_load(session):
 
 @pytest.mark.parametrize("call", FIELD_CALLS)
 def test_profile_nvml_call_that_is_refused_costs_its_own_fields_only(call):
-    values, unread = Nvml("x", 0, fake_gpu.FakeNvml()).read()
+    values, unread = Nvml(fake_gpu.FakeGpu(0), fake_gpu.FakeNvml()).read()
     assert set(values) == set(FIELDS) and unread == {}
-    less, why = Nvml("x", 0, fake_gpu.FakeNvml(refused={call})).read()
+    less, why = Nvml(fake_gpu.FakeGpu(0), fake_gpu.FakeNvml(refused={call})).read()
     assert set(why) and set(less) | set(why) == set(FIELDS)
     assert all(less[name] == values[name] for name in less)
     assert len(why) == len(SERVES.get(call, {"one"})) and all(call in text for text in why.values())
 
 
-@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetPcieThroughput",
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByPciBusId", "nvmlDeviceGetPcieThroughput",
                                   "nvmlDeviceGetCurrPcieLinkGeneration", "nvmlDeviceGetCurrentClocksEventReasons"])
 def test_profile_gpu_without_part_of_nvml_still_measures(call, compiled):
-    refused = {call, "nvmlDeviceGetHandleByUUID"}  # the index is what is left
+    refused = {call, "nvmlDeviceGetHandleByUUID"}  # the PCI address is what is left
     session = run(fake_gpu.FakeNvml(refused=refused))
     assert of(session, "gpu_gather", status="ok") and of(session, "gpu_link", status="ok")
     state = of(session, "gpu_link_state")
-    if call in ("nvmlInit", "nvmlDeviceGetHandleByIndex"):
+    if call in ("nvmlInit", "nvmlDeviceGetHandleByPciBusId"):
         assert [c["reason"]["kind"] for c in state] == ["NO_NVML"] and session.probes["gpu_link_state"]["verdict"] == "SKIPPED"
     else:
         assert {c["status"] for c in state} == {"ok"}
-        assert ("wire_bytes_per_payload_byte" in state[0]["facts"]) == (call != "nvmlDeviceGetPcieThroughput")
+        counted = call != "nvmlDeviceGetPcieThroughput"
+        assert ("wire_bytes_per_payload_byte" in state[0]["facts"]) == counted
+        assert counted or any(f.startswith("link_counters: NvmlError") for f in state[0]["flags"])
     assert session.machine["gpu"][0]["unread"] or call == "nvmlDeviceGetPcieThroughput"
+
+
+class Named(fake_gpu.FakeNvml):
+    """Tells which of the ways found a GPU."""
+
+    def __init__(self, *refused, count=8):
+        super().__init__(refused=refused, nvmlDeviceGetCount=count)
+        self.nvmlDeviceGetName = lambda handle: handle
+        for way in ("UUID", "PciBusId", "Index"):
+            name = f"nvmlDeviceGetHandleBy{way}"
+            if name not in refused:
+                setattr(self, name, lambda which, way=way: f"{way} {which}")
+
+
+def test_profile_nvml_finds_the_gpu_that_torch_has():
+    """CUDA_VISIBLE_DEVICES and CUDA's own order make torch's index another than NVML's."""
+    uuid, bus = "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByPciBusId"
+    for refused, found in (((), "UUID GPU-0000-1111"), ((uuid,), "PciBusId 00000000:3B:00.0")):
+        assert Nvml(fake_gpu.FakeGpu(0), Named(*refused)).read(("name",))[0]["name"] == found
+    with pytest.raises(Skip, match="NVML does not know this GPU: 00000000:3B:00.0: NvmlError"):  # of 8, index 0 may be another
+        Nvml(fake_gpu.FakeGpu(0), Named(uuid, bus))
+    assert Nvml(fake_gpu.FakeGpu(0), Named(uuid, bus, count=1)).read(("name",))[0]["name"] == "Index 0"
+
+    class Silent(fake_gpu.FakeGpu):
+        uuid = bus_id = None
+    with pytest.raises(Skip, match="torch tells neither uuid nor PCI address"):
+        Nvml(Silent(0), Named())
+
+
+def test_profile_nvml_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(Skip, match="pip install nvidia-ml-py") as skip:
+        Nvml(fake_gpu.FakeGpu(0))
+    assert skip.value.kind == "NO_NVML"
+
+
+def test_profile_gpu_slice_is_not_judged_by_the_whole(compiled):
+    session = run(fake_gpu.FakeNvml(nvmlDeviceGetMigMode=[1, 1]))
+    assert "hbm" not in session.peaks and "BELOW_REFERENCE" not in {c["verdict"] for c in of(session, "gpu_stream")}
+    assert {c["verdict"] for c in of(run(), "gpu_stream", op="triad")} == {"BELOW_REFERENCE"}  # 1 ms is slow for the whole
+
+
+def test_profile_gpu_link_of_a_generation_not_known_has_no_ceiling(compiled):
+    session = run(fake_gpu.FakeNvml(nvmlDeviceGetCurrPcieLinkGeneration=9, nvmlDeviceGetMaxPcieLinkGeneration=9))
+    assert of(session, "gpu_link_state", status="ok") and "link_h2d" not in session.peaks
+    assert of(session, "gpu_link", status="ok")
 
 
 @pytest.mark.parametrize("answers, verdict, flag", [
@@ -161,10 +218,57 @@ def broken(name):
     return Broken
 
 
+class Small(fake_gpu.FakeGpu):
+    """A device without the memory that was said to be free, and a host that pins little."""
+    most = 12 << 20
+
+    def empty(self, num_bytes):
+        if num_bytes > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+        return super().empty(num_bytes)
+
+    def host(self, num_bytes, pinned):
+        if pinned and num_bytes > self.most:
+            raise RuntimeError("CUDA error: out of memory")
+        return super().host(num_bytes, pinned)
+
+
+def test_profile_gpu_smaller_tables_where_memory_is_short(monkeypatch, compiled):
+    monkeypatch.setattr(probes_gpu_gather, "GIB", 4 << 20)  # tables of 8 and 32 MiB
+    monkeypatch.setattr(probes_gpu_gather, "_ROW_BYTES", {"quick": (512,)})
+
+    def run_gather():
+        session = Session(Options(max_memory_bytes=64 << 20), quiet_machine())
+        with session.probe("gpu_gather", 50), torch.inference_mode():
+            probes_gpu_gather.gather(session, Small(0))
+        jsonschema.Draft202012Validator(SCHEMA).validate(session.report())
+        return session
+    session = run_gather()
+    assert [c for c in session.cells if c["status"] == "failed"] == []
+    rows = of(session, "gpu_gather", status="ok")
+    assert {c["table_bytes"] >> 20 for c in rows if c["placement"] == "hbm"} == {4}
+    short = [c for c in of(session, "gpu_gather", placement="hbm") if c["status"] == "skipped"]
+    assert [(c["table_bytes"] >> 20, c["reason"]["kind"]) for c in short] == [(32, "NO_MEMORY")]
+    monkeypatch.setattr(Small, "most", 5 << 20)
+    session = run_gather()
+    assert {c["reason"]["kind"] for c in of(session, "gpu_gather", placement="uva")} == {"NO_MEMORY"}
+    assert of(session, "gpu_gather", placement="staged", status="ok")
+
+
+def test_profile_gpu_pinned_tables_are_powers_of_two(compiled):
+    """torch rounds pinned memory up to one."""
+    for free, want in ((3 << 30, 1 << 29), (9 << 30, 2 << 30), (1 << 40, 2 << 30)):
+        machine = quiet_machine()
+        machine["machine"]["memory_free_bytes"] = free
+        session = Session(Options(), machine)
+        size, = probes_gpu_gather._pinned_sizes(session, (2 << 30,))
+        assert size == want and size <= probes_host.table_limit(session) // 2
+
+
 @pytest.mark.parametrize("name, kept", [("host", {"gpu_stream"}), ("alias", {"gpu_stream", "gpu_link", "gpu_gather"}),
                                         ("seconds_beside", {"gpu_link_state"}), ("wall_seconds", {"gpu_stream", "gpu_gather"}),
                                         ("empty", set()), ("gather_backend", {"gpu_stream", "gpu_link"}),
-                                        ("free_bytes", {"gpu_link"}),
+                                        ("free_bytes", {"gpu_link_state"}),
                                         ("both", {"gpu_stream", "gpu_gather"}), ("sync", {"gpu_stream"})])
 def test_profile_gpu_operation_that_breaks_leaves_the_other_probes(name, kept, compiled):
     session = run(open_gpu=broken(name))
@@ -228,4 +332,18 @@ def test_profile_gpu_timing_blocks_the_stream_until_all_is_queued(monkeypatch):
     gpu.device, gpu._block_cycles = None, 2_000_000
     assert gpu.seconds([cuda.kernel] * 20) == pytest.approx(10e-6)  # and not the millisecond that a launch takes
     assert cuda.blocks == [2_000_000, 8_000_000, 32_000_000]
+    cuda.blocks.clear()
+    for _ in range(3):  # and one slow launch does not make all later measurements wait
+        assert gpu.seconds([lambda: setattr(cuda, "device", max(cuda.device, cuda.host) + 1e-5)]) == pytest.approx(1e-5)
+    assert cuda.blocks == [16_000_000, 8_000_000, 4_000_000]
+
+
+def test_profile_gpu_call_that_waits_for_the_device_is_not_timed_with_its_launch(monkeypatch):
+    cuda = Cuda()
+    cuda.install(monkeypatch)
+    gpu = object.__new__(TorchGpu)
+    gpu.device, gpu._block_cycles = None, 2_000_000
+    with pytest.raises(Skip, match="1 calls cannot be queued at once"):
+        gpu.seconds([lambda: torch.cuda.synchronize(None)])
+    assert len(cuda.blocks) < 8
     assert throttle_reasons(None) == [] and throttle_reasons(1) == []

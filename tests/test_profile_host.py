@@ -135,7 +135,8 @@ def test_profile_orders(tmp_path):
     assert set(row_draws.draw("trace", 1000, 10, rng, trace)) == {5, 6, 7}
     assert all(b - a in (1, -2) for a, b in itertools.pairwise(row_draws.draw("trace", 1000, 10, rng, trace)))
     np.save(tmp_path / "bad.npy", np.array([-1]))
-    for path in ("bad.npy", "none.npy"):
+    np.savez(tmp_path / "several.npz", np.array([1]))
+    for path in ("bad.npy", "none.npy", "several.npz"):
         assert cli.main(["profile", "--trace", str(tmp_path / path)]) == 2
 
 
@@ -225,10 +226,25 @@ def test_profile_gather_is_judged_by_the_plain_loop(op_seconds, verdict):
     assert judged["verdict"] == verdict and judged["facts"]["share_of_plain_loop"] == pytest.approx(1 / 3)
 
 
-def test_profile_packed_rows_have_ordinary_scales():
+def test_profile_rows_are_ordinary_numbers(monkeypatch, compiled):
     """Scale bytes of 0 are 2^-127: decoding would take several times as long as in any real table."""
-    memory = arena.Arena(1 * MIB, False, [-1])
-    shape = probes_host.Shape(probes_host.V41_ROW_BYTES, 1 * MIB, "uniform", 1, 8)
-    assert probes_host._gather_sample(memory, shape, [np.arange(8)], 1)() > 0
-    rows = memory.data[:1 * MIB // 264 * 264].reshape(-1, 264)
-    assert (rows[:, 256:] == 127).all()
+    seen = []
+    monkeypatch.setattr(probes_host, "_measure_gather", lambda session, memory, *rest: seen.append(memory.data))
+    session = Session(Options(max_memory_bytes=64 * MIB), quiet_machine())
+    with session.probe("host_gather", 50):
+        probes_host.gather(session)
+    assert len({m.ctypes.data for m in seen}) >= 1 and all((m == probes_host.ROW_FILL).all() for m in (seen[0], seen[-1]))
+    one = torch.full((32,), probes_host.ROW_FILL, dtype=torch.uint8)
+    for numbers in (one.view(torch.float8_e4m3fn).float(), one.view(torch.bfloat16).float(), 2.0 ** (one.double() - 127)):
+        assert numbers.isfinite().all() and (numbers > 2.0**-100).all()
+
+
+def test_profile_small_calls_are_cold():
+    """Rows of all calls before one comes again pass the cache several times over."""
+    cache = 32 * MIB
+    for shape in (probes_host.Shape(264, 1 << 30, "uniform", 1, 24), probes_host.Shape(512, 1 << 30, "uniform", 1, 1 << 16),
+                  probes_host.Shape(512, 1 << 30, "zipf", 1, 1 << 16)):
+        calls = probes_host._draw_calls(shape, 4 * cache, None)
+        assert 4 * cache <= len(calls) * shape.rows * shape.row_bytes < 4 * cache + 2 * shape.rows * shape.row_bytes
+        assert all(len(ids) == shape.rows for ids in calls) and (calls[0] != calls[1]).any()
+        assert max(ids.max() for ids in calls) < shape.table_bytes // shape.row_bytes

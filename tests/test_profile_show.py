@@ -108,6 +108,12 @@ def test_profile_axis_of_less_than_a_decade_has_labels(drawn):
         assert any(t.label1.get_text() and low <= t.get_loc() <= high for t in ticks), name
 
 
+def test_profile_labels_of_an_axis_do_not_touch():
+    pytest.importorskip("matplotlib")
+    from engram_kernels.profile.plots import _apart
+    assert _apart([64, 512, 1792, 2048]) == [64, 512, 2048] and _apart([1, 2, 4]) == [1, 2, 4] and _apart([5]) == [5]
+
+
 def test_profile_page_in_a_browser(drawn, tmp_path):
     browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
     if browser is None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_triton_variants_do_not_depend_on_values_addresses_or_row_count():
 
 @needs_triton
 def test_triton_caches_what_it_compiled(monkeypatch):
-    """A second launch of a variant looks it up; the launcher is given addresses and plain numbers."""
+    """A second launch of a variant looks it up; the compiled kernel is given addresses and plain numbers."""
     from engram_kernels.triton_kernels import launch
     calls = []
 
@@ -65,13 +66,21 @@ def test_triton_caches_what_it_compiled(monkeypatch):
     monkeypatch.setattr(launch.Variant, "compile", lambda self, target: compiled.append(self) or Stub())
     monkeypatch.setattr(launch, "current_target", lambda: None)
     monkeypatch.setattr(launch, "_compiled", {})
-    x = torch.zeros(32)
-    variant = launch.Variant("kernel", ("*fp32", "i64", launch.ABSENT), (8,), 4, True)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
+    x, kernel = torch.zeros(32), SimpleNamespace(fn="kernel")
     for count in (1, 2, 3):
-        launch.compiled_for(variant, 0)[(count, 1, 1)](x.data_ptr(), count, None, 8)
-    assert len(compiled) == 1 and [grid[0] for grid, _ in calls] == [1, 2, 3]
+        launch.launch(kernel, (count, 1, 1), (x, None), (count, 0.5), (8,), 4)
+    assert [(grid[0], args) for grid, args in calls] == [(n, (x.data_ptr(), 0, n, 0.5, 8)) for n in (1, 2, 3)]
+    variant, = compiled
+    assert variant.types == ("*fp32", launch.ABSENT, "i64", "fp32") and variant[3:] == ((8,), 4, True)
+    launch.launch(kernel, (1, 1, 1), (x[1:], None), (1, 0.5), (8,), 4)
+    launch.launch(kernel, (1, 1, 1), (x.half(), None), (1, 0.5), (8,), 4)
+    launch.launch(kernel, (1, 1, 1), (x, x), (1, 0.5), (8,), 4)
+    launch.launch(kernel, (1, 1, 1), (x, None), (1, 0.5), (9,), 4)
+    assert len(compiled) == 5
     launch.compiled_for(variant, 1)
-    assert len(compiled) == 2  # a module is loaded on one device
+    assert len(compiled) == 6  # a module is loaded on one device
 
 
 @needs_triton

@@ -1,5 +1,10 @@
 // torch binding of engram_forward: tensors in, EngramForwardParams out. No arithmetic here. The CUDA library has no kernel of it.
 #ifndef EK_WITH_CUDA
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <vector>
+
 #include "bindings/gate_tensors.h"
 #include "bindings/row_source.h"
 #include "kernels/engram_forward/engram_forward.h"
@@ -8,6 +13,8 @@ namespace engram_kernels {
 namespace {
 
 constexpr const char* kOp = "engram_forward";
+constexpr int64_t kTorchTokens = 2;   // from so many on torch's product is the faster one (bench/bench_engram_forward.py)
+constexpr int64_t kTileTokens = 256;  // keys and values of V4.1: 13 MB, which a last-level cache holds
 using OptionalTensor = std::optional<Tensor>;
 
 EngramForwardParams params(const Tensor& hidden, const Tensor& rows, const OptionalTensor& scales, const Tensor& row_ids,
@@ -43,14 +50,40 @@ EngramForwardParams params(const Tensor& hidden, const Tensor& rows, const Optio
   return p;
 }
 
-void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden, const Tensor& out) {
+// torch's product, which has the fastest instructions of the machine. Past the dispatcher: nothing is to be recorded.
+struct TorchProduct {
+  Tensor memory, kv, w_kv;
+
+  static Tensor as_matrix(const Tensor& x, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    AtenTensorHandle view = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, x.storage_offset(), &view));
+    return Tensor(view);
+  }
+  static void run(int64_t count, void* context) {
+    const auto& self = *static_cast<const TorchProduct*>(context);
+    const int64_t size = self.memory.size(1), kv_size = self.kv.size(1);
+    const Tensor memory = as_matrix(self.memory, count, size, size, 1), kv = as_matrix(self.kv, count, kv_size, kv_size, 1),
+                 w = as_matrix(self.w_kv, size, kv_size, 1, size);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(kv.get(), memory.get(), w.get()));
+  }
+};
+
+void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden, const Tensor& w_kv, const Tensor& out) {
   p.options = options;
   check_params(p);
   check_host_data(p);
   p.out = branch_rows(kOp, "out", out, hidden, 3);
   expect_one_device(kOp, {{"hidden", &hidden}, {"out", &out}});
   expect_apart_or_same(kOp, hidden, out);
-  engram_forward_cpu(p, torch_threads());
+  if (p.num_tokens < kTorchTokens) return engram_forward_cpu(p, {}, torch_threads());
+  const int64_t tile = std::min(p.num_tokens, kTileTokens);
+  TorchProduct torch_product{torch::stable::new_empty(hidden, {tile, p.memory_size()}),
+                             torch::stable::new_empty(hidden, {tile, w_kv.size(0)}), w_kv};
+  std::vector<int64_t> row_ids(static_cast<size_t>(tile * p.columns));
+  const TileProduct product{TorchProduct::run, &torch_product, torch_product.memory.mutable_data_ptr(),
+                            torch_product.kv.mutable_data_ptr(), row_ids.data(), tile};
+  engram_forward_cpu(p, product, torch_threads());
 }
 
 Tensor engram_forward(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids, const Tensor& w_kv,
@@ -59,7 +92,7 @@ Tensor engram_forward(const Tensor& hidden, const Tensor& rows, OptionalTensor s
   const EngramForwardParams p = params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
                                        row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
-  run(p, gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, out);
+  run(p, gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, w_kv, out);
   return out;
 }
 
@@ -77,7 +110,7 @@ void engram_forward_out(const Tensor& hidden, const Tensor& rows, OptionalTensor
                      {"mask", or_null(mask)}});
   run(params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
              row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero)),
-      gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, out);
+      gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, w_kv, out);
 }
 
 }  // namespace

@@ -62,8 +62,10 @@ void bind_host_table(py::module_& m) {
             return std::make_pair(usage.resident_bytes, usage.huge_bytes);
           },
           "(resident, of these in huge pages) bytes; -1: unknown.")
+      .def("populate", &HostTable::populate, py::arg("offset"), py::arg("num_bytes"), py::call_guard<py::gil_scoped_release>(),
+           "Takes the pages of a range now.")
       .def("pages_by_node", &HostTable::pages_by_node, py::arg("samples") = 256, "[(node, pages of the sample)].")
-      .def("pin", &HostTable::pin, py::arg("registrar"), py::arg("chunk_bytes") = HostTable::kPinChunkBytes,
+      .def("pin", &HostTable::pin, py::arg("registrar"), py::arg("chunk_bytes") = HostRegistration::kChunkBytes,
            "Registers the memory for a device, chunk by chunk.")
       .def("unpin", &HostTable::unpin);
 }

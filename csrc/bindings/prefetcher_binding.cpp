@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "memory/deadline.h"
 #include "memory/process_owned.h"
 #include "memory/row_prefetcher.h"
 
@@ -61,14 +62,44 @@ std::shared_ptr<RowPrefetcher> make_prefetcher(const py::dict& o, std::shared_pt
   return make_process_owned<RowPrefetcher>(options, std::move(engine));
 }
 
+constexpr double kSliceS = 0.1;
+
+[[noreturn]] void say_again(const PrefetchTimeout& err, double timeout_s) { throw PrefetchTimeout(err.ticket, timeout_s); }
+[[noreturn]] void say_again(const PrefetchQueueFull& err, double) { throw err; }
+
+// A call that blocks at most as long as it is told, and then throws TimedOut: in slices, so that a signal (Ctrl-C) is heeded
+// while nothing arrives.
+template <class TimedOut, class Call>
+auto in_slices(double timeout_s, const Call& call) {
+  const Deadline deadline(timeout_s);
+  for (;;) {
+    const double left = deadline.left_s();
+    const bool is_last = left >= 0 && left <= kSliceS;
+    try {
+      const py::gil_scoped_release release;
+      return call(is_last ? left : kSliceS);
+    } catch (const TimedOut& err) {
+      if (is_last) say_again(err, timeout_s);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+int wait(RowPrefetcher& prefetcher, int64_t ticket, double timeout_s, uintptr_t stream, bool keep) {
+  return in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { return prefetcher.wait(ticket, slice_s, stream, keep); });
+}
+
+void drain(RowPrefetcher& prefetcher, double timeout_s) {
+  in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { prefetcher.drain(slice_s); });
+}
+
 // ids: (address, count, are_int64, on_device, stream)
 int64_t submit(RowPrefetcher& prefetcher, const py::tuple& ids, std::vector<int64_t> sizes, double timeout_s) {
   const PrefetchIds wanted{{reinterpret_cast<const void*>(ids[0].cast<uintptr_t>()), ids[1].cast<int64_t>(), ids[2].cast<bool>()},
                            std::move(sizes),
                            ids[3].cast<bool>(),
                            ids[4].cast<uintptr_t>()};
-  const py::gil_scoped_release release;
-  return prefetcher.submit(wanted, timeout_s);
+  return in_slices<PrefetchQueueFull>(timeout_s, [&](double slice_s) { return prefetcher.submit(wanted, slice_s); });
 }
 
 py::dict counters(const RowPrefetcher& prefetcher) {
@@ -152,11 +183,11 @@ void bind_prefetcher(py::module_& m) {
   py::class_<RowPrefetcher, std::shared_ptr<RowPrefetcher>>(m, "RowPrefetcher", "See csrc/memory/row_prefetcher.h.")
       .def(py::init(&make_prefetcher), py::arg("options"), py::arg("engine"))
       .def("submit", &submit, py::arg("ids"), py::arg("sizes"), py::arg("timeout_s"))
-      .def("wait", &RowPrefetcher::wait, py::arg("ticket"), py::arg("timeout_s"), py::arg("stream"), py::arg("keep"), Released())
+      .def("wait", &wait, py::arg("ticket"), py::arg("timeout_s"), py::arg("stream"), py::arg("keep"))
       .def("release", &RowPrefetcher::release, py::arg("slot"), py::arg("stream"), Released())
       .def("knows", &RowPrefetcher::knows, py::arg("ticket"), Released())
       .def("cancel", &RowPrefetcher::cancel, py::arg("ticket"), Released())
-      .def("drain", &RowPrefetcher::drain, py::arg("timeout_s"), Released())
+      .def("drain", &drain, py::arg("timeout_s"))
       .def("close", &RowPrefetcher::close, Released())
       .def("clear_cache", &RowPrefetcher::clear_cache)
       .def("counters", &counters)

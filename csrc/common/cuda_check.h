@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/error.h"
+#include "common/row_format.h"
 
 #define EK_CUDA_CHECK(expr)                                                                                      \
   do {                                                                                                           \
@@ -33,6 +35,19 @@ inline int max_shared_bytes() {
   EK_CUDA_CHECK(cudaGetDevice(&device));
   EK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
+}
+
+// Calls f with the dtype as a constant: a type whose `value` it is.
+template <class Function>
+void dispatch_dtype(DType dtype, const Function& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(std::integral_constant<DType, DType::kF32>());
+    case DType::kBf16:
+      return f(std::integral_constant<DType, DType::kBf16>());
+    case DType::kF16:
+      return f(std::integral_constant<DType, DType::kF16>());
+  }
 }
 
 #ifdef __CUDACC__

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "memory/copy_engine.h"
+#include "memory/host_registrar.h"
 #include "memory/process_owned.h"
 
 #define EK_ENGINE_CHECK(expr)                                                                             \
@@ -24,9 +25,6 @@
 namespace engram_kernels {
 namespace {
 
-constexpr int64_t kRegisterBytes = int64_t{1}
-                                   << 30;  // at a time: one call for a whole table can fail for want of one large range
-constexpr uintptr_t kPageBytes = 4096;
 constexpr auto kPoll = std::chrono::microseconds(20);
 
 class OnDevice {
@@ -128,9 +126,7 @@ class CudaEngine final : public CopyEngine {
     cudaSetDevice(device_);
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
-    for (const auto& [begin, pieces] : registered_) {
-      for (void* piece : pieces) cudaHostUnregister(piece);
-    }
+    for (const auto& [begin, pieces] : registered_) cuda_host_registry().give_back(pieces);
   }
 
   std::string name() const override { return "cuda:" + std::to_string(device_); }
@@ -156,26 +152,16 @@ class CudaEngine final : public CopyEngine {
     const OnDevice on(device_);
     cudaPointerAttributes attributes{};
     const cudaError_t known = cudaPointerGetAttributes(&attributes, begin);
-    if (known == cudaSuccess && attributes.devicePointer == begin) return false;
     if (known != cudaSuccess) cudaGetLastError();  // clears it
-    std::vector<void*> pieces;
-    const uintptr_t first = reinterpret_cast<uintptr_t>(begin) / kPageBytes * kPageBytes;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes);
-    for (uintptr_t at = first; at < end; at += kRegisterBytes) {
-      void* piece = reinterpret_cast<void*>(at);
-      const size_t size = std::min<uintptr_t>(kRegisterBytes, (end - at + kPageBytes - 1) / kPageBytes * kPageBytes);
-      const cudaError_t error = cudaHostRegister(piece, size, cudaHostRegisterPortable | cudaHostRegisterMapped);
-      if (error == cudaSuccess) {
-        pieces.push_back(piece);
-        continue;
-      }
-      cudaGetLastError();
-      for (void* done : pieces) cudaHostUnregister(done);
-      EK_THROW_AS(EngineError, "tier host: cudaHostRegister of " << bytes << " bytes failed after " << at - first << ": "
-                                                                 << cudaGetErrorString(error));
+    // by somebody else, who made the whole table so; of what prefetchers registered, some may be of another table
+    if (known == cudaSuccess && attributes.devicePointer == begin && !cuda_host_registry().holds(begin)) return false;
+    try {
+      HostRegistry::Pieces pieces = cuda_host_registry().take(begin, bytes);
+      const std::lock_guard lock(mutex_);
+      registered_[begin] = std::move(pieces);
+    } catch (const HostRegistrationError& err) {
+      EK_THROW_AS(EngineError, "tier host: " << bytes << " bytes of a table: " << err.what());
     }
-    const std::lock_guard lock(mutex_);
-    registered_[begin] = std::move(pieces);
     return true;
   }
 
@@ -183,7 +169,7 @@ class CudaEngine final : public CopyEngine {
     const std::lock_guard lock(mutex_);
     const auto found = registered_.find(begin);
     if (found == registered_.end()) return;
-    for (void* piece : found->second) cudaHostUnregister(piece);
+    cuda_host_registry().give_back(found->second);
     registered_.erase(found);
   }
 
@@ -260,7 +246,7 @@ class CudaEngine final : public CopyEngine {
   std::shared_ptr<EventPool> events_;
   cudaStream_t stream_ = nullptr;
   std::mutex mutex_;
-  std::map<const std::byte*, std::vector<void*>> registered_;
+  std::map<const std::byte*, HostRegistry::Pieces> registered_;
 };
 
 }  // namespace

@@ -76,7 +76,10 @@ HostEvent& of(const Event& event) { return static_cast<HostEvent&>(*event); }
 class HostEngine final : public CopyEngine {
  public:
   explicit HostEngine(const HostEngineOptions& options)
-      : options_(options), threads_(options.num_threads), random_(options.faults.seed), stream_([this] { run(); }) {}
+      : options_(options),
+        threads_(options.num_threads),
+        random_(options.faults.seed),
+        stream_(start_thread("of the stream", [this] { run(); })) {}
 
   ~HostEngine() override {
     {

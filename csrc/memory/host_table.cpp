@@ -42,8 +42,7 @@ int64_t round_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit
 
 }  // namespace
 
-HostTable::HostTable(int64_t bytes, const HostTableOptions& options)
-    : bytes_(bytes), read_only_(options.read_only), process_(getpid()) {
+HostTable::HostTable(int64_t bytes, const HostTableOptions& options) : bytes_(bytes), read_only_(options.read_only) {
   EK_CHECK(bytes > 0 && bytes < (int64_t{1} << 46), "HostTable: bytes is " << bytes << ", expected [1, 2^46)");
   EK_CHECK(options.fd < 0 || (options.fd_offset >= 0 && options.fd_offset % kHugePageBytes == 0),
            "HostTable: fd_offset is " << options.fd_offset << ", expected a multiple of " << kHugePageBytes);
@@ -143,6 +142,15 @@ void HostTable::unmap() noexcept {
   reserved_ = data_ = nullptr;
 }
 
+void HostTable::populate(int64_t offset, int64_t bytes) {
+  EK_CHECK(offset >= 0 && bytes >= 0 && bytes <= mapped_bytes_ - offset,
+           "HostTable: bytes " << offset << ".." << offset + bytes << " are not inside of " << mapped_bytes_);
+  const int64_t begin = offset / page_bytes() * page_bytes();
+  if (madvise(data_ + begin, static_cast<size_t>(offset + bytes - begin), MADV_POPULATE_WRITE) == 0) return;
+  const int error = errno == EFAULT ? ENOSPC : errno;  // where a write would be a signal
+  EK_THROW_MEMORY(error, bytes << " bytes of memory cannot be had: " << std::strerror(error));
+}
+
 HostTable::Usage HostTable::usage() const {
   const auto begin = reinterpret_cast<uintptr_t>(data_), end = begin + static_cast<uintptr_t>(mapped_bytes_);
   bool inside = false;
@@ -184,36 +192,22 @@ void HostTable::forbid_writes() noexcept { (void)mprotect(data_, static_cast<siz
 void HostTable::pin(const HostRegistrar& registrar, int64_t chunk_bytes) {
   EK_CHECK(chunk_bytes > 0 && chunk_bytes % kHugePageBytes == 0,
            "HostTable: chunk_bytes is " << chunk_bytes << ", expected a multiple of " << kHugePageBytes);
-  if (!chunks_.empty()) return;
+  if (registration_.bytes() > 0) return;
   // page-locking asks for write access to what is not marked read-only for the device
   if (read_only_ && mprotect(data_, static_cast<size_t>(mapped_bytes_), PROT_READ | PROT_WRITE) != 0) {
     EK_THROW_MEMORY(errno, "read-only memory cannot be pinned: " << std::strerror(errno));
   }
-  registrar_ = registrar;
-  for (int64_t at = 0; at < mapped_bytes_; at += chunk_bytes) {
-    const int64_t bytes = std::min(chunk_bytes, mapped_bytes_ - at);
-    const int error = registrar.register_host(data_ + at, static_cast<size_t>(bytes));
-    if (error != 0) {
-      const int64_t end = at + bytes;
-      const char* text = registrar.error_text == nullptr ? nullptr : registrar.error_text(error);
-      unpin();
-      if (read_only_) forbid_writes();
-      EK_THROW_MEMORY(ENOMEM, "bytes " << at << ".." << end << " of " << mapped_bytes_ << " cannot be pinned: "
-                                       << (text == nullptr ? "error " + std::to_string(error) : std::string(text)));
-    }
-    chunks_.push_back(data_ + at);
-    pinned_bytes_ += bytes;
+  try {
+    registration_ = HostRegistration(registrar, data_, mapped_bytes_, chunk_bytes);
+  } catch (const HostRegistrationError& err) {
+    if (read_only_) forbid_writes();
+    EK_THROW_MEMORY(ENOMEM, err.what());
   }
 }
 
 void HostTable::unpin() noexcept {
-  if (chunks_.empty()) return;
-  // the registration belongs to the process that made it
-  if (process_ == getpid()) {
-    for (std::byte* chunk : chunks_) (void)registrar_.unregister_host(chunk);
-  }
-  chunks_.clear();
-  pinned_bytes_ = 0;
+  if (registration_.bytes() == 0) return;
+  registration_ = {};
   if (read_only_) forbid_writes();
 }
 

@@ -5,7 +5,8 @@
 // Size        whole pages, or whole huge pages where those are explicit and waste less than an eighth. Nothing is rounded up to a
 //             power of two. A page without access on either side (not of explicit huge pages) turns an overrun into a fault.
 // Pages       anonymous: explicit huge pages (MAP_HUGETLB) where the pool has enough, else transparent ones are asked for;
-//             a shared segment: transparent ones are asked for, and given where its file system is mounted with huge=advise.
+//             a shared segment: transparent ones are asked for, and given to pages
+//             that are taken by `populate` or a write to the mapping where its file system is mounted with huge=advise.
 //             `pages` says what was asked for, `huge_bytes` what is there.
 // Ownership   owns the mapping and its registration; the descriptor of a segment stays the caller's and may be closed.
 // Threads     `pin` and `unpin` from one thread; everything else from any.
@@ -13,8 +14,6 @@
 //             process that pins and forks wants a shared segment.
 // Failure     HostMemoryError, and nothing is left behind.
 #pragma once
-
-#include <sys/types.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +41,6 @@ struct HostTableOptions {
 class HostTable {
  public:
   static constexpr int64_t kHugePageBytes = 2 << 20;
-  static constexpr int64_t kPinChunkBytes = 1 << 30;
 
   explicit HostTable(int64_t bytes, const HostTableOptions& options = {});
   ~HostTable();
@@ -52,8 +50,12 @@ class HostTable {
   std::byte* data() const { return data_; }  // on a 2 MiB boundary
   int64_t bytes() const { return bytes_; }
   int64_t mapped_bytes() const { return mapped_bytes_; }
-  int64_t pinned_bytes() const { return pinned_bytes_; }
+  int64_t pinned_bytes() const { return registration_.bytes(); }
   const char* pages() const { return pages_; }  // "explicit", "transparent" or "small"
+
+  // Takes the pages of [offset, offset + bytes) now, as a write by the processor would, but where there is none HostMemoryError
+  // says so. Kernels before 5.14 cannot.
+  void populate(int64_t offset, int64_t bytes);
 
   struct Usage {
     int64_t resident_bytes, huge_bytes;  // in memory now; of these, in huge pages. -1: the system does not say
@@ -62,9 +64,9 @@ class HostTable {
   // (node, pages) of about `samples` pages spread over the memory; those that were never touched are on no node.
   std::vector<std::pair<int, int64_t>> pages_by_node(int samples) const;
 
-  // Registers the memory chunk by chunk; on failure none of it stays registered. A single copy must not cross a multiple of
-  // chunk_bytes, kernels may. Pinned memory may be written to by the driver, so protection is lifted.
-  void pin(const HostRegistrar& registrar, int64_t chunk_bytes = kPinChunkBytes);
+  // Registers the memory chunk by chunk; on failure none of it stays registered. Pinned memory may be written to by the driver,
+  // so protection is lifted.
+  void pin(const HostRegistrar& registrar, int64_t chunk_bytes = HostRegistration::kChunkBytes);
   void unpin() noexcept;
 
  private:
@@ -82,10 +84,7 @@ class HostTable {
   int64_t reserved_bytes_ = 0;
   const char* pages_ = "small";
   bool read_only_ = false;
-  pid_t process_;
-  HostRegistrar registrar_{};
-  std::vector<std::byte*> chunks_;  // registered
-  int64_t pinned_bytes_ = 0;
+  HostRegistration registration_;
 };
 
 }  // namespace engram_kernels

@@ -15,7 +15,16 @@ namespace {
 
 constexpr const char* kName = "RowPrefetcher";
 
+std::string in_vain(int64_t ticket, double timeout_s) {
+  Text text;
+  text << kName << ": ticket " << ticket << " did not arrive in " << timeout_s << " s";
+  return text.str();
+}
+
 }  // namespace
+
+PrefetchTimeout::PrefetchTimeout(int64_t ticket, double timeout_s)
+    : std::runtime_error(in_vain(ticket, timeout_s)), ticket(ticket) {}
 
 RowPrefetcher::RowPrefetcher(const PrefetcherOptions& options, std::shared_ptr<CopyEngine> engine)
     : options_(options),
@@ -112,7 +121,7 @@ bool RowPrefetcher::begin(const RequestPtr& request, const PrefetchIds& ids) {
   }
   const std::lock_guard lock(mutex_);
   if (request->gone) throw PrefetchCancelled("RowPrefetcher: cancelled before it began");
-  if (!worker_.joinable()) worker_ = std::thread([this] { work(); });
+  if (!worker_.joinable()) worker_ = start_thread("that fetches", [this] { work(); });
   queue_.push_back(request);
   work_.notify_one();
   return false;
@@ -212,7 +221,7 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
     if (request->gone) EK_THROW_AS(PrefetchCancelled, kName << ": ticket " << ticket << " was cancelled");
     EK_THROW_AS(UnknownTicket, kName << ": ticket " << ticket << " was waited for by another thread");
   }
-  if (!ready) EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << ticket << " did not arrive in " << timeout_s << " s");
+  if (!ready) throw PrefetchTimeout(ticket, timeout_s);
   tickets_.erase(ticket);
   count(*request, begin_ns);
   if (request->error != nullptr) error = std::move(request->error);  // no thread holds it but this one
@@ -316,7 +325,7 @@ void RowPrefetcher::drain(double timeout_s) {
     for (const auto& [number, request] : tickets_) requests.push_back(request);
     for (const RequestPtr& request : requests) {
       if (!deadline.wait(request->changed, lock, [&] { return request->settled || request->gone; })) {
-        EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << request->number << " did not arrive in " << timeout_s << " s");
+        throw PrefetchTimeout(request->number, timeout_s);
       }
     }
     std::erase_if(requests, [](const RequestPtr& request) { return !request->settled; });
@@ -327,8 +336,7 @@ void RowPrefetcher::drain(double timeout_s) {
       done = wait_events(*request, deadline.left_s(), 0, true);
     } catch (...) {  // that ticket's own wait says so
     }
-    if (!done)
-      EK_THROW_AS(PrefetchTimeout, kName << ": ticket " << request->number << " did not arrive in " << timeout_s << " s");
+    if (!done) throw PrefetchTimeout(request->number, timeout_s);
   }
 }
 

@@ -38,7 +38,8 @@ struct PrefetchCancelled : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 struct PrefetchTimeout : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  PrefetchTimeout(int64_t ticket, double timeout_s);
+  int64_t ticket;
 };
 struct UnknownTicket : std::runtime_error {
   using std::runtime_error::runtime_error;

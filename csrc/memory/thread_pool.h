@@ -9,12 +9,26 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "common/error.h"
 #include "common/parallel.h"
 
 namespace engram_kernels {
+
+// A thread that there is no doing without; says so where the system has none left.
+template <class Run>
+std::thread start_thread(const char* which, Run run) {
+  try {
+    return std::thread(std::move(run));
+  } catch (const std::system_error& err) {
+    EK_THROW_AS(std::runtime_error, "RowPrefetcher: the thread " << which << " cannot be started: " << err.what());
+  }
+}
 
 class ThreadPool {
  public:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,19 +11,21 @@ import torch
 from engram_kernels import _triton
 from engram_kernels._usage import UsageError
 from engram_kernels.profile.compare import Verdict, compare_runs, gone, load_machine, load_run, markdown
+from engram_kernels.progress import Progress
 from engram_kernels.spec import EngramSpec
 
 REGRESSION, NO_CAPABILITY = 3, 5  # exit codes
 
 
-def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> int:
+def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool, progress: Progress) -> int:
     """Runs bench_<op>.py for the named ops (none: all) with pytest-benchmark; writes its JSON to `out` and prints the table.
 
     Args:
         ops: names of files, without bench_ and .py.
         folder: the repository's bench folder.
-        out: where the run goes.
+        out: where the run goes, in a folder that is there.
         quick: every benchmark once, untimed: that they run.
+        progress: opens a bar of so many benchmarks, None: not known.
 
     Raises:
         ValueError: there is no such folder.
@@ -42,17 +44,30 @@ def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool) -> 
     except ImportError:
         print("engram-kernels bench: needs pytest-benchmark: pip install 'engram-kernels[bench]'", file=sys.stderr)
         return NO_CAPABILITY
-    out.parent.mkdir(parents=True, exist_ok=True)
     timed = ["--benchmark-disable"] if quick else [f"--benchmark-json={out}"]
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *map(str, files), *timed], cwd=folder.parent,
-                         capture_output=True, text=True)
-    if ran.returncode:
-        print(ran.stdout[-4000:] + ran.stderr[-4000:], file=sys.stderr)
+    with progress("benchmarks", None) as done:
+        code, said = _run_pytest([*map(str, files), *timed], folder.parent, done)
+    if code:
+        print(said[-4000:], file=sys.stderr)
         return 1
     if quick:
-        print(ran.stdout.strip().splitlines()[-1])
+        print(said.strip().splitlines()[-1])
         return 0
     return subprocess.run([sys.executable, str(folder / "harness.py"), str(out)]).returncode
+
+
+def _run_pytest(arguments: list[str], folder: Path, done: Callable[[int], None]) -> tuple[int, str]:
+    """(exit code, what it said); `done(1)` for each letter of pytest's line of results."""
+    with subprocess.Popen([sys.executable, "-m", "pytest", "-q", *arguments], cwd=folder, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said, line = [], ""
+        while letter := process.stdout.read(1):
+            said.append(letter)
+            line = "" if letter == "\n" else line + letter
+            if line and not line.strip(".sFEx"):
+                done(1)
+    return process.returncode, "".join(said)
 
 
 def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:
@@ -82,9 +97,23 @@ def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:
     return 0
 
 
-def compare_files(before: Path, after: Path) -> int:
-    """Prints the comparison of two runs as Markdown; 3 when a cell of ours is slower."""
-    old, new = load_run(before), load_run(after)
+def compare_files(before: Path, after: Path, ops: Sequence[str] = ()) -> int:
+    """Prints the comparison of two runs as Markdown.
+
+    Args:
+        before, after: files of `run_benchmarks`.
+        ops: names of files, without bench_ and .py: only their benchmarks; none: all.
+
+    Returns:
+        The exit code: REGRESSION when a cell of ours is slower.
+
+    Raises:
+        ValueError: a file is no such run, or the two have nothing in common.
+        UsageError: neither run has benchmarks of an op.
+    """
+    old, new = load_run(before, ops), load_run(after, ops)
+    if ops and not old and not new:
+        raise UsageError(f"neither {before} nor {after} has benchmarks of {' or '.join(ops)}")
     cells = compare_runs(old, new)
     if not cells:
         raise ValueError(f"{before} and {after} have no benchmark in common")
@@ -94,5 +123,5 @@ def compare_files(before: Path, after: Path) -> int:
     machines = load_machine(before), load_machine(after)
     if machines[0] != machines[1]:
         print(f"not the same machine: {machines[0] or 'unknown'} before, {machines[1] or 'unknown'} after")
-    slower = [c for c in cells if c.verdict is Verdict.SLOWER and new[c.group, c.contender][0] == "ours"]
+    slower = [c for c in cells if c.verdict is Verdict.SLOWER and new[c.group, c.contender].role == "ours"]
     return REGRESSION if slower else 0

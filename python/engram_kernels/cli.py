@@ -5,30 +5,38 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
+import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engram_kernels import backends, info
-from engram_kernels._usage import UsageError
+from engram_kernels._usage import UsageError, expect_writable
 from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
+from engram_kernels.progress import no_progress, progress_bar
 from engram_kernels.spec import EngramSpec
 
 EXIT_CODES = ("Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement (profile), "
-              "5 a required capability is absent, 130 interrupted.")
+              "5 a required capability is absent, 130 interrupted, 141 nobody reads the output any more.")
 PRESETS: dict[str, Callable[[], EngramSpec]] = {
     "deepseek_v41": EngramSpec.deepseek_v41, "demo_v1": EngramSpec.demo_v1, "qwen4_ple": EngramSpec.qwen4_ple,
     "longcat": EngramSpec.longcat}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+def main(argv: list[str] | None = None, heed_interrupts: Callable[[], None] = lambda: None) -> int:
+    """Runs the command; returns its exit code.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        heed_interrupts: raises KeyboardInterrupt where Ctrl-C was pressed before it came to this, and from then on Ctrl-C does.
+    """
     parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.",
                                      epilog=EXIT_CODES)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -39,10 +47,25 @@ def main(argv: list[str] | None = None) -> int:
     _add_pack(commands)
     _add_plan(commands)
     args = parser.parse_args(argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, io.StringIO())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that the locale lacks
     try:
-        return int(args.run(args))
+        if args.command == "profile":  # which leaves a report
+            args.heed_interrupts = heed_interrupts
+        else:
+            heed_interrupts()
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141
     except (DemoError, ValueError, RuntimeError, OSError) as err:
-        print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
+        print(f"engram-kernels {args.command}: {str(err).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
     except UsageError as err:
         print(f"engram-kernels {args.command}: {err}", file=sys.stderr)
@@ -85,7 +108,7 @@ def _add_profile(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     from engram_kernels.plan import command
-    command.add_arguments(commands, PRESETS, _progress)
+    command.add_arguments(commands, PRESETS, progress_bar)
 
 
 def _add_bench(commands: Any) -> None:
@@ -107,14 +130,17 @@ def _run_bench(args: argparse.Namespace) -> int:
     if args.spec not in PRESETS and not Path(args.spec).is_file():
         raise UsageError(f"spec is {args.spec!r}, expected {', '.join(PRESETS)} or a JSON file of EngramSpec.to_json")
     if args.compare:
-        if args.ops:
-            raise UsageError(f"--compare reads two files and runs nothing: what is {' '.join(args.ops)} for?")
-        return compare_files(*args.compare)
+        before, after = args.compare
+        return compare_files(before, after, args.ops)
     if args.tune:
         return tune_launches(_spec(args.spec), args.ops)
     if args.quick and args.json is not None:
         raise UsageError("--quick times nothing, so there is nothing to write to --json")
-    return run_benchmarks(args.ops, args.bench_dir, args.json or Path("build/bench.json"), args.quick)
+    out = args.json or Path("build/bench.json")
+    if not args.quick:
+        expect_writable("--json", out)
+    bar = progress_bar if importlib.util.find_spec("rich") else no_progress
+    return run_benchmarks(args.ops, args.bench_dir, out, args.quick, bar)
 
 
 def _spec(name: str) -> EngramSpec:
@@ -130,7 +156,7 @@ def _run_demo(args: argparse.Namespace) -> int:
     spec = _spec(args.spec)
     options = DemoOptions(args.text, spec, args.backend, args.rows, args.hidden, args.tokens_per_step, args.table_dir)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    result = run_demo(options, _progress)
+    result = run_demo(options, progress_bar)
     ok = print_report(result, spec, console)
     if args.json:
         machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
@@ -156,23 +182,11 @@ def _run_pack(args: argparse.Namespace) -> int:
     from engram_kernels.memory.pack import pack_table
     has_rich = importlib.util.find_spec("rich") is not None
     result = pack_table(args.source, args.target, args.tensor, args.scales, verify_all=args.verify == "all",
-                        progress=_progress if has_rich else None)
+                        progress=progress_bar if has_rich else None)
     resumed = f", {result.resumed_rows:,} of them by an earlier run" if result.resumed_rows else ""
     print(f"{args.target}: {result.num_rows:,} rows of {result.row_bytes} bytes{resumed}; {result.verified_rows:,} compared "
           "with the source")
     return 0
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; elsewhere nothing, so that logs stay short."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
-                  disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.update(task, advance=count)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,12 @@ def lines(info: dict[str, Any]) -> list[str]:
            f"machine    {machine['cpu']}, {machine['cores']} cores, kernels run as {machine['cpu_kernels']}",
            f"features   {' '.join(machine['cpu_features']) or 'not known'}",
            f"memory     {_gib(machine['memory_bytes'])} in all, {_gib(machine['memory_free_bytes'])} free, "
-           f"transparent huge pages: {machine['huge_pages']}",
-           f"limits     cgroup {_gib(limits['cgroup_bytes'])}, room {_gib(limits['memory_room_bytes'])}, "
-           f"memlock {_gib(limits['memlock_bytes'])}, "
-           f"/dev/shm {_gib(limits['shm_free_bytes'])} free, open files {limits['open_files']}"]
+           f"transparent huge pages: {machine['huge_pages'] or 'none in this kernel'}",
+           f"limits     cgroup: {_gib(limits['cgroup_bytes'], 'none')}, "
+           f"free within all limits: {_gib(limits['memory_room_bytes'])}, "
+           f"memlock (mlock and RDMA, not CUDA): {_gib(limits['memlock_bytes'], 'none')}, "
+           f"/dev/shm: {_gib(limits['shm_free_bytes'], 'not there')}{'' if limits['shm_free_bytes'] is None else ' free'}, "
+           f"open files: {limits['open_files'] or 'no limit'}"]
     out += [f"gpu        {gpu['name']}, {_gib(gpu['memory_bytes'])}, capability {gpu['capability']}" for gpu in info["gpu"]]
     if not info["gpu"]:
         out.append("gpu        none that torch can use")
@@ -91,10 +93,11 @@ def _machine() -> dict[str, Any]:
 
 def _limits() -> dict[str, Any]:
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
     return {"cgroup_bytes": capacity.cgroup_limit_bytes(), "memory_room_bytes": capacity.memory_room_bytes(),
             "memlock_bytes": None if memlock == resource.RLIM_INFINITY else memlock, "shm_free_bytes": shm,
-            "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+            "open_files": None if files == resource.RLIM_INFINITY else files}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -132,5 +135,7 @@ def _chosen(options: str | None) -> str | None:
     return None if options is None else options.partition("[")[2].partition("]")[0] or options
 
 
-def _gib(num_bytes: int | None) -> str:
-    return "no limit known" if num_bytes is None else f"{num_bytes / 2**30:.1f} GiB"
+def _gib(num_bytes: int | None, otherwise: str = "an unknown amount") -> str:
+    if num_bytes is None:
+        return otherwise
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 1 << 27 else f"{num_bytes >> 10} KiB"

@@ -4,21 +4,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engram_kernels._usage import UsageError
+from engram_kernels._usage import UsageError, expect_writable, expect_writable_folder, finite, is_stream
 from engram_kernels.profile import machine
 from engram_kernels.profile.probes_disk import run_disk_probes
 from engram_kernels.profile.probes_gpu import run_gpu_probes
 from engram_kernels.profile.probes_host import run_host_probes
 from engram_kernels.profile.row_draws import load_trace
-from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, is_stream, write_whole
+from engram_kernels.profile.session import BUDGET_SECONDS, Options, Session, write_whole
 from engram_kernels.profile.show import print_report
 
+FIRST_PROBE = {"host": "host_limits", "disk": "disk_read", "gpu": "gpu_link"}
 GROUPS: dict[str, Callable[[Session], None]] = {"host": run_host_probes, "disk": run_disk_probes, "gpu": run_gpu_probes}
 FAILURE, INVALID, NO_CAPABILITY, INTERRUPTED = 1, 4, 5, 130  # exit codes
 
@@ -39,7 +39,7 @@ def add_arguments(commands: Any) -> None:
     command.add_argument("--trace", type=Path, metavar="IDS.npy", help="row ids of a real run, as one more order")
     command.add_argument("--max-memory-gib", type=_gibibytes, metavar="GIB",
                          help="no table is larger; default: 80 %% of what is free")
-    command.add_argument("--gpu", type=int, default=0, help="index of the GPU")
+    command.add_argument("--gpu", type=_index, default=0, help="index of the GPU")
     command.set_defaults(run=_run)
 
 
@@ -47,29 +47,31 @@ def _run(args: argparse.Namespace) -> int:
     _check_paths(args)
     most = None if args.max_memory_gib is None else int(args.max_memory_gib * 2**30)
     options = Options("full" if args.full else "quick", tuple(args.only), args.disk_dir, args.trace, most, args.gpu)
-    return run_profile(options, args.json, args.html, args.plots)
+    return run_profile(options, args.json, args.html, args.plots, args.heed_interrupts)
 
 
 def _gibibytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 2**30:  # nan is not either
+    value = finite(text)
+    if not 0 <= value < 2**30:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number of GiB, at least 0")
     return value
+
+
+def _index(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no index: expected 0 or more")
+    return int(text)
 
 
 def _check_paths(args: argparse.Namespace) -> None:
     """What would fail, fails before anything is measured."""
     if not args.disk_dir.is_dir():
         raise UsageError(f"--disk-dir {args.disk_dir} is no folder")
-    for name in ("json", "html"):
-        path = getattr(args, name)
-        if path is not None and path.is_dir():
-            raise UsageError(f"--{name} {path} is a folder, expected a file")
-    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
-        raise UsageError(f"--plots {args.plots} is no folder")
+    expect_writable("--json", None if args.json == Path("-") else args.json)
+    expect_writable("--html", args.html)
+    if args.json is not None and args.html is not None and args.json.resolve() == args.html.resolve():
+        raise UsageError(f"--json and --html are both {args.html}: one would overwrite the other")
+    expect_writable_folder("--plots", args.plots)
     if args.trace is not None:
         try:
             load_trace(args.trace)
@@ -77,7 +79,8 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise UsageError(f"--trace {args.trace}: {err}") from None
 
 
-def run_profile(options: Options, json_path: Path | None = None, html_path: Path | None = None, plots: Path | None = None) -> int:
+def run_profile(options: Options, json_path: Path | None = None, html_path: Path | None = None, plots: Path | None = None,
+                heed_interrupts: Callable[[], None] = lambda: None) -> int:
     """Runs the probes, prints the table, writes what was asked for.
 
     Args:
@@ -86,6 +89,7 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
             which gets it at the end, as a device or a pipe does; the table then goes to standard error.
         html_path: where it goes as one page.
         plots: the folder of its figures.
+        heed_interrupts: raises KeyboardInterrupt where Ctrl-C was pressed already.
 
     Returns:
         0; 1 where a probe broke; 4 where a measurement is invalid; 5 where nothing that was asked for can be measured here, or
@@ -94,24 +98,28 @@ def run_profile(options: Options, json_path: Path | None = None, html_path: Path
     """
     printed = json_path is not None and str(json_path) == "-"
     at_end = json_path is not None and (printed or is_stream(json_path))
-    session = Session(options, machine.collect(options.disk_folder), None if at_end else json_path)
+    session = Session(options, machine.nothing_known(), None if at_end else json_path)
     interrupted = False
     try:
+        heed_interrupts()
+        session.machine = machine.collect(options.disk_folder)
         with _progress(session):
             for name in options.groups:
                 _run_group(session, name)
         session.complete = True
     except KeyboardInterrupt:
         interrupted = True
+        if not session.cells:
+            _skip_first(session, options.groups[0], "INTERRUPTED", "Ctrl-C before the first probe")
         print("engram-kernels profile: interrupted; what was measured is kept", file=sys.stderr)
     session.write()
     report = session.report()
+    drawn = _draw(report, html_path, plots)  # files first: who reads the table may go away
+    if at_end and not printed and json_path is not None:
+        write_whole(json_path, json.dumps(report, indent=1) + "\n")
     print_report(report, sys.stderr if printed else None)
     if printed:
         print(json.dumps(report, indent=1))
-    elif at_end and json_path is not None:
-        write_whole(json_path, json.dumps(report, indent=1) + "\n")
-    drawn = _draw(report, html_path, plots)
     if interrupted:
         return INTERRUPTED
     if any(c["status"] == "invalid" for c in report["cells"]):
@@ -126,9 +134,13 @@ def _run_group(session: Session, name: str) -> None:
     try:
         GROUPS[name](session)
     except Exception as err:
-        probe = {"host": "host_limits", "disk": "disk_read", "gpu": "gpu_link"}[name]
-        with session.probe(probe, 1):
-            session.skip({"probe": probe}, "ERROR", f"{type(err).__name__}: {err}")
+        _skip_first(session, name, "ERROR", f"{type(err).__name__}: {err}")
+
+
+def _skip_first(session: Session, group: str, kind: str, text: str) -> None:
+    """Files that the first probe of a group was not run."""
+    with session.probe(FIRST_PROBE[group], 1):
+        session.skip({"probe": FIRST_PROBE[group]}, kind, text)
 
 
 def _draw(report: dict[str, Any], html_path: Path | None, plots: Path | None) -> int:

@@ -203,13 +203,47 @@ void bad_ids() {
   check(good, f.slot(slot), "after bad ids");
 }
 
+// Tables of several engines, which may meet in a page: each stays readable to the last byte until its own engine gives it up.
 void registers() {
-  const std::shared_ptr<CopyEngine> engine = make_cuda_engine(0);
-  std::vector<float> table(5000);
-  const auto* at = reinterpret_cast<const std::byte*>(table.data());
-  if (!engine->register_host(at, 20'000)) fail("host memory was not registered");
-  engine->unregister_host(at);
-  if (!engine->register_host(at, 20'000)) fail("host memory was not registered again");
+  constexpr int64_t kPage = 4096;
+  std::vector<std::byte> memory(static_cast<size_t>(40 * kPage));
+  const auto at = [&](int64_t offset) {
+    const auto first = (reinterpret_cast<uintptr_t>(memory.data()) + kPage - 1) / kPage * kPage;
+    return reinterpret_cast<const std::byte*>(first) + offset;
+  };
+  const auto expect = [&](int64_t begin, int64_t end, bool readable) {
+    for (const int64_t offset : {begin, (begin + end) / 2, end - 1}) {
+      if (fake_cuda_is_registered(at(offset)) != readable) fail("registered or not: byte " + std::to_string(offset));
+    }
+  };
+  const auto take = [](CopyEngine& engine, const std::byte* begin, int64_t bytes) {
+    if (!engine.register_host(begin, bytes)) fail("host memory was not registered");
+  };
+  std::shared_ptr<CopyEngine> one = make_cuda_engine(0), other = make_cuda_engine(0), third = make_cuda_engine(0);
+  take(*one, at(100), 9 * kPage);                // pages 0..9
+  take(*other, at(9 * kPage + 200), 5 * kPage);  // pages 9..14
+  take(*third, at(100), 9 * kPage);              // the table of the first
+  take(*third, at(4 * kPage), 8 * kPage);        // inside of both
+  one->unregister_host(at(100));
+  expect(100, 9 * kPage + 100, true);
+  third.reset();  // as closed without unregistering
+  expect(kPage, 9 * kPage, false);
+  expect(9 * kPage + 200, 14 * kPage + 200, true);
+  other->unregister_host(at(9 * kPage + 200));
+  expect(0, 16 * kPage, false);
+  take(*one, at(100), 20);
+  expect(100, 120, true);
+  fake_cuda_refuse_registration(2);  // the second call from here on: the table's first page is given back
+  try {
+    one->register_host(at(20 * kPage), 5 * kPage);
+    fail("a registration that CUDA refused was taken for one");
+  } catch (const EngineError& err) {
+    if (std::string(err.what()).find("tier host: 20480 bytes of a table: bytes 0..12288 of 12288 cannot be pinned") != 0)
+      fail(err.what());
+  }
+  expect(20 * kPage, 25 * kPage, false);
+  cudaHostRegister(const_cast<std::byte*>(at(30 * kPage)), 2 * kPage, 0);
+  if (other->register_host(at(30 * kPage), 2 * kPage)) fail("memory that somebody else has pinned was registered again");
 }
 
 }  // namespace

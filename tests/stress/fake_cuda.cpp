@@ -43,7 +43,8 @@ std::recursive_mutex mutex;
 std::mt19937_64 random_draw;
 double failing = 0;
 std::map<cudaStream_t, std::unique_ptr<FakeStream>> streams;  // the null stream among them
-std::map<const void*, size_t> registered;
+std::map<const std::byte*, size_t> registered;                // none overlaps another
+int refused_registration = 0;                                 // 1: the next one
 std::vector<Op> graph;
 unsigned long long captures = 0, capturing = 0;
 int64_t live_events = 0;
@@ -128,6 +129,12 @@ void fake_cuda_replay() {
   }
 }
 int64_t fake_cuda_live_events() { return live_events; }
+bool fake_cuda_is_registered(const void* memory) {
+  const std::lock_guard lock(mutex);
+  const auto next = registered.upper_bound(static_cast<const std::byte*>(memory));
+  return next != registered.begin() && std::prev(next)->first + std::prev(next)->second > memory;
+}
+void fake_cuda_refuse_registration(int number) { refused_registration = number; }
 
 namespace engram_kernels {
 
@@ -279,17 +286,23 @@ cudaError_t cudaFreeHost(void* memory) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) { return cudaFreeHost(memory); }
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
   *attributes = {};
-  return cudaSuccess;  // memory that nobody registered
+  if (fake_cuda_is_registered(memory)) attributes->devicePointer = const_cast<void*>(memory);
+  return cudaSuccess;
 }
 cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned) {
   const std::lock_guard lock(mutex);
-  return registered.emplace(memory, bytes).second ? cudaSuccess : cudaErrorHostMemoryAlreadyRegistered;
+  if (refused_registration > 0 && --refused_registration == 0) return cudaErrorMemoryAllocation;
+  const auto next = registered.lower_bound(static_cast<std::byte*>(memory) + bytes);  // the last one before it may overlap
+  if (next != registered.begin() && std::prev(next)->first + std::prev(next)->second > memory)
+    return cudaErrorHostMemoryAlreadyRegistered;
+  registered.emplace(static_cast<std::byte*>(memory), bytes);
+  return cudaSuccess;
 }
 cudaError_t cudaHostUnregister(void* memory) {
   const std::lock_guard lock(mutex);
-  return registered.erase(memory) == 1 ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
+  return registered.erase(static_cast<std::byte*>(memory)) == 1 ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
 }
 
 }  // extern "C"

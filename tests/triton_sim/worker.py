@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 
-def compile_one(target, module, kernel, types, constants, num_warps, aligned):
+def compile_one(target, module, kernel, *rest):
     from triton.backends.compiler import GPUTarget
 
     from engram_kernels.triton_kernels.launch import Variant
@@ -18,7 +18,7 @@ def compile_one(target, module, kernel, types, constants, num_warps, aligned):
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        made = Variant(function, types, constants, num_warps, aligned).compile(gpu)
+        made = Variant(function, *rest).compile(gpu)
     out = {"name": made.metadata.name, "shared": made.metadata.shared, "threads": gpu.warp_size * made.metadata.num_warps}
     if gpu.backend == "cuda":
         ptx = made.asm["ptx"]

@@ -2,7 +2,8 @@
 //
 // e[t] is the concatenation of the token's rows, dequantized to float32 and rounded once to `dtype`. Its products with the
 // rows of w_kv are the keys of the branches, branch after branch, and the value, in float32; with them out is that of gate
-// (gate.h). Keys and values are never rounded, nor written to memory that outlives a tile of tokens.
+// (gate.h). Keys and values are not rounded, but to `dtype` where the caller lends a product; they are never written to memory
+// that outlives a tile of tokens.
 // Row id -1 is a row of zeros. The row ids of a masked token are not looked at, its rows are not read.
 #pragma once
 
@@ -45,6 +46,18 @@ void check_params(const EngramForwardParams& p);
 // Throws unless the row ids (host memory) of the tokens that are not masked lie in [-1, num_rows).
 void check_host_data(const EngramForwardParams& p);
 
-void engram_forward_cpu(const EngramForwardParams& p, const Parallel& parallel);
+// A matrix product that the caller lends, with a tile of tokens to work in.
+struct TileProduct {
+  using Run = void (*)(int64_t count, void* context);
+
+  Run run = nullptr;  // kv[:count] = memory[:count] @ w_kv.T; null: nothing is lent
+  void* context = nullptr;
+  void* memory = nullptr;      // [tokens, memory_size] of dtype, dense
+  void* kv = nullptr;          // [tokens, (branches + 1) * hidden_size] of dtype, dense
+  int64_t* row_ids = nullptr;  // [tokens, columns]
+  int64_t tokens = 0;
+};
+
+void engram_forward_cpu(const EngramForwardParams& p, const TileProduct& product, const Parallel& parallel);
 
 }  // namespace engram_kernels

@@ -4,9 +4,11 @@
 //          the blocks of kBlock rows of w_kv: first those of the keys, of whose products only three sums a token are kept,
 //          added in the order of the blocks; then those of the value, whose products go through the gates into out.
 //          Products are dot products of kTokenStep tokens by kRowStep rows, lanes along the memory vector.
+//          With a lent product a tile is gathered, multiplied and gated by the kernels of those ops.
 // Traffic  w_kv and hidden (twice, the second time from cache where a tile of it fits) once a tile; rows and out once.
 #include "kernels/engram_forward/engram_forward.h"
 #include "kernels/gate/gate_row_cpu.h"
+#include "kernels/gather_rows/gather_rows.h"
 
 namespace engram_kernels::EK_ISA {
 namespace {
@@ -31,7 +33,7 @@ struct Workspace {
   Scratch gates;  // [kTileTokens, branches]
 
   explicit Workspace(const EngramForwardParams& p)
-      : stride(ceil_div(p.memory_size(), int64_t{kLanes}) * kLanes),
+      : stride(ceil_div(p.memory_size(), int64_t{kLanes}) * kLanes + kLanes),  // no power of two, that caches sets share
         blocks(ceil_div(p.hidden_size, int64_t{kBlock})),
         memory(stride * kTileTokens),
         sums(p.branches * blocks * kTileTokens * 3),
@@ -204,13 +206,54 @@ void engram_forward_of_type(const EngramForwardParams& p, const Parallel& parall
   }
 }
 
+BranchRows from_token(const BranchRows& rows, int64_t t, size_t element_bytes) {
+  const int64_t bytes = t * rows.token_stride * static_cast<int64_t>(element_bytes);
+  return {static_cast<std::byte*>(rows.data) + bytes, rows.token_stride, rows.branch_stride};
+}
+
+// Gather, product, gate: the three ops on one tile after another.
+void with_lent_product(const EngramForwardParams& p, const TileProduct& product, const Parallel& parallel) {
+  const auto element_bytes = static_cast<size_t>(dtype_bytes(p.dtype));
+  const int64_t kv_size = (p.branches + 1) * p.hidden_size, value_offset = p.branches * p.hidden_size;
+  for (int64_t first = 0; first < p.num_tokens; first += product.tokens) {
+    const int64_t count = std::min(product.tokens, p.num_tokens - first);
+    for (int64_t i = 0; i < count * p.columns; ++i) {
+      const int64_t t = first + i / p.columns;
+      product.row_ids[i] = p.masked(t) ? kNoRow : p.row_id(t, i % p.columns);
+    }
+    GatherRowsParams gather{};
+    gather.source = p.table;
+    gather.row_ids = {product.row_ids, count * p.columns, true};
+    gather.out = static_cast<std::byte*>(product.memory);
+    gather.out_dtype = p.dtype;
+    gather_rows_cpu(gather, parallel);
+    product.run(count, product.context);
+    GateParams gate{};
+    gate.hidden = from_token(p.hidden, first, element_bytes);
+    gate.key = {product.kv, kv_size, p.hidden_size};
+    gate.value = static_cast<std::byte*>(product.kv) + static_cast<size_t>(value_offset) * element_bytes;
+    gate.value_stride = kv_size;
+    gate.weights = p.weights;
+    gate.mask = p.mask == nullptr ? nullptr : p.mask + first;
+    gate.out = from_token(p.out, first, element_bytes);
+    gate.num_tokens = count;
+    gate.branches = p.branches;
+    gate.hidden_size = p.hidden_size;
+    gate.dtype = p.dtype;
+    gate.options = p.options;
+    gate_cpu(gate, parallel);
+  }
+}
+
 }  // namespace
 
-void engram_forward_cpu(const EngramForwardParams& p, const Parallel& parallel) {
+void engram_forward_cpu(const EngramForwardParams& p, const TileProduct& product, const Parallel& parallel) {
   if (p.num_tokens == 0) return;
+  if (product.run != nullptr) return with_lent_product(p, product, parallel);
   with_dtype(p.dtype, [&](auto* tag) { engram_forward_of_type<std::remove_pointer_t<decltype(tag)>>(p, parallel); });
 }
 
 }  // namespace engram_kernels::EK_ISA
 
-EK_DISPATCH_CPU(engram_forward_cpu, (const EngramForwardParams& p, const Parallel& parallel), (p, parallel))
+EK_DISPATCH_CPU(engram_forward_cpu, (const EngramForwardParams& p, const TileProduct& product, const Parallel& parallel),
+                (p, product, parallel))

@@ -2,7 +2,8 @@
 //
 // Mapping  a block takes a token after the other, kBranches branches of it: all of them, where they are 4, 2 or 1. A thread keeps
 //          hidden, key and value of its vectors in registers from the sums to the output, and loads those of the next token
-//          as soon as it is done with them. The products of the weights stay in shared memory for the life of the block. The
+//          as soon as it is done with them. The products of the weights stay in shared memory for the life of the block. Few
+//          tokens are bound by latency: as long as there are multiprocessors enough, each of their branches has a block. The
 //          second kernel, element by element, takes what is not aligned or too wide, and reads hidden twice (the second
 //          time out of the cache).
 // Traffic  hidden and key once, output once, the value once a step of branches (one step where they are 4, 2 or 1 and not f16);
@@ -137,7 +138,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_tokens(const GateParams p
   __shared__ float partial[kMaxThreads / kWarp * kSums * kBranches];
   __shared__ float gates[kBranches];
   const int first_branch = blockIdx.y * kBranches;
-  stage_slots<kType, kBranches, kVectors, kVectorElements<kType> / 4>(p.weights, p.hidden_size, tile, first_branch, shared);
   float4* value = shared + Place<kType, kBranches, kVectors>::size(tile) + threadIdx.x;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) value[j * blockDim.x] = make_float4(0, 0, 0, 0);
@@ -154,6 +154,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_tokens(const GateParams p
     }
   }
   copy_value<kVectors>(arrays, tile, now, value);
+  // last, so that the first token is on its way meanwhile
+  stage_slots<kType, kBranches, kVectors, kVectorElements<kType> / 4>(p.weights, p.hidden_size, tile, first_branch, shared);
 #pragma unroll 1
   while (now < tile.tokens) {
     const int next = next_token<kType, kBranches>(p, tile, now + gridDim.x);
@@ -241,7 +243,9 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
   Arrays arrays;
   if (!arrays_of<kType>(p, &arrays) || p.num_tokens > INT32_MAX / 2) return false;
   const int64_t vectors = p.hidden_size / kVectorElements<kType>;
-  for (const auto& [branches, per_thread] : {std::pair{4, 2}, {2, 4}, {1, 8}}) {
+  const bool few = p.num_tokens * p.branches <= num_multiprocessors();
+  for (const auto& [branches, per_thread] : {std::pair{1, 2}, {4, 2}, {2, 4}, {1, 8}}) {
+    if (branches * per_thread == 2 && !few) continue;
     if (branches == 4 && kType == DType::kF16) continue;  // spills registers on sm_90
     if (p.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
     const int threads = lanes_for(vectors, per_thread);
@@ -252,7 +256,8 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
       if (branches == 4) launch_tokens<kType, 4, 2>(p, arrays, tile, stream);
     }
     if (branches == 2) launch_tokens<kType, 2, 4>(p, arrays, tile, stream);
-    if (branches == 1) launch_tokens<kType, 1, 8>(p, arrays, tile, stream);
+    if (branches == 1 && per_thread == 2) launch_tokens<kType, 1, 2>(p, arrays, tile, stream);
+    if (branches == 1 && per_thread == 8) launch_tokens<kType, 1, 8>(p, arrays, tile, stream);
     return true;
   }
   return false;
@@ -275,14 +280,7 @@ void gate_cuda(const GateParams& p, void* stream) {
   EK_CHECK(p.branches <= kMaxGridY, "gate: " << p.branches << " branches, expected at most " << kMaxGridY);
   EK_CHECK(p.hidden_size <= INT32_MAX, "gate: hidden_size is " << p.hidden_size << ", expected less than 2^31");
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (p.dtype) {
-    case DType::kF32:
-      return launch<DType::kF32>(p, on);
-    case DType::kBf16:
-      return launch<DType::kBf16>(p, on);
-    case DType::kF16:
-      return launch<DType::kF16>(p, on);
-  }
+  dispatch_dtype(p.dtype, [&](auto type) { launch<type.value>(p, on); });
 }
 
 }  // namespace engram_kernels

@@ -99,20 +99,32 @@ __device__ __forceinline__ int first_vector() {
   return threadIdx.x / kWarp * (kWarp * kVectors) + threadIdx.x % kWarp;
 }
 
-// The products w_hidden * w_key of this thread's vectors, into planes that only it reads.
-template <int kElements, int kVectors>
-__device__ __forceinline__ void stage_weights(const GateWeights& w, int64_t hidden_size, int branch, int vectors,
-                                              float4* planes) {
-#pragma unroll 1
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first_vector<kVectors>() + j * kWarp;
-    if (i >= vectors) break;
-    float of_hidden[kElements], of_key[kElements];
-    load_weights<kElements>(w.w_hidden, w.dtype, branch * hidden_size + i * kElements, of_hidden);
-    load_weights<kElements>(w.w_key, w.dtype, branch * hidden_size + i * kElements, of_key);
+template <DType kWeights, int kElements, int kVectors>
+__device__ __forceinline__ void stage_weights_of(const GateWeights& w, int64_t hidden_size, int first_branch, int branches,
+                                                 int vectors, float4* planes) {
+  const auto *of_hidden = static_cast<const std::byte*>(w.w_hidden), *of_key = static_cast<const std::byte*>(w.w_key);
+#pragma unroll 4  // loads in flight
+  for (int n = 0; n < branches * kVectors; ++n) {
+    const int branch = n / kVectors, i = first_vector<kVectors>() + n % kVectors * kWarp;
+    const int64_t at = ((first_branch + branch) * hidden_size + i * kElements) * dtype_bytes(kWeights);
+    float a[kElements] = {}, b[kElements] = {};
+    if (i < vectors) load_floats<kWeights, kElements>(of_hidden + at, a), load_floats<kWeights, kElements>(of_key + at, b);
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) of_hidden[e] *= of_key[e];
-    store_planes<kElements>(planes, vectors, i, of_hidden);
+    for (int e = 0; e < kElements; ++e) a[e] *= b[e];
+    if (i < vectors) store_planes<kElements>(planes + branch * (kElements / 4) * vectors, vectors, i, a);
+  }
+}
+
+// The products w_hidden * w_key of this thread's vectors in `branches` branches, into planes that only it reads.
+template <int kElements, int kVectors>
+__device__ __forceinline__ void stage_weights(const GateWeights& w, int64_t hidden_size, int first_branch, int branches,
+                                              int vectors, float4* planes) {
+  if (w.dtype == DType::kF32) {
+    stage_weights_of<DType::kF32, kElements, kVectors>(w, hidden_size, first_branch, branches, vectors, planes);
+  } else if (w.dtype == DType::kBf16) {
+    stage_weights_of<DType::kBf16, kElements, kVectors>(w, hidden_size, first_branch, branches, vectors, planes);
+  } else {
+    stage_weights_of<DType::kF16, kElements, kVectors>(w, hidden_size, first_branch, branches, vectors, planes);
   }
 }
 

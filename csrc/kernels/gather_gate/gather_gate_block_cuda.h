@@ -26,7 +26,7 @@ extern __shared__ float4 shared[];
 // a token, each with its scales behind it, then the staged rows, then the ids.
 struct Tile {
   int vectors;   // of a row of hidden
-  int branches;  // of a token
+  int branches;  // of a block: of a token, or a part of them
   int tokens;
   int slot_bytes;                  // of one load of a row: 16, 8 or 4
   int lines;                       // that a row can touch
@@ -86,7 +86,7 @@ __device__ __forceinline__ void describe_rows(const GatherGateParams& p, const T
   if (r >= p.columns) return;
   const int64_t id = next.masked ? kNoRow : next.id;
   const bool there = static_cast<uint64_t>(id) < static_cast<uint64_t>(p.table.num_rows);
-  if (!there && id != kNoRow) count_error(p.error_count);
+  if (!there && id != kNoRow && blockIdx.y == 0) count_error(p.error_count);
   const auto row = reinterpret_cast<uint64_t>(p.table.row(id));
   const int into_line = static_cast<int>(row % kLineBytes);
   const uint64_t line = row - into_line;

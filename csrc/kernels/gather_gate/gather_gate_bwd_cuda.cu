@@ -239,9 +239,6 @@ __global__ void __launch_bounds__(kMaxThreads<kType, kGroup>)
     gather_gate_bwd_tokens(const GatherGateBwdParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4;
   const GatherGateParams& f = p.forward;
-  for (int m = 0; kStaged && m < tile.branches; ++m) {
-    stage_weights<kElements, kVectors>(f.weights, f.hidden_size, m, tile.vectors, shared + m * kPlanes * tile.vectors);
-  }
   for (int i = threadIdx.x; i < tile.branches * kPlanes * tile.vectors; i += blockDim.x) {
     shares_at(tile, kPlanes, 0, 0)[i] = make_float4(0, 0, 0, 0);
   }
@@ -253,6 +250,8 @@ __global__ void __launch_bounds__(kMaxThreads<kType, kGroup>)
   describe_rows(f, tile, next);
   __syncthreads();
   stage_rows(f, tile);
+  // last, so that the first token is on its way meanwhile
+  if (kStaged) stage_weights<kElements, kVectors>(f.weights, f.hidden_size, 0, tile.branches, tile.vectors, shared);
 #pragma unroll 1
   for (int t = blockIdx.x; t < tile.tokens; t += gridDim.x) {
     const bool masked = next.masked;
@@ -354,14 +353,7 @@ void gather_gate_bwd_cuda(const GatherGateBwdParams& p, void* stream) {
   EK_CHECK(f.hidden_size * f.branches <= INT32_MAX,
            "gather_gate: " << f.branches << " rows of " << f.hidden_size << " are too many");
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (f.dtype) {
-    case DType::kF32:
-      return launch<DType::kF32>(p, on);
-    case DType::kBf16:
-      return launch<DType::kBf16>(p, on);
-    case DType::kF16:
-      return launch<DType::kF16>(p, on);
-  }
+  dispatch_dtype(f.dtype, [&](auto type) { launch<type.value>(p, on); });
 }
 
 }  // namespace engram_kernels

@@ -2,7 +2,8 @@
 //
 // Mapping  a block takes a token after the other. Hidden stays in registers between the sums and the output, where the
 //          next token's takes its place; what a thread needs of the memory vector, decoded once for all branches, too. The
-//          products of the weights stay in shared memory for the life of the block where they fit. The second kernel,
+//          products of the weights stay in shared memory for the life of the block where they fit. Few tokens are bound by
+//          latency: as long as there are multiprocessors enough, each of their branches has a block. The second kernel,
 //          element by element, takes what is not aligned or too wide, and reads its inputs twice (then out of the cache).
 // Traffic  rows, ids and hidden once, output once; the weights once a block (else once a token, out of the cache).
 // Limits   the first kernel: rows on 16 bytes, row_dim a multiple of a vector's elements, 1,536 vectors in a branch.
@@ -133,15 +134,14 @@ template <DType kType, bool kStaged, bool kWhole, int kGroup>
 __global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>;
   __shared__ Sums<kGroup> sums;
-  for (int m = 0; kStaged && m < tile.branches; ++m) {
-    stage_weights<kElements, kVectors>(p.weights, p.hidden_size, m, tile.vectors, shared + m * (kElements / 4) * tile.vectors);
-  }
+  const int first = kGroup == 1 ? blockIdx.y * tile.branches : 0;
   Place places[kVectors];
   find_places<kElements>(p, tile, places);
   Coming next = look_ahead(p, tile, blockIdx.x);
-  uint4 held[kGroup][kVectors] = {};
-  load_group<kType>(p.hidden, first_vector_at<kType>(p.hidden, blockIdx.x, 0), min(kGroup, tile.branches), places, held);
   describe_rows(p, tile, next);
+  if (kStaged) stage_weights<kElements, kVectors>(p.weights, p.hidden_size, first, tile.branches, tile.vectors, shared);
+  uint4 held[kGroup][kVectors] = {};
+  load_group<kType>(p.hidden, first_vector_at<kType>(p.hidden, blockIdx.x, first), min(kGroup, tile.branches), places, held);
   __syncthreads();
   stage_rows(p, tile);
 #pragma unroll 1
@@ -162,8 +162,9 @@ __global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_token
       __syncthreads();
       const bool ends = t + static_cast<int>(gridDim.x) >= tile.tokens;
       if (branch == 0 && !ends) stage_rows(p, tile);
-      std::byte* to = first_vector_at<kType>(p.out, t, branch);
-      const int from_token = left > 0 ? t : t + static_cast<int>(gridDim.x), from_branch = left > 0 ? branch + kGroup : 0;
+      std::byte* to = first_vector_at<kType>(p.out, t, first + branch);
+      const int from_token = left > 0 ? t : t + static_cast<int>(gridDim.x),
+                from_branch = first + (left > 0 ? branch + kGroup : 0);
       const Following following{first_vector_at<kType>(p.hidden, from_token, from_branch), left > 0 ? min(kGroup, left)
                                                                                            : ends   ? 0
                                                                                                     : min(kGroup, tile.branches)};
@@ -216,16 +217,16 @@ __global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherG
   }
 }
 
-// Whether it was launched: the block is not too wide, and what it holds fits.
+// Whether it was launched: the block is not too wide, and what it holds of `branches` branches fits.
 template <DType kType, bool kStaged, int kGroup, bool kWhole = false>
-bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
+bool launch_tokens(const GatherGateParams& p, int64_t branches, cudaStream_t stream) {
   constexpr int kElements = kVectorElements<kType>;
-  const int64_t vectors = p.hidden_size / kElements, weights = p.branches * p.hidden_size * int64_t{sizeof(float)};
+  const int64_t vectors = p.hidden_size / kElements, weights = branches * p.hidden_size * int64_t{sizeof(float)};
   if (vectors > kVectors * kMaxThreads<kWhole, kGroup> || (kStaged && weights > max_shared_bytes())) return false;
   const int threads = lanes_for(vectors, kVectors);
   Tile tile{};
   tile.vectors = static_cast<int>(vectors);
-  tile.branches = static_cast<int>(p.branches);
+  tile.branches = static_cast<int>(branches);
   tile.tokens = static_cast<int>(p.num_tokens);
   if (kWhole && vectors != int64_t{kVectors} * threads) return false;
   if (p.columns > threads || !lay_out(p, kElements, kStaged ? static_cast<int>(weights) : 0, &tile)) return false;
@@ -233,7 +234,8 @@ bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
   EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
   const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
   const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kWhole, kGroup> / threads);
-  kernel<<<static_cast<unsigned>(std::min(p.num_tokens, resident)), threads, tile.shared_bytes, stream>>>(p, tile);
+  const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, resident)), static_cast<unsigned>(p.branches / branches));
+  kernel<<<grid, threads, tile.shared_bytes, stream>>>(p, tile);
   EK_CUDA_CHECK(cudaGetLastError());
   return true;
 }
@@ -246,9 +248,11 @@ bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
       !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
     return false;
   }
-  return launch_tokens<kType, true, 4, true>(p, stream) || launch_tokens<kType, true, 4>(p, stream) ||
-         launch_tokens<kType, false, 4>(p, stream) || launch_tokens<kType, true, 1>(p, stream) ||
-         launch_tokens<kType, false, 1>(p, stream);
+  const int64_t all = p.branches;
+  if (all > 1 && p.num_tokens * all <= num_multiprocessors() && launch_tokens<kType, true, 1>(p, 1, stream)) return true;
+  return launch_tokens<kType, true, 4, true>(p, all, stream) || launch_tokens<kType, true, 4>(p, all, stream) ||
+         launch_tokens<kType, false, 4>(p, all, stream) || launch_tokens<kType, true, 1>(p, all, stream) ||
+         launch_tokens<kType, false, 1>(p, all, stream);
 }
 
 template <DType kType>
@@ -268,14 +272,7 @@ void gather_gate_cuda(const GatherGateParams& p, void* stream) {
   EK_CHECK(p.branches <= kMaxGridY, "gather_gate: " << p.branches << " branches, expected at most " << kMaxGridY);
   EK_CHECK(p.hidden_size <= INT32_MAX, "gather_gate: hidden_size is " << p.hidden_size << ", expected less than 2^31");
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (p.dtype) {
-    case DType::kF32:
-      return launch<DType::kF32>(p, on);
-    case DType::kBf16:
-      return launch<DType::kBf16>(p, on);
-    case DType::kF16:
-      return launch<DType::kF16>(p, on);
-  }
+  dispatch_dtype(p.dtype, [&](auto type) { launch<type.value>(p, on); });
 }
 
 }  // namespace engram_kernels

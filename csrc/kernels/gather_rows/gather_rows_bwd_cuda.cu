@@ -102,14 +102,7 @@ void launch(const GatherRowsBwdParams& p, bool vectors, cudaStream_t stream) {
 
 template <DType kGrad>
 void launch_to(const GatherRowsBwdParams& p, bool vectors, cudaStream_t stream) {
-  switch (p.out_dtype) {
-    case DType::kF32:
-      return launch<kGrad, DType::kF32>(p, vectors, stream);
-    case DType::kBf16:
-      return launch<kGrad, DType::kBf16>(p, vectors, stream);
-    case DType::kF16:
-      return launch<kGrad, DType::kF16>(p, vectors, stream);
-  }
+  dispatch_dtype(p.out_dtype, [&](auto type) { launch<kGrad, type.value>(p, vectors, stream); });
 }
 
 }  // namespace
@@ -120,14 +113,7 @@ void gather_rows_bwd_cuda(const GatherRowsBwdParams& p, void* stream) {
   const bool vectors =
       p.row_dim % kVector == 0 && (reinterpret_cast<uintptr_t>(p.grad) | reinterpret_cast<uintptr_t>(p.grad_rows)) % 16 == 0;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (p.grad_dtype) {
-    case DType::kF32:
-      return launch_to<DType::kF32>(p, vectors, on);
-    case DType::kBf16:
-      return launch_to<DType::kBf16>(p, vectors, on);
-    case DType::kF16:
-      return launch_to<DType::kF16>(p, vectors, on);
-  }
+  dispatch_dtype(p.grad_dtype, [&](auto type) { launch_to<type.value>(p, vectors, on); });
 }
 
 }  // namespace engram_kernels

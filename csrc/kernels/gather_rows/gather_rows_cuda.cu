@@ -275,14 +275,7 @@ void gather_rows_cuda(const GatherRowsParams& p, void* stream) {
   check_params(p);
   if (p.row_ids.count == 0) return;  // an empty grid is a launch error, an empty batch is not
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (p.out_dtype) {
-    case DType::kF32:
-      return launch<DType::kF32>(p, on);
-    case DType::kBf16:
-      return launch<DType::kBf16>(p, on);
-    case DType::kF16:
-      return launch<DType::kF16>(p, on);
-  }
+  dispatch_dtype(p.out_dtype, [&](auto type) { launch<type.value>(p, on); });
 }
 
 }  // namespace engram_kernels

@@ -178,14 +178,7 @@ void short_conv_cuda(const ShortConvParams& p, void* stream) {
   check_launch(p);
   if (p.num_tokens == 0) return;  // an empty grid is a launch error, an empty batch is not
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (p.dtype) {
-    case DType::kF32:
-      return launch<DType::kF32>(p, on);
-    case DType::kBf16:
-      return launch<DType::kBf16>(p, on);
-    case DType::kF16:
-      return launch<DType::kF16>(p, on);
-  }
+  dispatch_dtype(p.dtype, [&](auto type) { launch<type.value>(p, on); });
 }
 
 }  // namespace engram_kernels

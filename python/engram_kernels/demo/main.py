@@ -1,12 +1,11 @@
 """The main job on real text: tokenize, compress, hash, gather behind a stand-in backbone, gate, compare, report."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from engram_kernels.demo.pipeline import Pipeline
 from engram_kernels.layout import Layout
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.progress import Progress
 from engram_kernels.spec import EngramSpec
 from engram_kernels.testing.inputs import random_rows
 from engram_kernels.token_map import TokenMap
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample.txt"
 _FILL_ROWS = 1 << 15
-Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]  # (what, total) -> advance(count)
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from engram_kernels.memory.capacity import HUGE_PAGE_BYTES
 from engram_kernels.memory.row_format import ROW_FORMATS
 
 _SCALES_ALIGN_BYTES = 64
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,11 @@ class PythonHostTable(mmap.mmap):
                 self.madvise(mmap.MADV_HUGEPAGE)
                 self.pages = "transparent"
         return self
+
+    def populate(self, offset: int, num_bytes: int) -> None:
+        """Takes the pages of a range now. OSError where there are none; a kernel before 5.14 cannot."""
+        begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self.madvise(_MADV_POPULATE_WRITE, begin, offset + num_bytes - begin)
 
     def usage(self) -> tuple[int, int]:
         """Unknown."""

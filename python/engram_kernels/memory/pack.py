@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ import torch
 from engram_kernels.memory import capacity
 from engram_kernels.memory.row_format import ROW_FORMATS
 from engram_kernels.memory.row_table import RowTable
-from engram_kernels.memory.safetensors_file import Extent, lay_out
+from engram_kernels.memory.safetensors_file import Extent, lay_out, write_all
+from engram_kernels.progress import Progress, no_progress
 
 _CHUNK_BYTES = 64 << 20
 _SAMPLE_ROWS = 1 << 16
 _UNPACKED, _PACKED = "fp8_e4m3_block32", "fp8_e4m3_block32_packed"
-Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]  # (what, total) -> advance(count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def pack_table(source: str | os.PathLike[str], target: str | os.PathLike[str], t
     identity = {"source_bytes": info.st_size, "source_mtime_ns": info.st_mtime_ns, "source_inode": info.st_ino,
                 "rows_at": table._file.rows.offset, "scales_at": table._file.scales.offset, "num_rows": table.num_rows,
                 "row_dim": table.row_dim, "chunk_rows": chunk_rows}
-    with _Part(target, identity, extents["rows"], file_bytes, progress or _no_progress) as part:
+    with _Part(target, identity, extents["rows"], file_bytes, progress or no_progress) as part:
         resumed = part.resume()
         with part.progress("pack", table.num_rows) as advance:
             advance(resumed)
@@ -200,10 +200,10 @@ class _Part:
         view = memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         line = json.dumps({"begin": self._done, "rows": len(chunk), "crc32": zlib.crc32(view)}).encode() + b"\n"
         with self._step(f"rows {self._done}..{self._done + len(chunk)} cannot be written"):
-            _write_all(self._fd, view, self._rows.offset + self._done * self._width)
+            write_all(self._fd, view, self._rows.offset + self._done * self._width)
             os.fdatasync(self._fd)
         with self._step("cannot be written", self._log_path):
-            _write_all(self._log_fd, memoryview(line), self._log_bytes)
+            write_all(self._log_fd, memoryview(line), self._log_bytes)
             os.fdatasync(self._log_fd)
         self._log_bytes += len(line)
         self._done += len(chunk)
@@ -224,7 +224,7 @@ class _Part:
     def put_in_place(self, header: bytes) -> None:
         """Makes the part the target: only now it is a table."""
         with self._step("cannot be put in place"):
-            _write_all(self._fd, memoryview(header), 0)
+            write_all(self._fd, memoryview(header), 0)
             os.fsync(self._fd)
             if self.target.exists():
                 raise FileExistsError(errno.EEXIST, "the target came into being meanwhile")
@@ -243,14 +243,3 @@ class _Part:
         except OSError as err:
             kept = f"; {self._done} rows are kept for the next run" if self._done else ""
             raise OSError(err.errno, f"pack: {step}: {err.strerror}{kept}", str(path or self.path)) from err
-
-
-def _write_all(fd: int, view: memoryview, at: int) -> None:
-    while len(view) > 0:
-        written = os.pwrite(fd, view, at)
-        at, view = at + written, view[written:]
-
-
-@contextlib.contextmanager
-def _no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda count: None

@@ -48,10 +48,10 @@ class CompiledRuntime:
 
     def __init__(self, options: RuntimeOptions):
         self._table, self._device, self._policy = options.table, options.device, options.policy
+        self._engine = options.engine or _make_engine(options)  # first: it says why there is no such device
         check_room_of_cache(options)
         self._ring = _ring_memory(options)
         self._slots = self._ring.view(options.out_dtype).view(options.depth + 1, -1)
-        self._engine = options.engine or _make_engine(options)
         self._registered: list[int] = []
         self._scales = options.table.scales
         if self._scales is not None and self._scales.dim() == 1:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _SLOT_BYTES = 64 << 20      # of the default ring: 4096 tokens of 24 bf16 rows o
 _STAGING_BYTES = 32 << 20
 _IDS_STAGING_BYTES = 2 << 20  # where ids alone are staged
 _BACKGROUND_BLOCKS = 16     # of a gather on a GPU
+_LONGEST_S = 1e9
 
 
 @dataclasses.dataclass
@@ -64,7 +66,7 @@ class RowPrefetcher:
         threads: CPU threads that gather; None: as many as torch uses.
         background: leave the machine to others: one CPU thread (unless `threads` says more), few blocks of a GPU.
         surface: JSON of `engram-kernels profile`, for "auto".
-        verify_rows: rows of each request that `wait` reads again through `gather_rows` and compares. 0: none.
+        verify_rows: rows of each request, drawn at random, that `wait` reads again through `gather_rows` and compares. 0: none.
         trace_spans: how many spans `trace` can show, the last ones.
 
     Raises:
@@ -104,7 +106,7 @@ class RowPrefetcher:
         threads = threads or (1 if background else torch.get_num_threads())
         self._options = RuntimeOptions(table, self._policy.name, device, out_dtype, depth, ring_bytes, staging_bytes, threads,
                                        _BACKGROUND_BLOCKS if background else 0, trace_spans, cache_bytes, _engine)
-        self._verify_rows = verify_rows
+        self._verify_rows, self._sampler = verify_rows, torch.Generator()  # not the caller's
         self._submitted: dict[int, _Submitted] = {}
         self._runtime: Any = PythonRuntime(self._options) if COMPILE_ERROR else CompiledRuntime(self._options)
         self._marks = _NvtxMarks() if device.type == "cuda" else contextlib.nullcontext
@@ -234,7 +236,9 @@ class RowPrefetcher:
         if not self._verify_rows or request.row_ids is None or request.row_ids.numel() == 0:
             return
         ids = request.row_ids.reshape(-1).cpu()
-        sample = torch.randint(0, ids.numel(), (self._verify_rows,))
+        count = ids.numel()
+        sample = (torch.arange(count) if count <= self._verify_rows
+                  else torch.randint(0, count, (self._verify_rows,), generator=self._sampler))
         plain = ids[sample].to(self.table.device_for(rows))
         with torch.no_grad():
             expected = gather_rows(self.table, plain, self.out_dtype).to(rows.device)
@@ -254,4 +258,7 @@ class _NvtxMarks:
 
 
 def _seconds(timeout_s: float | None) -> float:
-    return -1.0 if timeout_s is None else max(0.0, float(timeout_s))
+    """Negative: no limit. Infinity is none either, and what a clock cannot count to."""
+    if timeout_s is not None and math.isnan(timeout_s):
+        raise ValueError("RowPrefetcher: timeout_s is nan, expected seconds, or None for no limit")
+    return -1.0 if timeout_s is None or timeout_s > _LONGEST_S else max(0.0, float(timeout_s))

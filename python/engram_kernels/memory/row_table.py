@@ -19,6 +19,7 @@ from engram_kernels.memory.row_ids import expect_in_range, expect_row_ids
 from engram_kernels.memory.safetensors_file import open_regular, read_header
 from engram_kernels.memory.table_file import TableFile, find_tensor, metadata_int
 from engram_kernels.memory.table_writer import Chunk, write_table
+from engram_kernels.progress import Progress
 
 __all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
 
@@ -275,8 +276,8 @@ class RowTable:
         """
         return {} if self._file is None else dict(self._file.tier.stats())
 
-    def share(self, name: str, *, timeout_s: float = 600.0, numa: int | None = None,
-              directory: str = shared_table.DIRECTORY) -> RowTable:
+    def share(self, name: str, *, timeout_s: float = 600.0, numa: int | None = None, directory: str = shared_table.DIRECTORY,
+              progress: Progress | None = None) -> RowTable:
         """Puts the table into a segment that all processes of this machine can use: one copy for all.
 
         Every process may call it: the first fills the segment, straight from a file where the table is in one; the others wait
@@ -287,6 +288,7 @@ class RowTable:
             timeout_s: seconds to wait for another process that is filling it.
             numa: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
             directory: of a tmpfs.
+            progress: shows how far filling it is, such as `engram_kernels.progress.progress_bar`; None: nothing does.
 
         Returns:
             A table of tier "host" with the same rows, read-only: writing to them is a fault. It is in use while its rows are;
@@ -299,7 +301,7 @@ class RowTable:
             OSError: there is no room (`CapacityError`: names the limit, what it leaves, and what to do), the directory cannot be
                 written to, or the source cannot be read. Nothing is left behind.
         """
-        return shared_table.share(self, name, timeout_s, numa, directory)
+        return shared_table.share(self, name, timeout_s, (numa, directory), progress)
 
     @classmethod
     def attach(cls, name: str, like: RowTable | None = None, *, fingerprint: str | None = None, timeout_s: float = 0.0,

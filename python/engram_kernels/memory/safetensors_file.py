@@ -147,6 +147,13 @@ def _read(fd: int, at: int, num_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
+def write_all(fd: int, view: memoryview, at: int) -> None:
+    """Writes a vector of bytes at byte `at` of a file, however many calls that takes."""
+    while len(view) > 0:
+        written = os.pwrite(fd, view, at)
+        at, view = at + written, view[written:]
+
+
 class Writer:
     """Writes tensors of an open file at their places."""
 
@@ -158,12 +165,7 @@ class Writer:
         view, extent = memoryview(data), self._extents[name]
         if at + len(view) > extent.num_bytes:
             raise ValueError(f"{name}: bytes {at}..{at + len(view)} are beyond its {extent.num_bytes}")
-        self._write_all(extent.offset + at, view)
-
-    def _write_all(self, at: int, view: memoryview) -> None:
-        while len(view) > 0:
-            written = os.pwrite(self._fd, view, at)
-            at, view = at + written, view[written:]
+        write_all(self._fd, view, extent.offset + at)
 
 
 def lay_out(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, dict[str, Extent], int]:
@@ -212,7 +214,7 @@ def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], m
                 os.posix_fallocate(fd, 0, file_bytes)
             writer = Writer(fd, extents)
             with _naming_path(path, "cannot be written"):
-                writer._write_all(0, memoryview(header))
+                write_all(fd, memoryview(header), 0)
             yield writer
             with _naming_path(path, "cannot be synced"):
                 os.fsync(fd)

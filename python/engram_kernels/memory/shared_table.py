@@ -8,6 +8,8 @@ import json
 import os
 import time
 import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +17,17 @@ import torch
 from torch import Tensor
 
 from engram_kernels.memory import capacity, shared_segment
-from engram_kernels.memory.host_table import TableLayout, make_host_table
+from engram_kernels.memory.host_table import HUGE_PAGE_BYTES, TableLayout, make_host_table
+from engram_kernels.memory.safetensors_file import write_all
 from engram_kernels.memory.shared_segment import DATA_OFFSET, Manifest
+from engram_kernels.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from engram_kernels.memory.row_table import RowTable
 
 DIRECTORY = "/dev/shm"
-_FILL_BYTES = 32 << 20  # copied at a time
+_FILL_BYTES = 1 << 20  # copied at a time by a thread: from a cache
+_MAX_FILL_THREADS = 4
 _SAMPLE_ROWS = 1024
 _REMEDY = ("enlarge it (mount -o remount,size=.. /dev/shm; docker run --shm-size=..), remove what nobody uses "
            "(RowTable.unlink_stale()), or name another directory of tmpfs (directory=)")
@@ -66,9 +71,10 @@ def describe(table: RowTable) -> Manifest:
                     layout.num_bytes, fingerprint(table))
 
 
-def share(table: RowTable, name: str, timeout_s: float, numa: int | None, directory: str) -> RowTable:
-    """Fills a segment with the rows of `table`, or joins the one that holds them already. Arguments: `RowTable.share`."""
-    op = "RowTable.share"
+def share(table: RowTable, name: str, timeout_s: float, placed: tuple[int | None, str], progress: Progress | None) -> RowTable:
+    """Fills a segment with the rows of `table`, or joins the one that holds them already. Arguments: `RowTable.share`; `placed`:
+    its `numa` and `directory`."""
+    op, (numa, directory) = "RowTable.share", placed
     path = shared_segment.segment_path(op, name, directory)
     wanted = describe(table)
     unlink_stale(directory)  # what crashed processes left takes the memory that is needed now
@@ -92,7 +98,7 @@ def share(table: RowTable, name: str, timeout_s: float, numa: int | None, direct
             except ValueError as err:
                 raise FileExistsError(errno.EEXIST, f"{err}; another table is in use by this name", str(path)) from None
         try:
-            _fill(op, table, fd, path, numa)
+            _fill(op, table, fd, path, numa, progress or no_progress)
             shared_segment.write_manifest(fd, wanted, ready=True)
         except BaseException:
             shared_segment.release(fd, path)
@@ -102,24 +108,85 @@ def share(table: RowTable, name: str, timeout_s: float, numa: int | None, direct
             return _map(op, type(table), fd, path, wanted)
 
 
-def _fill(op: str, table: RowTable, fd: int, path: Path, numa: int | None) -> None:
+class _Filler:
+    """Copies a table into a segment, piece by piece on a few threads: by writing to the file, which takes small pages faster than
+    faults do; or through the mapping, where the file system gives huge pages to faults."""
+
+    def __init__(self, op: str, table: RowTable, fd: int, path: Path, host: Any):
+        self._op, self._table, self._fd, self._path, self._host = op, table, fd, path, host
+        self._layout = TableLayout.of(table.row_format, table.num_rows, table.rows.shape[1], table.row_dim)
+        self._rows, self._scales = self._layout.views(host)
+        if self._scales is not None and self._scales.dim() == 1:
+            if table.scales is not None:
+                self._scales.copy_(table.scales.detach())
+            self._scales = None
+        self._in_huge_pages = self._gets_huge_pages()
+        self._stop = False
+
+    def run(self, progress: Progress) -> None:
+        step = max(_FILL_BYTES // max(self._table.row_bytes, 1), 1)
+        begins = iter(range(0, self._table.num_rows, step))
+        num_threads = min(len(os.sched_getaffinity(0)), _MAX_FILL_THREADS, -(-self._table.num_rows // step))
+        with progress("share", self._table.num_rows) as advance, ThreadPoolExecutor(max(num_threads, 1)) as pool:
+            running = [pool.submit(self._take_pieces, begins, step, advance) for _ in range(num_threads)]
+            try:
+                while running:
+                    running.pop().result()  # a failure that this frame held would hold the mapping in a cycle
+            finally:
+                self._stop = True
+                running.clear()
+
+    def _take_pieces(self, begins: Iterator[int], step: int, advance: Callable[[int], None]) -> None:
+        try:
+            parts = [(x, x.new_empty(step, x.shape[1]), at) for x, at in
+                     ((self._rows, 0), (self._scales, self._layout.scales_offset)) if x is not None]
+            for begin in begins:
+                if self._stop:
+                    return
+                end = min(begin + step, self._table.num_rows)
+                self._copy(begin, end, parts)
+                advance(end - begin)
+        finally:
+            self._stop = True  # no piece is left, or the others need not go on
+
+    def _copy(self, begin: int, end: int, parts: list[tuple[Tensor, Tensor, int]]) -> None:
+        ranges = [(at + begin * x[0].nbytes, (end - begin) * x[0].nbytes) for x, _, at in parts]
+        if self._in_huge_pages:
+            for offset, num_bytes in ranges:
+                self._host.populate(offset, num_bytes)  # a page that is missing is an error here, and a signal later
+        outs = [x[begin:end] if self._in_huge_pages else piece[:end - begin] for x, piece, _ in parts]
+        _copy_rows(self._table, begin, end, outs[0], outs[1] if len(outs) > 1 else None)
+        if self._in_huge_pages:
+            return
+        try:
+            for out, (offset, _) in zip(outs, ranges, strict=True):
+                write_all(self._fd, memoryview(out.view(torch.uint8).view(-1).numpy().data), DATA_OFFSET + offset)
+        except OSError as err:
+            message = f"{self._op}: rows {begin}..{end} cannot be written: {err.strerror}"
+            raise OSError(err.errno, message, str(self._path)) from None
+
+    def _gets_huge_pages(self) -> bool:
+        """Whether the first page that a fault brings is a huge one."""
+        if self._host.pages != "transparent":
+            return False
+        try:
+            self._host.populate(0, 1)
+        except OSError:  # an old kernel; or no room at all, as the first write will say
+            return False
+        return os.fstat(self._fd).st_blocks * 512 >= HUGE_PAGE_BYTES
+
+
+def _fill(op: str, table: RowTable, fd: int, path: Path, numa: int | None, progress: Progress) -> None:
     layout = TableLayout.of(table.row_format, table.num_rows, table.rows.shape[1], table.row_dim)
     what, num_bytes = f"a table of {table.num_rows} rows of {table.row_bytes} bytes", layout.num_bytes
     capacity.check_directory(op, what, num_bytes + shared_segment.HEADER_BYTES, path.parent, _REMEDY)
     capacity.check_memory(op, what, num_bytes)
     os.ftruncate(fd, DATA_OFFSET + num_bytes)
-    host = make_host_table(num_bytes, numa, fd, DATA_OFFSET)  # placed before there is a page
+    _Filler(op, table, fd, path, make_host_table(num_bytes, numa, fd, DATA_OFFSET)).run(progress)  # placed before there is a page
     try:
-        os.posix_fallocate(fd, DATA_OFFSET, num_bytes)  # a page that is missing later would be a signal
+        os.posix_fallocate(fd, DATA_OFFSET, num_bytes)  # what no row covers too: a page that is missing later would be a signal
     except OSError as err:
         raise OSError(err.errno, f"{op}: {num_bytes} bytes cannot be reserved: {err.strerror}", str(path)) from None
-    rows, scales = layout.views(host)
-    if scales is not None and scales.dim() == 1 and table.scales is not None:
-        scales.copy_(table.scales.detach())
-    step = max(_FILL_BYTES // max(table.row_bytes, 1), 1)
-    for begin in range(0, table.num_rows, step):
-        end = min(begin + step, table.num_rows)
-        _copy_rows(table, begin, end, rows[begin:end], None if scales is None or scales.dim() == 1 else scales[begin:end])
 
 
 def _copy_rows(table: RowTable, begin: int, end: int, rows: Tensor, scales: Tensor | None) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels._usage import UsageError
-from engram_kernels.demo.main import Progress
+from engram_kernels._usage import UsageError, expect_writable, finite
 from engram_kernels.plan import report
 from engram_kernels.plan.hardware import GPUS, Hardware, assumed_hardware, this_node, with_room
 from engram_kernels.plan.model import make_plan
@@ -29,7 +28,6 @@ from engram_kernels.plan.repeats import (
     PHASES,
     Repeats,
     constant_repeats,
-    no_progress,
     published_repeats,
     text_repeats,
     zipf_repeats,
@@ -37,6 +35,7 @@ from engram_kernels.plan.repeats import (
 from engram_kernels.plan.schedule import Schedule, early_enough, ids_at_step_start, simulate, write_trace
 from engram_kernels.plan.trial import run_trial
 from engram_kernels.plan.workload import Workload, table_bytes
+from engram_kernels.progress import Progress, no_progress
 from engram_kernels.spec import EngramSpec
 
 NO_CAPABILITY = 5  # exit code
@@ -65,24 +64,24 @@ def add_arguments(commands: Any, specs: Specs, progress: Progress) -> None:
     machine.add_argument("--gpu", choices=("none", *GPUS, "here"), help="the GPU planned for, by published constants; here: this "
                          "machine's, as a profile measured it; default: the profile's GPU, else none: the CPU computes")
     for name, what in (("hbm", "device memory left beside weights and KV cache"), ("host", "host memory"), ("disk", "disk")):
-        machine.add_argument(f"--{name}-gib", type=float, metavar="GIB", help=f"{what}, for tables")
+        machine.add_argument(f"--{name}-gib", type=finite, metavar="GIB", help=f"{what}, for tables")
     machine.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs a node; default: 1")
     machine.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share the table; default: 1")
     work = plan.add_argument_group("workload")
     work.add_argument("--tokens-per-step", type=int, metavar="N", help=f"of one GPU; default: {_DEFAULT_TOKENS}, assumed")
-    work.add_argument("--step-ms", type=float, help=f"compute of a step, no memory; default: {_DEFAULT_STEP_MS:g}, assumed")
+    work.add_argument("--step-ms", type=finite, help=f"compute of a step, no memory; default: {_DEFAULT_STEP_MS:g}, assumed")
     work.add_argument("--layers", type=int, metavar="N", help=f"of the model; default: at least {_DEFAULT_LAYERS}, assumed")
-    work.add_argument("--ahead-ms", type=float, default=0.0, help="how long before a step its ids are known; default: 0")
+    work.add_argument("--ahead-ms", type=finite, default=0.0, help="how long before a step its ids are known; default: 0")
     work.add_argument("--copies", type=int, default=1, metavar="N", help="of the table in a node's memory; default: 1, shared")
-    work.add_argument("--cache-gib", type=float, metavar="GIB", help="device memory of the row cache; default: half of the room")
+    work.add_argument("--cache-gib", type=finite, metavar="GIB", help="device memory of the row cache; default: half of the room")
     work.add_argument("--phase", choices=PHASES, default="decode",
                       help="a step has a token of each sequence (decode, the default) or consecutive ones")
     source = work.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="count repeats in this text, with the spec's true hash")
-    source.add_argument("--zipf", type=float, metavar="S", help="repeats of rows drawn from Zipf's law with this exponent")
+    source.add_argument("--zipf", type=finite, metavar="S", help="repeats of rows drawn from Zipf's law with this exponent")
     source.add_argument("--like", choices=KINDS, default="prose", help="repeats as published for such text; default: prose")
-    work.add_argument("--unique-ratio", type=float, metavar="R", help="distinct rows over rows, whatever the step")
-    work.add_argument("--hit-rate", type=float, metavar="R", help="of the hot-row cache, whatever its size")
+    work.add_argument("--unique-ratio", type=finite, metavar="R", help="distinct rows over rows, whatever the step")
+    work.add_argument("--hit-rate", type=finite, metavar="R", help="of the hot-row cache, whatever its size")
     output = plan.add_argument_group("output")
     output.add_argument("--json", nargs="?", const="-", metavar="OUT",
                         help="write every number with its provenance; alone: print it")
@@ -105,6 +104,8 @@ def run(args: argparse.Namespace, specs: Specs, progress: Progress) -> int:
     Raises:
         UsageError: an argument makes no sense.
     """
+    expect_writable("--json", None if args.json in (None, "-") else Path(args.json))
+    expect_writable("--simulate", args.simulate)
     try:
         return _paper(args) if args.preset else _plan(args, specs, progress)
     except CapabilityError as err:
@@ -252,5 +253,4 @@ def _write_json(where: str | None, content: dict[str, Any]) -> None:
     if where == "-":
         print(text, end="")
         return
-    Path(where).parent.mkdir(parents=True, exist_ok=True)
     Path(where).write_text(text, encoding="utf-8")

@@ -32,6 +32,7 @@ class Hardware:
             fixed costs included.
         gather_share: of the compute lost while a kernel reads rows over the link beside it.
         host_share: of the compute lost while the CPU gathers.
+        flops: of dense bf16 products, a second.
     """
     name: str
     hbm_bytes: Quantity | None
@@ -55,6 +56,7 @@ class Hardware:
     network_latency: Quantity
     gather_share: Quantity | None
     host_share: Quantity
+    flops: Quantity | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -67,9 +69,9 @@ def rate_at(rate: Quantity | Surface, row_bytes: float, table_bytes: float) -> Q
     return rate.at(row_bytes, table_bytes) if isinstance(rate, Surface) else rate
 
 
-# name -> (bytes of HBM, bytes/s of HBM, bytes/s that a GPU receives over NVLink, from the data sheet)
-_SHEETS = {"h100": ("H100 SXM", 80e9, 3.35e12, 450e9), "h800": ("H800 SXM", 80e9, 3.35e12, 200e9),
-           "h200": ("H200 SXM", 141e9, 4.8e12, 450e9), "a100": ("A100 SXM 80 GB", 80e9, 2.039e12, 300e9)}
+# name -> (bytes of HBM, bytes/s of HBM, bytes/s that a GPU receives over NVLink, dense bf16 flop/s, from the data sheet)
+_SHEETS = {"h100": ("H100 SXM", 80e9, 3.35e12, 450e9, 989e12), "h800": ("H800 SXM", 80e9, 3.35e12, 200e9, 989e12),
+           "h200": ("H200 SXM", 141e9, 4.8e12, 450e9, 989e12), "a100": ("A100 SXM 80 GB", 80e9, 2.039e12, 300e9, 312e12)}
 
 
 def assumed_hardware(name: str) -> Hardware:
@@ -100,7 +102,7 @@ def assumed_hardware(name: str) -> Hardware:
         host_share=given(0, "1", "the CPU gathers, the GPU computes"))
     if name == "none":
         return dataclasses.replace(node, host_share=assumed(1, "1", "default: the gather takes the cores that would compute"))
-    title, hbm_bytes, hbm_rate, nvlink = _SHEETS[name]
+    title, hbm_bytes, hbm_rate, nvlink, flops = _SHEETS[name]
     pcie4 = name == "a100"
     uva: Quantity | Surface = assumed(35e9, "B/s", _FIELD + "UVA reads by SMs, PCIe 5 x16, H100")
     if pcie4:
@@ -111,7 +113,7 @@ def assumed_hardware(name: str) -> Hardware:
         node, hbm_bytes=assumed(LEFT_SHARE * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is "
                                 "left beside weights and KV cache"),
         disk_reads=assumed(900_000, "1/s", _SHEET + "Samsung PM9A3, random reads of 4 KiB"),
-        hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title),
+        hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title), flops=assumed(flops, "flop/s", f"{_SHEET}{title}, dense bf16"),
         hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak, "
                            "reads and writes counted"),
         uva=uva, nvlink=assumed(nvlink, "B/s", f"{_SHEET}{title}, one direction"),

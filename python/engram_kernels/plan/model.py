@@ -28,7 +28,8 @@ class Outcome:
         lookup_s: of all layers, each alone; None: there is no such hardware.
         hidden_s, exposed_s: of it, behind compute and waited for.
         slower_s: what the step takes longer: what is exposed, and the compute lost beside what is hidden.
-        largest_tokens: the largest step whose lookups are hidden, its compute taking as long as this one's; 0: none.
+        largest_tokens: the largest step whose lookups are hidden and whose buffers fit into device memory, its compute taking as
+            long as this one's; 0: none.
         freed_bytes: device memory a GPU, against the table in HBM.
     """
     placement: str
@@ -123,17 +124,25 @@ def _exposed(work: Workload, found: Lookup) -> Quantity:
 
 
 def _largest_hidden(placement: str, work: Workload, node: Hardware) -> Quantity:
-    def exposed(tokens: int) -> Quantity:
+    def at(tokens: int) -> tuple[Workload, Lookup]:
         changed = dataclasses.replace(work, tokens=dataclasses.replace(work.tokens, value=float(tokens)))
-        return _exposed(changed, lookup(placement, changed, node))
+        return changed, lookup(placement, changed, node)
+
+    # what takes more than there is however few the tokens are, such as a table, is no reason: the times are given all the same
+    room = None if node.hbm_bytes is None else max(node.hbm_bytes.value, at(1)[1].device_bytes.value)
+
+    def hidden(tokens: int) -> bool:
+        changed, found = at(tokens)
+        return _exposed(changed, found).value == 0 and (room is None or found.device_bytes.value <= room)
 
     low, high = 0, MAX_TOKENS
-    if exposed(high).value == 0:
-        return derived("tokens", lambda _: high, exposed(high))
+    if hidden(high):
+        low = high
     while high - low > 1:  # low is hidden (or no step), high is not
         middle = (low + high) // 2
-        low, high = (middle, high) if exposed(middle).value == 0 else (low, middle)
-    return derived("tokens", lambda _: low, exposed(max(low, 1)))
+        low, high = (middle, high) if hidden(middle) else (low, middle)
+    limits = [_exposed(*at(max(low, 1))), *([] if node.hbm_bytes is None else [node.hbm_bytes])]
+    return derived("tokens", lambda *_: low, *limits)
 
 
 def rank(outcomes: Sequence[Outcome], step_s: float) -> list[str]:

@@ -1,9 +1,7 @@
 """How often rows repeat: within a batch (unique ratio), and from batch to batch (hit rate of a row cache)."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, interpolate, measured
+from engram_kernels.progress import no_progress
 from engram_kernels.spec import EngramSpec
 
 KINDS = ("prose", "code", "non-English")
@@ -176,9 +175,3 @@ def cache_hit_rates(rows: np.ndarray, slots: tuple[int, ...]) -> dict[int, float
 
 def _hash_of(spec: EngramSpec) -> tuple[object, ...]:
     return (spec.hash_family, spec.boundary, spec.num_classes, spec.max_order, spec.heads, spec.table_sizes)
-
-
-@contextlib.contextmanager
-def no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that is not shown."""
-    yield lambda count: None

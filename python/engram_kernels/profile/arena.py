@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engram_kernels._library import COMPILE_ERROR
@@ -31,11 +32,12 @@ class Arena:
         huge_pages: whether they are asked for.
         cpus: whose threads touch it first; -1: any.
         node: the NUMA node that it comes from; None: that of the threads.
+        fill: every byte; None: a byte a page is 1, the others 0.
         max_seconds: when touching takes longer, `data` ends where it had come to: a virtual machine may get its memory slowly.
     """
 
-    def __init__(self, num_bytes: int, huge_pages: bool, cpus: list[int], node: int | None = None,
-                 max_seconds: float = 60.0):
+    def __init__(self, num_bytes: int, huge_pages: bool, cpus: list[int], node: int | None = None, *,
+                 fill: int | None = None, max_seconds: float = 60.0):
         try:
             mapping = mmap.mmap(-1, num_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as err:
@@ -50,7 +52,10 @@ class Arena:
             _C.probe_bind(self.data, node)
         begin, there = time.monotonic(), 0
         while there < num_bytes and (there == 0 or time.monotonic() - begin < max_seconds):
-            _touch(self.data[there:there + _PIECE_BYTES], cpus)
+            piece = self.data[there:there + _PIECE_BYTES]
+            _touch(piece, cpus)
+            if fill is not None:
+                torch.from_numpy(piece).fill_(fill)  # by all threads; the pages stay where the first touch put them
             there += _PIECE_BYTES
         self.data = self.data[:min(there, num_bytes)]
         self.huge_pages = huge_page_bytes(self.data.ctypes.data) >= 0.9 * self.data.size

@@ -8,6 +8,7 @@ from engram_kernels.profile.statistics import Summary
 JsonCell = dict[str, Any]
 
 NOISY_SPREAD = 0.10  # width of the median's interval over the median
+DRIFTED = 1.25  # the fixed piece of work took so much longer than at its best: the machine was slower just then
 CACHED_TABLES = 8  # a table of fewer last-level caches than this may be faster than memory
 PEAK_MARGIN = 1.02  # physical ceilings are exact but for the clock
 MEASURED_PEAK_MARGIN = 1.25  # of a peak that was itself measured
@@ -54,7 +55,7 @@ def measured(cell: JsonCell, summary: Summary, control: Summary | None = None) -
     for per_call, rate in (("rows", "rows_per_s"), ("bytes", "bytes_per_s")):
         if cell.get(per_call):
             result[rate] = cell[per_call] / summary.median
-    disturbed = any(not flag.startswith("spread") for flag in summary.flags)
+    disturbed = any(not flag.startswith(("spread", "only")) for flag in summary.flags)
     if summary.spread > NOISY_SPREAD or disturbed:
         give_verdict(result, "NOISY")
     if any(flag.startswith("throttled") for flag in summary.flags):
@@ -74,6 +75,15 @@ def give_verdict(cell: JsonCell, verdict: str) -> None:
     order = (*_BY_WEIGHT, "NOISY", "OK")
     if order.index(verdict) <= order.index(cell.get("verdict", "OK")):
         cell["verdict"], cell["advice"] = verdict, ADVICE[verdict]
+
+
+def flag_drift(cells: list[JsonCell]) -> None:
+    """Marks the cells of a probe during which its control was slower than in others: the machine was, not what they measure."""
+    controls = [c["control"] for c in cells if c.get("control")]
+    for cell in cells:
+        if cell.get("control") and cell["control"] > DRIFTED * min(controls):
+            cell["flags"].append(f"control {cell['control'] / min(controls):.1f}x its least")
+            give_verdict(cell, "NOISY")
 
 
 def passes(cell: JsonCell, peak: dict[str, Any]) -> bool:

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,30 @@ class Verdict(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Series:
+    """One contender's measurement in one run.
+
+    Attributes:
+        role: "ours", "peer" or "bound".
+        seconds: a call.
+        controls: name of a fixed piece of work that was timed among the calls -> (seconds a call over its, its median seconds).
+    """
+    role: str
+    seconds: Summary
+    controls: Mapping[str, tuple[Summary, float]] = field(default_factory=dict)
+
+
+Run = Mapping[tuple[str, str], Series]  # by group and contender
+
+
+@dataclass(frozen=True)
 class Cell:
     """One contender of one group in both runs.
 
     Attributes:
         group, contender: what was measured.
         before, after: seconds a call.
-        ratio, low, high: time after over time before, with its interval, divided by what the controls of the group did.
+        ratio, low, high: time after over time before, with its interval, divided by what the controls did.
         control: that of the controls: how much slower the machine itself was.
         verdict: from the interval alone.
     """
@@ -45,8 +63,12 @@ class Cell:
     verdict: Verdict
 
 
-def load_run(path: Path) -> dict[tuple[str, str], tuple[str, Summary]]:
-    """(group, contender) -> (role, seconds a call) of a JSON file of pytest-benchmark.
+def load_run(path: Path, ops: Sequence[str] = ()) -> dict[tuple[str, str], Series]:
+    """(group, contender) -> what a JSON file of pytest-benchmark holds of it.
+
+    Args:
+        path: of the file.
+        ops: only what bench_<op>.py of these measured; none: everything.
 
     Raises:
         ValueError: it is no such file, or holds no samples.
@@ -54,13 +76,16 @@ def load_run(path: Path) -> dict[tuple[str, str], tuple[str, Summary]]:
     try:
         cells = {}
         for entry in _load(path)["benchmarks"]:
+            if ops and Path(str(entry.get("fullname", "")).partition("::")[0]).stem.removeprefix("bench_") not in ops:
+                continue
             info = entry["extra_info"]
             group, contender, role = entry["group"], info.get("contender", entry["name"]), info.get("role", "ours")
             if not all(isinstance(word, str) for word in (group, contender, role)):
                 raise ValueError(f"group, contender and role are {group!r}, {contender!r} and {role!r}, expected words")
-            cells[group, contender] = (role, summarize(_samples(entry["stats"]["data"])))
+            samples = _samples(entry["stats"]["data"])
+            cells[group, contender] = Series(role, summarize(samples), _over_controls(samples, info.get("controls", {})))
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise ValueError(f"{path}: no run of the benchmarks with its samples: {err!r}") from None
+        raise ValueError(f"{path}: no run of the benchmarks with its samples: {type(err).__name__}: {err}") from None
     return cells
 
 
@@ -78,6 +103,20 @@ def _samples(data: Any) -> list[float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise ValueError(f"a sample is {str(value)[:40]}, expected a positive number of seconds")
     return data
+
+
+def _over_controls(samples: list[float], controls: dict[str, Any]) -> dict[str, tuple[Summary, float]]:
+    """Blocks of samples over the control that was timed before each; the controls are spread evenly over the samples.
+
+    A block counts as one, by its median: what disturbs its control is in all of it, however many samples it has.
+    """
+    found = {}
+    for name, times in controls.items():
+        seconds = _samples(times)[:len(samples)]
+        starts = [-(-i * len(samples) // len(seconds)) for i in range(len(seconds) + 1)]
+        ratios = [statistics.median(samples[a:b]) / c for (a, b), c in zip(itertools.pairwise(starts), seconds, strict=True)]
+        found[name] = (summarize(ratios, "1"), statistics.median(seconds))
+    return found
 
 
 def load_machine(path: Path) -> str:
@@ -107,25 +146,42 @@ def judge(low: float, high: float, tolerance: float = TOLERANCE) -> Verdict:
     return Verdict.UNCLEAR
 
 
-def compare_runs(before: Mapping[tuple[str, str], tuple[str, Summary]],
-                 after: Mapping[tuple[str, str], tuple[str, Summary]], tolerance: float = TOLERANCE) -> list[Cell]:
+def compare_runs(before: Run, after: Run, tolerance: float = TOLERANCE) -> list[Cell]:
     """The cells that both runs have.
 
-    A ratio is divided by that of the group's controls (role "bound": a copy or a memset of the same bytes; peers are not
-    used, since a library's update is no change of the machine), or by 1 where the group has none. The interval of the
-    ratio joins the medians' intervals of run and control at their worst.
+    A ratio is divided by what the machine did meanwhile, as the controls timed among the calls tell, and the verdict must hold by
+    each of them: what computes and what waits for memory are not disturbed alike. Of a correction half is taken to be uncertain
+    (its root widens the interval). Runs without such controls have those of the group (role "bound": a copy or a memset of the
+    same bytes; peers are not used, since a library's update is no change of the machine), which were timed at another moment: the
+    whole correction is uncertain. An interval joins the medians' intervals of both runs at their worst.
     """
     cells = []
-    for key, (role, old) in before.items():
-        if key not in after or role == "bound":
+    for key, old in before.items():
+        if key not in after or old.role == "bound":
             continue
-        new = after[key][1]
-        controls = [(old_c, after[k][1]) for k, (r, old_c) in before.items() if k[0] == key[0] and r == "bound" and k in after]
-        drift = _mean([c.median / b.median for b, c in controls])
-        drift_low, drift_high = _mean([c.low / b.high for b, c in controls]), _mean([c.high / b.low for b, c in controls])
-        low, high = new.low / old.high / drift_high, new.high / old.low / drift_low
-        cells.append(Cell(*key, old, new, new.median / old.median / drift, low, high, drift, judge(low, high, tolerance)))
+        new = after[key]
+        found = [_corrected(old.controls[name], new.controls[name]) for name in old.controls if name in new.controls]
+        if not found:
+            same_group = ((b, after[k]) for k, b in before.items() if k[0] == key[0] and k in after)
+            found = [_by_bounds(old.seconds, new.seconds, [(b.seconds, a.seconds) for b, a in same_group if b.role == "bound"])]
+        low, high = min(c[1] for c in found), max(c[2] for c in found)
+        cells.append(Cell(*key, old.seconds, new.seconds, _mean([c[0] for c in found]), low, high, _mean([c[3] for c in found]),
+                          judge(low, high, tolerance)))
     return cells
+
+
+def _corrected(old: tuple[Summary, float], new: tuple[Summary, float]) -> tuple[float, float, float, float]:
+    """(ratio, low, high, drift) by one control."""
+    drift = new[1] / old[1]
+    slack = math.exp(abs(math.log(drift)) / 2)
+    return new[0].median / old[0].median, new[0].low / old[0].high / slack, new[0].high / old[0].low * slack, drift
+
+
+def _by_bounds(old: Summary, new: Summary, bounds: list[tuple[Summary, Summary]]) -> tuple[float, float, float, float]:
+    drift = _mean([a.median / b.median for b, a in bounds])
+    drift_low, drift_high = _mean([a.low / b.high for b, a in bounds]), _mean([a.high / b.low for b, a in bounds])
+    slack = math.exp(abs(math.log(drift)))
+    return new.median / old.median / drift, new.low / old.high / drift_high / slack, new.high / old.low / drift_low * slack, drift
 
 
 def _mean(ratios: list[float]) -> float:

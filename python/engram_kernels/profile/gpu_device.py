@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engram_kernels import backends
 from engram_kernels.profile.cells import Skip
+from engram_kernels.profile.probes_host import ROW_FILL
 
 Call = Callable[[], object]
 _BLOCK_CYCLES = 2_000_000  # about a millisecond
@@ -41,6 +42,13 @@ class TorchGpu:
         return None if uuid is None else str(uuid)
 
     @property
+    def bus_id(self) -> str | None:
+        """PCI address of the device, as NVML spells it; None where this torch does not tell."""
+        properties = torch.cuda.get_device_properties(self.device)
+        domain, bus, device = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+        return None if domain is None or bus is None or device is None else f"{domain:08X}:{bus:02X}:{device:02X}.0"
+
+    @property
     def name(self) -> str:
         """Of the device."""
         return torch.cuda.get_device_name(self.device)
@@ -61,16 +69,21 @@ class TorchGpu:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def host(self, num_bytes: int, pinned: bool) -> Tensor:
-        """uint8 memory of the host, touched."""
-        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-        memory[::4096] = 1
-        return memory
+        """uint8 memory of the host, touched. Pinned memory is rounded up to a power of two by torch: ask for one."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(ROW_FILL)
 
     def alias(self, pinned: Tensor) -> Tensor:
-        """A tensor of the device that lies in pinned host memory: what multiprocessors read and write over the link."""
+        """A tensor of the device that lies in pinned host memory: what multiprocessors read and write over the link.
+
+        Raises:
+            RuntimeError: torch makes a copy of it, such as where the memory is registered with another device.
+        """
         pointer = types.SimpleNamespace(memory=pinned, __cuda_array_interface__={
             "shape": (pinned.numel() // 8,), "typestr": "<i8", "data": (pinned.data_ptr(), False), "version": 3})
-        return torch.as_tensor(pointer, device=self.device)
+        tensor = torch.as_tensor(pointer, device=self.device)
+        if tensor.data_ptr() != pinned.data_ptr():
+            raise RuntimeError("torch copied the memory to the device")
+        return tensor
 
     def gather_backend(self) -> str:
         """The backend that gathers rows here.
@@ -92,11 +105,16 @@ class TorchGpu:
         return self.seconds_beside(calls, ())
 
     def seconds_beside(self, calls: Sequence[Call], others: Sequence[Call]) -> float:
-        """The same while `others` run on another stream; both start together."""
+        """The same while `others` run on another stream; both start together.
+
+        Raises:
+            Skip: a call waits for the device, so that the others cannot be queued behind a blocked stream.
+        """
+        block = self._block_cycles
         while True:
             start, end, gate = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             self.sync()
-            torch.cuda._sleep(self._block_cycles)
+            torch.cuda._sleep(block)
             gate.record()
             if others:
                 self.side.wait_event(gate)
@@ -109,9 +127,13 @@ class TorchGpu:
             end.record()
             blocked = not start.query()
             self.sync()
-            if blocked or self._block_cycles >= _MAX_BLOCK_CYCLES:
+            if blocked:
+                # half, so that one slow launch does not make every later measurement wait
+                self._block_cycles = max(_BLOCK_CYCLES, block // 2)
                 return start.elapsed_time(end) / 1e3 / len(calls)
-            self._block_cycles *= 4  # the launches took longer than the block: again
+            if block >= _MAX_BLOCK_CYCLES:
+                raise Skip("NOT_SUPPORTED", f"{len(calls)} calls cannot be queued at once: one of them waits for the device")
+            block *= 4  # the launches took longer than the block: again
 
     def wall_seconds(self, call: Call) -> float:
         """Seconds of a call that waits by itself, and of what it left running."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from engram_kernels.profile.cells import JsonCell
 from engram_kernels.profile.plots import figures, svg_text
-from engram_kernels.profile.show import HEAD, bytes_text, row, time_text
+from engram_kernels.profile.show import HEAD, bytes_text, cut_text, row, time_text
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
@@ -55,15 +55,15 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], verdict_colum
 
 
 def _verdicts(report: dict[str, Any]) -> str:
-    rows = [(name, p["verdict"], p["advice"], str(p["cells"]), f"{p['seconds']:.1f} s")
+    rows = [(name, p["verdict"], "; ".join(text for text in (p["advice"], cut_text(p)) if text), str(p["cells"]),
+             f"{p['seconds']:.1f} s")
             for name, p in report["probes"].items()]
     return _table(("probe", "verdict", "what to do", "cells", "time"), rows, 1)
 
 
 def _machine(report: dict[str, Any]) -> str:
     block = report["machine"]
-    lines = [(f"{part}: {name.replace('_bytes', '').replace('_', ' ')}",
-              _size(value) if name.endswith("_bytes") else " ".join(value) if isinstance(value, list) else str(value))
+    lines = [(f"{part}: {name.replace('_bytes', '').replace('_', ' ')}", _value(name, value))
              for part in ("machine", "limits", "caches", "disk") for name, value in block[part].items()]
     nodes = (f"{n['node']}: {len(n['cpus'])} CPUs, {_size(n['memory_bytes'])}" for n in block["numa"])
     lines.append(("NUMA nodes", "; ".join(nodes)))
@@ -71,6 +71,12 @@ def _machine(report: dict[str, Any]) -> str:
               for i, gpu in enumerate(block["gpu"])]
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in block["versions"].items() if v)))
     return _table(("what", "value"), lines)
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "no limit" if name in ("memlock_bytes", "cgroup_bytes", "open_files") else "not known"
+    return bytes_text(value) if name.endswith("_bytes") else " ".join(value) if isinstance(value, list) else str(value)
 
 
 def _size(num_bytes: int | None) -> str:

@@ -15,6 +15,11 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MOUNTS = Path("/proc/self/mounts")
 
 
+def nothing_known() -> dict[str, Any]:
+    """The machine block of a run that has not come to look."""
+    return {"versions": {}, "machine": {}, "limits": {}, "gpu": [], "numa": [], "caches": {"last_level_bytes": None}, "disk": {}}
+
+
 def collect(disk_folder: Path) -> dict[str, Any]:
     """The machine block; what cannot be found out is None, or an empty list."""
     found = info.collect()

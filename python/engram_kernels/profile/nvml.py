@@ -52,15 +52,14 @@ class Nvml:
     """One GPU as NVML sees it.
 
     Args:
-        uuid: of the GPU, since NVML's order need not be CUDA's; None: by index.
-        index: of the GPU.
+        gpu: the device: its uuid, or else its PCI address, finds it, since NVML's order need not be CUDA's.
         library: pynvml; injected by tests.
 
     Raises:
         Skip: there is no NVML, or it does not know the GPU.
     """
 
-    def __init__(self, uuid: str | None, index: int, library: Any = None):
+    def __init__(self, gpu: Any, library: Any = None):
         if library is None:
             try:
                 library = importlib.import_module("pynvml")
@@ -69,17 +68,29 @@ class Nvml:
         self._library = library
         try:
             library.nvmlInit()
-            self._handle = self._find(uuid, index)
+            self._handle = self._find(gpu)
+        except Skip:
+            raise
         except Exception as err:
             raise Skip("NO_NVML", f"{type(err).__name__}: {err}") from None
 
-    def _find(self, uuid: str | None, index: int) -> Any:
-        if uuid is not None:
+    def _find(self, gpu: Any) -> Any:
+        n = self._library
+        ways: list[tuple[Callable[..., Any], str]] = []
+        if gpu.uuid is not None:
+            ways.append((n.nvmlDeviceGetHandleByUUID, f"GPU-{gpu.uuid.removeprefix('GPU-')}"))
+        if gpu.bus_id is not None:  # the whole GPU of a MIG slice, whose uuid is its own
+            ways.append((n.nvmlDeviceGetHandleByPciBusId, gpu.bus_id))
+        why = "torch tells neither uuid nor PCI address of the GPU"
+        for find, name in ways:
             try:
-                return self._library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-            except Exception:
-                pass  # inside a MIG slice or a container the index is what is left
-        return self._library.nvmlDeviceGetHandleByIndex(index)
+                return find(name)
+            except Exception as err:
+                why = f"{name}: {type(err).__name__}: {err}"
+        # the index alone would do where there is one GPU; of several it may be another one's
+        if n.nvmlDeviceGetCount() == 1:
+            return n.nvmlDeviceGetHandleByIndex(0)
+        raise Skip("NO_NVML", f"NVML does not know this GPU: {why}")
 
     def read(self, names: tuple[str, ...] = tuple(FIELDS)) -> tuple[dict[str, Any], dict[str, str]]:
         """(values, reason of each field that cannot be read)."""
@@ -92,14 +103,11 @@ class Nvml:
                 unread[name] = f"{type(err).__name__}: {err}"
         return values, unread
 
-    def throughput(self, received: bool) -> float | None:
-        """Bytes a second over the link in the last 20 ms, as the GPU counts them, packets' frames included; None: refused."""
+    def throughput(self, received: bool) -> float:
+        """Bytes a second over the link in the next 20 ms, as the GPU counts them; it takes as long. Raises what NVML does."""
         n = self._library
-        try:
-            counter = n.NVML_PCIE_UTIL_RX_BYTES if received else n.NVML_PCIE_UTIL_TX_BYTES
-            return float(n.nvmlDeviceGetPcieThroughput(self._handle, counter)) * 1e3  # KB
-        except Exception:
-            return None
+        counter = n.NVML_PCIE_UTIL_RX_BYTES if received else n.NVML_PCIE_UTIL_TX_BYTES
+        return float(n.nvmlDeviceGetPcieThroughput(self._handle, counter)) * 1e3  # KB
 
 
 class LoadSampler:
@@ -144,8 +152,12 @@ class LoadSampler:
         if self._names is not LOAD_FIELDS:
             return
         for received, series in ((True, self.received), (False, self.sent)):
-            rate = self._nvml.throughput(received)
-            if rate is not None and not self._stop.is_set():
+            try:
+                rate = self._nvml.throughput(received)
+            except Exception as err:
+                self.unread["link_counters"] = f"{type(err).__name__}: {err}"
+                continue
+            if not self._stop.is_set():  # else the work ended within its 20 ms
                 series.append(rate)
 
 
@@ -163,8 +175,10 @@ def throttle_reasons(bits: int | None) -> list[str]:
     return [name for bit, name in THROTTLE_REASONS.items() if (bits or 0) & bit]
 
 
-def link_payload_bytes_per_s(generation: int, width: int) -> float:
-    """The most payload a second that a PCIe link carries in one direction."""
+def link_payload_bytes_per_s(generation: int, width: int) -> float | None:
+    """The most payload a second that a PCIe link carries in one direction; None: a generation not known here."""
+    if generation not in _GIGATRANSFERS:
+        return None
     encoding = 0.8 if generation <= 2 else 128 / 130 if generation <= 5 else 242 / 256
     wire = _GIGATRANSFERS[generation] * 1e9 / 8 * width * encoding
     return wire * _PAYLOAD_BYTES / (_PAYLOAD_BYTES + _AROUND_BYTES)

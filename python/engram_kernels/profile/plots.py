@@ -11,6 +11,7 @@ from engram_kernels.profile.cells import JsonCell
 from engram_kernels.profile.show import bytes_text
 
 # colours that are told apart by those who see no red and green (Okabe and Ito)
+_LABEL_FACTOR = 1.4  # between two labels of an axis
 _MAX_INSIDE = 6  # lines whose legend finds room among them
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
@@ -64,7 +65,7 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
                       linestyle="-" if i < len(_COLOURS) else "--", marker="o", markersize=4, capsize=2, linewidth=1.3)
     axes.set_xscale(scales[0], **({"base": 2} if scales[0] == "log" else {}))
     axes.set_yscale(scales[1])
-    ticks = sorted({c[x] for cells in lines.values() for c in cells})
+    ticks = _apart(sorted({c[x] for cells in lines.values() for c in cells}))
     axes.set_xticks(ticks, [bytes_text(t) if x.endswith("bytes") else str(t) for t in ticks], fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())  # those of y stay: they are all that an axis of less than a decade may have
     figure.suptitle(f"{title}, measured")
@@ -75,6 +76,15 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
     else:
         axes.legend(fontsize=8)
     return figure
+
+
+def _apart(ticks: list[float]) -> list[float]:
+    """Those whose labels do not touch on a logarithmic axis; the largest stays."""
+    kept: list[float] = []
+    for tick in reversed(ticks):
+        if not kept or kept[-1] >= _LABEL_FACTOR * tick:
+            kept.append(tick)
+    return kept[::-1]
 
 
 def _cells(report: dict[str, Any], **wanted: Any) -> list[JsonCell]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,10 @@ from engram_kernels.profile.cells import JsonCell, Skip
 from engram_kernels.profile.session import Session
 
 KIB, MIB = 1 << 10, 1 << 20
+SECONDS = {"quick": 6, "full": 90}
 _FILE_BYTES = {"quick": 512 * MIB, "full": 4096 * MIB}
 _WRITE_SECONDS = {"quick": 3.0, "full": 30.0}
+_CONTROL_BYTES, _CONTROL_READS = 4 * KIB, 4
 _LEAST_BYTES = 32 * MIB
 _FREE_SHARE = 8  # the file takes at most this part of the free space
 _PIECE_BYTES = 8 * MIB
@@ -31,7 +33,7 @@ _FULL_SIZES, _FULL_DEPTHS = (4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128
 
 def run_disk_probes(session: Session) -> None:
     """The one probe of the disk."""
-    with session.probe("disk_read", 6 if session.quick else 90), scratch_file(session) as (fd, num_bytes):
+    with session.probe("disk_read", SECONDS[session.options.mode]), scratch_file(session) as (fd, num_bytes):
         read(session, fd, num_bytes)
 
 
@@ -80,6 +82,7 @@ def read(session: Session, fd: int, num_bytes: int) -> None:
         raise Skip("NO_COMPILED_MODULE", COMPILE_ERROR)
     sizes, depths = (_SIZES, _DEPTHS) if session.quick else (_FULL_SIZES, _FULL_DEPTHS)
     rng = np.random.default_rng(1)
+    session.control = _single_reads(fd, num_bytes, np.random.default_rng(2))
     for depth in reversed(depths):
         reader, io = _direct_reader(fd, depth)
         for size in sizes:
@@ -103,6 +106,20 @@ def _direct_reader(fd: int, depth: int) -> tuple[Any, str]:
             return reader, io
         why = "the file system does not read past the page cache"
     raise Skip("NO_DIRECT_IO", why)
+
+
+def _single_reads(fd: int, num_bytes: int, rng: np.random.Generator) -> Callable[[], float]:
+    """Seconds of a few reads, one after the other: the piece of work that tells a slow disk from a slow kind of read."""
+    reader, _ = _direct_reader(fd, 1)
+    num_rows, out = num_bytes // _CONTROL_BYTES, np.ones(_CONTROL_READS * _CONTROL_BYTES, np.uint8)
+
+    def seconds() -> float:
+        ids = rng.choice(num_rows, _CONTROL_READS, replace=False)
+        begin = time.perf_counter()
+        reader.read_rows(0, _CONTROL_BYTES, _CONTROL_BYTES, num_rows, ids, out)
+        return time.perf_counter() - begin
+
+    return seconds
 
 
 def _measure_reads(session: Session, reader: Any, io: str, point: tuple[int, int, int],

@@ -15,9 +15,11 @@ from engram_kernels.profile.machine import allowed_cpus
 from engram_kernels.profile.nvml import LoadSampler, Nvml, keep_busy, link_payload_bytes_per_s, numa_node, throttle_reasons
 from engram_kernels.profile.probes_gpu_gather import Gather, Shape, gather, interference
 from engram_kernels.profile.probes_host import V41_ROW_BYTES
+from engram_kernels.profile.probes_host import table_limit as host_limit
 from engram_kernels.profile.session import Session
 
 KIB, MIB = 1 << 10, 1 << 20
+SECONDS = {"gpu_link_state": 3, "gpu_stream": 2, "gpu_link": 7, "gpu_gather": 11, "gpu_interference": 4}
 _CALL_BYTES, _MAX_CALLS = 64 * MIB, 32
 _LOAD_SECONDS, _LOAD_BYTES, _LOAD_CALLS = 0.4, 64 * MIB, 8
 _LINK_BYTES = {"quick": (64 * KIB, MIB, 16 * MIB, 256 * MIB),
@@ -35,26 +37,45 @@ def run_gpu_probes(session: Session, open_gpu: Callable[[int], Any] | None = Non
         open_gpu: makes the device from its index; injected by tests.
         nvml_library: stands in for pynvml in tests.
     """
-    names = ("gpu_link", "gpu_link_state", "gpu_stream", "gpu_gather", "gpu_interference")
     try:
         gpu = _open(session, open_gpu)
     except Skip as skip:
-        for name in names:
+        for name in SECONDS:
             with session.probe(name, 1):
                 session.skip({"probe": name, "gpu": session.options.gpu}, skip.kind, skip.text)
         return
     nvml, why_no_nvml = _open_nvml(session, gpu, nvml_library)
     _describe(session, nvml, why_no_nvml)
-    share = 1.0 if session.quick else 8.0
+    share = gpu_share(session.quick)
+    runs = {"gpu_stream": stream, "gpu_link": link, "gpu_gather": gather, "gpu_interference": interference}
     with torch.inference_mode():
-        with session.probe("gpu_link_state", 4 * share):
+        with session.probe("gpu_link_state", SECONDS["gpu_link_state"] * share):
             link_state(session, gpu, nvml, why_no_nvml)
-        for name, seconds, run in (("gpu_stream", 2, stream), ("gpu_link", 7, link), ("gpu_gather", 12, gather),
-                                   ("gpu_interference", 4, interference)):
+        for name, run in runs.items():
             before = len(session.cells)
-            with session.probe(name, seconds * share), _watch_clocks(session, nvml, before):
+            with session.probe(name, SECONDS[name] * share), _watch_clocks(session, nvml, before):
+                session.control = link_control(gpu) if name == "gpu_link" else memory_control(gpu)
                 run(session, gpu)
-                gpu.release()
+            session.control = None  # and its memory
+            gpu.release()
+
+
+def gpu_share(quick: bool) -> float:
+    """What the seconds of the probes are multiplied by."""
+    return 1.0 if quick else 8.0
+
+
+def link_control(gpu: Any) -> Callable[[], float]:
+    """Seconds of a fixed piece of work: 1 MiB from pinned memory to the device."""
+    call = _copy(gpu.empty(MIB), gpu.host(MIB, True))
+    return lambda: float(gpu.seconds([call] * 4))
+
+
+def memory_control(gpu: Any) -> Callable[[], float]:
+    """The same of the device's memory: 64 MiB copied, less where there is little."""
+    size = min(64 * MIB, gpu.free_bytes() // 16)
+    call = _copy(gpu.empty(size), gpu.empty(size))
+    return lambda: float(gpu.seconds([call] * 2))
 
 
 def _open(session: Session, open_gpu: Callable[[int], Any] | None) -> Any:
@@ -73,7 +94,7 @@ def _open(session: Session, open_gpu: Callable[[int], Any] | None) -> Any:
 
 def _open_nvml(session: Session, gpu: Any, library: Any) -> tuple[Nvml | None, Skip | None]:
     try:
-        return Nvml(gpu.uuid, session.options.gpu, library), None
+        return Nvml(gpu, library), None
     except Skip as skip:
         return None, skip
     except Exception as err:
@@ -89,7 +110,7 @@ def _describe(session: Session, nvml: Nvml | None, why_not: Skip | None) -> None
     values, unread = nvml.read() if nvml else ({}, {"nvml": str(why_not)})
     block.update(values, unread=unread, numa_node=numa_node(values.get("pci_bus_id")))
     clock, bits = values.get("memory_clock_max_mhz"), values.get("memory_bus_bits")
-    if clock and bits:
+    if clock and bits and not values.get("mig_enabled"):  # a slice has a part of it, which NVML does not tell
         source = f"{clock} MHz, two transfers a clock, {bits} bits, by NVML"
         session.set_peak("hbm", clock * 1e6 * 2 * bits / 8, source, "assumed", physical=True)
 
@@ -151,13 +172,19 @@ def _judge_link(session: Session, cell: JsonCell) -> None:
         cell["flags"] += reasons
     generation, width = facts.get("link_generation"), facts.get("link_width")
     if cell["op"] in ("h2d", "d2h") and generation and width and not any(name in str(block.get("name")) for name in _OWN_LINK):
-        session.set_peak(f"link_{cell['op']}", link_payload_bytes_per_s(generation, width),
-                         f"PCIe {generation} x{width} under load, 512-byte payloads with 24 bytes around each", "assumed", True)
+        ceiling = link_payload_bytes_per_s(generation, width)
+        for op, ways in ((cell["op"], 1), ("both", 2)):
+            if ceiling is not None:
+                session.set_peak(f"link_{op}", ways * ceiling, f"PCIe {generation} x{width} under load, {ways} direction"
+                                 f"{'s' if ways > 1 else ''}, 512-byte payloads with 24 bytes around each", "assumed", True)
 
 
 def link(session: Session, gpu: Any) -> None:
     """Copies over the link by direction, size, engine and kind of host memory."""
-    sizes = _LINK_BYTES[session.options.mode]
+    room = min(gpu.free_bytes() // 4, host_limit(session) // 4)
+    sizes = tuple(size for size in _LINK_BYTES[session.options.mode] if size <= room)
+    if not sizes:
+        raise Skip("NO_MEMORY", f"buffers may have {room >> 10} KiB here")
     remote = _is_remote(session)
     for pinned in (True, False):
         host, back, device = gpu.host(sizes[-1], pinned), gpu.host(sizes[-1], pinned), gpu.empty(sizes[-1])
@@ -209,8 +236,10 @@ def _measure_link(session: Session, gpu: Any, point: tuple[str, str, bool, int],
         return float(gpu.wall_seconds(lambda: [call() for _ in range(calls)])) / calls
 
     result = session.measure(cell, sample, peak=f"link_{op}")
-    if result["status"] == "ok" and pinned and engine == "copy" and size >= _LARGE_BYTES and "peak_share" in result:
-        expect_share(result, result["peak_share"], "link")
+    if result["status"] == "ok" and pinned and engine == "copy":
+        session.set_peak(f"link_{op}_copy", result["bytes_per_s"], f"copies of {size // KIB} KiB in this run")
+        if size >= _LARGE_BYTES and "peak_share" in result:
+            expect_share(result, result["peak_share"], "link")
     if result["status"] == "ok" and remote:
         give_verdict(result, "NUMA_REMOTE")
 

@@ -10,8 +10,10 @@ import torch
 
 from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.profile.arena import Arena
 from engram_kernels.profile.cells import JsonCell, Skip
-from engram_kernels.profile.probes_host import V41_COLUMNS, V41_ROW_BYTES, V41_ROW_DIM
+from engram_kernels.profile.machine import allowed_cpus
+from engram_kernels.profile.probes_host import ROW_FILL, V41_COLUMNS, V41_ROW_BYTES, V41_ROW_DIM
 from engram_kernels.profile.probes_host import table_limit as host_limit
 from engram_kernels.profile.session import Session
 
@@ -44,20 +46,21 @@ class Gather:
 
     Args:
         gpu: the device.
-        memory: uint8, of the device or pinned.
+        memory: uint8, of the device, pinned, or, to be staged, any of the host's.
         shape: of the calls.
     """
 
     def __init__(self, gpu: Any, memory: Any, shape: Shape):
         num_rows = shape.table_bytes // shape.row_bytes
         stored = memory[:num_rows * shape.row_bytes].view(num_rows, shape.row_bytes)
-        packed = shape.row_bytes == V41_ROW_BYTES
+        staged = shape.placement == "staged"
+        packed = shape.row_bytes == V41_ROW_BYTES and not staged  # what is staged crosses the link as it is stored
         self.table = RowTable.from_tensor(stored, row_format="fp8_e4m3_block32_packed", row_dim=V41_ROW_DIM) if packed else \
             RowTable.from_tensor(stored.view(torch.bfloat16))
         self.shape, self.gpu, self.num_rows = shape, gpu, num_rows
         self.calls_a_sample = max(1, min(_MAX_CALLS, _SAMPLE_BYTES // (shape.rows * shape.row_bytes)))
-        staged = shape.placement == "staged"
-        self.ids = torch.empty(self.calls_a_sample, shape.rows, dtype=torch.int64, device="cpu" if staged else gpu.device)
+        # int32: what ngram_hash gives
+        self.ids = torch.empty(self.calls_a_sample, shape.rows, dtype=torch.int32, device="cpu" if staged else gpu.device)
         self.out = gpu.empty(shape.rows * self.table.row_dim * 2).view(torch.bfloat16).view(shape.rows, self.table.row_dim)
         self.staging = gpu.host(self.out.numel() * 2, True).view(torch.bfloat16).view_as(self.out) if staged else None
         self.ids.random_(0, num_rows)
@@ -89,7 +92,7 @@ class Gather:
                 "placement": shape.placement, "row_bytes": shape.row_bytes, "row_format": self.table.row_format,
                 "table_bytes": shape.table_bytes, "rows": shape.rows, "bytes": shape.rows * shape.row_bytes, "order": "uniform",
                 "cold": shape.cold, "gpu": session.options.gpu, "beside": "nothing",
-                "pinned": None if shape.placement == "hbm" else True,
+                "pinned": {"hbm": None, "uva": True, "staged": False}[shape.placement],
                 "threads": torch.get_num_threads() if shape.placement == "staged" else None, "facts": {"backend": backend}}
 
 
@@ -97,16 +100,13 @@ def gather(session: Session, gpu: Any) -> None:
     """The surface of row size, table size and rows in flight, by placement."""
     backend = gpu.gather_backend()
     hbm = _sizes(gpu.free_bytes() * 6 // 10, (GIB, 8 * GIB) if session.quick else (GIB // 4, GIB, 4 * GIB, 16 * GIB, 64 * GIB))
-    host = _sizes(host_limit(session) // 2, (2 * GIB,) if session.quick else (GIB, 16 * GIB))
-    # the host first: what no one knows beforehand
-    for placement, sizes in (("uva", host), ("hbm", hbm), ("staged", host)):
-        try:
-            memory = gpu.empty(sizes[-1]) if placement == "hbm" else gpu.host(sizes[-1], True)
-        except RuntimeError as err:
-            session.skip({"probe": "gpu_gather", "placement": placement, "table_bytes": sizes[-1]}, "NO_MEMORY", str(err)[:300])
-            continue
-        for shape in shapes(session, placement, sizes):
-            _measure(session, gpu, memory, shape, backend if placement != "staged" else "cpu")
+    host = _pinned_sizes(session, (2 * GIB,) if session.quick else (GIB, 16 * GIB))
+    # the host first: what no one knows beforehand. Each has a part of the time
+    for placement, sizes, share in (("uva", [*host], 0.4), ("hbm", hbm, 0.7), ("staged", host, 1.0)):
+        with session.at_most(share):
+            memory = _table_memory(session, gpu, placement, sizes)
+            for shape in shapes(session, placement, sizes) if memory is not None else ():
+                _measure(session, gpu, memory, shape, backend if placement != "staged" else "cpu")
         del memory
         gpu.release()
 
@@ -116,6 +116,25 @@ def _sizes(limit: int, wanted: tuple[int, ...]) -> list[int]:
     if sizes[0] < MIB:
         raise Skip("NO_MEMORY", f"a table may have {limit // MIB} MiB here")
     return sizes
+
+
+def _pinned_sizes(session: Session, wanted: tuple[int, ...], part: int = 2) -> list[int]:
+    """Powers of two, which torch's pinned memory is rounded up to, within a part of the memory that a table may have."""
+    limit = host_limit(session) // part
+    return _sizes(1 << limit.bit_length() - 1 if limit else 0, wanted)
+
+
+def _table_memory(session: Session, gpu: Any, placement: str, sizes: list[int]) -> Any:
+    """Memory for the largest table that can be had; `sizes` loses those that cannot be, which are filed. None: none can."""
+    while sizes:
+        try:
+            if placement == "staged":  # the CPU reads it: huge pages, and nothing that a device must reach
+                return torch.from_numpy(Arena(sizes[-1], True, allowed_cpus(), fill=ROW_FILL).data)
+            return gpu.empty(sizes[-1]).fill_(ROW_FILL) if placement == "hbm" else gpu.host(sizes[-1], True)
+        except RuntimeError as err:
+            session.skip({"probe": "gpu_gather", "placement": placement, "table_bytes": sizes.pop()}, "NO_MEMORY", str(err)[:300])
+            gpu.release()
+    return None
 
 
 def shapes(session: Session, placement: str, sizes: list[int]) -> list[Shape]:
@@ -138,16 +157,20 @@ def _measure(session: Session, gpu: Any, memory: Any, shape: Shape, backend: str
     try:
         work = Gather(gpu, memory, shape)
     except (RuntimeError, ValueError) as err:
-        session.skip(base, "NO_MEMORY" if "memory" in str(err) else "NOT_SUPPORTED", str(err)[:300])
+        session.fail(base, err)
         return
-    peak = {"hbm": "hbm_stream", "uva": "link_h2d", "staged": "link_h2d"}[shape.placement]
-    session.measure(work.cell(session, backend), work.sample, peak=peak, may_be_cached=not shape.cold or shape.table_bytes < GIB)
+    # what a stream reached here, and what the hardware could: the one divides, the other is a fact
+    peak, other = ("hbm_stream", "hbm") if shape.placement == "hbm" else ("link_h2d", "link_h2d_copy")
+    result = session.measure(work.cell(session, backend), work.sample, peak=peak,
+                             may_be_cached=not shape.cold or shape.table_bytes < GIB)
+    if result["status"] == "ok" and other in session.peaks:
+        result["facts"][f"share_of_{other}"] = result["bytes_per_s"] / session.peaks[other]["bytes_per_s"]
 
 
 def interference(session: Session, gpu: Any) -> None:
     """Rows gathered while a GEMM, or copies to the device, run on another stream; and what that does to the other work."""
     backend = gpu.gather_backend()
-    size = _sizes(min(gpu.free_bytes() // 4, host_limit(session) // 4), (GIB,))[0]
+    size = min(_pinned_sizes(session, (GIB,), 4)[0], _sizes(gpu.free_bytes() // 4, (GIB,))[0])
     side = _GEMM if size == GIB else 256
     a, b, c = (torch.ones(side, side, dtype=torch.bfloat16, device=gpu.device) for _ in range(3))
     source, target = gpu.host(_BESIDE_BYTES, True), gpu.empty(_BESIDE_BYTES)
@@ -159,9 +182,8 @@ def interference(session: Session, gpu: Any) -> None:
             for beside, other in others.items():
                 try:
                     _measure_beside(session, gpu, work, (beside, other), backend)
-                except RuntimeError as err:
-                    cell = {**work.cell(session, backend), "probe": "gpu_interference", "beside": beside}
-                    session.skip(cell, "ERROR", str(err)[:300])
+                except Exception as err:
+                    session.fail({**work.cell(session, backend), "probe": "gpu_interference", "beside": beside}, err)
         del memory
         gpu.release()
 

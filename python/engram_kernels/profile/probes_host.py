@@ -18,7 +18,7 @@ from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.profile import arena as arenas
 from engram_kernels.profile.arena import Arena
-from engram_kernels.profile.cells import JsonCell, Skip, expect_share, give_verdict
+from engram_kernels.profile.cells import CACHED_TABLES, JsonCell, Skip, expect_share, give_verdict
 from engram_kernels.profile.machine import allowed_cpus
 from engram_kernels.profile.row_draws import draw, load_trace
 from engram_kernels.profile.session import Session
@@ -27,9 +27,13 @@ MIB = 1 << 20
 _CONTROL_BYTES = 8 * MIB
 V41_ROW_BYTES, V41_ROW_DIM, V41_COLUMNS = 264, 256, 24  # DeepSeek-V4.1-Flash: packed fp8 rows, 24 a token and layer
 _MAX_CALL_BYTES = 32 * MIB  # payload of a call
-_SCALE_BYTE = 127  # 2^0: memory full of zeros would be scales of 2^-127, and the time that of subnormal arithmetic
+# every byte of a table: as fp8 and as bf16 an ordinary number, as a scale 2^-7 (zeros are 2^-127: subnormal arithmetic)
+ROW_FILL = 120
 _CHASE_STEPS = 1 << 16
 _PREFETCH = (0, 4, 16, 64)
+
+
+SECONDS = {"host_limits": 1, "host_stream": 3, "host_memcpy": 2, "host_latency": 3, "host_gather": 12}
 
 
 def native() -> Any:
@@ -53,12 +57,16 @@ def control() -> Callable[[], float]:
 def run_host_probes(session: Session) -> None:
     """All of them, each for its share of the time."""
     fixed = None if COMPILE_ERROR else control()
-    # a machine without a GPU has the GPU's time
-    share = (1.0 if session.quick else 10.0) * (0.7 if session.has_gpu else 1.6)
-    for name, seconds, run in (("host_limits", 1, limits), ("host_stream", 3, stream), ("host_memcpy", 2, memcpy),
-                               ("host_latency", 3, latency), ("host_gather", 12, gather)):
+    share = host_share(session.quick, session.has_gpu)
+    runs = {"host_limits": limits, "host_stream": stream, "host_memcpy": memcpy, "host_latency": latency, "host_gather": gather}
+    for name, seconds in SECONDS.items():
         with session.probe(name, seconds * share, fixed):
-            run(session)
+            runs[name](session)
+
+
+def host_share(quick: bool, has_gpu: bool) -> float:
+    """What the seconds of the probes are multiplied by: a machine without a GPU has the GPU's time."""
+    return (1.0 if quick else 10.0) * (0.55 if has_gpu else 1.8)
 
 
 def limits(session: Session) -> None:
@@ -77,7 +85,7 @@ def limits(session: Session) -> None:
         flags.append("no /dev/shm: processes cannot share a table")
     memlock = block["limits"]["memlock_bytes"]
     if memlock is not None and memlock < 1 << 30:
-        flags.append(f"memlock is {memlock >> 10} KiB: a table cannot be pinned (ulimit -l)")
+        flags.append(f"memlock is {memlock >> 10} KiB: RDMA and mlock are bound by it (ulimit -l), CUDA's pinned memory is not")
     session.add({**cell, "flags": flags})
 
 
@@ -166,7 +174,7 @@ def _copy_seconds(loops: Any, arrays: tuple[Any, Any], repeats: int, cpus: list[
 
 def cached_below(session: Session) -> int:
     """Bytes below which a cache may answer."""
-    return 8 * session.last_level_bytes
+    return CACHED_TABLES * session.last_level_bytes
 
 
 def latency(session: Session) -> None:
@@ -235,14 +243,15 @@ def gather(session: Session) -> None:
                 session.skip({"probe": "host_gather", "huge_pages": huge_pages}, "TIME_BUDGET",
                              "the time of this probe was used up")
                 break
-            memory = Arena(sizes[-1], huge_pages, allowed_cpus(), max_seconds=session.seconds_left() / 3)
+            memory = Arena(sizes[-1], huge_pages, allowed_cpus(), fill=ROW_FILL, max_seconds=session.seconds_left() / 3)
             there = memory.data.size
             if there < sizes[-1]:
                 session.skip({"probe": "host_gather", "table_bytes": sizes[-1]}, "TIME_BUDGET",
                              f"the system gave only {there // MIB} MiB in the time that a {session.options.mode} run has")
             sizes = sorted({min(size, there) for size in sizes})
-            for shape in shapes(session, sizes, huge_pages, trace is not None):
-                _measure_gather(session, memory, shape, trace, huge_pages)
+            with session.at_most(0.7 if huge_pages else 1.0):
+                for shape in shapes(session, sizes, huge_pages, trace is not None):
+                    _measure_gather(session, memory, shape, trace, huge_pages)
             del memory
     finally:
         torch.set_num_threads(threads_before)
@@ -285,12 +294,7 @@ def rows_a_call(row_bytes: int) -> int:
 
 
 def _measure_gather(session: Session, memory: Arena, shape: Shape, trace: Any, huge_pages: bool) -> None:
-    num_rows = shape.table_bytes // shape.row_bytes
-    # cold: enough different calls that no cache holds the rows of the last round
-    sets = max(2, -(-4 * session.last_level_bytes // (shape.rows * shape.row_bytes)))
-    sets = min(sets, 1 << 12)
-    rng = np.random.default_rng(shape.rows + shape.row_bytes)
-    drawn = [draw(shape.order, num_rows, shape.rows, rng, trace) for _ in range(sets)]
+    drawn = _draw_calls(shape, 4 * session.last_level_bytes, trace)
     rows = round(statistics.fmean(len(ids) for ids in drawn))
     cell: JsonCell = {
         "probe": "host_gather", "op": "gather_rows" if shape.prefetch is None else "plain", "tier": "host", "placement": "host",
@@ -303,6 +307,15 @@ def _measure_gather(session: Session, memory: Arena, shape: Shape, trace: Any, h
     result = session.measure(cell, sample, peak="host_read", may_be_cached=cached)
     if huge_pages and not memory.huge_pages and result["status"] == "ok":
         give_verdict(result, "NO_HUGEPAGES")
+
+
+def _draw_calls(shape: Shape, cold_bytes: int, trace: Any) -> list[Any]:
+    """Ids of different calls, of so many rows together that no cache holds those of the last round."""
+    num_rows, sets = shape.table_bytes // shape.row_bytes, max(2, -(-cold_bytes // (shape.rows * shape.row_bytes)))
+    rng = np.random.default_rng(shape.rows + shape.row_bytes)
+    if shape.order == "uniform":
+        return list(draw("uniform", num_rows, sets * shape.rows, rng).reshape(sets, shape.rows))
+    return [draw(shape.order, num_rows, shape.rows, rng, trace) for _ in range(sets)]
 
 
 def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int) -> Callable[[], float]:
@@ -319,8 +332,6 @@ def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int) ->
     torch.set_num_threads(shape.threads)
     stored = torch.from_numpy(bytes_used).view(-1, shape.row_bytes)
     if shape.packed:
-        if stored[-1, -1] != _SCALE_BYTE:  # rows of a larger table in this memory have theirs
-            stored[:, V41_ROW_DIM:] = _SCALE_BYTE
         table = RowTable.from_tensor(stored, row_format="fp8_e4m3_block32_packed", row_dim=V41_ROW_DIM)
     else:
         table = RowTable.from_tensor(stored.view(torch.bfloat16))

@@ -50,7 +50,7 @@ def load_trace(path: Path) -> NDArray[np.int64]:
     Raises:
         ValueError: it holds no ids, or negative ones.
     """
-    ids = np.load(path, allow_pickle=False).reshape(-1)
-    if ids.size == 0 or ids.dtype.kind not in "iu" or ids.min() < 0:
+    ids = np.load(path, allow_pickle=False)
+    if not isinstance(ids, np.ndarray) or ids.size == 0 or ids.dtype.kind not in "iu" or ids.min() < 0:
         raise ValueError(f"{path}: expected a .npy file of row ids, integers of at least 0")
-    return ids.astype(np.int64)
+    return ids.reshape(-1).astype(np.int64)

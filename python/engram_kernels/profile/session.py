@@ -11,13 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engram_kernels.profile.cells import JsonCell, Skip, against_peak, measured, not_measured, passes, verdict_of
+from engram_kernels._usage import is_stream
+from engram_kernels.profile.cells import (
+    JsonCell,
+    Skip,
+    against_peak,
+    flag_drift,
+    measured,
+    not_measured,
+    passes,
+    verdict_of,
+)
 from engram_kernels.profile.statistics import sample_until
 
 SCHEMA_VERSION = 1
 BUDGET_SECONDS = {"quick": 45.0, "full": 540.0}  # of 60 s and 10 minutes: starting up and drawing take the rest
 _CELL_SECONDS = {"quick": 0.15, "full": 0.6}
-Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,12 @@ class Session:
     complete: bool = False
     peak_again: dict[str, Callable[[], float]] = field(default_factory=dict)  # measures the peak of this name: bytes a second
     tick: Callable[[], None] = lambda: None  # a cell is done
+    control: Callable[[], float] | None = None  # seconds of a fixed piece of work, before each sample of the probe that runs
 
     def __post_init__(self) -> None:
         self._begin = self.clock()
         self._started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self._deadline = self._end = self._begin + BUDGET_SECONDS[self.options.mode]
-        self._control: Callable[[], float] | None = None
 
     @property
     def quick(self) -> bool:
@@ -94,27 +103,37 @@ class Session:
         What the body raises ends this probe and no other: a `Skip` or an error becomes a cell.
         """
         begin, before = self.clock(), len(self.cells)
-        self._deadline, self._control = min(self._end, begin + seconds), control
+        self._deadline, self.control = min(self._end, begin + seconds), control
         interrupted = False
         try:
             yield
-        except Skip as skip:
-            self.add(not_measured({"probe": name}, skip.kind, skip.text))
         except KeyboardInterrupt:
             interrupted = True
             self.add(not_measured({"probe": name}, "INTERRUPTED", "Ctrl-C"))
             raise
         except Exception as err:
-            self.add(not_measured({"probe": name}, "ERROR", _describe(err)))
+            self.fail({"probe": name}, err)
         finally:
             mine = self.cells[before:]
             if not mine and not interrupted:
                 self.add(not_measured({"probe": name}, "ERROR", "the probe measured nothing"))
                 mine = self.cells[before:]
+            flag_drift(mine)
             verdict, advice = verdict_of(mine)
-            self.probes[name] = {"verdict": verdict, "advice": advice, "cells": len(mine),
+            cut = sum((c.get("reason") or {}).get("kind") == "TIME_BUDGET" for c in mine)
+            self.probes[name] = {"verdict": verdict, "advice": advice, "cells": len(mine), "cut": cut,
                                  "seconds": round(self.clock() - begin, 3)}
             self.write()
+
+    @contextlib.contextmanager
+    def at_most(self, share: float) -> Iterator[None]:
+        """Gives the body this share of what is left of the probe's time, so that something is left for what follows."""
+        before = self._deadline
+        self._deadline = min(before, self.clock() + share * max(self.seconds_left(), 0.0))
+        try:
+            yield
+        finally:
+            self._deadline = before
 
     def measure(self, cell: JsonCell, sample: Callable[[], float], *, peak: str | None = None, may_be_cached: bool = False,
                 min_rounds: int = 9) -> JsonCell:
@@ -134,12 +153,11 @@ class Session:
             return self.add(not_measured(cell, "TIME_BUDGET", f"the time of this probe in a {self.options.mode} run was used up"))
         try:
             seconds = _CELL_SECONDS[self.options.mode]
-            summary, control = sample_until(sample, self._control, min_rounds=min_rounds, max_seconds=seconds)
+            summary, control = sample_until(sample, self.control, min_rounds=min_rounds, max_seconds=seconds,
+                                            out_of_time=self.time_is_up)
             result = measured(cell, summary, control)
-        except Skip as skip:
-            return self.add(not_measured(cell, skip.kind, skip.text))
         except Exception as err:
-            return self.add(not_measured(cell, "ERROR", _describe(err)))
+            return self.fail(cell, err)
         if peak in self.peaks:
             if peak in self.peak_again and not may_be_cached and passes(result, self.peaks[peak]):
                 # the peak may have been measured in a bad moment
@@ -158,6 +176,10 @@ class Session:
     def skip(self, cell: JsonCell, kind: str, text: str) -> JsonCell:
         """Files a cell that cannot be measured."""
         return self.add(not_measured(cell, kind, text))
+
+    def fail(self, cell: JsonCell, err: Exception) -> JsonCell:
+        """Files a cell whose measurement raised."""
+        return self.add(not_measured(cell, *((err.kind, err.text) if isinstance(err, Skip) else _reason(err))))
 
     def add(self, cell: JsonCell) -> JsonCell:
         """Files a cell."""
@@ -183,11 +205,6 @@ class Session:
             write_whole(self.path, json.dumps(self.report(), indent=1) + "\n")
 
 
-def is_stream(path: Path) -> bool:
-    """Whether it is a device, a pipe or a socket, which is written to and not replaced."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
 def write_whole(path: Path, text: str) -> None:
     """Writes a file beside `path`, then renames it. A link stays one, and what is no regular file is written to as it is."""
     if is_stream(path):
@@ -203,5 +220,7 @@ def write_whole(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _describe(err: BaseException) -> str:
-    return f"{type(err).__name__}: {str(err).strip()[:500]}"
+def _reason(err: Exception) -> tuple[str, str]:
+    """(kind, text) of what a probe raised; memory that is not there, of host or device, is no fault."""
+    text = f"{type(err).__name__}: {str(err).strip()[:500]}"
+    return "NO_MEMORY" if isinstance(err, MemoryError) or "out of memory" in text else "ERROR", text

@@ -1,10 +1,9 @@
 """A report as a table: rich on a terminal, plain elsewhere."""
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any, TextIO
 
+from engram_kernels._printer import Printer
 from engram_kernels.profile.cells import JsonCell
 
 HEAD = ("probe", "what", "median", "95 % interval", "rate", "of peak", "verdict")
@@ -71,28 +70,18 @@ def row(cell: JsonCell) -> tuple[str, ...]:
 
 def print_report(report: dict[str, Any], out: TextIO | None = None) -> None:
     """Prints the cells, the peaks and the verdicts. Plain text with NO_COLOR, without a terminal, or without rich."""
-    out = sys.stdout if out is None else out
-    plain = "NO_COLOR" in os.environ or not out.isatty()
-    if not plain:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            plain = True
+    printer = Printer(out)
     rows = [row(cell) for cell in report["cells"]]
-    if plain:
-        widths = [max(len(line[i]) for line in [HEAD, *rows]) for i in range(len(HEAD))]
-        for cells in [HEAD, *rows]:
-            print("  ".join(word.ljust(width) for word, width in zip(cells, widths, strict=True)).rstrip(), file=out)
-    else:
-        table = Table(*HEAD)
-        for line in rows:
-            style = {"OK": None, "SKIPPED": "dim", "NOISY": "yellow"}.get(line[-1], "red")
-            table.add_row(*line, style=style)
-        Console(file=out).print(table)
-    print(file=out)
+    styles = {"OK": None, "SKIPPED": "dim", "NOISY": "yellow"}
+    printer.table(HEAD, rows, [styles.get(line[-1], "red") for line in rows])
+    printer.say()
     for text in summary_lines(report):
-        print(text, file=out)
+        printer.say(text)
+
+
+def cut_text(probe: dict[str, Any]) -> str:
+    """What the time of a probe has cost it; "" where it sufficed."""
+    return f"{probe['cut']} of {probe['cells']} cells left out or made smaller: its time was used up" if probe["cut"] else ""
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
@@ -100,7 +89,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"peak {name}: {peak['bytes_per_s'] / 1e9:.4g} GB/s, {peak['provenance']}, {peak['source']}"
              for name, peak in report["peaks"].items()]
     for name, probe in report["probes"].items():
-        lines.append(f"{probe['verdict']:<15} {name}" + (f": {probe['advice']}" if probe["advice"] else ""))
+        said = "; ".join(text for text in (probe["advice"], cut_text(probe)) if text)
+        lines.append(f"{probe['verdict']:<15} {name}" + (f": {said}" if said else ""))
     state = "" if report["complete"] else ", interrupted: what is there is valid"
     lines.append(f"{report['mode']} run, {report['seconds']:.0f} s, {len(report['cells'])} cells{state}")
     return lines

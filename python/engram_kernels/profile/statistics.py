@@ -11,6 +11,7 @@ from pathlib import Path
 
 CONFIDENCE = 0.95
 MIN_ROUNDS = 9
+FEW_ROUNDS = 3  # where the time is up
 MAX_STEAL = 0.02  # of the time of all cores, given to other guests
 MAX_PREEMPTIONS = 0.5  # a sample: other processes of this system had the CPU
 _PROC_STAT = Path("/proc/stat")
@@ -157,8 +158,12 @@ def measure(run: Callable[[], object], control: Callable[[], object] | None = No
 
 def sample_until(sample: Callable[[], float], control: Callable[[], float] | None = None, *, spread: float = 0.03,
                  min_rounds: int = MIN_ROUNDS, max_rounds: int = 200, max_seconds: float = 5.0,
+                 out_of_time: Callable[[], bool] = lambda: False,
                  clock: Callable[[], float] = time.perf_counter) -> tuple[Summary, Summary | None]:
-    """`measure` for work that takes its own time: `sample` and `control` return seconds."""
+    """`measure` for work that takes its own time: `sample` and `control` return seconds.
+
+    Once `out_of_time` says so, `FEW_ROUNDS` samples suffice; the flag "only 3 samples: out of time" tells.
+    """
     sample()
     if control is not None:
         control()
@@ -172,8 +177,12 @@ def sample_until(sample: Callable[[], float], control: Callable[[], float] | Non
             times.append(sample())
             if len(times) >= min_rounds and (summarize(times).spread <= spread or clock() - begin > max_seconds):
                 break
+            if len(times) >= FEW_ROUNDS and out_of_time():
+                break
         conditions.rounds = len(times)
     flags = list(conditions.flags)
+    if len(times) < min_rounds:
+        flags.append(f"only {len(times)} samples: out of time")
     reached = summarize(times).spread
     if reached > spread:
         flags.append(f"spread {reached:.0%}")

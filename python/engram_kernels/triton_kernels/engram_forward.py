@@ -1,11 +1,12 @@
 """Triton kernels of engram_forward. Contract: `engram_kernels.engram_forward`, csrc/kernels/engram_forward/engram_forward.h.
 
-Mapping  three launches. Scores: a program has TOKENS tokens and COLUMNS_OF elements of one branch's key; it gathers and decodes
-         the rows piece by piece as it multiplies them with w_kv, and of the product keeps three sums a token: of the squares of
-         the key and of hidden, and of their weighted product. Gates: adds the sums of a branch's programs in order. Values: the
-         same product for the value, whose epilogue is the gate and the residual of every branch. Programs go through w_kv in
-         groups of GROUP blocks of tokens, so that a block of w_kv is read from memory once a group and from L2 otherwise.
-Traffic  hidden and the rows twice, w_kv and out once; 24 B a token and key block. Keys and values are never written.
+Mapping  two launches. Scores: a program has TOKENS tokens and a part of one branch's key, COLUMNS_OF elements at a time; it gathers
+         and decodes the rows piece by piece as it multiplies them with w_kv, and of the product keeps three sums a token: of the
+         squares of the key and of hidden, and of their weighted product. Values: a program adds the sums of a token's parts in
+         order, then has the same product for the value, whose epilogue is the gate and the residual of every branch. Programs
+         go through w_kv in groups of GROUP blocks of tokens, so that a block of w_kv is read from memory once a group and from
+         L2 otherwise; a branch has as many parts as give the GPU enough programs.
+Traffic  hidden and the rows twice, w_kv and out once; 24 B a token, branch and part. Keys and values are never written.
 Limits   C, D, H and M are constants, so a model compiles once. Sums in float32.
 """
 import math
@@ -18,12 +19,12 @@ from torch import Tensor
 from engram_kernels.triton_kernels.decode import _EMULATE_BF16, BLOCK, decode_rows, round_to, row_args, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, load_weights, row_of
 from engram_kernels.triton_kernels.gate_score import gate_score
-from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
+from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
 GROUP = tl.constexpr(8)
 MIN_DEPTH = 16  # of tl.dot, in every dimension
-GATE_TOKENS = 128
+SUMS_AT_A_TIME = tl.constexpr(512)  # of a branch and kind
 
 
 @triton.jit
@@ -77,62 +78,78 @@ def project(rows, scales, row_ids, w_kv, errors, t, alive, counts, first, elemen
 
 
 @triton.jit
-def engram_forward_scores_kernel(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask, sums, errors, num_tokens,
+def engram_forward_scores_kernel(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask, sums, errors, num_tokens, num_parts,
                                  hidden_token, hidden_branch, num_rows, row_units, scale_stride, id_token, id_column,
                                  COLUMNS: tl.constexpr, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr,
                                  CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, TOKENS: tl.constexpr,
                                  COLUMNS_OF: tl.constexpr, DEPTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr):
     BLOCKS: tl.constexpr = (SIZE + COLUMNS_OF - 1) // COLUMNS_OF
-    first_token, block = block_of(num_tokens, BRANCHES * BLOCKS, TOKENS)
-    m = block // BLOCKS
+    parts = num_parts.to(tl.int32)
+    first_token, place = block_of(num_tokens, BRANCHES * parts, TOKENS)
+    m, part = place // parts, place % parts
     t = first_token + tl.arange(0, TOKENS)
     alive = alive_of(mask, t, num_tokens)
-    element = (block % BLOCKS) * COLUMNS_OF + tl.arange(0, COLUMNS_OF)
-    key = project(rows, scales, row_ids, w_kv, errors, t, alive, block == 0, m.to(tl.int64) * SIZE, element, num_rows, row_units,
-                  scale_stride, id_token, id_column, COLUMNS, SIZE, CODE, D, ROW_UNIT, TOKENS, COLUMNS_OF, DEPTH,
-                  ZERO_SCALE_IS_ZERO)
-    inside = alive[:, None] & (element < SIZE)[None, :]
-    at = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT)
-    h = to_float(tl.load(at[:, None] + element[None, :], mask=inside, other=0.0))
-    w = load_weights(w_hidden, w_key, m * SIZE + element, element < SIZE)
-    to = sums + (block * 3).to(tl.int64) * num_tokens + t  # [branch, block, sum, token]
-    tl.store(to, tl.sum(h * w[None, :] * key, 1), mask=t < num_tokens)
-    tl.store(to + num_tokens, tl.sum(h * h, 1), mask=t < num_tokens)
-    tl.store(to + 2 * num_tokens, tl.sum(key * key, 1), mask=t < num_tokens)
-
-
-@triton.jit
-def engram_forward_gates_kernel(sums, gates, num_tokens, eps, clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr,
-                                BLOCKS: tl.constexpr, TOKENS: tl.constexpr, SIGN_AT_ZERO: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    m, inside = tl.program_id(1), t < num_tokens
+    h_row = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT)
     dot, hh, kk = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
-    for block in tl.range(0, BLOCKS):
-        at = sums + ((m * BLOCKS + block) * 3).to(tl.int64) * num_tokens + t
-        dot += tl.load(at, mask=inside, other=0.0)
-        hh += tl.load(at + num_tokens, mask=inside, other=0.0)
-        kk += tl.load(at + 2 * num_tokens, mask=inside, other=0.0)
-    _, _, _, gate = gate_score(dot, hh, kk, eps, clamp, SIZE, SIGN_AT_ZERO)
-    tl.store(gates + t * BRANCHES + m, gate, mask=inside)
+    for block in tl.range(part, BLOCKS, parts):
+        element = block * COLUMNS_OF + tl.arange(0, COLUMNS_OF)
+        key = project(rows, scales, row_ids, w_kv, errors, t, alive, m + block == 0, m.to(tl.int64) * SIZE, element, num_rows,
+                      row_units, scale_stride, id_token, id_column, COLUMNS, SIZE, CODE, D, ROW_UNIT, TOKENS, COLUMNS_OF, DEPTH,
+                      ZERO_SCALE_IS_ZERO)
+        inside = alive[:, None] & (element < SIZE)[None, :]
+        h = to_float(tl.load(h_row[:, None] + element[None, :], mask=inside, other=0.0))
+        w = load_weights(w_hidden, w_key, m * SIZE + element, element < SIZE)
+        dot += tl.sum(h * w[None, :] * key, 1)
+        hh += tl.sum(h * h, 1)
+        kk += tl.sum(key * key, 1)
+    to = sums + (place * 3).to(tl.int64) * num_tokens + t  # [branch, part, sum, token]
+    tl.store(to, dot, mask=t < num_tokens)
+    tl.store(to + num_tokens, hh, mask=t < num_tokens)
+    tl.store(to + 2 * num_tokens, kk, mask=t < num_tokens)
 
 
 @triton.jit
-def engram_forward_values_kernel(hidden, rows, scales, row_ids, w_kv, gates, mask, out, errors, num_tokens, hidden_token,
-                                 hidden_branch, num_rows, row_units, scale_stride, id_token, id_column, COLUMNS: tl.constexpr,
-                                 SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CODE: tl.constexpr,
-                                 D: tl.constexpr, ROW_UNIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS_OF: tl.constexpr,
-                                 DEPTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr):
+def gates_of(sums, t, num_tokens, num_parts, eps, clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr, TOKENS: tl.constexpr,
+             SIGN_AT_ZERO: tl.constexpr):
+    """The gates [TOKENS] of each branch: its parts' sums, added in order."""
+    PARTS: tl.constexpr = (SUMS_AT_A_TIME + TOKENS - 1) // TOKENS
+    totals = ()
+    for _zeroed in tl.static_range(BRANCHES * 3):
+        totals = totals + (tl.zeros([TOKENS], tl.float32),)
+    for first in tl.range(0, num_parts.to(tl.int32), PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (t < num_tokens)[:, None] & (part < num_parts)[None, :]
+        new_totals = ()
+        for i in tl.static_range(BRANCHES * 3):  # all branches at once, so that no load waits for another
+            place = ((i // 3) * num_parts + part) * 3 + i % 3
+            more = tl.load(sums + (place * num_tokens)[None, :] + t[:, None], mask=inside, other=0.0)
+            new_totals = new_totals + (totals[i] + tl.sum(more, 1),)
+        totals = new_totals
+    gates = ()
+    for m in tl.static_range(BRANCHES):
+        _, _, _, gate = gate_score(totals[3 * m], totals[3 * m + 1], totals[3 * m + 2], eps, clamp, SIZE, SIGN_AT_ZERO)
+        gates = gates + (gate,)
+    return gates
+
+
+@triton.jit
+def engram_forward_values_kernel(hidden, rows, scales, row_ids, w_kv, sums, mask, out, errors, num_tokens, num_parts,
+                                 hidden_token, hidden_branch, num_rows, row_units, scale_stride, id_token, id_column, eps, clamp,
+                                 COLUMNS: tl.constexpr, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr,
+                                 CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, TOKENS: tl.constexpr,
+                                 COLUMNS_OF: tl.constexpr, DEPTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr,
+                                 SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr):
     first_token, block = block_of(num_tokens, (SIZE + COLUMNS_OF - 1) // COLUMNS_OF, TOKENS)
     t = first_token + tl.arange(0, TOKENS)
     alive = alive_of(mask, t, num_tokens)
+    gates = gates_of(sums, t, num_tokens, num_parts, eps, clamp, SIZE, BRANCHES, TOKENS, SIGN_AT_ZERO)
     element = block * COLUMNS_OF + tl.arange(0, COLUMNS_OF)
     value = project(rows, scales, row_ids, w_kv, errors, t, alive, False, tl.cast(BRANCHES * SIZE, tl.int64), element, num_rows,
                     row_units, scale_stride, id_token, id_column, COLUMNS, SIZE, CODE, D, ROW_UNIT, TOKENS, COLUMNS_OF, DEPTH,
                     ZERO_SCALE_IS_ZERO)
     inside = (t < num_tokens)[:, None] & (element < SIZE)[None, :]
     for m in tl.static_range(BRANCHES):
-        gate = tl.load(gates + t * BRANCHES + m, mask=alive, other=0.0)
-        result = gate[:, None] * value
+        result = gates[m][:, None] * value
         if ADD_RESIDUAL:
             at = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT)
             raw = tl.load(at[:, None] + element[None, :], mask=inside, other=0.0)
@@ -148,7 +165,7 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
                    clamp: float, zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
     """Gated hidden state [T, M, H]; see `engram_kernels.engram_forward`. Ids that are out of range give zeros, counted."""
     if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        out = empty_like(hidden)
     num_tokens, branches, size = hidden.shape
     if num_tokens == 0:
         return out
@@ -157,21 +174,21 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
     block, num_warps = max(tuned["columns"] // narrow**2, MIN_DEPTH), tuned["num_warps"]
     tokens = max(tuned["tokens"] // narrow, MIN_DEPTH)
     blocks, rows_of_blocks = ceil_div(size, block), ceil_div(num_tokens, tokens)
+    parts = min(blocks, ceil_div(tuned["programs"], rows_of_blocks * branches))
     table, strides = row_args(rows, scales, row_format, row_dim), hidden.stride()[:2]
     unit = math.gcd(ELEMENTS_A_THREAD, *strides)
-    sums = torch.empty((branches, blocks, 3, num_tokens), dtype=torch.float32, device=hidden.device)
-    gates = torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
+    sums = torch.empty((branches, parts, 3, num_tokens), dtype=torch.float32, device=hidden.device)
     errors = error_counter("engram_forward", hidden.device)
     source = (table.rows, table.scales, row_ids, w_kv)
-    numbers = (num_tokens, *(s // unit for s in strides), table.num_rows, table.row_units, table.scale_stride, *row_ids.stride())
+    numbers = (num_tokens, parts, *(s // unit for s in strides), table.num_rows, table.row_units, table.scale_stride,
+               *row_ids.stride())
     constants = (row_ids.shape[1], size, branches, unit, table.code, row_dim, table.unit, tokens, block,
                  depth_of(row_dim, tuned["depth"] // narrow), zero_scale_is_zero)
-    launch(engram_forward_scores_kernel, (rows_of_blocks * branches * blocks, 1, 1),
-           (hidden, *source, w_hidden, w_key, mask, sums, errors, *numbers), constants, num_warps)
-    launch(engram_forward_gates_kernel, (ceil_div(num_tokens, GATE_TOKENS), branches, 1),
-           (sums, gates, num_tokens, float(eps), float(clamp)), (size, branches, blocks, GATE_TOKENS, zero_sign == "sign"), 4)
+    launch(engram_forward_scores_kernel, (rows_of_blocks * branches * parts, 1, 1),
+           (hidden, *source, w_hidden, w_key, mask, sums, errors), numbers, constants, num_warps)
     launch(engram_forward_values_kernel, (rows_of_blocks * blocks, 1, 1),
-           (hidden, *source, gates, mask, out, errors, *numbers), (*constants, add_residual), num_warps)
+           (hidden, *source, sums, mask, out, errors), (*numbers, float(eps), float(clamp)),
+           (*constants, zero_sign == "sign", add_residual), num_warps)
     return out
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
-from engram_kernels.triton_kernels.launch import ceil_div, launch, power_of_two_from
+from engram_kernels.triton_kernels.launch import ceil_div, empty_like, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
 ELEMENTS_A_THREAD = 8  # of a chunk: 16 bytes of bfloat16
 MAX_HELD = 96  # registers a thread for what stays from token to token
+ELEMENTS_A_THREAD_BWD = 4  # 5120 in five chunks, none in vain
 SUM_CHUNK = 256
 
 
@@ -85,66 +86,81 @@ def gate_kernel(hidden, key, value, w_hidden, w_key, mask, out, num_tokens, hidd
 
 
 @triton.jit
-def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes,
+def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes, partial,
                     num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, key_token, key_branch, value_token, eps,
                     clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
-                    SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr):
+                    SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
     CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
     lane = tl.arange(0, CHUNK)
     dtype: tl.constexpr = grad_hidden.dtype.element_ty
+    products = ()
+    if HOLD:
+        for _zeroed in tl.static_range(BRANCHES * CHUNKS):
+            products = products + (tl.zeros([CHUNK], tl.float32),)
     for token in tl.range(tl.program_id(0), num_tokens.to(tl.int32), tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         alive = True
         if mask is not None:
             alive = tl.load(mask + t) == 0
-        values, value_grads = (), ()
+        values, value_grads, new_products = (), (), ()
         for c in tl.static_range(CHUNKS):
             element = c * CHUNK + lane
-            values = values + (tl.load(value + t * value_token * UNIT + element, mask=(element < SIZE) & alive, other=0.0),)
+            at = value + t * value_token * UNIT + lane
+            values = values + (tl.load(at + c * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
             value_grads = value_grads + (tl.zeros([CHUNK], tl.float32),)
         for m in tl.static_range(BRANCHES):
-            d_row = row_of(grad_out, t, m, grad_token, grad_branch, UNIT)
-            h_row = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT)
-            k_row = row_of(key, t, m, key_token, key_branch, UNIT)
+            d_row = row_of(grad_out, t, m, grad_token, grad_branch, UNIT) + lane
+            h_row = row_of(hidden, t, m, hidden_token, hidden_branch, UNIT) + lane
+            k_row = row_of(key, t, m, key_token, key_branch, UNIT) + lane
             dot, hh, kk, dv = (tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32),
                                tl.zeros([CHUNK], tl.float32))
             douts, hiddens, keys = (), (), ()
             for c in tl.static_range(CHUNKS):
                 element = c * CHUNK + lane
-                douts = douts + (tl.load(d_row + element, mask=element < SIZE, other=0.0),)
-                hiddens = hiddens + (tl.load(h_row + element, mask=(element < SIZE) & alive, other=0.0),)
-                keys = keys + (tl.load(k_row + element, mask=(element < SIZE) & alive, other=0.0),)
+                douts = douts + (tl.load(d_row + c * CHUNK, mask=element < SIZE, other=0.0),)
+                hiddens = hiddens + (tl.load(h_row + c * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
+                keys = keys + (tl.load(k_row + c * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
                 h, k = to_float(hiddens[c]), to_float(keys[c])
-                dot += h * k * load_weights(w_hidden, w_key, m * SIZE + element, element < SIZE)
+                dot += h * k * load_weights(w_hidden + lane, w_key + lane, m * SIZE + c * CHUNK, element < SIZE)
                 hh += h * h
                 kk += k * k
                 dv += to_float(douts[c]) * to_float(values[c])
             rh, rk, x, gate = gate_score(tl.sum(dot, 0), tl.sum(hh, 0), tl.sum(kk, 0), eps, clamp, SIZE, SIGN_AT_ZERO)
             a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(dv, 0), clamp, SIZE)
-            tl.store(slopes + t * BRANCHES + m, tl.where(alive, a, 0.0))
+            if mask is not None:  # zeros that make what is added to dout -0.0, which leaves its bits as they are
+                a, b, f = tl.where(alive, a, -0.0), tl.where(alive, b, 0.0), tl.where(alive, f, 0.0)
+                gate = tl.where(alive, gate, 0.0)
+            if not HOLD:
+                tl.store(slopes + t * BRANCHES + m, a)
             new_value_grads = ()
             for c in tl.static_range(CHUNKS):
                 element = c * CHUNK + lane
                 inside = element < SIZE
                 h, k, dout = to_float(hiddens[c]), to_float(keys[c]), to_float(douts[c])
-                w = load_weights(w_hidden, w_key, m * SIZE + element, inside)
+                w = load_weights(w_hidden + lane, w_key + lane, m * SIZE + c * CHUNK, inside & alive)
                 dh, dk = a * w * k - b * h, a * w * h - f * k
                 if ADD_RESIDUAL:
                     dh += dout
-                dh, dk = round_to(dh, dtype), round_to(dk, dtype)
+                row = t * (BRANCHES * SIZE)
+                tl.store((grad_hidden + row + lane) + (m * SIZE + c * CHUNK), round_to(dh, dtype), mask=inside)
+                tl.store((grad_key + row + lane) + (m * SIZE + c * CHUNK), round_to(dk, dtype), mask=inside)
+                if HOLD:
+                    new_products = new_products + (products[m * CHUNKS + c] + a * h * k,)
                 dvalue = gate * dout
                 if mask is not None:
-                    dh = tl.where(alive, dh, douts[c] if ADD_RESIDUAL else tl.zeros_like(douts[c]))
-                    dk = tl.where(alive, dk, tl.zeros_like(dk))
-                    dvalue = tl.where(alive, dvalue, 0.0)
-                at = (t * BRANCHES + m) * SIZE + element
-                tl.store(grad_hidden + at, dh, mask=inside)
-                tl.store(grad_key + at, dk, mask=inside)
+                    dvalue = tl.where(gate != 0, dvalue, 0.0)
                 new_value_grads = new_value_grads + (value_grads[c] + dvalue,)
             value_grads = new_value_grads
         for c in tl.static_range(CHUNKS):
             element = c * CHUNK + lane
-            tl.store(grad_value + t * SIZE + element, round_to(value_grads[c], dtype), mask=element < SIZE)
+            tl.store((grad_value + t * SIZE + lane) + c * CHUNK, round_to(value_grads[c], dtype), mask=element < SIZE)
+        if HOLD:
+            products = new_products
+    if HOLD:
+        for i in tl.static_range(BRANCHES * CHUNKS):
+            element = (i % CHUNKS) * CHUNK + lane
+            to = partial + (tl.program_id(0).to(tl.int64) * BRANCHES + i // CHUNKS) * SIZE
+            tl.store(to + element, products[i], mask=element < SIZE)
 
 
 @triton.jit
@@ -181,7 +197,7 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
          clamp: float, zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
     """Gated hidden state [T, M, H]; see `engram_kernels.gate`."""
     if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        out = empty_like(hidden)
     num_tokens, branches, size = hidden.shape
     if num_tokens == 0:
         return out
@@ -190,7 +206,7 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
     unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
     hold = branches * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD
     launch(gate_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
-           (hidden, key, value, w_hidden, w_key, mask, out, num_tokens, *(s // unit for s in strides), float(eps), float(clamp)),
+           (hidden, key, value, w_hidden, w_key, mask, out), (num_tokens, *[s // unit for s in strides], float(eps), float(clamp)),
            (size, branches, unit, chunk, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
     return out
 
@@ -199,27 +215,33 @@ def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hid
              eps: float, clamp: float, zero_sign: str, add_residual: bool) -> tuple[Tensor, ...]:
     """Gradients of hidden, key, value, w_hidden and w_key; the same bits every run."""
     num_tokens, branches, size = hidden.shape
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, key, value, w_hidden, w_key))
+    grads = tuple(empty_like(x) for x in (hidden, key, value, w_hidden, w_key))
     tuned = parameters("gate_bwd", hidden.device, shape_class(num_tokens))
-    parts = min(num_tokens, tuned["parts"])
+    chunk = chunk_of(size, tuned["num_warps"], ELEMENTS_A_THREAD_BWD)
+    # bfloat16 stays packed in registers; the others are kept as they are computed with
+    held = tuned["held"] if hidden.dtype == torch.bfloat16 else tuned["held"] // 2
+    hold = branches * ceil_div(size, chunk) * ELEMENTS_A_THREAD_BWD <= held
+    programs = min(num_tokens, tuned["programs"])
+    parts = programs if hold else min(num_tokens, tuned["parts"])
     partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
     if num_tokens > 0:
-        slopes = torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
+        slopes = None if hold else torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
         strides = (*grad_out.stride()[:2], *hidden.stride()[:2], *key.stride()[:2], value.stride(0))
-        unit, chunk = math.gcd(ELEMENTS_A_THREAD, *strides), chunk_of(size, tuned["num_warps"])
+        unit = math.gcd(ELEMENTS_A_THREAD, *strides)
         units = tuple(s // unit for s in strides)
-        launch(gate_bwd_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
-               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, num_tokens, *units, float(eps),
-                float(clamp)),
-               (size, branches, unit, chunk, zero_sign == "sign", add_residual), tuned["num_warps"])
-        chunk = chunk_of(size, 4)
-        launch(gate_products_bwd_kernel, (ceil_div(size, chunk), branches, parts),
-               (hidden, key, slopes, partial, num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
+        launch(gate_bwd_kernel, (programs, 1, 1),
+               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, partial if hold else None),
+               (num_tokens, *units, float(eps), float(clamp)),
+               (size, branches, unit, chunk, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
+        if not hold:
+            chunk = chunk_of(size, 4)
+            launch(gate_products_bwd_kernel, (ceil_div(size, chunk), branches, parts),
+                   (hidden, key, slopes, partial), (num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
     launch(gate_weights_bwd_kernel, (ceil_div(branches * size, SUM_CHUNK), 1, 1),
-           (partial, w_hidden, w_key, grads[3], grads[4], parts), (branches * size, SUM_CHUNK), 1)
+           (partial, w_hidden, w_key, grads[3], grads[4]), (parts,), (branches * size, SUM_CHUNK), 1)
     return grads
 
 
-def chunk_of(size: int, num_warps: int) -> int:
+def chunk_of(size: int, num_warps: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> int:
     """Elements of a row that a program takes at a time."""
-    return min(power_of_two_from(size), ELEMENTS_A_THREAD * 32 * num_warps)
+    return min(power_of_two_from(size), elements_a_thread * 32 * num_warps)

@@ -20,6 +20,7 @@ from torch import Tensor
 from engram_kernels.triton_kernels.decode import BLOCK, decode_rows, round_to, row_args, to_float
 from engram_kernels.triton_kernels.gate import (
     ELEMENTS_A_THREAD,
+    ELEMENTS_A_THREAD_BWD,
     MAX_HELD,
     SUM_CHUNK,
     gate_weights_bwd_kernel,
@@ -27,10 +28,10 @@ from engram_kernels.triton_kernels.gate import (
     row_of,
 )
 from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes
-from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
+from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
-MAX_HELD_BWD = 96  # registers a thread
+MAX_HELD_BWD = 140  # registers a thread
 
 
 @triton.jit
@@ -152,23 +153,23 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
                 de += to_float(douts[c]) * memory[c]
             rh, rk, x, gate = gate_score(tl.sum(dot), tl.sum(hh), ee, eps, clamp, SIZE, SIGN_AT_ZERO)
             a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(de), clamp, SIZE)
-            a = tl.where(alive, a, 0.0)
+            if mask is not None:  # zeros that make what is added to dout -0.0, which leaves its bits as they are
+                a, b, f = tl.where(alive, a, -0.0), tl.where(alive, b, 0.0), tl.where(alive, f, 0.0)
+                gate = tl.where(alive, gate, 0.0)
             if not HOLD:
                 tl.store(slopes + t * BRANCHES + m, a)
             new_row_grads = ()
             for c in tl.static_range(CHUNKS):
                 at, inside = place_of(c, COLUMNS, D, COUNT, WIDTH)
                 h, dout = to_float(hiddens[c]), to_float(douts[c])
-                w = load_weights(w_hidden, w_key, m * SIZE + at, inside)
-                dh, drow = a * w * memory[c] - b * h, a * w * h - f * memory[c] + gate * dout
+                w = load_weights(w_hidden, w_key, m * SIZE + at, inside & alive)
+                dh, drow = a * w * memory[c] - b * h, a * w * h - f * memory[c]
                 if ADD_RESIDUAL:
                     dh += dout
-                dh = round_to(dh, dtype)
+                tl.store(grad_hidden + (t * BRANCHES + m) * SIZE + at, round_to(dh, dtype), mask=inside)
                 if mask is not None:
-                    dh = tl.where(alive, dh, douts[c] if ADD_RESIDUAL else tl.zeros_like(douts[c]))
-                    drow = tl.where(alive, drow, 0.0)
-                tl.store(grad_hidden + (t * BRANCHES + m) * SIZE + at, dh, mask=inside)
-                new_row_grads = new_row_grads + (row_grads[c] + drow,)
+                    dout = tl.where(gate != 0, dout, 0.0)
+                new_row_grads = new_row_grads + (row_grads[c] + drow + gate * dout,)
                 if HOLD:
                     new_sums = new_sums + (sums[m * CHUNKS + c] + a * h * memory[c],)
             row_grads = new_row_grads
@@ -220,9 +221,9 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def tiles_of(columns: int, row_dim: int, num_warps: int) -> Tiles:
-    """Tiles of ELEMENTS_A_THREAD elements a thread; a block of 32 elements is never cut."""
-    most = ELEMENTS_A_THREAD * 32 * num_warps
+def tiles_of(columns: int, row_dim: int, num_warps: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> Tiles:
+    """Tiles of so many elements a thread; a block of 32 elements is never cut."""
+    most = elements_a_thread * 32 * num_warps
     width = min(max(power_of_two_from(row_dim), BLOCK.value if row_dim % BLOCK.value == 0 else 1), most)
     count = min(max(most // width, 1), power_of_two_from(columns))
     return Tiles(count, width, ceil_div(columns, count) * ceil_div(row_dim, width))
@@ -233,7 +234,7 @@ def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Te
                 zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
     """Gated hidden state [T, M, H]; see `engram_kernels.gather_gate`. Ids that are out of range give zeros and are counted."""
     if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        out = empty_like(hidden)
     num_tokens, branches, _ = hidden.shape
     if num_tokens == 0:
         return out
@@ -244,8 +245,8 @@ def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Te
     unit = math.gcd(ELEMENTS_A_THREAD, *strides)
     hold = branches * tiles.number * ELEMENTS_A_THREAD <= MAX_HELD
     launch(gather_gate_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
-           (hidden, table.rows, table.scales, row_ids, w_hidden, w_key, mask, out, error_counter("gather_gate", hidden.device),
-            num_tokens, *(s // unit for s in strides), table.num_rows, table.row_units, table.scale_stride, *row_ids.stride(),
+           (hidden, table.rows, table.scales, row_ids, w_hidden, w_key, mask, out, error_counter("gather_gate", hidden.device)),
+           (num_tokens, *[s // unit for s in strides], table.num_rows, table.row_units, table.scale_stride, *row_ids.stride(),
             float(eps), float(clamp)),
            (columns, branches, unit, table.code, row_dim, table.unit, *tiles[:2], zero_scale_is_zero, zero_sign == "sign",
             add_residual, hold), tuned["num_warps"])
@@ -261,9 +262,9 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
     grads = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape, like in (
         (hidden.shape, hidden), ((num_tokens, columns, row_dim), hidden), (w_hidden.shape, w_hidden), (w_key.shape, w_key))]
     tuned = parameters("gather_gate_bwd", hidden.device, shape_class(num_tokens))
-    tiles = tiles_of(columns, row_dim, tuned["num_warps"])
+    tiles = tiles_of(columns, row_dim, tuned["num_warps"], ELEMENTS_A_THREAD_BWD)
     # beside the sums a token's memory vector and its gradient, and a branch of hidden and grad_out
-    hold = (branches + 2 + hidden.element_size() // 2) * tiles.number * ELEMENTS_A_THREAD <= MAX_HELD_BWD
+    hold = (branches + 2 + hidden.element_size() // 2) * tiles.number * ELEMENTS_A_THREAD_BWD <= MAX_HELD_BWD
     programs = min(num_tokens, tuned["programs"])
     parts = programs if hold else min(num_tokens, tuned["parts"])
     partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
@@ -276,13 +277,13 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
         constants = (columns, branches, unit, table.code, row_dim, table.unit, *tiles[:2], zero_scale_is_zero)
         launch(gather_gate_bwd_kernel, (programs, 1, 1),
                (grad_out, hidden, table.rows, table.scales, row_ids, w_hidden, w_key, mask, *grads[:2], slopes,
-                partial if hold else None, num_tokens, *units, *source, float(eps), float(clamp)),
+                partial if hold else None), (num_tokens, *units, *source, float(eps), float(clamp)),
                (*constants, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
         if not hold:
             small = tiles_of(columns, row_dim, 4)
             launch(gather_gate_products_bwd_kernel, (small.number, parts, 1),
-                   (hidden, table.rows, table.scales, row_ids, mask, slopes, partial, num_tokens, *units[2:], *source),
+                   (hidden, table.rows, table.scales, row_ids, mask, slopes, partial), (num_tokens, *units[2:], *source),
                    (*constants[:6], *small[:2], zero_scale_is_zero), 4)
     launch(gate_weights_bwd_kernel, (ceil_div(branches * size, SUM_CHUNK), 1, 1),
-           (partial, w_hidden, w_key, grads[2], grads[3], parts), (branches * size, SUM_CHUNK), 1)
+           (partial, w_hidden, w_key, grads[2], grads[3]), (parts,), (branches * size, SUM_CHUNK), 1)
     return tuple(grads)

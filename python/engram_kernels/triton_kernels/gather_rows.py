@@ -72,9 +72,9 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     tuned = parameters("gather_rows", row_ids.device, size)
     tile_rows = max(1, tuned["tile"] // chunk)
     table = row_args(rows, scales, row_format, row_dim)
-    args = (table.rows, table.scales, row_ids, out, error_counter("gather_rows", row_ids.device), count, table.num_rows,
-            table.row_units, table.scale_stride)
-    launch(gather_rows_kernel, (ceil_div(count, tile_rows), 1, 1), args,
+    launch(gather_rows_kernel, (ceil_div(count, tile_rows), 1, 1),
+           (table.rows, table.scales, row_ids, out, error_counter("gather_rows", row_ids.device)),
+           (count, table.num_rows, table.row_units, table.scale_stride),
            (table.code, row_dim, table.unit, chunk, tile_rows, zero_scale_is_zero), tuned["num_warps"])
     return out
 
@@ -88,5 +88,5 @@ def gather_rows_bwd(grad: Tensor, row_ids: Tensor, num_rows: int, dtype: torch.d
     ids, positions = torch.sort(row_ids.flatten(), stable=True)
     chunk = min(power_of_two_from(row_dim), BWD_CHUNK)
     launch(gather_rows_bwd_kernel, (row_ids.numel(), ceil_div(row_dim, chunk), 1),
-           (grad.contiguous(), ids, positions, grad_rows, row_ids.numel(), num_rows), (row_dim, chunk), 1)
+           (grad.contiguous(), ids, positions, grad_rows), (row_ids.numel(), num_rows), (row_dim, chunk), 1)
     return grad_rows

@@ -6,6 +6,8 @@ spec and on the shape class that `tuning` names, not on token counts, strides or
 needs; a launch then costs a dictionary look-up.
 """
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from engram_kernels.triton_kernels.tuning import parameters_of
 
 POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8",
                  torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*u8"}
+NUMBER_TYPES = {int: "i64", float: "fp32"}
 ABSENT, ALIGNMENT = "absent", 16
 
 
@@ -35,21 +38,32 @@ def power_of_two_from(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """Contiguous, of the shape, dtype and device of `x`; where that is dense, in less than half of torch.empty's time."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 class Variant(NamedTuple):
     """What a kernel is compiled for."""
     kernel: Any  # triton.jit function
-    types: tuple[str, ...]  # of the runtime arguments, as Triton spells them; ABSENT: None
+    dtypes: tuple[torch.dtype | None, ...]  # of the tensors; None: there is none
+    numbers: tuple[type, ...]  # of the other runtime arguments: int or float
     constants: tuple[Any, ...]  # of the constexpr parameters, which come last
     num_warps: int
     aligned: bool  # every pointer is a multiple of 16 bytes
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Of the runtime arguments, as Triton spells them; or ABSENT."""
+        return (*(ABSENT if x is None else POINTER_TYPES[x] for x in self.dtypes), *(NUMBER_TYPES[x] for x in self.numbers))
+
     def compile(self, target: GPUTarget) -> Any:
         """Machine code for `target`; needs no GPU."""
-        names = self.kernel.arg_names
-        kinds = [*("constexpr" if t == ABSENT else t for t in self.types), *["constexpr"] * len(self.constants)]
-        constants = {(i,): None for i, t in enumerate(self.types) if t == ABSENT}
-        constants |= {(len(self.types) + i,): x for i, x in enumerate(self.constants)}
-        attrs = {(i,): [["tt.divisibility", ALIGNMENT]] for i, t in enumerate(self.types) if self.aligned and t[0] == "*"}
+        names, types = self.kernel.arg_names, self.types
+        kinds = [*("constexpr" if t == ABSENT else t for t in types), *["constexpr"] * len(self.constants)]
+        constants = {(i,): None for i, t in enumerate(types) if t == ABSENT}
+        constants |= {(len(types) + i,): x for i, x in enumerate(self.constants)}
+        attrs = {(i,): [["tt.divisibility", ALIGNMENT]] for i, t in enumerate(types) if self.aligned and t[0] == "*"}
         source = ASTSource(self.kernel, dict(zip(names, kinds, strict=True)), constants, attrs)
         options = {"num_warps": self.num_warps}
         if target.backend == "cuda":  # without a limit ptxas spills a few registers to reach an occupancy of its own choice
@@ -59,62 +73,54 @@ class Variant(NamedTuple):
 
 Executor = Callable[[Variant, tuple[int, int, int], tuple[Any, ...]], None]
 _executor: Executor | None = None  # None: the GPU, or the interpreter
-_compiled: dict[tuple[int, Variant], Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}  # what `launch` looks up -> compiled kernel
 _errors: dict[tuple[str, torch.device], Tensor] = {}
+_ON_CURRENT = contextlib.nullcontext()
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int) -> None:
+def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...],
+           constants: tuple[Any, ...], num_warps: int) -> None:
     """Launches `kernel` on the current stream of the device of its tensors.
 
     Args:
-        kernel: a triton.jit function whose constexpr parameters come last.
+        kernel: a triton.jit function of tensors, then numbers, then constexpr parameters.
         grid: programs; none may be 0.
-        args: tensors (passed as pointers), int (int64), float (float32) or None, in the order of the parameters.
+        tensors: passed as pointers; None: absent. The first is there.
+        numbers: int (int64) or float (float32); a parameter is always the same of the two.
         constants: values of the constexpr parameters.
         num_warps: warps of a program.
     """
-    types: list[str] = []
-    values: list[Any] = []
-    bits, device_index = 0, -1
-    for x in args:
-        if type(x) is int:
-            types.append("i64")
-            values.append(x)
-        elif type(x) is float:
-            types.append("fp32")
-            values.append(x)
-        elif x is None:
-            types.append(ABSENT)
-            values.append(None)
-        else:
-            types.append(POINTER_TYPES[x.dtype])
-            address = x.data_ptr()
-            bits |= address
-            values.append(address)
-            if x.is_cuda and device_index < 0:
-                device_index = x.get_device()
-    variant = Variant(kernel, tuple(types), constants, num_warps, bits % ALIGNMENT == 0)
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    aligned = functools.reduce(operator.or_, addresses) % ALIGNMENT == 0
+    dtypes = tuple([None if x is None else x.dtype for x in tensors])
     if _executor is not None:
-        return _executor(variant, grid, args)
+        return _executor(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), grid, (*tensors, *numbers))
     if _triton.INTERPRETED:
         # bool is a byte to the kernels; the interpreter reads a tensor's own dtype
-        args = tuple(x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == torch.bool else x for x in args)
+        bytes_for_bools = (x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in tensors)
         with np.errstate(all="ignore"):  # Inf and NaN are results
-            kernel[grid](*args, *constants)
+            kernel[grid](*bytes_for_bools, *numbers, *constants)
         return None
-    if device_index == torch.cuda.current_device():
-        compiled_for(variant, device_index)[grid](*values, *constants)
-    else:
-        with torch.cuda.device(device_index):
-            compiled_for(variant, device_index)[grid](*values, *constants)
+    device_index = tensors[0].get_device()  # type: ignore[union-attr]
+    with _ON_CURRENT if device_index == torch.cuda.current_device() else torch.cuda.device(device_index):
+        # by the Python function: hashing what triton.jit makes of it takes a lock
+        compiled = _compiled.get((device_index, kernel.fn, dtypes, constants, num_warps, aligned))
+        if compiled is None:
+            compiled = compiled_for(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), device_index)
+        compiled[grid](*addresses, *numbers, *constants)
     return None
 
 
+def _variant(kernel, dtypes, numbers, constants, num_warps, aligned):
+    return Variant(kernel, dtypes, tuple(map(type, numbers)), constants, num_warps, aligned)
+
+
 def compiled_for(variant: Variant, device_index: int) -> Any:
-    """The compiled kernel on a device, from the cache after the first call."""
-    found = _compiled.get((device_index, variant))
+    """The kernel, compiled for a device, which is the current one; kept for `launch`."""
+    key = (device_index, variant.kernel.fn, variant.dtypes, variant.constants, variant.num_warps, variant.aligned)
+    found = _compiled.get(key)
     if found is None:
-        found = _compiled[device_index, variant] = variant.compile(current_target())
+        found = _compiled[key] = variant.compile(current_target())
     return found
 
 

@@ -150,10 +150,10 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: T
     chunk = max(tuned["ids"] // padded, 16)
     layers = min(tuned["layers"], num_layers)
     chunks = min(max(num_tokens // (chunk * TARGET_PROGRAMS), 1), MAX_CHUNKS)
-    args = (token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, out,
-            error_counter("ngram_hash", token_ids.device), num_tokens, token_ids.stride(0), num_sequences,
-            (num_sequences - 1).bit_length(), num_ids if token_map is None else token_map.shape[0], boundary_id, eos_id,
-            num_layers, chunks)
-    launch(ngram_hash_kernel, (ceil_div(num_tokens, chunk * chunks), ceil_div(num_layers, layers), 1), args,
+    tensors = (token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, out,
+               error_counter("ngram_hash", token_ids.device))
+    numbers = (num_tokens, token_ids.stride(0), num_sequences, (num_sequences - 1).bit_length(),
+               num_ids if token_map is None else token_map.shape[0], boundary_id, eos_id, num_layers, chunks)
+    launch(ngram_hash_kernel, (ceil_div(num_tokens, chunk * chunks), ceil_div(num_layers, layers), 1), tensors, numbers,
            (max_order, heads, padded, multipliers.dim() == 3, layers, chunk), tuned["num_warps"])
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, SUM_CHUNK, chunk_of, row_of
-from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
+from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
 from engram_kernels.triton_kernels.tuning import parameters, shape_class
 
@@ -269,7 +269,7 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
                positions: Tensor | None = None, state: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x + silu(conv(norm(x))) [T, M, H], and the state updated; see `engram_kernels.short_conv`. Bad bounds are counted."""
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = empty_like(x)
     num_tokens, branches, size = x.shape
     num_sequences, width = cu_seqlens.shape[0] - 1, weight.shape[2]
     if num_tokens == 0 or num_sequences == 0:
@@ -282,14 +282,14 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
     units = tuple(s // unit for s in strides)
     state_stride = 0 if state is None else state.stride(0)
     launch(short_conv_kernel, (walks_of(num_tokens, dilation, steps), branches, 1),
-           (x, weight, norm_weight, cu_seqlens, positions, state, out, errors, num_tokens, *units, state_stride, num_sequences,
-            (num_sequences - 1).bit_length(), steps, dilation, float(eps)),
+           (x, weight, norm_weight, cu_seqlens, positions, state, out, errors),
+           (num_tokens, *units, state_stride, num_sequences, (num_sequences - 1).bit_length(), steps, dilation, float(eps)),
            (size, branches, unit, width, chunk, (width + 1) * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD),
            num_warps)
     if state is not None and width > 1:
         slots = (width - 1) * dilation
         launch(short_conv_state_kernel, (num_sequences * slots, branches, 1),
-               (x, cu_seqlens, positions, state, errors, num_tokens, *units, state_stride, slots),
+               (x, cu_seqlens, positions, state, errors), (num_tokens, *units, state_stride, slots),
                (size, branches, unit, min(power_of_two_from(size), COPY_CHUNK)), 4)
     return out
 
@@ -305,8 +305,7 @@ def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Ten
     """Gradients of x, weight and norm_weight; the same bits every run. Scratch: a float32 an element of x."""
     num_tokens, branches, size = x.shape
     num_sequences, width = cu_seqlens.shape[0] - 1, weight.shape[2]
-    grad_x, grad_weight, grad_norm_weight = (torch.empty(a.shape, dtype=a.dtype, device=a.device)
-                                             for a in (x, weight, norm_weight))
+    grad_x, grad_weight, grad_norm_weight = (empty_like(a) for a in (x, weight, norm_weight))
     parts = min(num_tokens, parameters("short_conv_bwd", x.device, shape_class(num_tokens))["parts"]) if num_sequences > 0 else 0
     partial = torch.empty((parts, branches, width, size), dtype=torch.float32, device=x.device)
     if parts > 0:
@@ -318,18 +317,18 @@ def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Ten
         units, chunk = tuple(s // unit for s in strides), chunk_of(size, num_warps)
         shape, small = (size, branches, unit), min(chunk, SUM_CHUNK)
         launch(short_conv_bwd_scales_kernel, (num_tokens, branches, 1),
-               (x, cu_seqlens, scales, bounds, *units[2:], num_sequences, (num_sequences - 1).bit_length(), float(eps)),
+               (x, cu_seqlens, scales, bounds), (*units[2:], num_sequences, (num_sequences - 1).bit_length(), float(eps)),
                (*shape, chunk), num_warps)
         launch(short_conv_bwd_conv_kernel, (num_tokens, branches, ceil_div(size, chunk)),
-               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, *units, dilation), (*shape, width, chunk), num_warps)
+               (grad_out, x, weight, norm_weight, scales, bounds, grad_z), (*units, dilation), (*shape, width, chunk), num_warps)
         launch(short_conv_bwd_rows_kernel, (num_tokens, branches, 1),
-               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_x, *units, dilation, num_tokens),
+               (grad_out, x, weight, norm_weight, scales, bounds, grad_z, grad_x), (*units, dilation, num_tokens),
                (*shape, width, chunk), num_warps)
         launch(short_conv_bwd_products_kernel, (ceil_div(size, small), branches, parts),
-               (x, scales, bounds, grad_z, partial, num_tokens, *units[2:], dilation), (*shape, width, small), 1)
+               (x, scales, bounds, grad_z, partial), (num_tokens, *units[2:], dilation), (*shape, width, small), 1)
     chunk = min(power_of_two_from(size), SUM_CHUNK)
     launch(short_conv_bwd_weights_kernel, (ceil_div(size, chunk), branches, 1),
-           (partial, weight, norm_weight, grad_weight, grad_norm_weight, parts), (size, branches, width, chunk), 1)
+           (partial, weight, norm_weight, grad_weight, grad_norm_weight), (parts,), (size, branches, width, chunk), 1)
     return grad_x, grad_weight, grad_norm_weight
 
 

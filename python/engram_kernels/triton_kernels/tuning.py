@@ -26,17 +26,18 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "gather_rows": {"small": {"tile": 1024, "num_warps": 4}, "large": {"tile": 4096, "num_warps": 4}},
     # ids: of one order and layer at a time; layers: of a program
     "ngram_hash": {"small": {"ids": 256, "layers": 1, "num_warps": 4}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
-    # programs: at most
+    # programs: at most; held: registers a thread for sums that stay from token to token (more, and they have a kernel of their own)
     "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
-    "gate_bwd": {"small": {"programs": 64, "parts": 4, "num_warps": 8}, "large": {"programs": 256, "parts": 32, "num_warps": 8}},
+    "gate_bwd": {"small": {"programs": 64, "parts": 4, "held": 80, "num_warps": 8},
+                 "large": {"programs": 256, "parts": 32, "held": 80, "num_warps": 8}},
     "gather_gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
     "gather_gate_bwd": {"small": {"programs": 16, "parts": 4, "num_warps": 8},
                         "large": {"programs": 128, "parts": 32, "num_warps": 8}},
     "short_conv": {"small": {"programs": 1024}, "large": {"programs": 1024}},
     "short_conv_bwd": {"small": {"parts": 4}, "large": {"parts": 64}},
-    # tokens by columns of the product: of a program; depth: of a step
-    "engram_forward": {"small": {"tokens": 16, "columns": 32, "depth": 128, "num_warps": 4},
-                       "large": {"tokens": 128, "columns": 128, "depth": 64, "num_warps": 8}},
+    # tokens by columns of the product: of a program; depth: of a step; programs: at least, where a branch can be cut into parts
+    "engram_forward": {"small": {"tokens": 16, "columns": 32, "depth": 128, "programs": 2048, "num_warps": 4},
+                       "large": {"tokens": 128, "columns": 128, "depth": 64, "programs": 2048, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
@@ -44,6 +45,8 @@ TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape cl
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
     ("engram_forward", "sm_80", "large"): {"tokens": 64},  # more spills
+    # more spills: sm_100 computes float32 in pairs of registers
+    **{("gate_bwd", target, size): {"held": 40} for target in ("sm_100", "gfx942") for size in ("small", "large")},
     # the interpreter: long walks, which load less, and few sums to add
     ("short_conv", "cpu", "small"): {"programs": 8},
     ("short_conv", "cpu", "large"): {"programs": 8},
@@ -60,8 +63,9 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_gate": [{"programs": programs, "num_warps": warps} for programs in (128, 256, 512, 1024) for warps in (4, 8, 16)],
     "gather_gate_bwd": [{"programs": programs, "parts": parts, "num_warps": warps} for programs in (64, 128, 256)
                         for parts in (16, 32, 64) for warps in (8, 16)],
-    "engram_forward": [{"tokens": tokens, "columns": columns, "depth": depth, "num_warps": warps} for tokens in (16, 64, 128)
-                       for columns in (32, 64, 128, 256) for depth in (32, 64, 128) for warps in (4, 8)],
+    "engram_forward": [{"tokens": tokens, "columns": columns, "depth": depth, "programs": programs, "num_warps": warps}
+                       for tokens in (16, 64, 128) for columns in (32, 64, 128, 256) for depth in (32, 64, 128)
+                       for warps in (4, 8) for programs in (512, 2048)],
     "short_conv": [{"programs": programs} for programs in (256, 512, 1024, 2048, 4096)],
     "short_conv_bwd": [{"parts": parts} for parts in (16, 32, 64, 128, 256)],
 }
@@ -133,7 +137,7 @@ def _check(op, size, chosen):
     if known is None:
         raise ValueError(f"{op}/{size} is no op and shape class, expected {', '.join(DEFAULTS)} and small or large")
     for name, value in chosen.items():
-        if name not in known or type(value) is not int or value < 1 or value & (value - 1):
+        if name not in known or type(value) is not int or value < 1 or (value & (value - 1) and name != "held"):
             raise ValueError(f"{op}/{size}: {name} is {value!r}, expected a power of two for one of {', '.join(known)}")
 
 

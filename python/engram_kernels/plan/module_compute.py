@@ -1,0 +1,41 @@
+"""What the module computes beside its lookups, wherever the table lies: the products of its projections, and what gate and
+convolution move through device memory."""
+from __future__ import annotations
+
+from engram_kernels.plan.hardware import Hardware
+from engram_kernels.plan.quantity import Quantity, derived, total
+from engram_kernels.spec import EngramSpec
+
+_BYTES = 2  # of a weight and of an activation: bf16
+
+
+def products(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | None:
+    """Seconds of one layer's projections, C * D values to M keys and a value of H: arithmetic, or reading the weights once.
+
+    None: the spec names no module, or the machine has no GPU.
+    """
+    if spec.variant == "none" or node.hbm_stream is None or node.flops is None:
+        return None
+    weights = spec.num_columns * spec.row_dim * (spec.branches + 1) * spec.hidden_size
+    return derived("s", lambda t, rate, flops: max(weights * _BYTES / rate, 2 * t * weights / flops), tokens, node.hbm_stream,
+                   node.flops)
+
+
+def passes(hidden_size: int, count: int, tokens: Quantity, node: Hardware) -> Quantity:
+    """Seconds to read or write a vector of H values of each token `count` times."""
+    assert node.hbm_stream is not None, "what has no device memory has no such passes"
+    return derived("s", lambda t, rate: t * count * hidden_size * _BYTES / rate, tokens, node.hbm_stream)
+
+
+def module_seconds(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | None:
+    """Seconds a step that the modules of all layers compute with this library's ops; None: as for `products`.
+
+    The projections write M + 1 vectors of H a token, the gate reads 2 M + 1 and writes M, the convolution reads and writes M.
+    """
+    product = products(spec, tokens, node)
+    if product is None:
+        return None
+    m = spec.branches
+    count = (m + 1) + (3 * m + 1) + (0 if spec.conv_width is None else 2 * m)
+    one = total("s", [product, passes(spec.hidden_size, count, tokens, node)])
+    return derived("s", lambda seconds: seconds * len(spec.layer_ids), one)
