@@ -1,8 +1,8 @@
 """gather_gate in Triton, forward and backward: the compiled PTX on the simulator, against the reference, and what it moves."""
 import pytest
 import torch
-from test_gather_gate import exact, gradients, make_inputs, make_table, worst_plain
 from test_gate_triton_sim import cuda_figure
+from test_gather_gate import exact, gradients, make_inputs, make_table, worst_plain
 from triton_sim import MISSING_TRITON, simulate, total
 
 from engram_kernels.memory.row_format import ROW_FORMATS

@@ -80,8 +80,12 @@ void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden
   TorchProduct torch_product{torch::stable::new_empty(hidden, {tile, p.memory_size()}),
                              torch::stable::new_empty(hidden, {tile, w_kv.size(0)}), w_kv};
   std::vector<int64_t> row_ids(static_cast<size_t>(tile * p.columns));
-  const TileProduct product{TorchProduct::run, &torch_product, torch_product.memory.mutable_data_ptr(),
-                            torch_product.kv.mutable_data_ptr(), row_ids.data(), tile};
+  const TileProduct product{TorchProduct::run,
+                            &torch_product,
+                            torch_product.memory.mutable_data_ptr(),
+                            torch_product.kv.mutable_data_ptr(),
+                            row_ids.data(),
+                            tile};
   engram_forward_cpu(p, product, torch_threads());
 }
 

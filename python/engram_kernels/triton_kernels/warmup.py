@@ -71,10 +71,10 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     token_maps = [None] if spec.num_classes is None else [None, make(spec.vocab_size, dtype=torch.int32)]
     history, dead = make(1, spec.max_order - 1, dtype=torch.int32), make(num_tokens, dtype=torch.bool)
     # all layers at once, or one as `Engram` does
-    for of_layers in (constants, tuple(x[:1] for x in constants)):
+    for moduli, offsets, multipliers in (constants, tuple(x[:1] for x in constants)):
         for token_map, before, mask in itertools.product(token_maps, (None, history), (None, dead)):
-            yield functools.partial(ngram_hash, tokens, bounds, *of_layers, token_map, before, mask, layout.num_ids,
-                                    layout.boundary_id, layout.eos_id)
+            yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, before, mask,
+                                    layout.num_ids, layout.boundary_id, layout.eos_id)
 
     stored = ROW_FORMATS[spec.row_format]
     width = (spec.row_stride_bytes or stored.row_bytes(spec.head_dim)) if stored.is_packed else spec.head_dim
