@@ -18,6 +18,8 @@ from test_gather_rows_bwd_cuda_sim import simulate as simulate_gather_rows_bwd
 from test_gather_rows_cuda_sim import bytes_of
 from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
+from test_place_rows_cuda_sim import random_bytes, random_places
+from test_place_rows_cuda_sim import simulate as simulate_place_rows
 
 from cuda_sim import Device
 from engram_kernels.testing.inputs import random_rows
@@ -114,7 +116,14 @@ def short_conv_bwd(tokens=40):
             3 * tokens * HIDDEN_SIZE * 2, tokens, "token and branch")
 
 
+def place_rows(row_bytes=264):
+    places = random_places(NUM_ROWS, NUM_ROWS, 3 * NUM_ROWS)
+    return ("place_rows", "packed fp8, into the prefetcher's cache",
+            lambda: simulate_place_rows(random_bytes(3 * NUM_ROWS, row_bytes), None, row_bytes, 0, places, 3 * NUM_ROWS),
+            NUM_ROWS * (2 * row_bytes + 8), NUM_ROWS, "row")
+
+
 CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
          gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
          gather_rows_bwd, gate, gate_bwd, gather_gate(backward=False), gather_gate(backward=True), short_conv, short_conv_decode,
-         short_conv_bwd)
+         short_conv_bwd, place_rows)
