@@ -46,7 +46,7 @@ def test_triton_compiles_nothing_for_other_token_counts():
 @needs_triton
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
 def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
-    """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup does not know."""
+    """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup has not."""
     if not _triton.INTERPRETED:
         pytest.skip("needs the interpreter's tensors on the CPU")
     from engram_kernels.triton_kernels import launch
