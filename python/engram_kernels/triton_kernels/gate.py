@@ -219,8 +219,10 @@ def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hid
     grads = tuple(empty_like(x) for x in (hidden, key, value, w_hidden, w_key))
     tuned = parameters("gate_bwd", hidden.device, shape_class(num_tokens))
     chunk = chunk_of(size, tuned["num_warps"], ELEMENTS_A_THREAD_BWD)
-    # bfloat16 stays packed in registers; the others are kept as they are computed with
-    held = tuned["held"] if hidden.dtype == torch.bfloat16 else tuned["held"] // 2
+    # bfloat16 stays packed in registers; the others are kept as they are computed with. With float32 weights and no residual
+    # ptxas spills a register
+    packed = hidden.dtype == torch.bfloat16 and (add_residual or w_hidden.dtype == torch.bfloat16)
+    held = tuned["held"] if packed else tuned["held"] // 2
     hold = branches * ceil_div(size, chunk) * ELEMENTS_A_THREAD_BWD <= held
     programs = min(num_tokens, tuned["programs"])
     parts = programs if hold else min(num_tokens, tuned["parts"])

@@ -260,8 +260,10 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
         (hidden.shape, hidden), ((num_tokens, columns, row_dim), hidden), (w_hidden.shape, w_hidden), (w_key.shape, w_key))]
     tuned = parameters("gather_gate_bwd", hidden.device, shape_class(num_tokens))
     tiles = tiles_of(columns, row_dim, tuned["num_warps"], ELEMENTS_A_THREAD_BWD)
-    # beside the sums a token's memory vector and its gradient, and a branch of hidden and grad_out
-    hold = (branches + 2 + hidden.element_size() // 2) * tiles.number * ELEMENTS_A_THREAD_BWD <= tuned["held"]
+    # beside the sums a token's memory vector and its gradient, and a branch of hidden and grad_out: packed, or as much as 5 more
+    kept = 1 if hidden.element_size() == 2 else 5
+    hold = (branches + 2 + kept) * tiles.number * ELEMENTS_A_THREAD_BWD <= tuned["held"]
+    tiles = tiles if hold else tiles_of(columns, row_dim, tuned["num_warps"])
     programs = min(num_tokens, tuned["programs"])
     parts = programs if hold else min(num_tokens, tuned["parts"])
     partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)

@@ -46,7 +46,7 @@ TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape cl
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
     # more spills
-    **{("engram_forward", target, "large"): {"tokens": 64, "depth": 64} for target in ("sm_80", "sm_90")},
+    **{("engram_forward", target, "large"): {"tokens": 64, "depth": 64} for target in ("sm_80", "sm_90", "sm_100")},
     # sm_100 computes float32 in pairs of registers
     **{("gate_bwd", target, size): {"held": 40} for target in ("sm_100", "gfx942") for size in ("small", "large")},
     **{("gather_gate_bwd", "sm_100", size): {"held": 80} for size in ("small", "large")},
