@@ -22,7 +22,8 @@ MEMORY_BYTES_A_SECOND = 3.35e12
 WARP_INSTRUCTIONS_A_SECOND = 132 * 4 * 1.755e9
 HEADLINE = ("Simulated, not measured: PTX for sm_90 executed instruction by instruction, registers and spills from ptxas. The "
             "bound is the larger of memory and issue time by the H100 data sheet (3.35 TB/s; 132 multiprocessors at 1.755 GHz), "
-            "for this shape at any number of tokens that fills the GPU. Sectors are under the ideal where lanes read the same bytes.")
+            "for this shape at any number of tokens that fills the GPU. Sectors are under the ideal where lanes read the same "
+            "bytes.")
 
 
 @dataclass(frozen=True)
