@@ -62,7 +62,8 @@ def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
 
     def step(num_tokens, dead):
         hidden = torch.zeros(num_tokens, 2, 64, dtype=torch.bfloat16, requires_grad=True)
-        ids, bounds = torch.zeros(num_tokens, dtype=torch.int32), torch.tensor([0, num_tokens], dtype=torch.int32)
+        ids = torch.zeros(num_tokens, dtype=torch.int64 if num_tokens % 2 else torch.int32)
+        bounds = torch.tensor([0, num_tokens], dtype=torch.int32)
         with torch.no_grad():
             layer(hidden, ids, bounds, dead_mask=dead, backend="triton")
         rows = torch.zeros(num_tokens, spec.num_columns, 32, dtype=torch.bfloat16)
