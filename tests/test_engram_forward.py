@@ -89,6 +89,21 @@ def test_engram_forward_of_several_tiles(backend, device):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
+def test_engram_forward_of_slices(dtype, backend, device):
+    """Every tensor a slice of a larger one, as the weights of one layer are where those of all are stacked."""
+    inputs = make_inputs(5, 2, 40, 2, 32, "f32", dtype, device=device)
+    mask = torch.arange(5, device=device) == 3
+
+    def sliced(x):
+        stacked = torch.full((3, *x.shape), float("nan") if x.is_floating_point() else 7, device=device).to(x.dtype)
+        stacked[1] = x
+        return stacked[1]
+    table = RowTable.from_tensor(sliced(inputs[1].rows), row_format="f32")
+    got = engram_forward(sliced(inputs[0]), table, *map(sliced, inputs[2:]), sliced(mask), backend=backend)
+    assert_as_accurate_as_torch(got.cpu(), plain(*inputs, mask).cpu(), exact(*inputs, mask).cpu())
+
+
 def test_engram_forward_is_the_module(backend, device):
     spec = ek.EngramSpec.deepseek_v41(hidden_size=32, branches=2, row_format="bf16", head_dim=32)
     rows = torch.randn(100, 32, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)

@@ -260,6 +260,7 @@ BAD = {  # name: (changed arguments, exception, what the message says)
     "cu_long": ({"cu_seqlens": torch.tensor([0, 600], dtype=torch.int32)}, ValueError, "cu_seqlens.*600"),
     "cu_starts_late": ({"cu_seqlens": torch.tensor([1, 10], dtype=torch.int32)}, ValueError, "cu_seqlens"),
     "cu_none": ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, "cu_seqlens must have at least one entry"),
+    "cu_no_sequence": ({"cu_seqlens": torch.zeros(1, dtype=torch.int32)}, ValueError, "cu_seqlens.*10; got one entry"),
     "cu_dtype": ({"cu_seqlens": torch.tensor([0, 10])}, ValueError, "cu_seqlens must be torch.int32, got torch.int64"),
     "layout_type": ({"layout": make_spec()}, TypeError, "layout must be a Layout"),
     "history_shape": ({"history": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"history must have shape \[2, 3\]"),

@@ -260,6 +260,7 @@ BAD = {  # name: (changed arguments, what the message says)
     "eps": (dict(eps=-1.0), "eps is -1.0"),
     "cu_decreases": (dict(cu_seqlens=torch.tensor([0, 7, 6, 10], dtype=torch.int32)), "cu_seqlens"),
     "cu_ends_late": (dict(cu_seqlens=torch.tensor([0, 11], dtype=torch.int32)), "cu_seqlens.*10"),
+    "cu_no_sequence": (dict(cu_seqlens=torch.zeros(1, dtype=torch.int32)), "cu_seqlens.*10; got one entry"),
     "cu_dtype": (dict(cu_seqlens=torch.tensor([0, 10])), "cu_seqlens must be torch.int32"),
     "out_shape": (dict(out=torch.zeros(9, 2, 40, dtype=torch.bfloat16)), r"out must have shape \[10, 2, 40\]"),
     "positions_alone": (dict(positions=torch.zeros(2, dtype=torch.int32)), "positions is given without state"),

@@ -21,7 +21,7 @@ def assert_compiles_without_spills(variants, target):
 
 
 def without_options(variants):
-    """With and without each optional argument is compiled for V4.1 on sm_90; elsewhere without is enough."""
+    """With and without each optional argument is compiled for V4.1 on sm_90, of int32 ids; elsewhere without is enough."""
     from engram_kernels.triton_kernels.launch import ABSENT
     return [v for v in variants if v.types.count(ABSENT) == max(w.types.count(ABSENT) for w in variants if w.kernel is v.kernel)]
 
@@ -30,7 +30,8 @@ def without_options(variants):
 def test_triton_v41_compiles(target):
     from engram_kernels.triton_kernels.warmup import spec_variants
     variants = spec_variants(EngramSpec.deepseek_v41(), target, backward=True)
-    variants = variants if target == "sm_90" else without_options(variants)
+    fewest = without_options(variants)
+    variants = [v for v in variants if v in fewest or (target == "sm_90" and v.dtypes[0] != torch.int64)]
     assert {v.kernel.__name__ for v in variants} >= {"ngram_hash_kernel", "gather_rows_kernel", "gate_kernel", "gate_bwd_kernel"}
     assert_compiles_without_spills(variants, target)
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def test_triton_compiles_nothing_for_other_token_counts():
 @needs_triton
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
 def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
-    """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup has not."""
+    """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup lacks."""
     if not _triton.INTERPRETED:
         pytest.skip("needs the interpreter's tensors on the CPU")
     from engram_kernels.triton_kernels import launch
@@ -61,7 +62,8 @@ def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
 
     def step(num_tokens, dead):
         hidden = torch.zeros(num_tokens, 2, 64, dtype=torch.bfloat16, requires_grad=True)
-        ids, bounds = torch.zeros(num_tokens, dtype=torch.int32), torch.tensor([0, num_tokens], dtype=torch.int32)
+        ids = torch.zeros(num_tokens, dtype=torch.int64 if num_tokens % 2 else torch.int32)
+        bounds = torch.tensor([0, num_tokens], dtype=torch.int32)
         with torch.no_grad():
             layer(hidden, ids, bounds, dead_mask=dead, backend="triton")
         rows = torch.zeros(num_tokens, spec.num_columns, 32, dtype=torch.bfloat16)
@@ -132,6 +134,41 @@ def test_triton_errors_are_counted_once_and_cleared(monkeypatch):
     assert counter.item() == 0
 
 
+@needs_triton
+def test_triton_errors_counted_in_inference_mode_are_cleared_outside(monkeypatch):
+    from engram_kernels.triton_kernels import launch
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **kwargs: zeros(*size, **kwargs))  # there is no GPU
+    monkeypatch.setattr(launch, "_errors", {})
+    with torch.inference_mode():
+        counter = launch.error_counter("gather_rows", torch.device("cuda", 0))
+        counter += 2
+    assert launch.error_counter("gather_rows", torch.device("cuda", 0)) is counter
+    assert launch.take_errors() == [("gather_rows", 0, 2)] and launch.take_errors() == []
+
+
+@needs_triton
+def test_triton_recording_a_thread_leaves_the_launches_of_others_alone():
+    """`warmup` of one model, or a simulation, while another thread serves."""
+    if not _triton.INTERPRETED:
+        pytest.skip("needs the interpreter")
+    from engram_kernels.triton_kernels import launch, tuning
+    table, ids = ek.RowTable.from_tensor(torch.ones(4, 8), row_format="f32"), torch.tensor([0, 1])
+    recorded, served = [], []
+
+    def serve():
+        served.append(gather_rows(table, ids, torch.float32, backend="triton"))
+        served.append(tuning.parameters("gather_rows", torch.device("cpu"), "large"))
+    with launch.executing_on(lambda *made: recorded.append(made), "sm_90"):
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+        assert not recorded
+        gather_rows(table, ids, torch.float32, backend="triton")
+    assert len(recorded) == 1 and torch.equal(served[0], torch.ones(2, 8))
+    assert served[1] == tuning.parameters("gather_rows", torch.device("cpu"), "large")
+
+
 @pytest.fixture
 def user_table(tmp_path, monkeypatch):
     from engram_kernels.triton_kernels import tuning
@@ -160,6 +197,30 @@ def test_triton_tune_writes_the_fastest_and_it_is_used(user_table):
     assert content == {"version": 1, "parameters": {"gather_rows": {"cpu": {"small": {"tile": 2048, "num_warps": 2}}}}}
     with pytest.raises(ValueError, match="no candidate for gate runs on cpu"):
         user_table.tune("gate", device, "small", lambda: (_ for _ in ()).throw(RuntimeError))
+
+
+@needs_triton
+def test_triton_tune_times_what_will_run(user_table, monkeypatch):
+    """A parameter that only the target's table sets stays while candidates are timed, and afterwards."""
+    monkeypatch.setattr(user_table, "target_name", lambda device: "sm_100")
+    timed = []
+
+    def time_us():
+        timed.append(user_table.parameters("gate_bwd", torch.device("cpu"), "large"))
+        return timed[-1]["programs"]
+    user_table.tune("gate_bwd", torch.device("cpu"), "large", time_us)
+    assert {chosen["held"] for chosen in timed} == {40} != {user_table.DEFAULTS["gate_bwd"]["large"]["held"]}
+    assert user_table.parameters("gate_bwd", torch.device("cpu"), "large") == timed[0]
+
+
+@needs_triton
+def test_triton_user_table_that_is_no_file(user_table, monkeypatch):
+    user_table.user_file().mkdir(parents=True)
+    with pytest.raises(ValueError, match="triton.json: cannot be read: Is a directory; mend it, or set XDG_CONFIG_HOME"):
+        user_table.user_table()
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert user_table.user_table() == {}
 
 
 @needs_triton

@@ -55,8 +55,8 @@ struct TorchProduct {
 
   static Tensor as_matrix(const Tensor& x, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
     const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    AtenTensorHandle view = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, x.storage_offset(), &view));
+    AtenTensorHandle view = nullptr;  // from where x begins: the offset is added to x's own
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, 0, &view));
     return Tensor(view);
   }
   static void run(int64_t count, void* context) {

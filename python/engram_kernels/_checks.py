@@ -58,6 +58,17 @@ def _explain(op: str, name: str, x: object, dtypes: Sequence[torch.dtype], shape
         stride *= x.shape[dim]
 
 
+def expect_bounds(op: str, cu_seqlens: object, num_tokens: int, device: torch.device) -> None:
+    """Raises unless `cu_seqlens` is int32 [B+1] on `device`, B at least 1 where there are tokens. Its data is not looked at."""
+    expect_tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,), ("B+1",), device, dense_dims=1)
+    entries = cu_seqlens.shape[0]  # type: ignore[attr-defined]
+    if entries == 0:
+        raise ValueError(f"{op}: cu_seqlens must have at least one entry, got none")
+    if entries == 1 and num_tokens > 0:
+        raise ValueError(f"{op}: cu_seqlens must start at 0, not decrease and end at the number of tokens, {num_tokens}; got one "
+                         "entry, so no sequence")
+
+
 def expect_one_device(op: str, *tensors: Tensor | None) -> None:
     """Raises ValueError unless all tensors are on one device: for the fakes, which the dispatcher takes for any meta tensor."""
     devices = {x.device for x in tensors if x is not None}

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels._checks import expect_one_device, expect_tensor, mark_written
+from engram_kernels._checks import expect_bounds, expect_one_device, expect_tensor, mark_written
 from engram_kernels._library import LIB
 from engram_kernels.layout import Layout
 from engram_kernels.reference.ngram_hash import ngram_hash as _reference
@@ -72,9 +72,7 @@ def _check(token_ids, cu_seqlens, layout, token_map, history, dead_mask, out):
     op = "ngram_hash"
     expect_tensor(op, "token_ids", token_ids, (torch.int32, torch.int64), ("T",))
     device = token_ids.device
-    expect_tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,), ("B+1",), device, dense_dims=1)
-    if cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{op}: cu_seqlens must have at least one entry, got none")
+    expect_bounds(op, cu_seqlens, token_ids.shape[0], device)
     if not isinstance(layout, Layout):
         raise TypeError(f"{op}: layout must be a Layout (EngramSpec.layout()), got {type(layout).__name__}")
     expect_tensor(op, "layout.moduli", layout.moduli, (torch.int64,), ("L", "C"), device, dense_dims=2)

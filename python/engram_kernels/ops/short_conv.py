@@ -6,6 +6,7 @@ from torch.compiler import is_compiling
 from engram_kernels import backends
 from engram_kernels._checks import (
     FLOAT_DTYPES,
+    expect_bounds,
     expect_one_device,
     expect_tensor,
     mark_written,
@@ -124,9 +125,7 @@ def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
     if not 1 <= weight.shape[2] <= MAX_WIDTH:
         raise ValueError(f"{op}: weight has {weight.shape[2]} taps, expected 1..{MAX_WIDTH}")
     expect_tensor(op, "norm_weight", norm_weight, (weight.dtype,), (branches, size), x.device, dense_dims=2)
-    expect_tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,), ("B+1",), x.device, dense_dims=1)
-    if cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{op}: cu_seqlens must have at least one entry, got none")
+    expect_bounds(op, cu_seqlens, tokens, x.device)
     if dilation < 1:
         raise ValueError(f"{op}: dilation is {dilation}, expected at least 1")
     if not 0 <= eps < float("inf"):

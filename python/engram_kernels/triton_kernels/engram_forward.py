@@ -183,7 +183,7 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
     numbers = (num_tokens, parts, *(s // unit for s in strides), table.num_rows, table.row_units, table.scale_stride,
                *row_ids.stride())
     constants = (row_ids.shape[1], size, branches, unit, table.code, row_dim, table.unit, tokens, block,
-                 depth_of(row_dim, tuned["depth"] // narrow), zero_scale_is_zero)
+                 depth_of(row_dim, max(tuned["depth"] // narrow, MIN_DEPTH)), zero_scale_is_zero)
     launch(engram_forward_scores_kernel, (rows_of_blocks * branches * parts, 1, 1),
            (hidden, *source, w_hidden, w_key, mask, sums, errors), numbers, constants, num_warps)
     launch(engram_forward_values_kernel, (rows_of_blocks * blocks, 1, 1),

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ class Variant(NamedTuple):
 
 
 Executor = Callable[[Variant, tuple[int, int, int], tuple[Any, ...]], None]
-_executor: Executor | None = None  # None: the GPU, or the interpreter
+# None: the GPU, or the interpreter. Of this thread alone: `warmup` records launches while other threads serve
+_executor: ContextVar[Executor | None] = ContextVar("executor", default=None)
 _compiled: dict[tuple[Any, ...], Any] = {}  # what `launch` looks up -> compiled kernel
 _errors: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -92,8 +94,9 @@ def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor | None
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     aligned = functools.reduce(operator.or_, addresses) % ALIGNMENT == 0
     dtypes = tuple([None if x is None else x.dtype for x in tensors])
-    if _executor is not None:
-        return _executor(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), grid, (*tensors, *numbers))
+    executor = _executor.get()
+    if executor is not None:
+        return executor(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), grid, (*tensors, *numbers))
     if _triton.INTERPRETED:
         # bool is a byte to the kernels; the interpreter reads a tensor's own dtype
         bytes_for_bools = (x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in tensors)
@@ -132,19 +135,18 @@ def current_target() -> GPUTarget:
 
 @contextlib.contextmanager
 def executing_on(executor: Executor, target: str) -> Iterator[None]:
-    """Sends every launch to `executor` instead of the device: to record it, to simulate it, or to do nothing.
+    """Sends every launch of this thread to `executor` instead of the device: to record it, to simulate it, or to do nothing.
 
     Args:
         executor: takes the variant, the grid and the runtime arguments.
         target: whose launch parameters are chosen, such as "sm_90".
     """
-    global _executor
-    before, _executor = _executor, executor
+    before = _executor.set(executor)
     try:
         with parameters_of(target):
             yield
     finally:
-        _executor = before
+        _executor.reset(before)
 
 
 def variants_of(call: Callable[[], Any], target: str) -> list[Variant]:
@@ -159,9 +161,10 @@ def error_counter(op: str, device: torch.device) -> Tensor:
     """int32 [1] on `device`, where the kernels of `op` count bad values; see `check_errors`."""
     counter = _errors.get((op, device))
     if counter is None:
-        counter = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be cleared outside it
+            counter = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":
-            _errors[op, device] = counter
+            counter = _errors.setdefault((op, device), counter)  # another thread's, if that was first
     return counter
 
 

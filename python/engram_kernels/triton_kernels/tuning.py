@@ -12,6 +12,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape cl
     ("short_conv", "cpu", "large"): {"programs": 8},
     ("short_conv_bwd", "cpu", "large"): {"parts": 4},
 }
-_target: str | None = None
+_target: ContextVar[str | None] = ContextVar("target", default=None)
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_rows": [{"tile": tile, "num_warps": warps} for tile in (512, 1024, 2048, 4096, 8192) for warps in (2, 4, 8)],
     "ngram_hash": [{"ids": ids, "layers": layers, "num_warps": warps} for ids in (256, 512, 1024, 2048) for layers in (1, 2)
@@ -81,18 +82,17 @@ def shape_class(num_tokens: int) -> str:
 
 def parameters(op: str, device: torch.device, size: str) -> Mapping[str, int]:
     """Launch parameters of `op` on `device` for a shape class."""
-    return _parameters(op, _target or target_name(device), size)
+    return _parameters(op, _target.get() or target_name(device), size)
 
 
 @contextlib.contextmanager
 def parameters_of(target: str) -> Iterator[None]:
-    """Chooses as on `target`, wherever the tensors are."""
-    global _target
-    before, _target = _target, target
+    """Chooses as on `target`, wherever this thread's tensors are."""
+    before = _target.set(target)
     try:
         yield
     finally:
-        _target = before
+        _target.reset(before)
 
 
 @functools.cache
@@ -119,8 +119,9 @@ def user_file() -> Path:
 @functools.cache
 def user_table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """op -> target -> shape class -> parameters, from the user's file; empty when there is none."""
-    path = user_file()
-    if not path.exists():
+    try:
+        path = user_file()
+    except RuntimeError:  # a user without a home folder has no file in it
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,6 +131,10 @@ def user_table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
             for sizes in targets.values():
                 for size, chosen in sizes.items():
                     _check(op, size, chosen)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as err:
+        raise ValueError(f"{path}: cannot be read: {err.strerror}; mend it, or set XDG_CONFIG_HOME to another folder") from err
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"{path}: no table of Triton launch parameters: {err}; delete it or tune again") from None
     return content["parameters"]
@@ -184,7 +189,8 @@ class _overridden:
     def __enter__(self):
         self.before = TARGETS.get(self.key)
         self.user = user_table().get(self.key[0], {}).get(self.key[1], {}).pop(self.key[2], None)
-        TARGETS[self.key] = self.candidate
+        # over what the target has, as it will be once it is in the user's table
+        TARGETS[self.key] = {**(self.before or {}), **self.candidate}
         _parameters.cache_clear()
 
     def __exit__(self, *error: Any):

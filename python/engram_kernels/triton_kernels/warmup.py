@@ -32,8 +32,8 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
         backward: also the gradients.
 
     Returns:
-        How many variants there are. Not among them: tensors that are not 16-byte aligned and strides other than those of
-        contiguous tensors; the first launch of such a variant compiles it.
+        How many variants there are. Not among them: row ids in int64 (`ngram_hash` gives int32), tensors that are not 16-byte
+        aligned and strides other than those of contiguous tensors; the first launch of such a variant compiles it.
 
     Raises:
         RuntimeError: `device` is no GPU that the kernels support.
@@ -66,14 +66,15 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     """Calls of the launch functions as a model of `spec` makes them, on tensors without data."""
     make = functools.partial(torch.empty, device="meta")
     layout = spec.layout()
-    tokens, bounds = make(num_tokens, dtype=torch.int32), make(2, dtype=torch.int32)
+    bounds, id_dtypes = make(2, dtype=torch.int32), (torch.int32, torch.int64)
     constants = tuple(x.to("meta") for x in (layout.moduli, layout.offsets, layout.multipliers))
     token_maps = [None] if spec.num_classes is None else [None, make(spec.vocab_size, dtype=torch.int32)]
-    history, dead = make(1, spec.max_order - 1, dtype=torch.int32), make(num_tokens, dtype=torch.bool)
+    dead = make(num_tokens, dtype=torch.bool)
     # all layers at once, or one as `Engram` does
     for moduli, offsets, multipliers in (constants, tuple(x[:1] for x in constants)):
-        for token_map, before, mask in itertools.product(token_maps, (None, history), (None, dead)):
-            yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, before, mask,
+        for token_map, id_dtype, chunked, mask in itertools.product(token_maps, id_dtypes, (False, True), (None, dead)):
+            tokens, history = make(num_tokens, dtype=id_dtype), make(1, spec.max_order - 1, dtype=id_dtype) if chunked else None
+            yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, history, mask,
                                     layout.num_ids, layout.boundary_id, layout.eos_id)
 
     stored = ROW_FORMATS[spec.row_format]
@@ -108,7 +109,7 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
         state = make(1, (spec.conv_width - 1) * spec.conv_dilation, spec.branches, spec.hidden_size, dtype=dtype)
         taps = make(*weight.shape, spec.conv_width, dtype=weight_dtype)
         conv = (hidden, taps, weight, bounds, spec.conv_dilation, spec.conv_eps)
-        for carried in ((), (make(1, dtype=torch.int32), state)):
+        for carried in ((), *((make(1, dtype=id_dtype), state) for id_dtype in id_dtypes)):
             yield functools.partial(short_conv, *conv, *carried)
         if backward:
             yield functools.partial(short_conv_bwd, hidden, *conv)
