@@ -134,7 +134,10 @@ def check_room_of_cache(options: RuntimeOptions) -> None:
 def _ring_memory(options: RuntimeOptions) -> Tensor:
     num_bytes = options.slot_bytes * (options.depth + 1)
     if options.device.type != "cpu":
-        return torch.empty(num_bytes, dtype=torch.uint8, device=options.device)
+        ring = torch.empty(num_bytes, dtype=torch.uint8, device=options.device)
+        # the engine has a stream of its own, and this one may still use what it was memory of before, or be filling the table
+        torch.cuda.current_stream(options.device).synchronize()
+        return ring
     # pages of a slot cost memory once they are written
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and options.slot_bytes >= _HUGE_PAGE_BYTES:

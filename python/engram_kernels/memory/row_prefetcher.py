@@ -168,6 +168,8 @@ class RowPrefetcher:
             finally:
                 if not self._runtime.knows(ticket):
                     self._submitted.pop(ticket, None)
+        if request.row_ids is not None and request.row_ids.is_cuda:
+            request.row_ids.record_stream(torch.cuda.current_stream(self.device))  # behind the gather that reads them
         rows = self._runtime.rows(slot, request.shape.numel() * self.row_dim).view(shape)
         if out is None:
             self._verify(request, rows)
