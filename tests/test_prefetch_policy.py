@@ -221,12 +221,12 @@ def test_prefetch_for_a_device_that_is_not_there():
 
 def test_prefetch_ring_on_a_gpu_is_free_of_its_former_use(monkeypatch):
     """Torch gives out memory that kernels of the current stream have yet to read; the engine writes to it on its own stream."""
-    device, calls, empty = torch.device("cuda:1"), [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: calls.append(("empty", device)) or empty(size, dtype=dtype))
+    device, calls, on_cpu = torch.device("cuda:1"), [], torch.empty(1 << 19, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: calls.append(("empty", device)) or on_cpu)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
         synchronize=lambda: calls.append(("synchronize", device))))
     options = prefetch_runtime.RuntimeOptions(
-        table=RowTable.from_tensor(torch.zeros(3, 8, dtype=torch.bfloat16)), policy="uva", device=device, out_dtype=torch.bfloat16, depth=1,
-        threads=1, ring_bytes=1 << 19, staging_bytes=1 << 18, max_blocks=0, trace_spans=0)
+        table=RowTable.from_tensor(torch.zeros(3, 8), row_format="f32"), policy="uva", device=device, out_dtype=torch.bfloat16,
+        depth=1, threads=1, ring_bytes=1 << 19, staging_bytes=1 << 18, max_blocks=0, trace_spans=0)
     assert prefetch_runtime._ring_memory(options).nbytes == 1 << 19
     assert calls == [("empty", device), ("synchronize", device)]
