@@ -142,6 +142,7 @@ GatherRowsParams RowPrefetcher::gather_into(const Request& request) const {
 }
 
 void RowPrefetcher::work() {
+  engine_->adopt_thread();
   std::unique_lock lock(mutex_);
   for (;;) {
     work_.wait(lock, [this] { return closed_ || !queue_.empty(); });
