@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, check, in_thread, make_ids, num_threads, prefetcher
+from prefetch_cases import (
+    NUM_ROWS,
+    ROW_DIM,
+    TIMEOUT_S,
+    WAYS,
+    Tables,
+    check,
+    exit_status,
+    in_thread,
+    make_ids,
+    num_threads,
+    prefetcher,
+)
 
 from engram_kernels import RowPrefetcher, gather_rows
 from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
@@ -58,25 +70,6 @@ def test_prefetch_rows_outlive_close(tables):
         rows = pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
     del pf
     torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
-
-
-def exit_status(run):
-    """Of a child that runs `run` and ends: its exit status, negative where a signal ended it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-    until = time.monotonic() + TIMEOUT_S
-    while (waited := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
-        time.sleep(0.01)
-    if waited == (0, 0):
-        os.kill(child, 9)
-        waited = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(waited[1])
 
 
 def test_prefetch_dropped_in_flight(way, tables):
