@@ -1,6 +1,8 @@
 """Tables and ways that rows take, for the tests of the prefetcher."""
 import contextlib
+import os
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -100,3 +102,22 @@ def num_threads():
         with contextlib.suppress(OSError):  # it has ended meanwhile
             names.append(path.read_text())
     return sum(not name.startswith("iou-") for name in names)
+
+
+def exit_status(run):
+    """Of a child that runs `run` and ends: its exit status, negative where a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run()
+            code = 0
+        finally:
+            os._exit(code)
+    until = time.monotonic() + TIMEOUT_S
+    while (waited := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    if waited == (0, 0):
+        os.kill(child, 9)
+        waited = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(waited[1])

@@ -144,6 +144,14 @@ def test_cache_is_trimmed_to_the_table(way, tables):
         assert pf.stats()["hits"]["device_cache"] > 0.85 * 2 * NUM_ROWS
 
 
+@pytest.mark.parametrize("cache_bytes", [1 << 62, 1 << 70])
+def test_cache_of_more_bytes_than_there_are(cache_bytes, tables):
+    table, ids = tables.make("host"), make_ids(50)
+    with prefetcher(table, "host_cached_on_a_device", cache_bytes=cache_bytes) as pf:
+        assert pf.stats()["device_cache_slots"] == 3008
+        torch.testing.assert_close(pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S), gather_rows(table, ids), rtol=0, atol=0)
+
+
 def test_cache_cleared_reads_the_table_again(tables):
     table, ids = tables.make("host"), make_ids(50)
     with prefetcher(table, "host_cached_on_a_device") as pf:
@@ -251,3 +259,6 @@ def test_cache_too_large_for_the_device(tables, monkeypatch):
     with pytest.raises(CapacityError, match=r"a cache of 3008 rows, with ring and staging buffer needs 1.4.*\(1509248 bytes\), "
                                             r"the memory of cuda:1 leaves 1.0 MiB .*torch.cuda.empty"):
         check_room_of_cache(RuntimeOptions(**{**options, "ring_bytes": 1 << 20}))
+    monkeypatch.setattr(capacity, "memory_room", lambda: [capacity.Room("the host", 80_000, "nothing")])
+    with pytest.raises(CapacityError, match=r"the directory of a cache of 3008 rows needs 85.2 KiB .*the host leaves 78.1 KiB"):
+        check_room_of_cache(RuntimeOptions(**options))

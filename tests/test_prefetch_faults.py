@@ -284,6 +284,14 @@ def test_prefetch_cancel_ends_a_read_and_a_wait(tables):
         assert time.perf_counter() - start < 4
 
 
+def test_prefetch_verify_compares_the_ids_that_were_submitted(way, tables):
+    ids = make_ids(50)
+    with prefetcher(tables.make(WAYS[way][0]), way, verify_rows=2000) as pf:
+        ticket = pf.submit(ids)
+        ids.zero_()  # the caller's own again
+        pf.wait(ticket, timeout_s=TIMEOUT_S)
+
+
 def test_prefetch_verify_finds_a_wrong_row(way, tables):
     tier = WAYS[way][0]
     table = tables.make(tier)

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, check, in_thread, make_ids, num_threads, prefetcher
+from prefetch_cases import (
+    NUM_ROWS,
+    ROW_DIM,
+    TIMEOUT_S,
+    WAYS,
+    Tables,
+    check,
+    exit_status,
+    in_thread,
+    make_ids,
+    num_threads,
+    prefetcher,
+)
 
 from engram_kernels import RowPrefetcher, gather_rows
 from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
@@ -60,6 +72,19 @@ def test_prefetch_rows_outlive_close(tables):
     torch.testing.assert_close(rows, gather_rows(table, ids), rtol=0, atol=0)
 
 
+def test_prefetch_dropped_in_flight(way, tables):
+    """Nobody calls `close`: what still writes to the ring ends before its memory goes."""
+    table = tables.make(WAYS[way][0])
+
+    def drop():
+        for seed in range(5):
+            pf = prefetcher(table, way, dict(max_delay_us=20_000, seed=seed), ring_bytes=40 << 20)
+            for _ in range(4):
+                pf.submit(make_ids(4000))
+            del pf
+    assert exit_status(drop) == 0
+
+
 def test_prefetch_exception_in_the_consumer(way, tables):
     table = tables.make(WAYS[way][0])
     for i in range(30):
@@ -90,28 +115,20 @@ def test_prefetch_after_a_fork(has_threads, way, tables):
     if has_threads:
         pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S)
         ticket = pf.submit(ids)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            for call in (lambda: pf.submit(ids), lambda: pf.drain(1)):
-                with pytest.raises(RuntimeError, match="made before a fork"):
-                    call()
-            pf.close()
-            own = RowPrefetcher(table)
-            check(own, ids, truth)
-            own.close()
-            del pf
-            code = 0
-        finally:
-            os._exit(code)
-    until = time.monotonic() + TIMEOUT_S
-    while (waited := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
-        time.sleep(0.01)
-    if waited == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert waited == (child, 0)
+
+    def use():  # any lock may have been held by another thread when the child was made
+        nonlocal pf
+        calls = [lambda: pf.submit(ids), lambda: pf.drain(1), lambda: pf.stats(), lambda: pf.clear_cache(),
+                 lambda: pf.trace(os.devnull)]
+        for call in calls + [lambda: pf.wait(ticket), lambda: pf.cancel(ticket)] * has_threads:
+            with pytest.raises(RuntimeError, match="made before a fork"):
+                call()
+        pf.close()
+        own = RowPrefetcher(table)
+        check(own, ids, truth)
+        own.close()
+        pf = None  # dropped
+    assert exit_status(use) == 0
     if has_threads:
         torch.testing.assert_close(pf.wait(ticket, timeout_s=TIMEOUT_S), gather_rows(truth, ids), rtol=0, atol=0)
     check(pf, ids, truth)

@@ -2,12 +2,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, make_ids, prefetcher
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels.memory import prefetch_runtime
 from engram_kernels.memory.prefetch_policy import choose_policy, read_surface
 from engram_kernels.memory.row_format import ROW_FORMATS
 
@@ -215,3 +217,16 @@ def test_prefetch_memory_is_ring_cache_and_ids(way, tables):
 def test_prefetch_for_a_device_that_is_not_there():
     with pytest.raises(RuntimeError, match="RowPrefetcher: device cuda is not available: .+"):
         RowPrefetcher(RowTable.from_tensor(torch.ones(3, 8), row_format="f32"), device="cuda")
+
+
+def test_prefetch_ring_on_a_gpu_is_free_of_its_former_use(monkeypatch):
+    """Torch gives out memory that kernels of the current stream have yet to read; the engine writes to it on its own stream."""
+    device, calls, on_cpu = torch.device("cuda:1"), [], torch.empty(1 << 19, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: calls.append(("empty", device)) or on_cpu)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
+        synchronize=lambda: calls.append(("synchronize", device))))
+    options = prefetch_runtime.RuntimeOptions(
+        table=RowTable.from_tensor(torch.zeros(3, 8), row_format="f32"), policy="uva", device=device, out_dtype=torch.bfloat16,
+        depth=1, threads=1, ring_bytes=1 << 19, staging_bytes=1 << 18, max_blocks=0, trace_spans=0)
+    assert prefetch_runtime._ring_memory(options).nbytes == 1 << 19
+    assert calls == [("empty", device), ("synchronize", device)]

@@ -1,9 +1,11 @@
 """RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs. The compiled runtime and its
 stand-in, which have the same contract; more of the compiled one in test_prefetch_{policy,faults,lifetime}.py."""
+import contextlib
 import threading
 
 import pytest
 import torch
+from prefetch_cases import exit_status, in_thread, num_threads
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
@@ -199,3 +201,33 @@ def test_row_prefetcher_trace(runtime, table, tmp_path):
         else:
             prefetcher.trace(tmp_path / "trace.json")
             assert "tier host" in (tmp_path / "trace.json").read_text()
+
+
+def test_row_prefetcher_dropped_ends_its_threads(runtime, table):
+    count = threading.active_count if runtime == "python" else num_threads  # torch has some for each of Python's
+    for i in range(8):
+        if i == 3:
+            before = count()
+        prefetcher = RowPrefetcher(table)
+        prefetcher.wait(prefetcher.submit(make_ids(30)), timeout_s=TIMEOUT_S)
+        prefetcher.submit(make_ids(30))
+        del prefetcher
+    assert count() <= before
+
+
+def test_row_prefetcher_dropped_after_a_fork(runtime, table):
+    """In the child, whatever lock another thread held when it was made."""
+    kept, locked, forked = [RowPrefetcher(table)], threading.Event(), threading.Event()
+
+    def hold():
+        with kept[0]._runtime._changed if runtime == "python" else contextlib.nullcontext():
+            locked.set()
+            forked.wait(TIMEOUT_S)
+    thread, _ = in_thread(hold)
+    assert locked.wait(TIMEOUT_S)
+    try:
+        assert exit_status(kept.clear) == 0
+    finally:
+        forked.set()
+    thread.join(TIMEOUT_S)
+    kept[0].close()

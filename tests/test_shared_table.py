@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -252,6 +253,33 @@ def test_shared_table_shows_how_far_it_is(memory, shm, monkeypatch):
     shared = source.share("t", directory=shm, progress=progress)
     assert shown[0] == ("share", R) and sum(shown[1:]) == R and sorted(shown[1:]) == [1] + [100] * 30
     assert same_rows(shared, source)
+
+
+def test_shared_table_last_piece_is_copied_behind_the_end(memory, shm, monkeypatch):
+    """A thread that finds no piece left does not stop one that has taken the last and not begun."""
+    class Late:
+        def __init__(self, pieces):
+            self.pieces, self.lock, self.ended = list(pieces), threading.Lock(), threading.Event()
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            with self.lock:
+                piece = self.pieces.pop(0) if self.pieces else None
+                is_last = not self.pieces
+            if piece is None:
+                threading.Timer(0.05, self.ended.set).start()
+                raise StopIteration
+            if is_last:
+                assert self.ended.wait(60)
+            return piece
+
+    monkeypatch.setattr(shared_table, "_FILL_BYTES", 20_000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(2))
+    monkeypatch.setattr(shared_table, "iter", Late, raising=False)
+    source = table_of()
+    assert same_rows(source.share("t", directory=shm), source)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")

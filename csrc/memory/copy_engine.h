@@ -68,6 +68,9 @@ class CopyEngine {
   virtual bool register_host(const std::byte* begin, int64_t bytes) = 0;
   virtual void unregister_host(const std::byte* begin) noexcept = 0;
 
+  // By a thread that is not the caller's and works with this engine alone.
+  virtual void adopt_thread() noexcept = 0;
+
   virtual Event launch(const EngineLaunch& launch) = 0;
 
   // `stream` is the caller's (0: its default, or no stream at all for CPU threads).

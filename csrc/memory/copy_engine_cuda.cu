@@ -29,15 +29,18 @@ constexpr auto kPoll = std::chrono::microseconds(20);
 
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     EK_ENGINE_CHECK(cudaGetDevice(&before_));
     if (before_ != device) EK_ENGINE_CHECK(cudaSetDevice(device));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
+  const int device_;
   int before_ = 0;
 };
 
@@ -123,10 +126,13 @@ class CudaEngine final : public CopyEngine {
   }
 
   ~CudaEngine() override {
+    int before = device_;
+    cudaGetDevice(&before);
     cudaSetDevice(device_);
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
     for (const auto& [begin, pieces] : registered_) cuda_host_registry().give_back(pieces);
+    if (before != device_) cudaSetDevice(before);
   }
 
   std::string name() const override { return "cuda:" + std::to_string(device_); }
@@ -172,6 +178,9 @@ class CudaEngine final : public CopyEngine {
     cuda_host_registry().give_back(found->second);
     registered_.erase(found);
   }
+
+  // for good: to go back to the first device, where a thread begins, would make a context there
+  void adopt_thread() noexcept override { cudaSetDevice(device_); }
 
   Event launch(const EngineLaunch& launch) override {
     const OnDevice on(device_);

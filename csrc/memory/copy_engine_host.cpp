@@ -104,6 +104,7 @@ class HostEngine final : public CopyEngine {
   void free_device(std::byte* memory) noexcept override { free_host(memory); }
   bool register_host(const std::byte*, int64_t) override { return false; }
   void unregister_host(const std::byte*) noexcept override {}
+  void adopt_thread() noexcept override {}
 
   Event launch(const EngineLaunch& launch) override {
     Task task{launch, {}, {}, std::make_shared<HostEvent>()};

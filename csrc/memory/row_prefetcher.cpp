@@ -142,6 +142,7 @@ GatherRowsParams RowPrefetcher::gather_into(const Request& request) const {
 }
 
 void RowPrefetcher::work() {
+  engine_->adopt_thread();
   std::unique_lock lock(mutex_);
   for (;;) {
     work_.wait(lock, [this] { return closed_ || !queue_.empty(); });
@@ -247,6 +248,7 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
 }
 
 void RowPrefetcher::release(int slot, uintptr_t stream) {
+  check_process();
   const std::lock_guard lock(mutex_);
   slots_.give(slot, engine_->record_on(stream));
   --counters_.in_flight;
@@ -291,6 +293,7 @@ void RowPrefetcher::drop(const RequestPtr& request) {
 }
 
 bool RowPrefetcher::knows(int64_t ticket) const {
+  check_process();
   const std::lock_guard lock(mutex_);
   return tickets_.count(ticket) > 0;
 }

@@ -42,18 +42,25 @@ void RowPrefetcher::count(const Request& request, int64_t waited_since_ns) {
 }
 
 PrefetchCounters RowPrefetcher::counters() const {
+  check_process();
   const std::lock_guard lock(mutex_);
   PrefetchCounters counters = counters_;
   counters.queued = static_cast<int64_t>(queue_.size());
   return counters;
 }
 
-std::string RowPrefetcher::chrome_trace() const { return trace_.json(); }
+std::string RowPrefetcher::chrome_trace() const {
+  check_process();
+  return trace_.json();
+}
 
 int64_t RowPrefetcher::memory_bytes() const { return (options_.depth + 1) * options_.slot_bytes + stager_->memory_bytes(); }
 
 int64_t RowPrefetcher::cache_slots() const { return stager_->cache_slots(); }
 
-void RowPrefetcher::clear_cache() { stager_->clear_cache(); }
+void RowPrefetcher::clear_cache() {
+  check_process();
+  stager_->clear_cache();
+}
 
 }  // namespace engram_kernels

@@ -98,6 +98,41 @@ def test_prefetch_device_ids_of_the_current_stream(policy, tmp_path):
     torch.testing.assert_close(rows, gather_rows(truth, late), rtol=0, atol=0)
 
 
+def test_prefetch_device_ids_outlive_their_gather(tmp_path):
+    """Made on one stream, waited for on another: their memory is not given out again before they were read."""
+    _, table = make_table("uva_pinned", tmp_path / "t")
+    side = torch.cuda.Stream()
+    with prefetcher(table, "uva_pinned") as pf:
+        with torch.cuda.stream(side):
+            ids = make_ids(300).cuda()
+            ticket = pf.submit(ids)
+        torch.cuda._sleep(500_000_000)
+        pf.wait(ticket, timeout_s=TIMEOUT_S)
+        at = ids.data_ptr()
+        del ids
+        with torch.cuda.stream(side):
+            assert torch.empty(300, dtype=torch.int64, device="cuda").data_ptr() != at
+
+
+def test_prefetch_device_ring_is_no_memory_in_use(tmp_path):
+    """Torch gives out memory that kernels of the same stream have yet to read; the prefetcher writes on another."""
+    _, table = make_table("staged", tmp_path / "t")
+    torch.cuda.empty_cache()
+    ring_bytes = 64 << 20
+    used = torch.full((ring_bytes,), 7, dtype=torch.uint8, device="cuda")
+    copy = torch.zeros_like(used)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)
+    copy.copy_(used)
+    at = used.data_ptr()
+    del used
+    with prefetcher(table, "staged", ring_bytes=ring_bytes) as pf:
+        assert pf._runtime._ring.data_ptr() == at
+        pf.submit(make_ids(9000))
+        pf.drain(TIMEOUT_S)
+    assert (copy == 7).all()
+
+
 @pytest.mark.parametrize("policy", ["uva_pageable", "uva_pinned", "device"])
 def test_prefetch_device_graph_capture(policy, tmp_path):
     """Replays read the ids that are there at that time, into the same rows."""

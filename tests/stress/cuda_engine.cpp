@@ -38,8 +38,8 @@ void check(const std::vector<int64_t>& ids, const float* rows, const std::string
 }
 
 struct Fixture {
-  explicit Fixture(bool direct, int64_t cached_rows = 0)
-      : table(kNumRows * kRowDim), slots((kDepth + 1) * kMaxIds * kRowDim), engine(make_cuda_engine(0)) {
+  explicit Fixture(bool direct, int64_t cached_rows = 0, int device = 0)
+      : table(kNumRows * kRowDim), slots((kDepth + 1) * kMaxIds * kRowDim), engine(make_cuda_engine(device)) {
     for (int64_t r = 0; r < kNumRows; ++r) {
       for (int j = 0; j < kRowDim; ++j) table[static_cast<size_t>(r * kRowDim + j)] = value(r, j);
     }
@@ -246,6 +246,23 @@ void registers() {
   if (other->register_host(at(30 * kPage), 2 * kPage)) fail("memory that somebody else has pinned was registered again");
 }
 
+// A thread of the prefetcher touches no device but its own, and the caller's current device stays.
+void devices() {
+  for (const int current : {1, 0}) {
+    cudaSetDevice(current);
+    const int64_t before = fake_cuda_first_device_calls();
+    {
+      Fixture f(false, 100, 1);
+      const std::vector<int64_t> ids = {1, 2, 3};
+      for (int i = 0; i < 5; ++i) f.prefetcher->wait(f.submit(ids, nullptr), 10, f.handle(), false);
+      if (current == 1 && fake_cuda_first_device_calls() != before) fail("a prefetcher on device 1 turned to device 0");
+    }
+    int now = -1;
+    cudaGetDevice(&now);
+    if (now != current) fail("a prefetcher left another device current: " + std::to_string(now));
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -267,6 +284,7 @@ int main(int argc, char** argv) {
   if (hits == 0 || failures == 0) fail("nothing was found in the cache, or nothing failed");
   bad_ids();
   registers();
+  devices();
   if (fake_cuda_live_events() != 0) fail("events are left");
   std::printf("cuda_engine: %llu rounds, %lld rows found in the cache, %lld failures\n", static_cast<unsigned long long>(rounds),
               static_cast<long long>(hits), static_cast<long long>(failures));

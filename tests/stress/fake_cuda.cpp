@@ -1,5 +1,6 @@
 #include "fake_cuda.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -16,6 +17,9 @@
 #include "memory/place_rows.h"
 
 namespace {
+
+thread_local int current_device = 0;
+std::atomic<int64_t> first_device_calls{0};
 
 struct FakeStream;
 
@@ -129,6 +133,7 @@ void fake_cuda_replay() {
   }
 }
 int64_t fake_cuda_live_events() { return live_events; }
+int64_t fake_cuda_first_device_calls() { return first_device_calls; }
 bool fake_cuda_is_registered(const void* memory) {
   const std::lock_guard lock(mutex);
   const auto next = registered.upper_bound(static_cast<const std::byte*>(memory));
@@ -179,10 +184,14 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  if (device == 0) ++first_device_calls;
+  current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, thread_mode);
   return cudaSuccess;

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import threading
 import time
 from typing import Any
@@ -27,7 +28,7 @@ class PythonRuntime:
     def __init__(self, options: RuntimeOptions):
         if options.device.type != "cpu":
             raise RuntimeError(f"RowPrefetcher: device {options.device} is not available without the compiled module")
-        self._options = options
+        self._options, self._process = options, os.getpid()
         self._ring: list[Tensor] = [torch.empty(0, dtype=options.out_dtype) for _ in range(options.depth + 1)]
         self._free = collections.deque(range(options.depth + 1))
         self._tickets: dict[int, _Request] = {}
@@ -121,7 +122,9 @@ class PythonRuntime:
                 raise TimeoutError(f"RowPrefetcher: requests did not arrive in {timeout_s} s")
 
     def close(self) -> None:
-        """Drops what is in flight and ends the thread."""
+        """Drops what is in flight and ends the thread. Nothing in a child after a fork, which has neither thread nor lock."""
+        if os.getpid() != self._process:
+            return
         with self._changed:
             self._closed = True
             while self._tickets:

@@ -18,6 +18,9 @@ if not COMPILE_ERROR:
 
 _HUGE_PAGE_BYTES = 2 << 20
 _SLOT_ALIGN = 256  # bytes
+_ALL_BYTES = 1 << 62  # more than any table has
+_MAX_CACHED_ROWS = (1 << 31) - 1
+_DIRECTORY_BYTES_PER_ROW = 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,8 @@ class CompiledRuntime:
                     self._register(memory)
         self._impl = _C.RowPrefetcher({
             **_table_of(options.table, self._scales), "direct": self._direct, "on_device": options.table.tier == "device",
-            "staging_bytes": options.staging_bytes, "cache_bytes": options.cache_bytes, "num_threads": options.threads,
-            "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
+            "staging_bytes": options.staging_bytes, "cache_bytes": min(options.cache_bytes, _ALL_BYTES),
+            "num_threads": options.threads, "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
             "slots": self._ring.data_ptr(), "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
             "trace_spans": options.trace_spans}, self._engine)
         self.cancel, self.drain, self.clear_cache = self._impl.cancel, self._impl.drain, self._impl.clear_cache
@@ -122,8 +125,10 @@ def check_room_of_cache(options: RuntimeOptions) -> None:
     if options.cache_bytes == 0:
         return
     table = options.table
-    rows = min(options.cache_bytes // table.row_bytes, -(-table.num_rows // 16) * 16)  # as csrc/memory/device_row_cache.cpp
+    # as csrc/memory/device_row_cache.cpp
+    rows = min(options.cache_bytes // table.row_bytes, -(-table.num_rows // 16) * 16, _MAX_CACHED_ROWS)
     cache_bytes, what = rows * table.row_bytes, f"a cache of {rows} rows"
+    check_memory("RowPrefetcher", f"the directory of {what}", rows * _DIRECTORY_BYTES_PER_ROW)
     if options.device.type == "cpu":
         check_memory("RowPrefetcher", what, cache_bytes)
     else:
@@ -134,7 +139,10 @@ def check_room_of_cache(options: RuntimeOptions) -> None:
 def _ring_memory(options: RuntimeOptions) -> Tensor:
     num_bytes = options.slot_bytes * (options.depth + 1)
     if options.device.type != "cpu":
-        return torch.empty(num_bytes, dtype=torch.uint8, device=options.device)
+        ring = torch.empty(num_bytes, dtype=torch.uint8, device=options.device)
+        # the engine has a stream of its own, and this one may still use what it was memory of before, or be filling the table
+        torch.cuda.current_stream(options.device).synchronize()
+        return ring
     # pages of a slot cost memory once they are written
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and options.slot_bytes >= _HUGE_PAGE_BYTES:

@@ -134,8 +134,8 @@ class RowPrefetcher:
         expect_row_ids("RowPrefetcher", row_ids, self.device if on_device else torch.device("cpu"))
         with self._marks("prefetch submit"):
             ticket: int = self._runtime.submit(row_ids, _seconds(timeout_s))
-        keeps = self._verify_rows > 0 or row_ids.device.type != "cpu"
-        self._submitted[ticket] = _Submitted(row_ids.shape, row_ids if keeps else None)
+        kept = row_ids if row_ids.device.type != "cpu" else row_ids.clone() if self._verify_rows else None
+        self._submitted[ticket] = _Submitted(row_ids.shape, kept)
         return ticket
 
     def wait(self, ticket: int, out: Tensor | None = None, timeout_s: float | None = None) -> Tensor:
@@ -168,6 +168,8 @@ class RowPrefetcher:
             finally:
                 if not self._runtime.knows(ticket):
                     self._submitted.pop(ticket, None)
+        if request.row_ids is not None and request.row_ids.is_cuda:
+            request.row_ids.record_stream(torch.cuda.current_stream(self.device))  # behind the gather that reads them
         rows = self._runtime.rows(slot, request.shape.numel() * self.row_dim).view(shape)
         if out is None:
             self._verify(request, rows)
@@ -224,6 +226,10 @@ class RowPrefetcher:
         """Drops requests that are in flight, ends the threads. Rows that `wait` returned stay readable."""
         self._runtime.close()
         self._submitted.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_runtime"):  # else __init__ refused its arguments
+            self.close()  # first: threads and a device write to memory that goes with this object
 
     def __enter__(self) -> RowPrefetcher:
         return self

@@ -146,8 +146,9 @@ class _Filler:
                 end = min(begin + step, self._table.num_rows)
                 self._copy(begin, end, parts)
                 advance(end - begin)
-        finally:
-            self._stop = True  # no piece is left, or the others need not go on
+        except BaseException:
+            self._stop = True  # the others need not go on; not where no piece is left: one of them may have just taken the last
+            raise
 
     def _copy(self, begin: int, end: int, parts: list[tuple[Tensor, Tensor, int]]) -> None:
         ranges = [(at + begin * x[0].nbytes, (end - begin) * x[0].nbytes) for x, _, at in parts]
