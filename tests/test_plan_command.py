@@ -353,13 +353,15 @@ def test_published_repeats_are_those_of_the_docs():
     page = (ROOT / repeats._PAGE).read_text()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")]
     rows = [(int(c[0].replace(",", "")), c[1:]) for c in cells if c[0].replace(",", "").isdigit()]
-    prefill = {n: c for n, c in rows[:len(repeats.BATCHES)]}
-    decode = {n: c for n, c in rows[len(repeats.BATCHES):len(repeats.BATCHES) + len(repeats.SEQUENCES)]}
-    cache = {n: c[1:] for n, c in rows[len(repeats.BATCHES) + len(repeats.SEQUENCES):]}
+    before, tables = 0, []  # the first three of the page
+    for count in (len(repeats.BATCHES), len(repeats.SEQUENCES), len(repeats.SLOTS)):
+        tables.append(dict(rows[before:before + count]))
+        before += count
+    prefill, decode, cache = tables
     for i, kind in enumerate(repeats.KINDS):
         assert [float(prefill[b][i]) for b in repeats.BATCHES] == list(repeats.UNIQUE_PREFILL[kind])
         assert [float(decode[s][i]) for s in repeats.SEQUENCES] == list(repeats.UNIQUE_DECODE[kind])
-        assert [float(cache[s][i].split(" / ")[0]) for s in repeats.SLOTS] == list(repeats.HIT_RATES[kind])
+        assert [float(cache[s][i + 1].split(" / ")[0]) for s in repeats.SLOTS] == list(repeats.HIT_RATES[kind])
 
 
 def test_repeats_of_a_text_are_counted_with_the_true_hash(tmp_path):
