@@ -245,7 +245,8 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
   const int64_t vectors = p.hidden_size / kVectorElements<kType>;
   const bool few = p.num_tokens * p.branches <= num_multiprocessors();
   for (const auto& [branches, per_thread] : {std::pair{1, 2}, {4, 2}, {2, 4}, {1, 8}}) {
-    if (branches * per_thread == 2 && !few) continue;
+    const bool block_a_branch = branches == 1 && per_thread == 2;
+    if (block_a_branch && !few) continue;
     if (branches == 4 && kType == DType::kF16) continue;  // spills registers on sm_90
     if (p.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
     const int threads = lanes_for(vectors, per_thread);
@@ -256,8 +257,8 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
       if (branches == 4) launch_tokens<kType, 4, 2>(p, arrays, tile, stream);
     }
     if (branches == 2) launch_tokens<kType, 2, 4>(p, arrays, tile, stream);
-    if (branches == 1 && per_thread == 2) launch_tokens<kType, 1, 2>(p, arrays, tile, stream);
-    if (branches == 1 && per_thread == 8) launch_tokens<kType, 1, 8>(p, arrays, tile, stream);
+    if (branches == 1 && !block_a_branch) launch_tokens<kType, 1, 8>(p, arrays, tile, stream);
+    if (block_a_branch) launch_tokens<kType, 1, 2>(p, arrays, tile, stream);
     return true;
   }
   return false;
