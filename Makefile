@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # one build folder, so that a second build is incremental
 BUILD_ENV := EK_BUILD_DIR=$(abspath build)
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
-CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python -name '*.py')
+CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python triton_kernels -name '*.py')
 # make presets CXX to g++; only one that was chosen counts
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
@@ -43,7 +43,7 @@ OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gathe
 MEMORY_TESTS := $(addprefix tests/,test_file_tier.py test_file_tier_faults.py test_row_cache.py test_host_table.py test_shared_table.py test_shared_table_faults.py \
   test_row_prefetcher.py test_prefetch_cache.py test_prefetch_faults.py test_prefetch_lifetime.py)
 test-asan: $(VENV)/.built
-	rm -rf build-asan/python && mkdir -p build-asan && cp -r python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
+	rm -rf build-asan/python && mkdir -p build-asan && cp -rL python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
 	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
 	  -DEK_TORCH_ROOT="$$(python -c 'import torch; print(torch.__path__[0])')" -DCMAKE_PREFIX_PATH="$$(pybind11-config --cmakedir)" \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build-asan)/python/engram_kernels > build-asan/configure.log
@@ -89,12 +89,12 @@ bench-check: $(VENV)/.built $(VENV)/.bench
 	EK_BENCH_TABLE_GIB=1 EK_BENCH_FILE_MIB=64 python -m pytest -q bench --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.lint
-	ruff check python tests bench setup.py
+	ruff check python triton_kernels tests bench setup.py
 	mypy
 	find csrc tests/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
-	ruff check --fix python tests bench setup.py
+	ruff check --fix python triton_kernels tests bench setup.py
 	find csrc tests/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import engram_kernels as ek
-from engram_kernels import _triton
 from harness import measure
 
 pytest.importorskip("triton")
-from engram_kernels.triton_kernels import launch
+from engram_kernels.triton_runtime import launch
 
 LAYOUT = ek.EngramSpec.deepseek_v41().layout()
 TOKENS, CU = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)

@@ -112,8 +112,8 @@ def test_engram_forward_moves_less_than_three_steps(row_format):
     The simulation, over 40, shows that a launch moves each of its tensors once; from that follows the figure of the whole size.
     Scaled down it is higher, for the sums of a token and branch do not scale; with none it would be 0.694 for bf16 rows.
     """
-    from engram_kernels.triton_kernels import launch
     from engram_kernels.triton_kernels.engram_forward import engram_forward
+    from engram_kernels.triton_runtime import launch
 
     def call(inputs, row_dim):
         return engram_forward(*inputs, None, row_format, row_dim, False, *OPTIONS, True)

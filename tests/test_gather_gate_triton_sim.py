@@ -33,7 +33,7 @@ def run_bwd(grad_out, inputs, table, mask=None, **options):
 @pytest.fixture
 def programs(monkeypatch):
     """Sets how many programs take a small batch."""
-    from engram_kernels.triton_kernels import tuning
+    from engram_kernels.triton_runtime import tuning
 
     def set_to(count):
         for op in ("gather_gate", "gather_gate_bwd"):

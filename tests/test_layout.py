@@ -12,7 +12,7 @@ from engram_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(p.stem for p in (ROOT / "python/engram_kernels/ops").glob("[!_]*.py"))
-SOURCES = sorted(p for folder in ("csrc", "python", "bench", "tests") for p in (ROOT / folder).rglob("*")
+SOURCES = sorted(p for folder in ("csrc", "python", "triton_kernels", "bench", "tests") for p in (ROOT / folder).rglob("*")
                  if p.suffix in {".py", ".h", ".cpp", ".cu"} and "__pycache__" not in p.parts)
 ISA_OBJECTS = sorted(p for isa in ("avx2", "avx512") for p in (ROOT / f"build/CMakeFiles/ek_kernels_{isa}.dir").rglob("*.o"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 400, 80, 130

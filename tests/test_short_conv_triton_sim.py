@@ -20,7 +20,7 @@ CASES = {  # name: (lengths, branches, size, width, dilation, dtype)
 @pytest.fixture
 def programs(monkeypatch):
     """Sets how many programs there are, and so how far one walks."""
-    from engram_kernels.triton_kernels import tuning
+    from engram_kernels.triton_runtime import tuning
 
     def set_to(count):
         for size in ("small", "large"):

@@ -22,13 +22,13 @@ def assert_compiles_without_spills(variants, target):
 
 def without_options(variants):
     """With and without each optional argument is compiled for V4.1 on sm_90, of int32 ids; elsewhere without is enough."""
-    from engram_kernels.triton_kernels.launch import ABSENT
+    from engram_kernels.triton_runtime.launch import ABSENT
     return [v for v in variants if v.types.count(ABSENT) == max(w.types.count(ABSENT) for w in variants if w.kernel is v.kernel)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_v41_compiles(target):
-    from engram_kernels.triton_kernels.warmup import spec_variants
+    from engram_kernels.triton_runtime.warmup import spec_variants
     variants = spec_variants(EngramSpec.deepseek_v41(), target, backward=True)
     fewest = without_options(variants)
     variants = [v for v in variants if v in fewest or (target == "sm_90" and v.dtypes[0] != torch.int64)]
@@ -39,14 +39,14 @@ def test_triton_v41_compiles(target):
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 @pytest.mark.parametrize("preset", OTHER_PRESETS.values(), ids=OTHER_PRESETS.keys())
 def test_triton_other_presets_compile(preset, target):
-    from engram_kernels.triton_kernels.warmup import spec_variants
+    from engram_kernels.triton_runtime.warmup import spec_variants
     assert_compiles_without_spills(without_options(spec_variants(preset(), target, backward=True)), target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_every_row_format_and_dtype_compiles(target):
-    from engram_kernels.triton_kernels import launch
     from engram_kernels.triton_kernels.gather_rows import gather_rows
+    from engram_kernels.triton_runtime import launch
     variants = []
     for name, stored in ROW_FORMATS.items():
         rows = torch.empty(9, stored.width(256), dtype=stored.dtype, device="meta")
@@ -61,7 +61,7 @@ def test_triton_every_row_format_and_dtype_compiles(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_gate_dtypes_and_options_compile(target):
-    from engram_kernels.triton_kernels.warmup import spec_variants
+    from engram_kernels.triton_runtime.warmup import spec_variants
     spec = dataclasses.replace(EngramSpec.deepseek_v41(), zero_sign="sign", add_residual=False)
     for dtype, weights in ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)):
         variants = [v for v in spec_variants(spec, target, dtype, weights, True) if v.kernel.__name__.startswith("gate")]
@@ -71,8 +71,8 @@ def test_triton_gate_dtypes_and_options_compile(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_gather_gate_compiles(target):
-    from engram_kernels.triton_kernels import launch
     from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
+    from engram_kernels.triton_runtime import launch
     variants = []
     for i, (name, stored) in enumerate(ROW_FORMATS.items()):
         rows = torch.empty(9, stored.width(256), dtype=stored.dtype, device="meta")
@@ -92,8 +92,8 @@ def test_triton_gather_gate_compiles(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_engram_forward_compiles(target):
-    from engram_kernels.triton_kernels import launch
     from engram_kernels.triton_kernels.engram_forward import engram_forward
+    from engram_kernels.triton_runtime import launch
     variants = []
     for i, (name, tokens, dtype) in enumerate((("fp8_e4m3_block32_packed", 1, torch.bfloat16), ("bf16", 100, torch.bfloat16),
                                                ("fp8_e4m3_tensor", 100, torch.float16), ("int8_group32", 100, torch.float32),

@@ -13,13 +13,14 @@ import torch
 from triton_sim import MISSING_TRITON
 
 import engram_kernels as ek
-from engram_kernels import _triton, backends
+from engram_kernels import backends
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
 from engram_kernels.testing import random_rows
+from engram_kernels.triton_runtime import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
@@ -27,14 +28,14 @@ needs_triton = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
 
 def launch_all(num_tokens):
     """Every launch function at this many tokens, as the wrappers do it."""
-    from engram_kernels.triton_kernels.warmup import calls
+    from engram_kernels.triton_runtime.warmup import calls
     return calls(EngramSpec.deepseek_v41(), num_tokens, torch.bfloat16, torch.bfloat16, True)
 
 
 @needs_triton
 def test_triton_compiles_nothing_for_other_token_counts():
-    from engram_kernels.triton_kernels import launch
-    from engram_kernels.triton_kernels.warmup import spec_variants
+    from engram_kernels.triton_runtime import launch
+    from engram_kernels.triton_runtime.warmup import spec_variants
     warm = set(spec_variants(EngramSpec.deepseek_v41(), "sm_90", backward=True))
     for num_tokens in (1, 2, 3, 16, 63, 64, 65, 100, 128, 1000, 4096, 8191, 65536, 300_001):
         for call in launch_all(num_tokens):
@@ -48,10 +49,10 @@ def test_triton_compiles_nothing_for_other_token_counts():
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
 def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
     """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup lacks."""
-    if not _triton.INTERPRETED:
+    if not dispatch.INTERPRETED:
         pytest.skip("needs the interpreter's tensors on the CPU")
-    from engram_kernels.triton_kernels import launch
-    from engram_kernels.triton_kernels.warmup import spec_variants
+    from engram_kernels.triton_runtime import launch
+    from engram_kernels.triton_runtime.warmup import spec_variants
     preset = EngramSpec.deepseek_v41 if variant == "deepseek_v41" else EngramSpec.demo_v1
     spec = preset(hidden_size=64, branches=2, table_sizes=(40,) * (preset().max_order - 1), head_dim=32)
     monkeypatch.setattr(_triton, "INTERPRETED", False)  # as on a GPU, which looks at no data
@@ -81,8 +82,8 @@ def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
 
 @needs_triton
 def test_triton_variants_do_not_depend_on_values_addresses_or_row_count():
-    from engram_kernels.triton_kernels import launch
     from engram_kernels.triton_kernels.gather_rows import gather_rows as run
+    from engram_kernels.triton_runtime import launch
     found = set()
     for num_rows in (1, 7, 16, 4096):
         rows = torch.zeros(num_rows, 64, dtype=torch.bfloat16)
@@ -96,7 +97,7 @@ def test_triton_variants_do_not_depend_on_values_addresses_or_row_count():
 @needs_triton
 def test_triton_caches_what_it_compiled(monkeypatch):
     """A second launch of a variant looks it up; the compiled kernel is given addresses and plain numbers."""
-    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_runtime import launch
     calls = []
 
     class Stub:
@@ -125,7 +126,7 @@ def test_triton_caches_what_it_compiled(monkeypatch):
 
 @needs_triton
 def test_triton_errors_are_counted_once_and_cleared(monkeypatch):
-    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_runtime import launch
     counter = torch.tensor([3], dtype=torch.int32)
     monkeypatch.setattr(launch, "_errors", {("gather_rows", torch.device("cuda", 1)): counter})
     with pytest.raises(IndexError, match="gather_rows: 3 bad values .* on cuda:1"):
@@ -136,7 +137,7 @@ def test_triton_errors_are_counted_once_and_cleared(monkeypatch):
 
 @needs_triton
 def test_triton_errors_counted_in_inference_mode_are_cleared_outside(monkeypatch):
-    from engram_kernels.triton_kernels import launch
+    from engram_kernels.triton_runtime import launch
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **kwargs: zeros(*size, **kwargs))  # there is no GPU
     monkeypatch.setattr(launch, "_errors", {})
@@ -150,9 +151,9 @@ def test_triton_errors_counted_in_inference_mode_are_cleared_outside(monkeypatch
 @needs_triton
 def test_triton_recording_a_thread_leaves_the_launches_of_others_alone():
     """`warmup` of one model, or a simulation, while another thread serves."""
-    if not _triton.INTERPRETED:
+    if not dispatch.INTERPRETED:
         pytest.skip("needs the interpreter")
-    from engram_kernels.triton_kernels import launch, tuning
+    from engram_kernels.triton_runtime import launch, tuning
     table, ids = ek.RowTable.from_tensor(torch.ones(4, 8), row_format="f32"), torch.tensor([0, 1])
     recorded, served = [], []
 
@@ -171,7 +172,7 @@ def test_triton_recording_a_thread_leaves_the_launches_of_others_alone():
 
 @pytest.fixture
 def user_table(tmp_path, monkeypatch):
-    from engram_kernels.triton_kernels import tuning
+    from engram_kernels.triton_runtime import tuning
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     tuning.user_table.cache_clear()
     tuning._parameters.cache_clear()
@@ -243,8 +244,8 @@ def test_triton_package_refuses_the_other_name():
 
 def test_triton_missing_is_said(monkeypatch):
     monkeypatch.setattr(_triton, "INSTALLED", False)
-    assert _triton.why_not("gate") == "Triton is not installed: pip install 'engram-kernels[triton]'"
-    assert _triton.why_not("no_such_op") is not None
+    assert dispatch.why_not("gate") == "Triton is not installed: pip install 'engram-kernels[triton]'"
+    assert dispatch.why_not("no_such_op") is not None
 
 
 NO_INTERPRETER = """
@@ -268,17 +269,17 @@ def test_triton_without_a_gpu_and_without_the_interpreter_is_refused():
 
 @pytest.mark.parametrize("capability, words", [((7, 5), "need sm_80 or later; the GPU is sm_75"), ((9, 0), None)])
 def test_triton_unsupported_target_is_said(capability, words, monkeypatch):
-    _triton.why_not_on.cache_clear()
+    dispatch.why_not_on.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    said = _triton.why_not_on(0)
-    _triton.why_not_on.cache_clear()
+    said = dispatch.why_not_on(0)
+    dispatch.why_not_on.cache_clear()
     assert said is None if words is None else words in said
 
 
 @needs_triton
 def test_triton_gradients_compile_and_opcheck():
-    if not _triton.INTERPRETED:
+    if not dispatch.INTERPRETED:
         pytest.skip("needs the interpreter")
     ops = torch.ops.engram_kernels_triton
     rows, _ = random_rows("bf16", 9, 32, torch.Generator().manual_seed(0))
@@ -300,7 +301,7 @@ def test_triton_gradients_compile_and_opcheck():
 
 @needs_triton
 def test_triton_decode_step_compiles():
-    if not _triton.INTERPRETED:
+    if not dispatch.INTERPRETED:
         pytest.skip("needs the interpreter")
     x, weight, norm_weight = torch.randn(2, 1, 8), torch.randn(1, 8, 3), torch.ones(1, 8)
     bounds, positions, ring = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([5, 0]), torch.randn(2, 4, 1, 8)
@@ -317,7 +318,7 @@ def test_triton_decode_step_compiles():
 
 @needs_triton
 def test_triton_refuses_overlap_and_gradients_of_out():
-    if not _triton.INTERPRETED:
+    if not dispatch.INTERPRETED:
         pytest.skip("needs the interpreter")
     buffer, inputs = torch.zeros(4, 2, 8), [torch.randn(3, 2, 8), torch.randn(3, 8), torch.randn(2, 8), torch.randn(2, 8)]
     with pytest.raises(ValueError, match="out shares memory with hidden, without being it"):
@@ -337,7 +338,7 @@ def test_triton_refuses_overlap_and_gradients_of_out():
 def test_triton_kernels_use_what_the_oldest_triton_has():
     """pyproject says triton>=3.5: tests/golden/triton_3_5_language.txt is dir(triton.language) of 3.5.0."""
     oldest = set((ROOT / "tests/golden/triton_3_5_language.txt").read_text().split())
-    sources = [path.read_text() for path in (ROOT / "python/engram_kernels/triton_kernels").glob("*.py")]
+    sources = [path.read_text() for path in (ROOT / "triton_kernels").glob("*.py")]
     used = {name for text in sources for name in re.findall(r"\btl\.(\w+)", text)}
     assert len(used) > 20 and used - oldest == set()
 
@@ -345,11 +346,11 @@ def test_triton_kernels_use_what_the_oldest_triton_has():
 @needs_triton
 def test_triton_tune_ops_tries_every_candidate_that_fits(user_table):
     """On the interpreter, with a clock that likes many warps and finds the most of them too many."""
-    if not _triton.INTERPRETED:
+    if not dispatch.INTERPRETED:
         pytest.skip("needs the interpreter")
     from triton.runtime.errors import OutOfResources
 
-    from engram_kernels.triton_kernels import tune
+    from engram_kernels.triton_runtime import tune
     spec = EngramSpec.demo_v1(hidden_size=64, branches=1, head_dim=4)
     device, tried = torch.device("cpu"), []
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from engram_kernels import _triton
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
+from engram_kernels.triton_runtime import dispatch
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 # "auto": the first of these that is available, by the device of the tensors
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"),
               "meta": ("cpu", "cuda", "reference")}  # no data, so a kernel's fake
-_DEVICES = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": _triton.device_type()}
+_DEVICES = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": dispatch.device_type()}
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 _WHY_NOT: dict[tuple[str, str], str] = {}
@@ -36,7 +36,7 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
         compiled: calls `torch.ops.engram_kernels.<op>`.
         check_data: the data checks that kernels on a GPU cannot make; takes the tensor-level arguments.
         in_place: the argument that `out` may be.
-        as_update: as `_triton.implementation` takes it.
+        as_update: as `dispatch.implementation` takes it.
     """
     register(op, "reference", reference)
     register(op, "cpu", None if COMPILE_ERROR else compiled, COMPILE_ERROR)
@@ -44,10 +44,10 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
     if no_cuda is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"engram_kernels::{op}", "CUDA"):
         no_cuda = "there is no CUDA kernel of it yet"
     register(op, "cuda", None if no_cuda else compiled, no_cuda)
-    missing = _triton.why_not(op)
-    register(op, "triton", None if missing else _triton.implementation(op, check_data, in_place, as_update), missing)
+    missing = dispatch.why_not(op)
+    register(op, "triton", None if missing else dispatch.implementation(op, check_data, in_place, as_update), missing)
     if not missing:
-        _triton.define_twin(op)
+        dispatch.define_twin(op)
 
 
 def select(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ def _unsupported(backend: str, device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on `device`."""
     if _DEVICES[backend] != device.type:
         return f"backend {backend!r} runs on {_DEVICES[backend]}"
-    return _triton.why_not_on(device.index or 0) if device.type == "cuda" else None
+    return dispatch.why_not_on(device.index or 0) if device.type == "cuda" else None
 
 
 def _no_device(backend: str) -> bool:
@@ -123,7 +123,7 @@ def check_errors() -> None:
     Raises:
         IndexError: names each op, device and count; the counters start again at 0.
     """
-    errors = _triton.take_errors()
+    errors = dispatch.take_errors()
     if not CUDA_ERROR:
         from engram_kernels import _C_cuda
         errors += _C_cuda.take_errors()

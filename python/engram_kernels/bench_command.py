@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels import _triton
 from engram_kernels._usage import UsageError
 from engram_kernels.profile.compare import Verdict, compare_runs, gone, load_machine, load_run, markdown
 from engram_kernels.progress import Progress
 from engram_kernels.spec import EngramSpec
+from engram_kernels.triton_runtime import dispatch
 
 REGRESSION, NO_CAPABILITY = 3, 5  # exit codes
 
@@ -83,14 +83,14 @@ def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:
     Raises:
         ValueError: an op has no launch parameters.
     """
-    missing = None if _triton.INSTALLED else _triton.why_not("gate")
+    missing = None if dispatch.INSTALLED else dispatch.why_not("gate")
     if missing is None and not torch.cuda.is_available():
         missing = "torch finds no GPU"
     if missing is not None:
         print(f"engram-kernels bench --tune: {missing}", file=sys.stderr)
         return NO_CAPABILITY
-    from engram_kernels.triton_kernels.tune import tune_ops
-    from engram_kernels.triton_kernels.tuning import user_file
+    from engram_kernels.triton_runtime.tune import tune_ops
+    from engram_kernels.triton_runtime.tuning import user_file
     for op, size, chosen in tune_ops(spec, ops):
         print(f"{op}, {size} batches: " + ", ".join(f"{name} {value}" for name, value in chosen.items()), flush=True)
     print(f"written to {user_file()}")

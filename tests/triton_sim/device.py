@@ -6,7 +6,7 @@ import ptxsim
 import torch
 from torch import Tensor
 
-from engram_kernels.triton_kernels.launch import ABSENT, Variant, executing_on
+from engram_kernels.triton_runtime.launch import ABSENT, Variant, executing_on
 
 from .compiler import Compiled, compile_variants
 

@@ -13,7 +13,7 @@ from pathlib import Path
 def compile_one(target, module, kernel, *rest):
     from triton.backends.compiler import GPUTarget
 
-    from engram_kernels.triton_kernels.launch import Variant
+    from engram_kernels.triton_runtime.launch import Variant
     function = getattr(importlib.import_module(module), kernel)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     log = io.StringIO()

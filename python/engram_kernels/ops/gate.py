@@ -15,8 +15,8 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import COMPILE_ERROR, LIB
-from engram_kernels._triton import register_autograd
 from engram_kernels.reference.gate import gate as _reference
+from engram_kernels.triton_runtime.dispatch import register_autograd
 
 _INPUTS = "Tensor hidden, Tensor key, Tensor value, Tensor w_hidden, Tensor w_key, Tensor? mask"
 _OPTIONS = "float eps, float clamp, str zero_sign, bool add_residual"

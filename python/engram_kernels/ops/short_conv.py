@@ -15,9 +15,9 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import LIB
-from engram_kernels._triton import libraries_of, register_autograd
 from engram_kernels.reference.short_conv import short_conv as _reference
 from engram_kernels.reference.short_conv import short_conv_update as _reference_update
+from engram_kernels.triton_runtime.dispatch import libraries_of, register_autograd
 
 _INPUTS = "Tensor x, Tensor weight, Tensor norm_weight, Tensor cu_seqlens"
 _UPDATE = f"{_INPUTS}, Tensor positions, int dilation, float eps, Tensor(a!) state"

@@ -28,8 +28,8 @@ from engram_kernels.triton_kernels.gate import (
     row_of,
 )
 from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes, mask_slopes
-from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
-from engram_kernels.triton_kernels.tuning import parameters, shape_class
+from engram_kernels.triton_runtime.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
+from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import BLOCK, FLOAT, decode_rows, round_to, row_args, to_float
-from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
-from engram_kernels.triton_kernels.tuning import parameters, shape_class
+from engram_kernels.triton_runtime.launch import ceil_div, error_counter, launch, power_of_two_from
+from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 MAX_CHUNK = 2048  # elements of a row at a time
 BWD_CHUNK = 256

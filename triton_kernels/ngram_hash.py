@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram_kernels.triton_kernels.launch import ceil_div, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
-from engram_kernels.triton_kernels.tuning import parameters, shape_class
+from engram_kernels.triton_runtime.launch import ceil_div, error_counter, launch, power_of_two_from
+from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 TARGET_PROGRAMS = 264  # two for each multiprocessor of a large GPU, before programs take more tokens
 MAX_CHUNKS = 16

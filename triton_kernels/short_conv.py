@@ -18,9 +18,9 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, SUM_CHUNK, chunk_of, row_of
-from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
-from engram_kernels.triton_kernels.tuning import parameters, shape_class
+from engram_kernels.triton_runtime.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
+from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 COPY_CHUNK = 1024
 COUNT_CHUNK = tl.constexpr(128)

@@ -39,9 +39,11 @@ def why_not(op: str) -> str | None:
     """Why `op` has no Triton implementation here; None: it has one, given a device."""
     if not INSTALLED:
         return "Triton is not installed: pip install 'engram-kernels[triton]'"
-    if importlib.util.find_spec(f"engram_kernels.triton_kernels.{op}") is None:
-        return "there is no Triton kernel yet"
-    return None
+    try:
+        found = importlib.util.find_spec(f"engram_kernels.triton_kernels.{op}")
+    except ModuleNotFoundError:  # the folder triton_kernels is a link in a checkout, and may be missing in a copy of it
+        found = None
+    return None if found else "there is no Triton kernel yet"
 
 
 @functools.cache
@@ -128,7 +130,7 @@ def _call(op, *args, out=None):
 
 def take_errors() -> list[tuple[str, int, int]]:
     """(op, device index, bad values) counted since the last call; the counters start again at 0. Waits for the devices."""
-    launch = sys.modules.get("engram_kernels.triton_kernels.launch")
+    launch = sys.modules.get("engram_kernels.triton_runtime.launch")
     return [] if launch is None else launch.take_errors()
 
 

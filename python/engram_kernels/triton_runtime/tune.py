@@ -15,7 +15,7 @@ from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_b
 from engram_kernels.triton_kernels.gather_rows import gather_rows
 from engram_kernels.triton_kernels.ngram_hash import ngram_hash
 from engram_kernels.triton_kernels.short_conv import short_conv, short_conv_bwd
-from engram_kernels.triton_kernels.tuning import CANDIDATES, tune
+from engram_kernels.triton_runtime.tuning import CANDIDATES, tune
 
 TOKENS = {"small": 8, "large": 4096}  # of a shape class, what is timed
 NUM_ROWS = 1 << 20

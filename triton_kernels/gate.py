@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate_score import gate_score, gate_slopes, mask_slopes
-from engram_kernels.triton_kernels.launch import ceil_div, empty_like, launch, power_of_two_from
-from engram_kernels.triton_kernels.tuning import parameters, shape_class
+from engram_kernels.triton_runtime.launch import ceil_div, empty_like, launch, power_of_two_from
+from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 ELEMENTS_A_THREAD = 8  # of a chunk: 16 bytes of bfloat16
 MAX_HELD = 96  # registers a thread for what stays from token to token

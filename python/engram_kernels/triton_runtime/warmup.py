@@ -8,14 +8,14 @@ import torch
 
 from engram_kernels.memory.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
-from engram_kernels.triton_kernels import launch
 from engram_kernels.triton_kernels.engram_forward import engram_forward
 from engram_kernels.triton_kernels.gate import gate, gate_bwd
 from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
 from engram_kernels.triton_kernels.ngram_hash import ngram_hash
 from engram_kernels.triton_kernels.short_conv import short_conv, short_conv_bwd
-from engram_kernels.triton_kernels.tuning import SMALL_BATCH, target_name
+from engram_kernels.triton_runtime import launch
+from engram_kernels.triton_runtime.tuning import SMALL_BATCH, target_name
 
 Calls = Iterator[Callable[[], Any]]
 

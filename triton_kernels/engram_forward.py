@@ -19,8 +19,8 @@ from torch import Tensor
 from engram_kernels.triton_kernels.decode import _EMULATE_BF16, BLOCK, decode_rows, round_to, row_args, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, load_weights, row_of
 from engram_kernels.triton_kernels.gate_score import gate_score
-from engram_kernels.triton_kernels.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
-from engram_kernels.triton_kernels.tuning import parameters, shape_class
+from engram_kernels.triton_runtime.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
+from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 GROUP = tl.constexpr(8)
 MIN_DEPTH = 16  # of tl.dot, in every dimension

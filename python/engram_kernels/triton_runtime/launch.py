@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engram_kernels import _triton
-from engram_kernels.triton_kernels.tuning import parameters_of
+from engram_kernels.triton_runtime import dispatch
+from engram_kernels.triton_runtime.tuning import parameters_of
 
 POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8",
                  torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*u8"}
@@ -97,7 +97,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor | None
     executor = _executor.get()
     if executor is not None:
         return executor(_variant(kernel, dtypes, numbers, constants, num_warps, aligned), grid, (*tensors, *numbers))
-    if _triton.INTERPRETED:
+    if dispatch.INTERPRETED:
         # bool is a byte to the kernels; the interpreter reads a tensor's own dtype
         bytes_for_bools = (x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in tensors)
         with np.errstate(all="ignore"):  # Inf and NaN are results

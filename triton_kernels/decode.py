@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engram_kernels import _triton
+from engram_kernels.triton_runtime import dispatch
 
 BLOCK = tl.constexpr(32)  # elements that share a scale
 FLOAT, FP8_TENSOR, FP8_BLOCK, INT8_GROUP = (tl.constexpr(i) for i in range(4))
 CODES = {"f32": FLOAT, "bf16": FLOAT, "f16": FLOAT, "fp8_e4m3_tensor": FP8_TENSOR, "fp8_e4m3_block32": FP8_BLOCK,
          "fp8_e4m3_block32_packed": FP8_BLOCK, "int8_group32": INT8_GROUP}
 # the interpreter truncates where a GPU rounds to nearest even, and is wrong about subnormals
-_EMULATE_BF16 = tl.constexpr(_triton.INTERPRETED)
+_EMULATE_BF16 = tl.constexpr(dispatch.INTERPRETED)
 
 
 @triton.jit
