@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 from harness import measure
 from native import peers
 

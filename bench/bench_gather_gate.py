@@ -4,10 +4,10 @@ import functools
 import pytest
 import torch
 
-from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing.inputs import random_rows
 from harness import measure
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engram_kernels import _C
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table.row_table import RowTable
 from harness import measure
 
 GIB = int(os.environ.get("EK_BENCH_TABLE_GIB", "4"))

@@ -39,7 +39,7 @@ class Stub:
 @pytest.fixture
 def on_stub(monkeypatch):
     """Triton as on a GPU, up to the launch."""
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setitem(ek.backends._DEVICES, "triton", "cpu")
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_errors", {(op, torch.device("cpu")): torch.zeros(1, dtype=torch.int32) for op in CALLS})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engram_kernels import check_errors
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -9,7 +9,7 @@ import torch
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory import row_table
+from engram_kernels.table import row_table
 from engram_kernels.testing import random_rows
 
 if not COMPILE_ERROR:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engram_kernels.memory import shared_segment, shared_table
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table import shared_segment, shared_table
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table.row_table import RowTable
 
 # forked from a process that has done the imports and nothing else
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "engram_kernels.memory.row_table", "engram_kernels.ops.gather_rows"])
+_PROCESSES.set_forkserver_preload(["torch", "engram_kernels.table.row_table", "engram_kernels.ops.gather_rows"])
 _NAMES = {"RowTable": RowTable, "gather_rows": gather_rows, "gc": gc, "os": os, "shared_segment": shared_segment,
           "shared_table": shared_table, "signal": signal, "sys": sys, "time": time, "torch": torch, "weakref": weakref}
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory import capacity, pack
-from engram_kernels.memory.capacity import CapacityError
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.capacity import CapacityError
+from engram_kernels import capacity
+from engram_kernels.table import pack
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing import random_rows
 
 ROWS = torch.ones(1000, 256)  # 1,024,000 bytes

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 import engram_kernels as ek
-from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.reference.engram_forward import engram_forward as reference
 from engram_kernels.reference.gather_rows import gather_rows as reference_gather
+from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import assert_as_accurate_as_torch
 from engram_kernels.testing.inputs import random_rows
 

@@ -9,7 +9,7 @@ import torch
 from test_engram_forward import exact, make_inputs, plain
 from triton_sim import MISSING_TRITON, simulate, total
 
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.testing import assert_as_accurate_as_torch
 

@@ -5,9 +5,9 @@ import torch
 from row_files import PAGE, SHAPES, File, open_reader
 from safetensors.torch import save_file
 
-from engram_kernels.memory import row_table
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table import row_table
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing import random_rows
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -13,7 +13,7 @@ from prefetch_cases import num_threads
 from row_files import PAGE, SHAPES, File, open_reader
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 
 if not COMPILE_ERROR:
     from engram_kernels import _C

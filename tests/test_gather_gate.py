@@ -3,11 +3,11 @@ import pytest
 import torch
 from on_device import on_device, raises_bad_ids
 
-from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate as gather_gate_op
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.reference.gather_gate import gather_gate as reference
+from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import assert_as_accurate_as_torch
 from engram_kernels.testing.draws import worst_draw
 from engram_kernels.testing.inputs import random_rows

@@ -5,7 +5,7 @@ from test_gate_triton_sim import cuda_figure
 from test_gather_gate import exact, gradients, make_inputs, make_table, worst_plain
 from triton_sim import MISSING_TRITON, simulate, total
 
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.testing import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from on_device import on_device, raises_bad_ids
 
-from engram_kernels.memory.row_table import FLOAT_FORMATS, ROW_FORMATS, RowTable
 from engram_kernels.ops.gather_rows import gather_rows as gather_rows_op
 from engram_kernels.reference.gather_rows import gather_rows as reference
+from engram_kernels.table.row_table import FLOAT_FORMATS, ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
 
 gather_rows = on_device(gather_rows_op)

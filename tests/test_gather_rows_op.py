@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.row_table import FLOAT_FORMATS, ROW_FORMATS, RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.reference.gather_rows import gather_rows as reference
+from engram_kernels.table.row_table import FLOAT_FORMATS, ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
 
 pytestmark = pytest.mark.skipif(COMPILE_ERROR is not None, reason=str(COMPILE_ERROR))

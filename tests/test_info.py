@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_kernels import backends, bench_command, cli, info
-from engram_kernels.memory import capacity
+from engram_kernels import backends, bench_command, capacity, cli, info
 
 
 def test_info_names_every_backend_and_reason(capsys):

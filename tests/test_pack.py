@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from engram_kernels import cli
-from engram_kernels.memory import pack
-from engram_kernels.memory.pack import pack_table
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table import pack
+from engram_kernels.table.pack import pack_table
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing import random_rows
 
 R, D, CHUNK = 1000, 96, 64
@@ -131,7 +131,7 @@ def test_pack_full_disk_at_any_step(call, step, source, target, monkeypatch):
 
 SLOW = """
 import os, sys, time
-from engram_kernels.memory.pack import pack_table
+from engram_kernels.table.pack import pack_table
 sync = os.fdatasync
 def slow(fd):
     sync(fd)

@@ -11,11 +11,12 @@ from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, make_ids,
 
 from engram_kernels import EngramSpec, RowPrefetcher, RowTable, gather_rows, ngram_hash
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory import capacity, row_prefetcher
-from engram_kernels.memory.capacity import CapacityError
-from engram_kernels.memory.prefetch_policy import choose_policy
-from engram_kernels.memory.prefetch_runtime import RuntimeOptions, check_room_of_cache
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.capacity import CapacityError
+from engram_kernels import capacity
+from engram_kernels.prefetch import row_prefetcher
+from engram_kernels.prefetch.policy import choose_policy
+from engram_kernels.prefetch.runtime import RuntimeOptions, check_room_of_cache
+from engram_kernels.row_format import ROW_FORMATS
 
 if not COMPILE_ERROR:
     from engram_kernels import _C

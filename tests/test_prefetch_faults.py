@@ -14,7 +14,7 @@ from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, check, in
 
 from engram_kernels import gather_rows
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
+from engram_kernels.prefetch.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 
 if not COMPILE_ERROR:
     from engram_kernels import _C

@@ -26,7 +26,7 @@ from prefetch_cases import (
 )
 
 from engram_kernels import RowPrefetcher, gather_rows
-from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
+from engram_kernels.prefetch.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

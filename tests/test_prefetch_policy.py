@@ -9,9 +9,9 @@ import torch
 from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, make_ids, prefetcher
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
-from engram_kernels.memory import prefetch_runtime
-from engram_kernels.memory.prefetch_policy import choose_policy, read_surface
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.prefetch import runtime as prefetch_runtime
+from engram_kernels.prefetch.policy import choose_policy, read_surface
+from engram_kernels.row_format import ROW_FORMATS
 
 
 def cell(placement, row_bytes, rows_per_s, **more):

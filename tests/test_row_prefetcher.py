@@ -9,8 +9,8 @@ from prefetch_cases import exit_status, in_thread, num_threads
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory import row_prefetcher
-from engram_kernels.memory.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
+from engram_kernels.prefetch import row_prefetcher
+from engram_kernels.prefetch.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.testing import random_rows
 
 TIMEOUT_S = 30

@@ -7,9 +7,9 @@ import socket
 import pytest
 import torch
 
-from engram_kernels.memory.row_table import RowTable
-from engram_kernels.memory.safetensors_file import MAX_HEADER_BYTES
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table.row_table import RowTable
+from engram_kernels.table.safetensors_file import MAX_HEADER_BYTES
 
 
 def file_of(header, data=b"", length=None):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory import capacity, host_table, shared_segment, shared_table
-from engram_kernels.memory.row_table import ROW_FORMATS, RowTable
+from engram_kernels import capacity
+from engram_kernels.table import host_table, shared_segment, shared_table
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
 
 if not COMPILE_ERROR:
@@ -111,7 +112,7 @@ def test_shared_table_by_another_process(worker, shm):
 
 def test_shared_table_goes_with_a_program_that_ends(shm):
     """Its table is still in use then."""
-    script = ("import os, sys, torch\nfrom engram_kernels.memory.row_table import RowTable\n"
+    script = ("import os, sys, torch\nfrom engram_kernels.table.row_table import RowTable\n"
               "table = RowTable.from_tensor(torch.ones(9, 8), row_format='f32').share('t', directory=sys.argv[1])\n"
               "print(os.listdir(sys.argv[1]))")
     result = subprocess.run([sys.executable, "-c", script, str(shm)], capture_output=True, text=True, timeout=120)
@@ -320,7 +321,7 @@ def test_shared_table_is_the_only_copy(compiled, shm, tmp_path):
     RowTable.create(tmp_path / "t", rows)
     script = f"""
 import sys, threading, torch
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 def status(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from triton_sim import MISSING_TRITON, compile_variants
 
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)

@@ -55,7 +55,7 @@ def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
     from engram_kernels.triton_runtime.warmup import spec_variants
     preset = EngramSpec.deepseek_v41 if variant == "deepseek_v41" else EngramSpec.demo_v1
     spec = preset(hidden_size=64, branches=2, table_sizes=(40,) * (preset().max_order - 1), head_dim=32)
-    monkeypatch.setattr(_triton, "INTERPRETED", False)  # as on a GPU, which looks at no data
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # as on a GPU, which looks at no data
     warm, found = set(spec_variants(spec, "sm_90", torch.bfloat16, torch.bfloat16, True)), {}
     rows, scales = random_rows(spec.row_format, spec.layout().num_rows[0], 32, torch.Generator().manual_seed(0))
     table = ek.RowTable.from_tensor(rows, scales, spec.row_format, row_dim=32)
@@ -107,7 +107,7 @@ def test_triton_caches_what_it_compiled(monkeypatch):
     monkeypatch.setattr(launch.Variant, "compile", lambda self, target: compiled.append(self) or Stub())
     monkeypatch.setattr(launch, "current_target", lambda: None)
     monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
     x, kernel = torch.zeros(32), SimpleNamespace(fn="kernel")
     for count in (1, 2, 3):
@@ -243,7 +243,7 @@ def test_triton_package_refuses_the_other_name():
 
 
 def test_triton_missing_is_said(monkeypatch):
-    monkeypatch.setattr(_triton, "INSTALLED", False)
+    monkeypatch.setattr(dispatch, "INSTALLED", False)
     assert dispatch.why_not("gate") == "Triton is not installed: pip install 'engram-kernels[triton]'"
     assert dispatch.why_not("no_such_op") is not None
 
@@ -325,7 +325,7 @@ def test_triton_refuses_overlap_and_gradients_of_out():
         gate(buffer[:3], *inputs, out=buffer[1:], backend="triton")
     with pytest.raises(ValueError, match="out shares memory with key"):
         gate(torch.zeros(3, 2, 8), *inputs, out=inputs[0], backend="triton")
-    from engram_kernels.memory.row_table import RowTable
+    from engram_kernels.table.row_table import RowTable
     rows = torch.zeros(6, 8)
     with pytest.raises(ValueError, match="out shares memory with rows"):
         gather_rows(RowTable.from_tensor(rows, row_format="f32"), torch.tensor([0, 1]), torch.float32, out=rows[2:4],

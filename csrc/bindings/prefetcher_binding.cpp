@@ -1,5 +1,5 @@
 // pybind11 face of the prefetcher: addresses and sizes in, numbers of slots out; no call keeps the interpreter lock. Who owns the
-// memory behind the addresses is memory/prefetch_runtime.py.
+// memory behind the addresses is prefetch/runtime.py.
 #include "bindings/prefetcher_binding.h"
 
 #include <pybind11/stl.h>
@@ -139,7 +139,7 @@ std::shared_ptr<CopyEngine> host_engine(int num_threads, bool has_device_memory,
 }
 
 void raise_as(const char* name, const char* message) {
-  const py::object type = py::module_::import("engram_kernels.memory.prefetch_errors").attr(name);
+  const py::object type = py::module_::import("engram_kernels.prefetch.errors").attr(name);
   PyErr_SetString(type.ptr(), message);
 }
 

@@ -1,7 +1,7 @@
 // Memory for the rows of one table: exactly as large as asked, in huge pages where the system has them, placed on NUMA nodes,
 // private to the process or a segment that processes share, and pinned for a device on demand.
 //
-// Scope       bytes; what lies in them is the caller's affair (python/engram_kernels/memory/host_table.py).
+// Scope       bytes; what lies in them is the caller's affair (python/engram_kernels/table/host_memory.py).
 // Size        whole pages, or whole huge pages where those are explicit and waste less than an eighth. Nothing is rounded up to a
 //             power of two. A page without access on either side (not of explicit huge pages) turns an overrun into a fault.
 // Pages       anonymous: explicit huge pages (MAP_HUGETLB) where the pool has enough, else transparent ones are asked for;

@@ -2,8 +2,6 @@
 from engram_kernels import backends
 from engram_kernels.backends import check_errors
 from engram_kernels.layout import Layout
-from engram_kernels.memory.row_prefetcher import RowPrefetcher
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.modules.engram import Engram
 from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.ops.gate import gate
@@ -11,7 +9,9 @@ from engram_kernels.ops.gather_gate import gather_gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.ops.short_conv import short_conv
+from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 __all__ = ["Engram", "EngramSpec", "Layout", "RowPrefetcher", "RowTable", "TokenMap", "backends", "check_errors",

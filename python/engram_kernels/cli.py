@@ -179,7 +179,7 @@ def _add_pack(commands: Any) -> None:
 
 
 def _run_pack(args: argparse.Namespace) -> int:
-    from engram_kernels.memory.pack import pack_table
+    from engram_kernels.table.pack import pack_table
     has_rich = importlib.util.find_spec("rich") is not None
     result = pack_table(args.source, args.target, args.tensor, args.scales, verify_all=args.verify == "all",
                         progress=progress_bar if has_rich else None)

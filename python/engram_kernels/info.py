@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from engram_kernels import backends
+from engram_kernels import backends, capacity
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory import capacity
 
 # of /proc/cpuinfo: what the kernels use, or could
 _CPU_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import engram_kernels as ek
 from engram_kernels import backends
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 
 pytestmark = pytest.mark.skipif(CUDA_ERROR is not None and os.environ.get("EK_EXPECT_CUDA_BUILD") != "1", reason=str(CUDA_ERROR))
 SCHEMAS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("engram_kernels::"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
-from engram_kernels.memory.capacity import CapacityError
-from engram_kernels.memory.prefetch_runtime import RuntimeOptions, check_room_of_cache
-from engram_kernels.memory.row_prefetcher import PrefetchQueueFull
+from engram_kernels.capacity import CapacityError
+from engram_kernels.prefetch.row_prefetcher import PrefetchQueueFull
+from engram_kernels.prefetch.runtime import RuntimeOptions, check_room_of_cache
 from engram_kernels.testing import random_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from engram_kernels.demo.pipeline import Pipeline
 from engram_kernels.layout import Layout
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.progress import Progress
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing.inputs import random_rows
 from engram_kernels.token_map import TokenMap
 

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram_kernels.memory.row_prefetcher import RowPrefetcher
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
+from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.reference.gate import gate as reference_gate
 from engram_kernels.reference.gather_rows import gather_rows as reference_gather_rows
 from engram_kernels.reference.short_conv import short_conv as reference_short_conv
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.row_table import RowTable
 
 # a gate output may be off from float64 by this share of the largest value of its row: one unit in the last place of bf16
 TOLERANCE = 2.0**-7

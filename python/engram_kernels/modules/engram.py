@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels.layout import Layout
-from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.token_map import TokenMap
 
 

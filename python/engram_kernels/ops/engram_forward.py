@@ -5,10 +5,10 @@ from torch import Tensor
 from engram_kernels import backends
 from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad, wants_grad
 from engram_kernels._library import LIB
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gate import check_options, check_out
 from engram_kernels.ops.gather_rows import readable_only_on
 from engram_kernels.reference.engram_forward import engram_forward as _reference
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.triton_runtime.dispatch import register_autograd
 
 _INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, Tensor w_key, "

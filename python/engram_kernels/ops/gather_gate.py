@@ -13,10 +13,10 @@ from engram_kernels._checks import (
     wants_grad,
 )
 from engram_kernels._library import LIB
-from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
 from engram_kernels.ops.gather_rows import readable_only_on
 from engram_kernels.reference.gather_gate import gather_gate as _reference
+from engram_kernels.table.row_table import FLOAT_FORMATS, RowTable
 from engram_kernels.triton_runtime.dispatch import register_autograd
 
 _INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_hidden, Tensor w_key, Tensor? mask, "

@@ -7,8 +7,8 @@ from torch import Tensor
 from engram_kernels import backends
 from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad
 from engram_kernels._library import LIB
-from engram_kernels.memory.row_table import FLOAT_FORMATS, RowTable, expect_row_ids
 from engram_kernels.reference.gather_rows import gather_rows as _reference
+from engram_kernels.table.row_table import FLOAT_FORMATS, RowTable, expect_row_ids
 from engram_kernels.triton_runtime.dispatch import register_autograd
 
 _ARGS = ("Tensor rows, Tensor? scales, Tensor row_ids, str row_format, int row_dim, bool zero_scale_is_zero, "

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from engram_kernels import backends
-from engram_kernels.memory.row_prefetcher import RowPrefetcher
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.plan.hardware import Hardware
 from engram_kernels.plan.placements import TITLES, lookup
 from engram_kernels.plan.quantity import Quantity, derived, given, measured
 from engram_kernels.plan.repeats import Repeats
 from engram_kernels.plan.workload import Workload
+from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.profile.statistics import measure
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing.inputs import random_rows
 
 TABLE_BYTES = 256 << 20

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.file_reader import make_reader
 from engram_kernels.profile.cells import JsonCell, Skip
 from engram_kernels.profile.session import Session
+from engram_kernels.table.file_reader import make_reader
 
 KIB, MIB = 1 << 10, 1 << 20
 SECONDS = {"quick": 6, "full": 90}

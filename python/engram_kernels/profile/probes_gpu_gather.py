@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.profile.arena import Arena
 from engram_kernels.profile.cells import JsonCell, Skip
@@ -16,6 +15,7 @@ from engram_kernels.profile.machine import allowed_cpus
 from engram_kernels.profile.probes_host import ROW_FILL, V41_COLUMNS, V41_ROW_BYTES, V41_ROW_DIM
 from engram_kernels.profile.probes_host import table_limit as host_limit
 from engram_kernels.profile.session import Session
+from engram_kernels.table.row_table import RowTable
 
 MIB, GIB = 1 << 20, 1 << 30
 _TOKENS = {"quick": (1, 16, 512, 4096), "full": (1, 4, 16, 64, 512, 4096)}

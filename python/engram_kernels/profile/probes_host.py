@@ -14,7 +14,6 @@ import torch
 
 from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.row_table import RowTable
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.profile import arena as arenas
 from engram_kernels.profile.arena import Arena
@@ -22,6 +21,7 @@ from engram_kernels.profile.cells import CACHED_TABLES, JsonCell, Skip, expect_s
 from engram_kernels.profile.machine import allowed_cpus
 from engram_kernels.profile.row_draws import draw, load_trace
 from engram_kernels.profile.session import Session
+from engram_kernels.table.row_table import RowTable
 
 MIB = 1 << 20
 _CONTROL_BYTES = 8 * MIB

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.triton_kernels.engram_forward import engram_forward
 from engram_kernels.triton_kernels.gate import gate, gate_bwd

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_kernels.memory.prefetch_errors import PrefetchCancelled, PrefetchQueueFull
-from engram_kernels.memory.prefetch_runtime import RuntimeOptions
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.prefetch.errors import PrefetchCancelled, PrefetchQueueFull
+from engram_kernels.prefetch.runtime import RuntimeOptions
 
 
 class _Request:

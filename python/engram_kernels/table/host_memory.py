@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_kernels import capacity
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
-from engram_kernels.memory import capacity
-from engram_kernels.memory.capacity import HUGE_PAGE_BYTES
-from engram_kernels.memory.row_format import ROW_FORMATS
+from engram_kernels.capacity import HUGE_PAGE_BYTES
+from engram_kernels.row_format import ROW_FORMATS
 
 _SCALES_ALIGN_BYTES = 64
 _MADV_POPULATE_WRITE = 23  # Linux 5.14

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
-from engram_kernels.memory.capacity import check_device_memory, check_memory
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.capacity import check_device_memory, check_memory
+from engram_kernels.table.row_table import RowTable
 
 if not COMPILE_ERROR:
     from engram_kernels import _C

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engram_kernels.memory import capacity
+from engram_kernels import capacity
 
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
 _ALIGN_BYTES = 4096  # data of files that we write starts on a page, which direct reads want

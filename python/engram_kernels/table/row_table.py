@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
-from engram_kernels.memory import shared_table
-from engram_kernels.memory.file_reader import make_reader
-from engram_kernels.memory.host_table import TableLayout, copy_to_host_table, memory_stats, pin_host_table
-from engram_kernels.memory.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
-from engram_kernels.memory.row_ids import expect_in_range, expect_row_ids
-from engram_kernels.memory.safetensors_file import open_regular, read_header
-from engram_kernels.memory.table_file import TableFile, find_tensor, metadata_int
-from engram_kernels.memory.table_writer import Chunk, write_table
 from engram_kernels.progress import Progress
+from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
+from engram_kernels.table import shared_table
+from engram_kernels.table.file_reader import make_reader
+from engram_kernels.table.host_memory import TableLayout, copy_to_host_table, memory_stats, pin_host_table
+from engram_kernels.table.row_ids import expect_in_range, expect_row_ids
+from engram_kernels.table.safetensors_file import open_regular, read_header
+from engram_kernels.table.table_file import TableFile, find_tensor, metadata_int
+from engram_kernels.table.table_writer import Chunk, write_table
 
 __all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
 

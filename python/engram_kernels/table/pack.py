@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from engram_kernels.memory import capacity
-from engram_kernels.memory.row_format import ROW_FORMATS
-from engram_kernels.memory.row_table import RowTable
-from engram_kernels.memory.safetensors_file import Extent, lay_out, write_all
+from engram_kernels import capacity
 from engram_kernels.progress import Progress, no_progress
+from engram_kernels.row_format import ROW_FORMATS
+from engram_kernels.table.row_table import RowTable
+from engram_kernels.table.safetensors_file import Extent, lay_out, write_all
 
 _CHUNK_BYTES = 64 << 20
 _SAMPLE_ROWS = 1 << 16

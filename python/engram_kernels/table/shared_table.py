@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engram_kernels.memory import capacity, shared_segment
-from engram_kernels.memory.host_table import HUGE_PAGE_BYTES, TableLayout, make_host_table
-from engram_kernels.memory.safetensors_file import write_all
-from engram_kernels.memory.shared_segment import DATA_OFFSET, Manifest
+from engram_kernels import capacity
+from engram_kernels.table import shared_segment
 from engram_kernels.progress import Progress, no_progress
+from engram_kernels.table.host_memory import HUGE_PAGE_BYTES, TableLayout, make_host_table
+from engram_kernels.table.safetensors_file import write_all
+from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest
 
 if TYPE_CHECKING:
-    from engram_kernels.memory.row_table import RowTable
+    from engram_kernels.table.row_table import RowTable
 
 DIRECTORY = "/dev/shm"
 _FILL_BYTES = 1 << 20  # copied at a time by a thread: from a cache

@@ -21,8 +21,8 @@ import time
 import zlib
 from pathlib import Path
 
-from engram_kernels.memory.host_table import TableLayout
-from engram_kernels.memory.row_format import check_shape
+from engram_kernels.row_format import check_shape
+from engram_kernels.table.host_memory import TableLayout
 
 PREFIX = "engram-"
 DATA_OFFSET = 2 << 20

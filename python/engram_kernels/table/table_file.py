@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_kernels.memory.file_reader import FileExtent
-from engram_kernels.memory.row_format import ROW_FORMATS, check_shape, row_format_of
-from engram_kernels.memory.safetensors_file import Extent
+from engram_kernels.row_format import ROW_FORMATS, check_shape, row_format_of
+from engram_kernels.table.file_reader import FileExtent
+from engram_kernels.table.safetensors_file import Extent
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engram_kernels.memory.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 
 POLICIES = ("auto", "staged", "uva", "device", "file")
 SURFACE_VERSION = 1

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.memory.prefetch_errors import PrefetchCancelled, PrefetchQueueFull
-from engram_kernels.memory.prefetch_ops import register_prefetcher
-from engram_kernels.memory.prefetch_policy import check_cache, choose_policy
-from engram_kernels.memory.prefetch_python import PythonRuntime
-from engram_kernels.memory.prefetch_runtime import CompiledRuntime, RuntimeOptions
-from engram_kernels.memory.row_table import RowTable, expect_row_ids
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.prefetch.errors import PrefetchCancelled, PrefetchQueueFull
+from engram_kernels.prefetch.policy import check_cache, choose_policy
+from engram_kernels.prefetch.python_runtime import PythonRuntime
+from engram_kernels.prefetch.runtime import CompiledRuntime, RuntimeOptions
+from engram_kernels.prefetch.torch_ops import register_prefetcher
+from engram_kernels.table.row_table import RowTable, expect_row_ids
 
 __all__ = ["PrefetchCancelled", "PrefetchQueueFull", "RowPrefetcher"]
 

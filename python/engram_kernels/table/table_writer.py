@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
-from engram_kernels.memory.row_format import RowFormat, check_shape, row_format_of
-from engram_kernels.memory.safetensors_file import Writer, atomic_writer
+from engram_kernels.row_format import RowFormat, check_shape, row_format_of
+from engram_kernels.table.safetensors_file import Writer, atomic_writer
 
 Chunk = Tensor | tuple[Tensor, Tensor | None]
 _OP = "RowTable.create"

@@ -1,0 +1,1 @@
+"""Prefetching: how rows travel while the model computes."""
