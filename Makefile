@@ -52,7 +52,7 @@ test-asan: $(VENV)/.built
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  python -m pytest -q $(OP_TESTS) $(MEMORY_TESTS) -k "not compiles and not triton and not million and not only_copy" $(ARGS)
 
-# The prefetcher (csrc/memory, no torch) under each sanitizer for so many seconds: 16 threads that do everything at random, and,
+# The prefetcher (csrc/prefetch, no torch) under each sanitizer for so many seconds: 16 threads that do everything at random, and,
 # where nvcc is, its CUDA engine on a runtime without a device.
 STRESS := thread:60 address,undefined:20
 test-stress: $(VENV)/.python

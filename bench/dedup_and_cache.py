@@ -145,7 +145,7 @@ Batches of one token of each of several sequences (decode), the sequences being 
 
 Hits over distinct rows asked for, batches of {CACHE_BATCH} consecutive tokens one after the other, from an empty cache; the first
 time that a row is asked for counts as a miss, so the ideal of the largest cache is the ceiling of these texts. "ours" is
-`RowCacheDirectory` (csrc/memory/row_cache.h), "LRU" is fully associative, "ideal" knows the future (Belady's MIN).
+`RowCacheDirectory` (csrc/table/row_cache.h), "LRU" is fully associative, "ideal" knows the future (Belady's MIN).
 A cache takes {SLOT_BYTES} bytes a row of 264 bytes.
 
 {caches}

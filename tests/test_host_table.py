@@ -11,7 +11,7 @@ import torch
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels import capacity
-from engram_kernels.table import host_table
+from engram_kernels.table import host_memory
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
@@ -30,7 +30,7 @@ def memory(request, monkeypatch):
     if request.param == "compiled" and COMPILE_ERROR:
         pytest.skip(COMPILE_ERROR)
     if request.param == "python":
-        monkeypatch.setattr(host_table, "COMPILE_ERROR", "the compiled module is missing")
+        monkeypatch.setattr(host_memory, "COMPILE_ERROR", "the compiled module is missing")
     return request.param
 
 
@@ -44,7 +44,7 @@ def run(script):
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_host_table_copy_equals_tensor(row_format, memory):
+def test_host_memory_copy_equals_tensor(row_format, memory):
     rows, scales = random_rows(row_format, 3001, 96, torch.Generator().manual_seed(0))
     wide = torch.cat([rows, rows], 1)[:, :rows.shape[1]]  # rows that lie apart
     table = RowTable.from_tensor(wide, scales, row_format, copy=True, row_dim=96)
@@ -53,21 +53,21 @@ def test_host_table_copy_equals_tensor(row_format, memory):
     assert torch.equal(gather_rows(table, ids).view(torch.int16), want.view(torch.int16))
     assert table.rows.is_contiguous() and table.rows.data_ptr() % HUGE == 0
     stats = table.memory_stats()
-    layout = host_table.TableLayout.of(row_format, 3001, rows.shape[1], 96)
+    layout = host_memory.TableLayout.of(row_format, 3001, rows.shape[1], 96)
     exact = rows.nbytes + (0 if scales is None else scales.nbytes)
     assert exact <= stats["bytes"] == layout.num_bytes < exact + 64
     assert stats["pinned_bytes"] == 0 and "name" not in stats
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
-def test_host_table_of_next_to_nothing(num_rows, memory):
+def test_host_memory_of_next_to_nothing(num_rows, memory):
     table = RowTable.from_tensor(torch.ones(num_rows, 8), row_format="f32", copy=True)
     assert table.num_rows == num_rows and (gather_rows(table, torch.tensor([-1] + [0] * num_rows)) == torch.tensor(
         [[0.0]] + [[1.0]] * num_rows)).all()
     assert RowTable.from_tensor(torch.ones(2, 8), row_format="f32").memory_stats() == {}
 
 
-def test_host_table_takes_what_it_needs(compiled):
+def test_host_memory_takes_what_it_needs(compiled):
     """130 MiB and a bit: a power of two would be 256."""
     weight = torch.ones(130 * MIB // 512 + 3, 256, dtype=torch.bfloat16)
     stats = RowTable.from_tensor(weight, copy=True).memory_stats()
@@ -80,40 +80,40 @@ def test_host_table_takes_what_it_needs(compiled):
         assert stats["huge_bytes"] == stats["mapped_bytes"]
 
 
-def test_host_table_in_explicit_huge_pages(compiled):
+def test_host_memory_in_explicit_huge_pages(compiled):
     if capacity.huge_pool_bytes() < 24 * MIB:
         pytest.skip("this machine has no free explicit huge pages (vm.nr_hugepages)")
     before = capacity.huge_pool_bytes()
-    host = _C.HostTable(24 * MIB - 5)
+    host = _C.HostMemory(24 * MIB - 5)
     assert host.pages == "explicit" and host.usage() == (24 * MIB, 24 * MIB) and host.mapped_bytes == 24 * MIB
     assert before - capacity.huge_pool_bytes() == 24 * MIB
     del host
     assert capacity.huge_pool_bytes() == before
-    assert _C.HostTable(MIB).pages == "small"  # a huge page would be half empty
-    assert _C.HostTable(before + HUGE).pages == "transparent"  # more than there are
+    assert _C.HostMemory(MIB).pages == "small"  # a huge page would be half empty
+    assert _C.HostMemory(before + HUGE).pages == "transparent"  # more than there are
 
 
-def test_host_table_gives_its_memory_back(memory):
+def test_host_memory_gives_its_memory_back(memory):
     table = RowTable.from_tensor(torch.ones(100, 8), row_format="f32", copy=True)
     del table
     gc.collect()
     before = num_maps()
     for _ in range(200):
-        host_table.make_host_table(5 * MIB)
+        host_memory.make_host_memory(5 * MIB)
     gc.collect()
     assert num_maps() < before + 20  # what an allocator may take meanwhile
 
 
-def test_host_table_lives_as_long_as_its_rows(memory):
+def test_host_memory_lives_as_long_as_its_rows(memory):
     rows = RowTable.from_tensor(torch.arange(800.0).view(100, 8), row_format="f32", copy=True).rows[50:]
     gc.collect()
     assert torch.equal(rows, torch.arange(400.0, 800.0).view(50, 8))
 
 
-def test_host_table_overrun_is_a_fault(compiled):
+def test_host_memory_overrun_is_a_fault(compiled):
     """The page after the table, and the page before it."""
     for at in (4096, -1):
-        result = run("import ctypes, torch\nfrom engram_kernels import _C\nhost = _C.HostTable(4096)\n"
+        result = run("import ctypes, torch\nfrom engram_kernels import _C\nhost = _C.HostMemory(4096)\n"
                      "start = torch.frombuffer(host, dtype=torch.uint8).data_ptr()\n"
                      f"print('ready', flush=True)\nctypes.c_char.from_address(start + {at}).value\nprint('read')")
         assert result.stdout == "ready\n" and result.returncode == (1 if _C.sanitized else -11)
@@ -123,18 +123,18 @@ def test_host_table_overrun_is_a_fault(compiled):
     ((0,), "bytes is 0, expected"), ((-1,), "bytes is -1"), ((1 << 46,), "bytes is 70368744177664"),
     ((1, [-1]), "numa node is -1"), ((1, [1024]), r"numa node is 1024, expected \[0, 1024\)"),
     ((1, [], 0, 4096), "fd_offset is 4096, expected a multiple of 2097152")])
-def test_host_table_rejects(options, message, compiled):
-    with pytest.raises(ValueError, match=f"HostTable: {message}"):
-        _C.HostTable(*options)
+def test_host_memory_rejects(options, message, compiled):
+    with pytest.raises(ValueError, match=f"HostMemory: {message}"):
+        _C.HostMemory(*options)
 
 
-def test_host_table_errors_name_the_step(compiled):
+def test_host_memory_errors_name_the_step(compiled):
     before = num_maps()
     for _ in range(20):
         with pytest.raises(OSError, match="bytes of a segment cannot be mapped: Bad file descriptor"):
-            _C.HostTable(4096, [], 9999)
+            _C.HostMemory(4096, [], 9999)
         with pytest.raises(OSError, match="memory cannot be placed on NUMA nodes 1023: "):
-            _C.HostTable(4096, [1023])
+            _C.HostMemory(4096, [1023])
     assert num_maps() < before + 20  # what an allocator may take meanwhile
     if _C.sanitized:
         return  # its shadow takes more addresses than a limit could spare
@@ -145,11 +145,11 @@ with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
 try:
-    _C.HostTable(64 << 20)
+    _C.HostMemory(64 << 20)
 except OSError as err:
     print(err)
 """)
-    assert re.fullmatch(r"\[Errno 12\] HostTable: \d+ bytes of addresses cannot be had: Cannot allocate memory\n", result.stdout)
+    assert re.fullmatch(r"\[Errno 12\] HostMemory: \d+ bytes of addresses cannot be had: Cannot allocate memory\n", result.stdout)
 
 
 def fake_nodes(monkeypatch, allowed, with_memory):
@@ -162,18 +162,18 @@ def fake_nodes(monkeypatch, allowed, with_memory):
 
 @pytest.mark.parametrize("allowed, with_memory, all_nodes", [
     ("0", "0", []), ("0-1", "0-1", [0, 1]), ("0-7", "0-1,4,6-7", [0, 1, 4, 6, 7]), ("3", "0-3", []), ("", "", [])])
-def test_host_table_nodes(allowed, with_memory, all_nodes, monkeypatch):
+def test_host_memory_nodes(allowed, with_memory, all_nodes, monkeypatch):
     fake_nodes(monkeypatch, allowed, with_memory)
-    assert host_table.nodes_for(None) == all_nodes
+    assert host_memory.nodes_for(None) == all_nodes
     last = int(with_memory[-1]) if with_memory else 0
-    assert host_table.nodes_for(last) == ([last] if with_memory else [])
+    assert host_memory.nodes_for(last) == ([last] if with_memory else [])
     for wrong in (99, -1, True, "0"):
         with pytest.raises(ValueError, match=r"numa is .*, expected one of the nodes with memory, \["):
             RowTable.from_tensor(torch.ones(3, 8), row_format="f32", copy=True, numa=wrong)
 
 
-def test_host_table_is_placed_on_a_node(compiled):
-    nodes = host_table._node_list("/sys/devices/system/node/has_memory", "")
+def test_host_memory_is_placed_on_a_node(compiled):
+    nodes = host_memory._node_list("/sys/devices/system/node/has_memory", "")
     if not nodes:
         pytest.skip("this machine names no NUMA nodes")
     table = RowTable.from_tensor(torch.ones(1000, 1024), row_format="f32", copy=True, numa=max(nodes))
@@ -181,13 +181,13 @@ def test_host_table_is_placed_on_a_node(compiled):
     with open("/proc/self/numa_maps") as maps:
         policy = [line for line in maps if line.startswith(f"{table.rows.data_ptr():x} ")]
     assert policy == [] or f" prefer:{max(nodes)} " in policy[0] or f" prefer (many):{max(nodes)} " in policy[0]
-    spread = _C.HostTable(8 * MIB, sorted(nodes))
+    spread = _C.HostMemory(8 * MIB, sorted(nodes))
     torch.frombuffer(spread, dtype=torch.uint8).fill_(1)
     assert set(dict(spread.pages_by_node())) == nodes
 
 
-def test_host_table_placement_needs_the_compiled_module(monkeypatch):
-    monkeypatch.setattr(host_table, "COMPILE_ERROR", "the compiled module is missing")
+def test_host_memory_placement_needs_the_compiled_module(monkeypatch):
+    monkeypatch.setattr(host_memory, "COMPILE_ERROR", "the compiled module is missing")
     fake_nodes(monkeypatch, "0-1", "0-1")
     with pytest.raises(RuntimeError, match="placement on a NUMA node needs the compiled module"):
         RowTable.from_tensor(torch.ones(3, 8), row_format="f32", copy=True, numa=1)
@@ -216,8 +216,8 @@ class Device:
         return 0
 
 
-def test_host_table_is_pinned_in_chunks(compiled):
-    device, host = Device(), _C.HostTable(11 * MIB + 5)
+def test_host_memory_is_pinned_in_chunks(compiled):
+    device, host = Device(), _C.HostMemory(11 * MIB + 5)
     start = torch.frombuffer(host, dtype=torch.uint8).data_ptr()
     host.pin(device.registrar, 4 * MIB)
     assert device.registered == {start: 4 * MIB, start + 4 * MIB: 4 * MIB, start + 8 * MIB: 3 * MIB + 4096}
@@ -232,12 +232,12 @@ def test_host_table_is_pinned_in_chunks(compiled):
     assert device.registered == {}  # before the memory goes
     for wrong in (0, 4096, -HUGE):
         with pytest.raises(ValueError, match=f"chunk_bytes is {wrong}, expected a multiple"):
-            _C.HostTable(4096).pin(device.registrar, wrong)
+            _C.HostMemory(4096).pin(device.registrar, wrong)
 
 
 @pytest.mark.parametrize("refuse", [1, 3])
-def test_host_table_that_cannot_be_pinned_stays_unpinned(refuse, compiled):
-    device, host = Device(refuse), _C.HostTable(11 * MIB)
+def test_host_memory_that_cannot_be_pinned_stays_unpinned(refuse, compiled):
+    device, host = Device(refuse), _C.HostMemory(11 * MIB)
     begin = (refuse - 1) * 4 * MIB
     end = min(begin + 4 * MIB, 11 * MIB)
     with pytest.raises(OSError, match=rf"bytes {begin}..{end} of {11 * MIB} cannot be pinned: out of pins"):
@@ -247,7 +247,7 @@ def test_host_table_that_cannot_be_pinned_stays_unpinned(refuse, compiled):
     assert len(device.registered) == 3
 
 
-def test_host_table_pin_says_what_is_missing(compiled):
+def test_host_memory_pin_says_what_is_missing(compiled):
     with pytest.raises(ValueError, match="RowTable.pin: the table has no memory of its own"):
         RowTable.from_tensor(torch.ones(3, 8), row_format="f32").pin()
     table = RowTable.from_tensor(torch.ones(3, 8), row_format="f32", copy=True)
@@ -260,7 +260,7 @@ def test_host_table_pin_says_what_is_missing(compiled):
         assert "VmLck:\t       0 kB" in status.read()
 
 
-def test_host_table_after_a_fork(compiled):
+def test_host_memory_after_a_fork(compiled):
     """A child reads the rows, and leaves the registration of its parent alone."""
     device = Device()
     table = RowTable.from_tensor(torch.arange(80.0).view(10, 8), row_format="f32", copy=True)
@@ -276,7 +276,7 @@ def test_host_table_after_a_fork(compiled):
     assert device.registered == {}
 
 
-def test_host_table_is_the_only_copy(compiled):
+def test_host_memory_is_the_only_copy(compiled):
     """Peak memory of a copy is the copy: 192 MiB of a table of 192 MiB."""
     script = """
 import torch, engram_kernels as ek

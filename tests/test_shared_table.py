@@ -11,7 +11,7 @@ import torch
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels import capacity
-from engram_kernels.table import host_table, shared_segment, shared_table
+from engram_kernels.table import host_memory, shared_segment, shared_table
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
@@ -30,7 +30,7 @@ def memory(request, monkeypatch):
     if request.param == "compiled" and COMPILE_ERROR:
         pytest.skip(COMPILE_ERROR)
     if request.param == "python":
-        monkeypatch.setattr(host_table, "COMPILE_ERROR", "the compiled module is missing")
+        monkeypatch.setattr(host_memory, "COMPILE_ERROR", "the compiled module is missing")
     return request.param
 
 
@@ -295,7 +295,7 @@ def test_shared_table_in_huge_pages(huge, compiled, shm, request):
     request.addfinalizer(lambda: subprocess.run(["umount", "-l", shm / "mounted"], check=True))
     with (shm / "mounted" / "probe").open("w+b") as probe:
         probe.truncate(8 << 20)
-        memory = host_table.make_host_table(8 << 20, None, probe.fileno())
+        memory = host_memory.make_host_memory(8 << 20, None, probe.fileno())
         memory.populate(0, 8 << 20)
         huge_in_probe = memory.usage()[1]
         del memory

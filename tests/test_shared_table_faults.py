@@ -326,13 +326,13 @@ def test_shared_table_without_space(call, message, shm, monkeypatch):
 
 
 def test_shared_table_that_cannot_be_mapped(shm, monkeypatch):
-    make = shared_table.make_host_table
+    make = shared_table.make_host_memory
 
     def fail(num_bytes, numa, fd, offset, read_only=False):
         if read_only:
-            raise OSError(errno.ENOMEM, "HostTable: no addresses")
+            raise OSError(errno.ENOMEM, "HostMemory: no addresses")
         return make(num_bytes, numa, fd, offset)
-    monkeypatch.setattr(shared_table, "make_host_table", fail)
+    monkeypatch.setattr(shared_table, "make_host_memory", fail)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="no addresses"):
         source().share("t", directory=shm)

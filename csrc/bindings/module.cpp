@@ -1,7 +1,7 @@
 // The pybind11 module: importing it registers the CPU ops with torch; it holds what is no tensor op.
 #include <pybind11/pybind11.h>
 
-#include "bindings/memory_binding.h"
+#include "bindings/table_binding.h"
 #include "bindings/prefetcher_binding.h"
 #include "bindings/probes_binding.h"
 #include "common/cpu_isa.h"
@@ -20,8 +20,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const char* name) { ek::set_cpu_isa(ek::cpu_isa_from_name(name)); }, pybind11::arg("name"),
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
-  ek::bind_memory(m);
+  ek::bind_table(m);
   ek::bind_prefetcher(m);
-  ek::bind_host_table(m);
+  ek::bind_host_memory(m);
   ek::bind_probes(m);
 }

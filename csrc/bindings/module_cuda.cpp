@@ -5,8 +5,8 @@
 #include <tuple>
 
 #include "bindings/cuda_launch.h"
-#include "memory/copy_engine.h"
-#include "memory/host_registrar.h"
+#include "prefetch/copy_engine.h"
+#include "table/host_registrar.h"
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of engram_kernels; importing this registers the CUDA ops with torch";

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "common/error.h"
-#include "memory/deadline.h"
-#include "memory/process_owned.h"
-#include "memory/row_prefetcher.h"
+#include "prefetch/deadline.h"
+#include "prefetch/process_owned.h"
+#include "prefetch/row_prefetcher.h"
 
 namespace py = pybind11;
 
@@ -165,7 +165,7 @@ void bind_prefetcher(py::module_& m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::register_exception_translator(&translate_prefetch_error);
   py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(m, "CopyEngine",
-                                                      "What a prefetcher runs on. See csrc/memory/copy_engine.h.")
+                                                      "What a prefetcher runs on. See csrc/prefetch/copy_engine.h.")
       .def_property_readonly("name", &CopyEngine::name)
       .def_property_readonly("reads_host_memory", &CopyEngine::reads_host_memory)
       .def(
@@ -180,7 +180,7 @@ void bind_prefetcher(py::module_& m) {
   m.def("host_engine", &host_engine, py::arg("num_threads"), py::arg("has_device_memory") = false, py::arg("seed") = 0,
         py::arg("error") = 0.0, py::arg("max_delay_us") = 0, py::arg("reorder") = false,
         "An engine of CPU threads. All but the first argument are for tests; see HostEngineOptions.");
-  py::class_<RowPrefetcher, std::shared_ptr<RowPrefetcher>>(m, "RowPrefetcher", "See csrc/memory/row_prefetcher.h.")
+  py::class_<RowPrefetcher, std::shared_ptr<RowPrefetcher>>(m, "RowPrefetcher", "See csrc/prefetch/row_prefetcher.h.")
       .def(py::init(&make_prefetcher), py::arg("options"), py::arg("engine"))
       .def("submit", &submit, py::arg("ids"), py::arg("sizes"), py::arg("timeout_s"))
       .def("wait", &wait, py::arg("ticket"), py::arg("timeout_s"), py::arg("stream"), py::arg("keep"))

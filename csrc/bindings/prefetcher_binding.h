@@ -4,6 +4,6 @@
 
 namespace engram_kernels {
 
-void bind_prefetcher(pybind11::module_& m);  // after bind_memory: a file table is a FileTier
+void bind_prefetcher(pybind11::module_& m);  // after bind_table: a file table is a FileTier
 
 }  // namespace engram_kernels

@@ -37,7 +37,7 @@ def test_host_memory_is_registered_with_cuda():
         table.pin(registrar)
         assert table.rows.is_pinned()
         return
-    with pytest.raises(OSError, match="HostTable: bytes 0..4096 of 4096 cannot be pinned: .*CUDA"):
+    with pytest.raises(OSError, match="HostMemory: bytes 0..4096 of 4096 cannot be pinned: .*CUDA"):
         table.pin(registrar)
     with pytest.raises(RuntimeError, match="RowTable.pin: memory is pinned for a GPU; torch finds no GPU"):
         table.pin()

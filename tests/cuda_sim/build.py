@@ -1,4 +1,4 @@
-"""nvcc, ptxas and nvdisasm over csrc/kernels and the kernel of csrc/memory."""
+"""nvcc, ptxas and nvdisasm over csrc/kernels and the kernel of csrc/prefetch."""
 import functools
 import hashlib
 import os
@@ -91,10 +91,10 @@ def _label_addresses(body):
 @functools.cache
 def build() -> Build:
     """Compiles what has changed since the last call of any process. Needs nvcc."""
-    kernels = [*sorted((ROOT / "csrc/kernels").glob("*/*_cuda.cu")), ROOT / "csrc/memory/place_rows_cuda.cu"]
+    kernels = [*sorted((ROOT / "csrc/kernels").glob("*/*_cuda.cu")), ROOT / "csrc/prefetch/place_rows_cuda.cu"]
     checks = sorted((ROOT / "csrc/kernels").glob("*/*_check.cpp")) + sorted((ROOT / "csrc/common").glob("*.cpp"))
     headers = sorted((ROOT / "csrc").rglob("*.h"))
-    shims = [*sorted(HERE.glob("*.cpp")), ROOT / "csrc/memory/place_rows.cpp"]
+    shims = [*sorted(HERE.glob("*.cpp")), ROOT / "csrc/prefetch/place_rows.cpp"]
     key = hashlib.sha256()
     for path in (*kernels, *checks, *headers, *shims, Path(__file__)):
         key.update(path.read_bytes())

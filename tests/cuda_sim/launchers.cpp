@@ -7,7 +7,7 @@
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 #include "kernels/short_conv/short_conv.h"
-#include "memory/place_rows.h"
+#include "prefetch/place_rows.h"
 
 #define EK_LAUNCHER(launcher, Params)                                \
   extern "C" const char* launcher(const engram_kernels::Params* p) { \

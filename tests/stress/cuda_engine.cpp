@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "fake_cuda.h"
-#include "memory/row_prefetcher.h"
+#include "prefetch/row_prefetcher.h"
 
 namespace {
 

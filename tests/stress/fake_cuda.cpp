@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "kernels/gather_rows/gather_rows.h"
-#include "memory/place_rows.h"
+#include "prefetch/place_rows.h"
 
 namespace {
 

@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "memory/row_prefetcher.h"
+#include "prefetch/row_prefetcher.h"
 
 namespace {
 

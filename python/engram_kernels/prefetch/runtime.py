@@ -1,4 +1,4 @@
-"""The compiled prefetcher (csrc/memory/row_prefetcher.h) and the memory that it works in."""
+"""The compiled prefetcher (csrc/prefetch/row_prefetcher.h) and the memory that it works in."""
 from __future__ import annotations
 
 import contextlib
@@ -125,7 +125,7 @@ def check_room_of_cache(options: RuntimeOptions) -> None:
     if options.cache_bytes == 0:
         return
     table = options.table
-    # as csrc/memory/device_row_cache.cpp
+    # as csrc/prefetch/device_row_cache.cpp
     rows = min(options.cache_bytes // table.row_bytes, -(-table.num_rows // 16) * 16, _MAX_CACHED_ROWS)
     cache_bytes, what = rows * table.row_bytes, f"a cache of {rows} rows"
     check_memory("RowPrefetcher", f"the directory of {what}", rows * _DIRECTORY_BYTES_PER_ROW)

@@ -15,7 +15,7 @@ IO_BACKENDS = ("auto", "io_uring", "preadv", "io_uring_buffered", "preadv_buffer
 
 
 class PythonFileReader:
-    """The contract of csrc/memory/file_reader.h on one thread: pread, never a memory map; a file that changed is an error.
+    """The contract of csrc/table/file_reader.h on one thread: pread, never a memory map; a file that changed is an error.
 
     Args:
         fd: descriptor of the file; duplicated.
@@ -88,7 +88,7 @@ class PythonFileReader:
 
 
 def _settled_stat(fd: int) -> os.stat_result:
-    """The state of a file from which every later write differs: see csrc/memory/file_state.h."""
+    """The state of a file from which every later write differs: see csrc/table/file_state.h."""
     for _ in range(50):
         info, tick_ns = os.fstat(fd), time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
         if not tick_ns <= info.st_mtime_ns <= tick_ns + 10**9:
@@ -98,7 +98,7 @@ def _settled_stat(fd: int) -> os.stat_result:
 
 
 class PythonFileTier:
-    """The contract of csrc/memory/file_tier.h without a cache: each row is one read."""
+    """The contract of csrc/table/file_tier.h without a cache: each row is one read."""
 
     def __init__(self, reader: PythonFileReader, rows: FileExtent, scales: FileExtent):
         self._reader, self._extents = reader, [e for e in (rows, scales) if e[2] > 0]

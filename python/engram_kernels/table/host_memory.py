@@ -60,8 +60,8 @@ def _view(memory: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...
     return memory[offset:offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-class PythonHostTable(mmap.mmap):
-    """The contract of csrc/memory/host_table.h without the compiled module: transparent huge pages, no placement, no pinning.
+class PythonHostMemory(mmap.mmap):
+    """The contract of csrc/table/host_memory.h without the compiled module: transparent huge pages, no placement, no pinning.
 
     Args:
         num_bytes: at least 1.
@@ -78,10 +78,10 @@ class PythonHostTable(mmap.mmap):
     start: int
 
     def __new__(cls, num_bytes: int, numa_nodes: Any = (), fd: int = -1, fd_offset: int = 0,
-                read_only: bool = False) -> PythonHostTable:
+                read_only: bool = False) -> PythonHostMemory:
         """Maps the memory."""
         if list(numa_nodes):
-            raise RuntimeError(f"HostTable: placement on a NUMA node needs the compiled module; {COMPILE_ERROR}")
+            raise RuntimeError(f"HostMemory: placement on a NUMA node needs the compiled module; {COMPILE_ERROR}")
         if fd < 0:
             # private: shared anonymous memory is a file to the kernel, and gets no huge pages
             self = super().__new__(cls, -1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -114,7 +114,7 @@ class PythonHostTable(mmap.mmap):
 
 def whole(host: Any) -> Tensor:
     """All bytes of a piece of memory. The tensor keeps it alive."""
-    if not isinstance(host, PythonHostTable):
+    if not isinstance(host, PythonHostMemory):
         return torch.frombuffer(host, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor shall it be written to
@@ -122,7 +122,7 @@ def whole(host: Any) -> Tensor:
     return memory[host.start:host.start + host.num_bytes]
 
 
-def make_host_table(num_bytes: int, numa: int | None = None, fd: int = -1, fd_offset: int = 0, read_only: bool = False) -> Any:
+def make_host_memory(num_bytes: int, numa: int | None = None, fd: int = -1, fd_offset: int = 0, read_only: bool = False) -> Any:
     """A piece of memory, private or of a segment.
 
     Args:
@@ -139,9 +139,9 @@ def make_host_table(num_bytes: int, numa: int | None = None, fd: int = -1, fd_of
     """
     nodes = [] if read_only else nodes_for(numa)
     if COMPILE_ERROR:
-        return PythonHostTable(num_bytes, nodes if numa is not None else (), fd, fd_offset, read_only)
+        return PythonHostMemory(num_bytes, nodes if numa is not None else (), fd, fd_offset, read_only)
     from engram_kernels import _C
-    return _C.HostTable(num_bytes, nodes, fd, fd_offset, read_only)
+    return _C.HostMemory(num_bytes, nodes, fd, fd_offset, read_only)
 
 
 def nodes_for(numa: int | None) -> list[int]:
@@ -165,11 +165,11 @@ def _node_list(path: str, field: str) -> set[int]:
     return nodes
 
 
-def copy_to_host_table(op: str, rows: Tensor, scales: Tensor | None, layout: TableLayout,
+def copy_to_host_memory(op: str, rows: Tensor, scales: Tensor | None, layout: TableLayout,
                        numa: int | None = None) -> tuple[Tensor, Tensor | None, Any]:
     """A dense copy of a table in memory of its own, its capacity checked first: rows, scales, and the memory."""
     capacity.check_private_memory(op, f"a copy of {layout.rows[0]} rows", layout.num_bytes)
-    host = make_host_table(layout.num_bytes, numa)
+    host = make_host_memory(layout.num_bytes, numa)
     copied, copied_scales = layout.views(host)
     copied.copy_(rows.detach())
     if copied_scales is not None and scales is not None:
@@ -177,7 +177,7 @@ def copy_to_host_table(op: str, rows: Tensor, scales: Tensor | None, layout: Tab
     return copied, copied_scales, host
 
 
-def pin_host_table(op: str, host: Any, registrar: Any = None) -> None:
+def pin_host_memory(op: str, host: Any, registrar: Any = None) -> None:
     """Registers the memory with a device. Arguments and errors: `RowTable.pin`."""
     if host is None:
         raise ValueError(f"{op}: the table has no memory of its own: copy it (from_tensor(copy=True)) or share it")

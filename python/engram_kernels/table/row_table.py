@@ -15,7 +15,7 @@ from engram_kernels.progress import Progress
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
 from engram_kernels.table import shared_table
 from engram_kernels.table.file_reader import make_reader
-from engram_kernels.table.host_memory import TableLayout, copy_to_host_table, memory_stats, pin_host_table
+from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, memory_stats, pin_host_memory
 from engram_kernels.table.row_ids import expect_in_range, expect_row_ids
 from engram_kernels.table.safetensors_file import open_regular, read_header
 from engram_kernels.table.table_file import TableFile, find_tensor, metadata_int
@@ -54,7 +54,7 @@ class RowTable:
     path: Path | None = None
     tier: str = "host"
     _file: TableFile | None = None
-    _memory: Any = None  # a HostTable, or a SharedMemory with one
+    _memory: Any = None  # a HostMemory, or a SharedMemory with one
 
     @property
     def num_rows(self) -> int:
@@ -115,7 +115,7 @@ class RowTable:
         host: Any = None
         if copy and rows.device.type == "cpu":
             layout = TableLayout.of(row_format, rows.shape[0], rows.shape[1], row_dim)
-            rows, scales, host = copy_to_host_table(op, rows, scales, layout, numa)
+            rows, scales, host = copy_to_host_memory(op, rows, scales, layout, numa)
         elif copy:
             rows = rows.detach().clone(memory_format=torch.contiguous_format)
             scales = None if scales is None else scales.detach().clone(memory_format=torch.contiguous_format)
@@ -168,7 +168,7 @@ class RowTable:
              queue_depth: int = 64, cache_bytes: int = 0, io: str = "auto") -> RowTable:
         """A table of a safetensors file: one that `create` wrote, or a checkpoint shard whose tensors are named.
 
-        Only the header is read; rows are read when they are asked for, many at a time (csrc/memory/file_reader.h).
+        Only the header is read; rows are read when they are asked for, many at a time (csrc/table/file_reader.h).
 
         Args:
             path: the file.
@@ -347,7 +347,7 @@ class RowTable:
             OSError: the device refuses, and says why; or RLIMIT_MEMLOCK is too low (`CapacityError`), where the runtime heeds it.
                 Nothing stays pinned.
         """
-        pin_host_table("RowTable.pin", getattr(self._memory, "host", self._memory), registrar)
+        pin_host_memory("RowTable.pin", getattr(self._memory, "host", self._memory), registrar)
 
     def memory_stats(self) -> dict[str, Any]:
         """What the memory of a copied or shared table is like now.

@@ -1,0 +1,171 @@
+// pybind11 faces of csrc/table: buffers in, buffers out, without the interpreter lock while a disk is waited for.
+#include "bindings/table_binding.h"
+
+#include <atomic>
+#include <cerrno>
+#include <memory>
+#include <string>
+#include <tuple>
+
+#include "common/error.h"
+#include "table/file_reader.h"
+#include "table/file_tier.h"
+#include "table/row_cache.h"
+
+namespace py = pybind11;
+
+namespace engram_kernels {
+namespace {
+
+using Extent = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // offset, stride_bytes, row_bytes, num_rows
+
+FileRows rows_of(const Extent& e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e), std::get<3>(e)}; }
+
+py::buffer_info ids_of(const py::buffer& row_ids) {
+  py::buffer_info ids = row_ids.request();
+  EK_CHECK(
+      ids.ndim == 1 && ids.itemsize == 8 && ids.item_type_is_equivalent_to<int64_t>() && (ids.size <= 1 || ids.strides[0] == 8),
+      "FileReader: row_ids must be a dense vector of int64");
+  return ids;
+}
+
+std::byte* dense_bytes(const py::buffer& out, const char* name, int64_t wanted_bytes) {
+  const py::buffer_info target = out.request(true);
+  bool dense = true;
+  py::ssize_t bytes = target.itemsize;
+  for (py::ssize_t d = target.ndim - 1; d >= 0; --d) {
+    dense = dense && (target.shape[static_cast<size_t>(d)] <= 1 || target.strides[static_cast<size_t>(d)] == bytes);
+    bytes *= target.shape[static_cast<size_t>(d)];
+  }
+  EK_CHECK(dense && bytes == wanted_bytes, "FileReader: " << name << " has " << bytes << " bytes" << (dense ? "" : ", not dense")
+                                                          << ", expected " << wanted_bytes);
+  return static_cast<std::byte*>(target.ptr);
+}
+
+void read_rows(FileReader& reader, int64_t offset, int64_t stride_bytes, int64_t row_bytes, int64_t num_rows,
+               const py::buffer& row_ids, const py::buffer& out) {
+  const py::buffer_info ids = ids_of(row_ids);
+  const RowsWanted wanted{{offset, stride_bytes, row_bytes, num_rows}, dense_bytes(out, "out", ids.size * row_bytes)};
+  const py::gil_scoped_release release;
+  reader.read(&wanted, 1, {static_cast<const int64_t*>(ids.ptr), ids.size});
+}
+
+struct CancelFlag {
+  std::atomic<bool> set{false};
+};
+
+void fetch(FileTier& tier, const py::buffer& row_ids, const py::buffer& rows_out, const py::object& scales_out,
+           const CancelFlag* cancelled) {
+  const py::buffer_info ids = ids_of(row_ids);
+  std::byte* rows = dense_bytes(rows_out, "rows_out", ids.size * tier.row_bytes());
+  std::byte* scales =
+      tier.scale_bytes() == 0 ? nullptr : dense_bytes(scales_out.cast<py::buffer>(), "scales_out", ids.size * tier.scale_bytes());
+  const py::gil_scoped_release release;
+  tier.fetch(static_cast<const int64_t*>(ids.ptr), ids.size, rows, scales, nullptr,
+             cancelled == nullptr ? nullptr : &cancelled->set);
+}
+
+py::dict stats(const FileTier& tier) {
+  const FetchCounters totals = tier.totals();
+  py::dict result;
+  result["rows"] = totals.rows;
+  result["cache_hits"] = totals.cache_hits;
+  result["file_rows"] = totals.file_rows;
+  result["payload_bytes"] = totals.payload_bytes;
+  result["moved_bytes"] = totals.moved_bytes;
+  result["reads"] = totals.reads;
+  result["cache_slots"] = tier.cache_slots();
+  result["cached_rows"] = tier.cached_rows();
+  result["io"] = tier.reader().backend();
+  result["direct"] = tier.reader().direct();
+  result["queue_depth"] = tier.reader().queue_depth();
+  return result;
+}
+
+void inject_faults(FileReader& reader, uint64_t seed, double eio, double shorter, bool reorder, int max_delay_us,
+                   int64_t bad_begin, int64_t bad_end, bool refuse_direct) {
+  reader.inject({seed, eio, shorter, reorder, max_delay_us, bad_begin, bad_end, -1}, refuse_direct);
+}
+
+py::tuple admit(RowCacheDirectory& directory, int64_t row) {
+  int64_t evicted = -1;
+  const int64_t slot = directory.admit(row, &evicted);
+  return py::make_tuple(slot, evicted);
+}
+
+// One request of the directory a row of `row_ids`, admitting every miss: hits.
+int64_t replay(RowCacheDirectory& directory, const py::buffer& row_ids) {
+  const py::buffer_info ids = ids_of(row_ids);
+  const py::gil_scoped_release release;
+  int64_t hits = 0, evicted = -1;
+  for (py::ssize_t i = 0; i < ids.size; ++i) {
+    const int64_t row = static_cast<const int64_t*>(ids.ptr)[i];
+    if (directory.find(row) >= 0) {
+      ++hits;
+    } else {
+      directory.admit(row, &evicted);
+    }
+  }
+  return hits;
+}
+
+void translate_read_error(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const FileReadError& read_error) {
+    const py::object value =
+        py::reinterpret_steal<py::object>(PyObject_CallFunction(PyExc_OSError, "is", read_error.error_number, read_error.what()));
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
+  }
+}
+
+}  // namespace
+
+void bind_table(py::module_& m) {
+  py::register_exception_translator(&translate_read_error);
+  py::class_<CancelFlag>(m, "CancelFlag", "Ends a fetch early once it is set.")
+      .def(py::init<>())
+      .def("set", [](CancelFlag& flag) { flag.set = true; });
+  py::class_<FileReader, std::shared_ptr<FileReader>>(m, "FileReader",
+                                                      "Reads rows of an open file by index. See csrc/table/file_reader.h.")
+      .def(py::init<int, std::string, int, std::string>(), py::arg("fd"), py::arg("path"), py::arg("queue_depth") = 64,
+           py::arg("io") = "auto")
+      .def("read_rows", &read_rows, py::arg("offset"), py::arg("stride_bytes"), py::arg("row_bytes"), py::arg("num_rows"),
+           py::arg("row_ids"), py::arg("out"),
+           "Fills `out` with the rows at `row_ids` (int64). OSError names the path and the row; IndexError a bad id.")
+      .def(
+          "read_range",
+          [](const FileReader& reader, int64_t offset, const py::buffer& out) {
+            const py::buffer_info target = out.request(true);
+            std::byte* bytes = dense_bytes(out, "out", target.size * target.itemsize);
+            const py::gil_scoped_release release;
+            reader.read_range(offset, target.size * target.itemsize, bytes);
+          },
+          py::arg("offset"), py::arg("out"), "Fills `out` with the bytes from `offset` on.")
+      .def(
+          "tier",
+          [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes) {
+            return std::make_shared<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes);
+          },
+          py::arg("rows"), py::arg("scales"), py::arg("cache_bytes"),
+          "A FileTier of two extents (offset, stride_bytes, row_bytes, num_rows); row_bytes 0: no scales per row.")
+      .def("inject_faults", &inject_faults, py::arg("seed") = 0, py::arg("eio") = 0.0, py::arg("shorter") = 0.0,
+           py::arg("reorder") = false, py::arg("max_delay_us") = 0, py::arg("bad_begin") = 0, py::arg("bad_end") = 0,
+           py::arg("refuse_direct") = false, "For tests: what goes wrong from the next call on. See IoFaults.");
+  py::class_<FileTier, std::shared_ptr<FileTier>>(m, "FileTier", "Rows of one table in a file. See csrc/table/file_tier.h.")
+      .def("fetch", &fetch, py::arg("row_ids"), py::arg("rows_out"), py::arg("scales_out") = py::none(),
+           py::arg("cancelled") = nullptr, "Fills the outputs with the rows at distinct `row_ids` (int64).")
+      .def("stats", &stats, "Counters of all fetches that succeeded, and how the file is read.");
+  py::class_<RowCacheDirectory>(m, "RowCacheDirectory", "Which row lies in which slot. See csrc/table/row_cache.h.")
+      .def(py::init<int64_t>(), py::arg("max_slots"))
+      .def_property_readonly("num_slots", &RowCacheDirectory::num_slots)
+      .def_property_readonly("num_rows", &RowCacheDirectory::num_rows)
+      .def("find", &RowCacheDirectory::find, py::arg("row"), "The slot of `row` or -1; counts the use.")
+      .def("admit", &admit, py::arg("row"), "(slot or -1, evicted row or -1).")
+      .def("begin_batch", &RowCacheDirectory::begin_batch)
+      .def("forget", &RowCacheDirectory::forget, py::arg("row"))
+      .def("clear", &RowCacheDirectory::clear)
+      .def("replay", &replay, py::arg("row_ids"), "Finds each row of a trace (int64), admits what is missing; the hits.");
+}
+
+}  // namespace engram_kernels

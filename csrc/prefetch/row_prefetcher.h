@@ -1,0 +1,146 @@
+// Rows of one table, fetched behind the caller's compute. Semantics 11; docs/prefetch.md.
+//
+// Scope       tickets: ids in, rows out, decoded, in a ring of depth + 1 slots of one size. Where rows cross a link (file to
+//             memory, memory to a device of its own) each distinct row of a request does so once, through a staging ring.
+// Ownership   the ring's slots, the table's memory and the ids on a device are the caller's and live until `close`; ids in host
+//             memory are copied by `submit`. A slot that `wait` gave is the caller's until `release`, or until the next wait
+//             that keeps its slot in the reading place.
+// Threads     every call may be made from several threads at once. One thread fetches, one stream copies and gathers, in the
+//             order of submission. After a fork the child may only destroy it.
+// Failure     of a request: thrown by the wait of its ticket, and by no other. A wait that timed out leaves its ticket valid.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "prefetch/copy_engine.h"
+#include "table/file_tier.h"
+#include "prefetch/prefetch_trace.h"
+#include "prefetch/row_stager.h"
+#include "prefetch/slot_ring.h"
+
+namespace engram_kernels {
+
+struct PrefetchQueueFull : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct PrefetchCancelled : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct PrefetchTimeout : std::runtime_error {
+  PrefetchTimeout(int64_t ticket, double timeout_s);
+  int64_t ticket;
+};
+struct UnknownTicket : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct PrefetcherOptions {
+  RowStagerOptions stager;  // the table, and how its rows come
+  DType out_dtype = DType::kBf16;
+  int depth = 1;
+  std::byte* slots = nullptr;  // depth + 1 slots of slot_bytes each, on the device of the engine
+  int64_t slot_bytes = 0;
+  int max_blocks = 0;  // of a gather on a GPU; 0: as many as there is work for
+  int trace_spans = 4096;
+};
+
+// Ids of a request: any shape, dense.
+struct PrefetchIds {
+  RowIds ids;
+  std::vector<int64_t> sizes;
+  bool on_device = false;
+  uintptr_t stream = 0;  // where they were made
+};
+
+struct PrefetchCounters {
+  int64_t requests = 0, failed = 0, cancelled = 0;
+  int64_t requested = 0, unique = 0;  // rows; unique: that were looked up
+  // hits by tier, of `unique`: the table's own, the cache on the device, the file tier's cache
+  int64_t device_rows = 0, host_rows = 0, file_rows = 0, device_cache_rows = 0, cached_rows = 0;
+  int64_t payload_bytes = 0, moved_bytes = 0;  // of the rows requested; read from a file or copied to a device
+  int64_t fetch_ns = 0, exposed_wait_ns = 0;
+  int64_t in_flight = 0, max_in_flight = 0, queued = 0;
+};
+
+class RowPrefetcher {
+ public:
+  RowPrefetcher(const PrefetcherOptions& options, std::shared_ptr<CopyEngine> engine);
+  ~RowPrefetcher();
+  RowPrefetcher(const RowPrefetcher&) = delete;
+  RowPrefetcher& operator=(const RowPrefetcher&) = delete;
+
+  // A ticket, without waiting for data. Waits at most timeout_s (negative: for ever) for a place in the ring, then throws
+  // PrefetchQueueFull. Ids in host memory that name no row fail the ticket.
+  int64_t submit(const PrefetchIds& ids, double timeout_s);
+
+  // The slot that holds the rows of the ticket, ordered behind it on the caller's stream. `keep`: until `release`; else it takes
+  // the reading place, and the slot that was there is free again. PrefetchTimeout, UnknownTicket, PrefetchCancelled, or what
+  // went wrong with the request.
+  int wait(int64_t ticket, double timeout_s, uintptr_t stream, bool keep);
+  void release(int slot, uintptr_t stream);  // the caller has queued its last use on the stream
+
+  bool knows(int64_t ticket) const;  // it can be waited for
+  // False: there is no such ticket any more. Where the ids are on a device: blocks until nothing reads them.
+  bool cancel(int64_t ticket);
+  void drain(double timeout_s);  // until every request that was submitted has arrived or failed
+  void close();                  // drops what was not waited for
+  void clear_cache();            // of the device: requests submitted from here on read the table
+
+  PrefetchCounters counters() const;
+  std::string chrome_trace() const;
+  int64_t memory_bytes() const;  // of the rings, the slots included, and the device's cache
+  int64_t cache_slots() const;   // rows that it has room for
+
+ private:
+  struct Request;
+  using RequestPtr = std::shared_ptr<Request>;
+
+  void check_process() const;
+  RequestPtr admit(const PrefetchIds& ids, double timeout_s);
+  bool begin(const RequestPtr& request, const PrefetchIds& ids);
+  void check_ids(const Request& request) const;
+  void work();
+  void process(Request& request);
+  void arrived(const RequestPtr& request, std::exception_ptr error);
+  bool wait_events(const Request& request, double timeout_s, uintptr_t stream, bool on_host) const;
+  std::exception_ptr bad_ids_of(int64_t ticket);
+  void free_slot(const Request& request);
+  void drop(const RequestPtr& request);
+  void count(const Request& request, int64_t waited_since_ns);
+  GatherRowsParams gather_into(const Request& request) const;
+
+  const PrefetcherOptions options_;
+  const int64_t out_row_bytes_;
+  std::shared_ptr<CopyEngine> engine_;
+  std::unique_ptr<RowStager> stager_;
+  PrefetchTrace trace_;
+  const int process_;
+
+  std::mutex closing_;  // before the other
+  mutable std::mutex mutex_;
+  std::condition_variable work_, room_, submitted_;
+  SlotRing slots_;
+  std::unordered_map<int64_t, RequestPtr> tickets_;
+  std::deque<RequestPtr> queue_;
+  std::vector<int64_t> ticket_of_slot_;
+  uint32_t* bad_ids_ = nullptr;  // by slot; written by gathers of ids that only the device sees
+  int64_t next_ticket_ = 0;
+  int reading_ = -1;
+  int submitting_ = 0;  // calls of submit that have a ticket
+  bool closed_ = false;
+  PrefetchCounters counters_;
+  std::thread worker_;
+};
+
+}  // namespace engram_kernels

@@ -1,0 +1,264 @@
+#include "prefetch/row_stager.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#include "common/error.h"
+#include "common/math.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr int64_t kAlign = 256;        // of the parts of a slot, for the widest loads of a device
+constexpr int64_t kPrefetchRows = 16;  // requested ahead of the copy: a random row is a DRAM access away
+constexpr int64_t kGrainRows = 256;    // of a thread
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kMinRowsAligned = 16;  // so that scales of as many rows are aligned too
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Rows after which the next one is aligned.
+int64_t aligned_rows(int64_t row_bytes) { return std::max(kAlign / std::gcd(kAlign, row_bytes), kMinRowsAligned); }
+
+}  // namespace
+
+// A slot on its way to the device: rows, ids into `source`, places of rows that go into the cache, scales.
+struct RowStager::Block {
+  RowSource source;      // of the device
+  const void* ids;       // of the device
+  EngineCopy copies[2];  // none where the device reads the slot itself
+  PlaceRowsParams place;
+};
+
+RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine> engine)
+    : options_(options),
+      engine_(std::move(engine)),
+      row_bytes_(std::max(row_value_bytes(options.table.format, options.table.row_dim),
+                          options.file == nullptr ? int64_t{0} : options.file->row_bytes())),  // with padding
+      scale_bytes_(row_scale_bytes(options.table.format, options.table.row_dim)),
+      needed_(!options.direct || !engine_->reads_host_memory()),
+      threads_(options.num_threads) {
+  if (options_.file != nullptr) {
+    const FileTier& file = *options_.file;
+    EK_CHECK(!options_.direct && file.num_rows() == options_.table.num_rows &&
+                 (file.num_rows() == 0 || (file.row_bytes() == row_bytes_ && file.scale_bytes() == scale_bytes_)),
+             "RowPrefetcher: the file has " << file.num_rows() << " rows of " << file.row_bytes() << " and " << file.scale_bytes()
+                                            << " bytes, expected " << options_.table.num_rows << " of " << row_bytes_ << " and "
+                                            << scale_bytes_);
+  } else {
+    check_row_source("RowPrefetcher", options_.table);
+  }
+  EK_CHECK(options_.cache_bytes == 0 || (!options_.direct && !engine_->reads_host_memory()),
+           "RowPrefetcher: cache_bytes is " << options_.cache_bytes << ", but no row is copied to a device");
+  if (needed_) make_ring();
+}
+
+void RowStager::make_ring() {
+  const bool caches = options_.cache_bytes > 0;
+  int64_t slot_bytes = options_.staging_bytes / kNumSlots / kAlign * kAlign;
+  int64_t id_bytes = options_.direct ? 8 : row_bytes_ + scale_bytes_ + 4, room = slot_bytes - 3 * kAlign;
+  int64_t least = id_bytes + 4 * kAlign;
+  if (caches) {  // on the device rows and scales of all slots are one array each, which a cache continues
+    const int64_t step = aligned_rows(row_bytes_);
+    rows_a_slot_ = slot_bytes / (row_bytes_ + scale_bytes_) / step * step;
+    slot_bytes = rows_a_slot_ * (row_bytes_ + scale_bytes_);
+    id_bytes = row_bytes_ + 4 + static_cast<int64_t>(sizeof(RowPlace));
+    room = rows_a_slot_ * row_bytes_ - 2 * kAlign;
+    least = (ceil_div(id_bytes + 2 * kAlign, step * row_bytes_) * step) * (row_bytes_ + scale_bytes_) + kAlign;
+  }
+  block_ids_ = std::min(room / id_bytes, int64_t{1} << 30);
+  EK_CHECK(block_ids_ >= 1, "RowPrefetcher: staging_bytes is " << options_.staging_bytes << ", expected at least "
+                                                               << kNumSlots * least << " for rows of "
+                                                               << row_bytes_ + scale_bytes_ << " bytes");
+  if (caches) {
+    cache_ = std::make_unique<DeviceRowCache>(
+        DeviceRowCacheOptions{options_.cache_bytes, row_bytes_, scale_bytes_, options_.table.num_rows, kNumSlots, rows_a_slot_},
+        engine_);
+  }
+  ring_ = std::make_unique<SlotRing>(kNumSlots, slot_bytes, engine_, !caches);
+}
+
+int64_t RowStager::memory_bytes() const {
+  if (!needed_) return 0;
+  return options_.staging_bytes * (engine_->reads_host_memory() ? 1 : 2) + (cache_ == nullptr ? 0 : cache_->cache_bytes());
+}
+
+void RowStager::clear_cache() {
+  if (cache_ != nullptr) cache_->clear();
+}
+
+RingSlot RowStager::take_slot() {
+  RingSlot slot = ring_->take();
+  try {
+    engine_->wait_host(slot.after, -1);
+  } catch (...) {  // that launch failed, and its own ticket says so
+  }
+  if (cache_ != nullptr) cache_->settle(slot.number);
+  return slot;
+}
+
+std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& ready) {
+  const int64_t id_bytes = ids.are_int64 ? 8 : 4, piece = block_ids_ * 4;
+  std::vector<std::byte> fetched(static_cast<size_t>(ids.count * id_bytes));
+  const auto* from = static_cast<const std::byte*>(ids.data);
+  for (int64_t begin = 0; begin < static_cast<int64_t>(fetched.size()); begin += piece) {
+    const int64_t bytes = std::min(piece, static_cast<int64_t>(fetched.size()) - begin);
+    const RingSlot slot = take_slot();
+    Event copied;
+    try {
+      copied = engine_->launch({.ready = ready, .copies = {{slot.host, from + begin, bytes}}});
+      engine_->wait_host(copied, -1);
+    } catch (...) {
+      ring_->give(slot.number, copied);
+      throw;
+    }
+    std::memcpy(fetched.data() + begin, slot.host, static_cast<size_t>(bytes));
+    ring_->give(slot.number, nullptr);
+  }
+  return fetched;
+}
+
+void RowStager::stage(const GatherRowsParams& gather, const Event& after, const std::atomic<bool>& cancelled,
+                      std::vector<Event>* events, StageCounters* counters) {
+  if (gather.row_ids.count == 0) events->push_back(engine_->launch({.after = after}));
+  const int64_t id_bytes = gather.row_ids.are_int64 ? 8 : 4;
+  const int64_t out_bytes = int64_t{gather.source.row_dim} * dtype_bytes(gather.out_dtype);
+  for (int64_t begin = 0; begin < gather.row_ids.count; begin += block_ids_) {
+    GatherRowsParams part = gather;
+    part.row_ids.data = static_cast<const std::byte*>(gather.row_ids.data) + begin * id_bytes;
+    part.row_ids.count = std::min(block_ids_, gather.row_ids.count - begin);
+    part.out = gather.out + begin * out_bytes;
+    const RingSlot slot = take_slot();
+    try {
+      events->reserve(events->size() + 1);  // nothing may fail between a launch and its event's place
+      events->push_back(launch_block(&part, slot, events->empty() ? after : nullptr, cancelled, counters));
+    } catch (...) {
+      if (cache_ != nullptr) cache_->abandon();
+      ring_->give(slot.number, nullptr);
+      throw;
+    }
+    if (cache_ != nullptr) cache_->launched(events->back());
+    ring_->give(slot.number, events->back());
+  }
+}
+
+Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, const Event& after,
+                              const std::atomic<bool>& cancelled, StageCounters* counters) {
+  Block block{options_.table, nullptr, {}, {}};
+  if (options_.direct) {
+    fill_with_ids(gather->row_ids, slot, &block, counters);
+  } else {
+    fill_with_rows(gather->row_ids, slot, cancelled, &block, counters);
+    gather->row_ids.are_int64 = false;
+  }
+  gather->source = block.source;
+  gather->row_ids.data = block.ids;
+  block.place.max_blocks = gather->max_blocks;
+  EngineLaunch launch{.after = after, .gather = gather, .place = block.place.count > 0 ? &block.place : nullptr};
+  if (!engine_->reads_host_memory()) {
+    std::copy_n(block.copies, 2, launch.copies);
+    counters->moved_bytes += launch.copies[0].bytes + launch.copies[1].bytes;
+  }
+  return engine_->launch(launch);
+}
+
+void RowStager::fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters) {
+  const int64_t bytes = ids.count * (ids.are_int64 ? 8 : 4);
+  std::memcpy(slot.host, ids.data, static_cast<size_t>(bytes));
+  block->ids = slot.device;
+  block->copies[0] = {slot.device, slot.host, bytes};
+  counters->unique += ids.count;
+}
+
+void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
+                               StageCounters* counters) {
+  const RowOrder order(ids, options_.table.num_rows);
+  distinct_.clear();
+  for (int64_t i = 0; i < order.count(); ++i) {
+    if (i == 0 || order.row(i) != distinct_.back()) distinct_.push_back(order.row(i));
+  }
+  const auto unique = static_cast<int64_t>(distinct_.size());
+  const int64_t any_row = unique > 0 ? distinct_[0] : kNoRow;
+  // in the arrays of rows and scales on the device
+  const int64_t first = cache_ == nullptr ? 0 : cache_->first_row(slot.number);
+  indices_.resize(distinct_.size());
+  int64_t count = unique;  // that are staged
+  if (cache_ == nullptr) {
+    std::iota(indices_.begin(), indices_.end(), 0);
+  } else {
+    count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
+  }
+  const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
+  const int64_t scales_at = cache_ == nullptr ? places_at : rows_a_slot_ * row_bytes_;
+  auto* local_ids = reinterpret_cast<int32_t*>(slot.host + ids_at);
+  std::fill_n(local_ids, ids.count, static_cast<int32_t>(kNoRow));
+  int64_t local = -1;
+  for (int64_t i = 0; i < order.count(); ++i) {
+    local += i == 0 || order.row(i) != order.row(i - 1);
+    local_ids[order.position(i)] = indices_[static_cast<size_t>(local)];
+  }
+  read_rows(count, slot.host, slot.host + scales_at, cancelled, counters);
+  if (options_.file != nullptr && count == 0 && unique > 0) options_.file->reader().check_unchanged(any_row);
+  counters->unique += unique;
+  counters->device_cached += unique - count;
+
+  RowSource& source = block->source;
+  std::byte* device = cache_ == nullptr ? slot.device : cache_->rows() + first * row_bytes_;
+  block->ids = device + ids_at;
+  source.row_stride_bytes = row_bytes_;
+  if (scale_bytes_ > 0) source.scale_stride_bytes = scale_bytes_;
+  if (cache_ == nullptr) {
+    source.rows = device;
+    source.num_rows = count;
+    if (scale_bytes_ > 0) source.scales = device + scales_at;
+    block->copies[0] = {device, slot.host, scales_at + count * scale_bytes_};
+    return;
+  }
+  const int64_t admitted =
+      cache_->admit(distinct_.data(), count, slot.number, reinterpret_cast<RowPlace*>(slot.host + places_at));
+  source.rows = cache_->rows();
+  source.num_rows = cache_->num_rows();
+  if (scale_bytes_ > 0) source.scales = cache_->scales();
+  block->copies[0] = {device, slot.host, places_at + admitted * static_cast<int64_t>(sizeof(RowPlace))};
+  block->copies[1] = {cache_->scales() + first * scale_bytes_, slot.host + scales_at, count * scale_bytes_};
+  block->place = {cache_->rows(), cache_->scales(),   row_bytes_,
+                  scale_bytes_,   cache_->num_rows(), reinterpret_cast<const RowPlace*>(device + places_at),
+                  admitted};
+}
+
+// The first rows of distinct_, from wherever the table is.
+void RowStager::read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled,
+                          StageCounters* counters) {
+  if (options_.file == nullptr) {
+    if (cancelled.load(std::memory_order_relaxed)) throw FetchCancelled("RowPrefetcher: the request was cancelled");
+    return copy_rows(count, rows, scales);
+  }
+  FetchCounters fetched;
+  options_.file->fetch(distinct_.data(), count, rows, scales, &fetched, &cancelled);
+  counters->cached_rows += fetched.cache_hits;
+  counters->file_rows += fetched.file_rows;
+  counters->moved_bytes += fetched.moved_bytes;
+}
+
+// Of a table in memory, side by side.
+void RowStager::copy_rows(int64_t count, std::byte* rows, std::byte* scales) {
+  const RowSource& table = options_.table;
+  threads_.parallel().for_range(count, kGrainRows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kPrefetchRows < end) {
+        const int64_t ahead = distinct_[static_cast<size_t>(i + kPrefetchRows)];
+        for (int64_t at = 0; at < row_bytes_; at += kCacheLine) __builtin_prefetch(table.row(ahead) + at);
+        if (scale_bytes_ > 0) __builtin_prefetch(table.row_scales(ahead));
+      }
+      const int64_t row = distinct_[static_cast<size_t>(i)];
+      std::memcpy(rows + i * row_bytes_, table.row(row), static_cast<size_t>(row_bytes_));
+      if (scale_bytes_ > 0) {
+        std::memcpy(scales + i * scale_bytes_, table.row_scales(row), static_cast<size_t>(scale_bytes_));
+      }
+    }
+  });
+}
+
+}  // namespace engram_kernels

@@ -1,0 +1,85 @@
+// Brings rows of a table across the links that gathers do not cross by themselves: file to memory, memory to a device of its
+// own. Block by block: distinct rows into a slot of the staging ring, a copy where the device has memory of its own, a gather
+// that decodes and puts duplicates in their places. Rows that a cache on the device has are gathered there; others may go into
+// it when they have been gathered.
+//
+// Memory      kNumSlots slots; a block has as many ids as a slot has room for rows, so a request of any size passes through.
+//             With a cache its device memory holds the device's half of the slots too.
+// Threads     used by one thread at a time.
+// Failure     thrown; what was launched before goes on.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "prefetch/copy_engine.h"
+#include "prefetch/device_row_cache.h"
+#include "table/file_tier.h"
+#include "prefetch/slot_ring.h"
+#include "prefetch/thread_pool.h"
+
+namespace engram_kernels {
+
+struct RowStagerOptions {
+  RowSource table{};               // `rows` is null for a file
+  std::shared_ptr<FileTier> file;  // null: the table is in memory
+  bool direct = false;             // gathers read the table itself: ids alone are staged
+  bool on_device = false;          // the table is in the device's memory
+  int64_t staging_bytes = 0;       // of all slots
+  int64_t cache_bytes = 0;         // of rows on a device that rows are copied to; 0: no cache
+  int num_threads = 1;             // that copy rows of a table in memory
+};
+
+struct StageCounters {
+  int64_t unique = 0, moved_bytes = 0;
+  int64_t device_cached = 0, cached_rows = 0, file_rows = 0;  // of `unique`, from: the device's cache, the file tier's, the file
+};
+
+class RowStager {
+ public:
+  static constexpr int kNumSlots = 2;  // one is filled while the other is copied from
+
+  RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine> engine);
+
+  // The ids of a device in host memory; waits for `ready`, where they are made.
+  std::vector<std::byte> fetch_ids(const RowIds& ids, const Event& ready);
+
+  // Launches what fills `gather.out` with the rows of gather.row_ids, which are in host memory and in range; an event a block.
+  // `after`: before the first block writes.
+  void stage(const GatherRowsParams& gather, const Event& after, const std::atomic<bool>& cancelled, std::vector<Event>* events,
+             StageCounters* counters);
+
+  void clear_cache();  // any thread: what is staged from here on finds nothing that was cached before
+
+  bool is_needed() const { return needed_; }  // false: gathers of ids in host memory can be launched as they are
+  int64_t memory_bytes() const;
+  int64_t cache_slots() const { return cache_ == nullptr ? 0 : cache_->cache_slots(); }
+
+ private:
+  struct Block;
+  void make_ring();
+  RingSlot take_slot();
+  Event launch_block(GatherRowsParams* gather, const RingSlot& slot, const Event& after, const std::atomic<bool>& cancelled,
+                     StageCounters* counters);
+  void fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters);
+  void fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
+                      StageCounters* counters);
+  void read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled, StageCounters* counters);
+  void copy_rows(int64_t count, std::byte* rows, std::byte* scales);
+
+  const RowStagerOptions options_;
+  std::shared_ptr<CopyEngine> engine_;
+  const int64_t row_bytes_, scale_bytes_;
+  const bool needed_;
+  int64_t block_ids_ = 0;
+  int64_t rows_a_slot_ = 0;  // with a cache: the room of a slot in rows, ids included
+  ThreadPool threads_;
+  std::unique_ptr<DeviceRowCache> cache_;
+  std::unique_ptr<SlotRing> ring_;
+  std::vector<int64_t> distinct_;  // rows of the block; then, at its front, those that are staged
+  std::vector<int32_t> indices_;   // of its distinct rows, where the gather finds them
+};
+
+}  // namespace engram_kernels

@@ -1,0 +1,385 @@
+#include "table/file_reader.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "common/error.h"
+#include "table/file_state.h"
+#include "table/proc_file.h"
+#include "table/read_plan.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr int kMaxQueueDepth = 4096;
+constexpr int kMaxThreads = 64;
+constexpr int kMaxStalls = 64;  // results of a read in a row that bring nothing
+constexpr int kEndOfFile = 0;   // as an error number
+
+#define EK_THROW_READ(error, msg)                \
+  do {                                           \
+    Text ek_text;                                \
+    ek_text << "tier file: " << msg;             \
+    throw FileReadError((error), ek_text.str()); \
+  } while (0)
+
+FileState state_of(int fd, const std::string& path, int (*look)(int, FileState*) = file_state) {
+  FileState state;
+  const int error = look(fd, &state);
+  if (error != 0) EK_THROW_READ(error, path << ": fstat failed: " << std::strerror(error));
+  return state;
+}
+
+// Bytes that can be had without swapping; 0: unknown.
+int64_t available_memory_bytes() {
+  long kib = 0;
+  for_each_line("/proc/meminfo", [&](const char* line) { return std::sscanf(line, "MemAvailable: %ld", &kib) != 1; });
+  return int64_t{kib} << 10;
+}
+
+}  // namespace
+
+// What one call has to itself.
+struct FileReader::Queue {
+  std::unique_ptr<std::byte, decltype(&std::free)> buffers{nullptr, &std::free};
+  std::unique_ptr<IoQueue> io;  // destroyed first
+};
+
+// The queues of one process: a child after a fork has neither the threads nor the rings of its parent.
+struct FileReader::Queues {
+  pid_t process = getpid();
+  std::shared_ptr<PreadPool> threads;
+  std::mutex mutex;
+  std::condition_variable given_back;
+  std::vector<std::unique_ptr<Queue>> free;
+  int taken = 0;
+  uint64_t made = 0;
+};
+
+FileReader::FileReader(int fd, std::string path, int queue_depth, const std::string& io)
+    : path_(std::move(path)), queue_depth_(queue_depth) {
+  EK_CHECK(queue_depth >= 1 && queue_depth <= kMaxQueueDepth,
+           "FileReader: queue_depth is " << queue_depth << ", expected [1, " << kMaxQueueDepth << "]");
+  const FileState state = state_of(fd, path_, settled_file_state);
+  size_ = state.size;
+  changed_ns_ = state.changed_ns;
+  fd_ = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  if (fd_ < 0) EK_THROW_READ(errno, path_ << ": the descriptor cannot be duplicated: " << std::strerror(errno));
+  try {
+    // io_uring answers EAGAIN, not data, where a descriptor may not block
+    fcntl(fd_, F_SETFL, fcntl(fd_, F_GETFL) & ~O_NONBLOCK);
+    posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);  // rows are far apart: read-ahead would move 32 pages for each
+    choose_backend(io);
+  } catch (...) {
+    if (direct_fd_ >= 0) close(direct_fd_);
+    close(fd_);
+    throw;
+  }
+}
+
+FileReader::~FileReader() {
+  Queues* queues = queues_.load();
+  if (queues != nullptr && queues->process == getpid()) delete queues;
+  if (direct_fd_ >= 0) close(direct_fd_);
+  close(fd_);
+}
+
+void FileReader::choose_backend(const std::string& wanted) {
+  const char* forced = std::getenv("EK_FILE_IO");
+  const std::string io = wanted == "auto" && forced != nullptr && *forced != '\0' ? forced : wanted;
+  const bool any = io == "auto", buffered = io.ends_with("_buffered");
+  const std::string backend = buffered ? io.substr(0, io.size() - 9) : io;
+  EK_CHECK(any || backend == "io_uring" || backend == "preadv",
+           "FileReader: io is '" << io << "', expected auto, io_uring, preadv, io_uring_buffered or preadv_buffered");
+  if (any ? size_ > available_memory_bytes() / 4 : !buffered) open_direct();
+  use_io_uring_ = backend != "preadv";
+  if (use_io_uring_) {
+    std::string why;
+    std::unique_ptr<Queue> first = make_queue(0, &why);
+    EK_CHECK(first != nullptr || any, "FileReader: io is '" << io << "', but " << why);
+    use_io_uring_ = first != nullptr;
+    if (first != nullptr) {
+      Queues& queues = this->queues();
+      queues.free.push_back(std::move(first));
+      queues.made = 1;
+    }
+  }
+}
+
+// A descriptor of the same file, whatever its name is now, that reads past the page cache. Where there is none, reads go
+// through it.
+void FileReader::open_direct() {
+#if defined(O_DIRECT) && defined(STATX_DIOALIGN)
+  direct_fd_ = open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+  if (direct_fd_ < 0) return;
+  struct statx info;
+  const bool known = statx(direct_fd_, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0;
+  if (known) sector_bytes_ = info.stx_dio_offset_align;
+  // 0: the file system takes the flag, but not direct reads of this file
+  direct_ =
+      !known || (sector_bytes_ > 0 && sector_bytes_ <= ReadPlan::kPageBytes && info.stx_dio_mem_align <= ReadPlan::kPageBytes);
+#endif
+}
+
+FileReader::Queues& FileReader::queues() {
+  Queues* queues = queues_.load(std::memory_order_acquire);
+  if (queues != nullptr && queues->process == getpid()) return *queues;
+  auto* fresh = new Queues;
+  if (queues_.compare_exchange_strong(queues, fresh)) return *fresh;  // those of the parent, if any, are left alone
+  delete fresh;
+  return *queues;
+}
+
+std::unique_ptr<FileReader::Queue> FileReader::make_queue(uint64_t number, std::string* why) const {
+  auto queue = std::make_unique<Queue>();
+  const int64_t bytes = queue_depth_ * kMaxReadBytes;
+  queue->buffers.reset(static_cast<std::byte*>(std::aligned_alloc(ReadPlan::kPageBytes, static_cast<size_t>(bytes))));
+  if (queue->buffers == nullptr) throw std::bad_alloc();
+  if (use_io_uring_) {
+    queue->io = make_io_uring_queue(queue_depth_, queue->buffers.get(), bytes, why);
+    if (queue->io == nullptr) return nullptr;
+  } else {
+    queue->io = make_pread_queue(queues_.load()->threads);
+  }
+  if (faulty_) {
+    queue->io = make_faulty_queue(std::move(queue->io), faults_, number);
+  }
+  return queue;
+}
+
+std::unique_ptr<FileReader::Queue> FileReader::take_queue(const std::atomic<bool>* cancelled) {
+  Queues& queues = this->queues();
+  uint64_t number = 0;
+  {
+    std::unique_lock lock(queues.mutex);
+    while (queues.taken == kMaxQueues) {
+      queues.given_back.wait_for(lock, std::chrono::milliseconds(10));
+      if (cancelled != nullptr && cancelled->load()) throw FetchCancelled("tier file: " + path_ + ": the fetch was cancelled");
+    }
+    ++queues.taken;
+    if (!queues.free.empty()) {
+      std::unique_ptr<Queue> queue = std::move(queues.free.back());
+      queues.free.pop_back();
+      return queue;
+    }
+    number = queues.made++;
+    if (!use_io_uring_ && queues.threads == nullptr) queues.threads = make_pread_pool(std::min(queue_depth_, kMaxThreads));
+  }
+  std::string why;
+  std::unique_ptr<Queue> queue;
+  try {
+    queue = make_queue(number, &why);
+  } catch (...) {
+    give_queue(nullptr);
+    throw;
+  }
+  if (queue != nullptr) return queue;
+  give_queue(nullptr);
+  EK_THROW_READ(EMFILE, path_ << ": no further queue: " << why);
+}
+
+void FileReader::give_queue(std::unique_ptr<Queue> queue) {
+  Queues& queues = this->queues();
+  const std::lock_guard lock(queues.mutex);
+  --queues.taken;
+  if (queue != nullptr) queues.free.push_back(std::move(queue));
+  queues.given_back.notify_one();
+}
+
+void FileReader::inject(const IoFaults& faults, bool refuse_direct) {
+  Queues& queues = this->queues();
+  const std::lock_guard lock(queues.mutex);
+  faults_ = faults;
+  faults_.refused_fd = refuse_direct ? direct_fd_ : -1;
+  faulty_ = true;
+  queues.free.clear();
+  queues.made = 0;
+}
+
+// One call of `read`: keeps the queue full, continues what came back short, narrows down what failed.
+class FileReader::Request {
+ public:
+  Request(FileReader& reader, Queue& queue, ReadPlan& plan, ReadCounters& counters, const std::atomic<bool>* cancelled)
+      : reader_(reader), queue_(queue), plan_(plan), counters_(counters), cancelled_(cancelled) {
+    flights_.resize(static_cast<size_t>(reader.queue_depth_));
+    for (int slot = reader.queue_depth_; slot-- > 0;) free_.push_back(slot);
+  }
+
+  void run() {
+    std::vector<IoDone> done(flights_.size());
+    while (fill() || in_flight() > 0) {
+      const int count = queue_.io->wait(done.data(), static_cast<int>(done.size()));
+      for (int i = 0; i < count; ++i) finish(done[static_cast<size_t>(i)]);
+    }
+    if (failed_row_ >= 0) report();
+    if (stopped_) throw FetchCancelled("tier file: " + reader_.path_ + ": the fetch was cancelled");
+  }
+
+  size_t in_flight() const { return flights_.size() - free_.size(); }
+
+ private:
+  struct Flight {
+    PlannedRead read;
+    int64_t got;
+    int stalls;
+    bool direct;
+  };
+
+  // Starts what there is room for; whether anything was started.
+  bool fill() {
+    stopped_ = stopped_ || (cancelled_ != nullptr && cancelled_->load(std::memory_order_relaxed));
+    bool any = false;
+    while (!free_.empty() && !stopped_ && failed_row_ < 0) {
+      PlannedRead read;
+      if (!again_.empty()) {
+        read = again_.back();
+        again_.pop_back();
+      } else if (!plan_.next(&read)) {
+        break;
+      }
+      const int slot = free_.back();
+      free_.pop_back();
+      flights_[static_cast<size_t>(slot)] = {read, 0, 0, reader_.direct()};
+      start(slot);
+      any = true;
+    }
+    return any;
+  }
+
+  void start(int slot) {
+    const Flight& flight = flights_[static_cast<size_t>(slot)];
+    queue_.io->submit({flight.direct ? reader_.direct_fd_ : reader_.fd_, slot, flight.read.begin + flight.got,
+                       flight.read.end - flight.read.begin - flight.got, buffer(slot) + flight.got});
+    ++counters_.reads;
+  }
+
+  void finish(const IoDone& done) {
+    Flight& flight = flights_[static_cast<size_t>(done.slot)];
+    int error = -1;
+    if (done.result == -EINVAL && flight.direct) {  // refused at the first read, not at open, as some file systems do
+      reader_.direct_.store(false, std::memory_order_relaxed);
+      flight.direct = false;
+    } else if (done.result == -EINTR || done.result == -EAGAIN) {
+      if (++flight.stalls > kMaxStalls) error = static_cast<int>(-done.result);
+    } else if (done.result < 0) {
+      error = static_cast<int>(-done.result);
+    } else {
+      counters_.moved_bytes += done.result;
+      const int64_t got = flight.got + done.result;
+      if (got >= flight.read.needed - flight.read.begin) {
+        plan_.copy_out(flight.read, buffer(done.slot));
+        free_.push_back(done.slot);
+        return;
+      }
+      // a direct read goes on at a whole sector
+      const int64_t from = flight.direct ? got / reader_.sector_bytes_ * reader_.sector_bytes_ : got;
+      flight.stalls = from > flight.got ? 0 : flight.stalls + 1;
+      flight.got = from;
+      if (flight.stalls > kMaxStalls) error = EIO;
+      if (done.result == 0 || (flight.stalls > 0 && state_of(reader_.fd_, reader_.path_).size < flight.read.needed))
+        error = kEndOfFile;
+    }
+    if (error < 0 && failed_row_ < 0 && !stopped_) return start(done.slot);
+    if (error >= 0) fail(flight.read, error);
+    free_.push_back(done.slot);
+  }
+
+  void fail(const PlannedRead& read, int error) {
+    if (read.first < read.last) {  // which of its rows it is, only they can tell
+      for (int64_t k = read.last; k >= read.first; --k) again_.push_back(plan_.only(read, k));
+      return;
+    }
+    const Piece piece = plan_.piece(read.first);
+    if (failed_row_ >= 0 && piece.row >= failed_row_) return;
+    failed_row_ = piece.row;
+    failed_at_ = piece.offset;
+    failed_end_ = piece.offset + piece.bytes;
+    error_ = error;
+  }
+
+  [[noreturn]] void report() const {
+    const std::string& path = reader_.path_;
+    if (error_ == kEndOfFile) {
+      EK_THROW_READ(EIO, path << ": row " << failed_row_ << " ends at byte " << failed_end_ << ", but the file has "
+                              << state_of(reader_.fd_, path).size << " bytes; it had " << reader_.size_ << " when it was opened");
+    }
+    EK_THROW_READ(error_,
+                  path << ": row " << failed_row_ << " at byte " << failed_at_ << " cannot be read: " << std::strerror(error_));
+  }
+
+  std::byte* buffer(int slot) const { return queue_.buffers.get() + slot * kMaxReadBytes; }
+
+  FileReader& reader_;
+  Queue& queue_;
+  ReadPlan& plan_;
+  ReadCounters& counters_;
+  const std::atomic<bool>* cancelled_;
+  std::vector<Flight> flights_;
+  std::vector<int> free_;
+  std::vector<PlannedRead> again_;  // single rows of reads that failed
+  int64_t failed_row_ = -1, failed_at_ = 0, failed_end_ = 0;
+  int error_ = 0;
+  bool stopped_ = false;
+};
+
+void FileReader::check(const FileRows& rows) const {
+  EK_CHECK(rows.offset >= 0 && rows.row_bytes >= 0 && rows.stride_bytes >= rows.row_bytes && rows.num_rows >= 0 &&
+               (rows.num_rows == 0 || rows.stride_bytes <= (size_ - rows.offset) / rows.num_rows),
+           "FileReader: " << rows.num_rows << " rows of " << rows.stride_bytes << " bytes from byte " << rows.offset
+                          << " are not inside " << path_ << " of " << size_ << " bytes");
+}
+
+void FileReader::read(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters,
+                      const std::atomic<bool>* cancelled) {
+  for (int w = 0; w < num_wanted; ++w) {
+    const FileRows& rows = wanted[w].rows;
+    check(rows);
+    for (int64_t i = 0; i < request.count; ++i) {
+      const int64_t row = request.ids[i];
+      EK_CHECK_INDEX(row >= 0 && row < rows.num_rows,
+                     "FileReader: row_ids[" << i << "] is " << row << ", expected [0, " << rows.num_rows << ")");
+    }
+  }
+  if (request.count == 0) return;
+  ReadPlan plan(wanted, num_wanted, request, direct() ? ReadPlan::kPageBytes : 1, kMaxReadBytes);
+  ReadCounters counted;
+  std::unique_ptr<Queue> queue = take_queue(cancelled);
+  Request run(*this, *queue, plan, counted, cancelled);
+  try {
+    run.run();
+  } catch (...) {
+    if (run.in_flight() > 0) (void)queue.release();  // the queue itself failed: its buffers may still be written to
+    give_queue(std::move(queue));
+    throw;
+  }
+  give_queue(std::move(queue));
+  check_unchanged(request.ids[0]);
+  if (counters != nullptr) {
+    counters->reads += counted.reads;
+    counters->moved_bytes += counted.moved_bytes;
+  }
+}
+
+void FileReader::check_unchanged(int64_t row) const {
+  const FileState now = state_of(fd_, path_);
+  if (now.size != size_) {
+    EK_THROW_READ(EIO, path_ << ": the file has " << now.size << " bytes; it had " << size_ << " when it was opened; row " << row
+                             << " is not what it was");
+  }
+  if (now.changed_ns != changed_ns_) {
+    EK_THROW_READ(EIO, path_ << ": the file was written to after it was opened; row " << row << " may not be what it was");
+  }
+}
+
+}  // namespace engram_kernels
