@@ -35,13 +35,13 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	python -m pytest -q $(ARGS)
-	TRITON_INTERPRET=0 python -m pytest -q tests/ptxsim/tests/test_triton.py
+	TRITON_INTERPRET=0 python -m pytest -q tests/sim/ptxsim/tests/test_triton.py
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
-OP_TESTS := $(addprefix tests/,test_ngram_hash.py test_gather_rows.py test_gather_rows_op.py test_row_table.py test_row_table_files.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py test_safety.py)
+OP_TESTS := $(filter-out tests/ops/test_peak_memory.py,$(wildcard tests/ops/test_*.py))
 # objects with a lifetime: their threads, memory and files
-MEMORY_TESTS := $(addprefix tests/,test_file_tier.py test_file_tier_faults.py test_row_cache.py test_host_table.py test_shared_table.py test_shared_table_faults.py \
-  test_row_prefetcher.py test_prefetch_cache.py test_prefetch_faults.py test_prefetch_lifetime.py)
+TABLE_TESTS := $(filter-out tests/table/test_capacity.py tests/table/test_pack.py,$(wildcard tests/table/test_*.py))
+PREFETCH_TESTS := $(filter-out tests/prefetch/test_prefetch_policy.py,$(wildcard tests/prefetch/test_*.py))
 test-asan: $(VENV)/.built
 	rm -rf build-asan/python && mkdir -p build-asan && cp -rL python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
 	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
@@ -50,7 +50,7 @@ test-asan: $(VENV)/.built
 	cmake --build build-asan/cmake
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  python -m pytest -q $(OP_TESTS) $(MEMORY_TESTS) -k "not compiles and not triton and not million and not only_copy" $(ARGS)
+	  python -m pytest -q $(OP_TESTS) $(TABLE_TESTS) $(PREFETCH_TESTS) -k "not compiles and not triton and not million and not only_copy" $(ARGS)
 
 # The prefetcher (csrc/prefetch, no torch) under each sanitizer for so many seconds: 16 threads that do everything at random, and,
 # where nvcc is, its CUDA engine on a runtime without a device.
@@ -69,7 +69,7 @@ GPU_OP_TESTS := test_ngram_hash.py test_gather_rows.py test_gate.py test_gather_
 # On a machine with a GPU: the op tests on the CUDA and Triton kernels, graphs and streams, then memory checks of a part of them.
 test-gpu: $(GPU_READY)
 	$(GPU_RUN) -m pytest -q tests/gpu $(ARGS)
-	$(GPU_RUN) -m pytest -q $(addprefix tests/,$(GPU_OP_TESTS)) -k "cuda or triton" $(ARGS)
+	$(GPU_RUN) -m pytest -q $(addprefix tests/ops/,$(GPU_OP_TESTS)) -k "cuda or triton" $(ARGS)
 	for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
 	    env $(GPU_RUN) -m pytest -q tests/gpu -k "every_op_runs" || exit 1; done
@@ -78,7 +78,7 @@ bench-gpu: $(GPU_READY)
 	$(GPU_RUN) bench/gpu.py $(ARGS)
 
 cuda-report: $(VENV)/.built
-	python tests/cuda_sim/report.py --readme README.md
+	python tests/sim/cuda_sim/report.py --readme README.md
 
 bench: $(VENV)/.built $(VENV)/.bench
 	python -m pytest -q bench --benchmark-json=build/bench.json $(ARGS) > build/bench.log || { cat build/bench.log; exit 1; }
@@ -91,11 +91,11 @@ bench-check: $(VENV)/.built $(VENV)/.bench
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python triton_kernels tests bench setup.py
 	mypy
-	find csrc tests/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
+	find csrc tests/sim/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	ruff check --fix python triton_kernels tests bench setup.py
-	find csrc tests/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
+	find csrc tests/sim/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
 	rm -rf build build-asan build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so

@@ -17,7 +17,7 @@ SOURCES = sorted(p for folder in ("csrc", "python", "triton_kernels", "bench", "
 ISA_OBJECTS = sorted(p for isa in ("avx2", "avx512") for p in (ROOT / f"build/CMakeFiles/ek_kernels_{isa}.dir").rglob("*.o"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 400, 80, 130
 # the PTX interpreter: one entry per instruction of the ISA manual, in one table; splitting it would only scatter the table
-UNLIMITED = ROOT / "tests/ptxsim"
+UNLIMITED = ROOT / "tests/sim/ptxsim"
 
 
 def functions(path):
@@ -33,7 +33,7 @@ def code_lines(node):
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_its_files(op):
     wanted = [f"csrc/kernels/{op}/{op}.h", f"csrc/kernels/{op}/{op}_check.cpp", f"csrc/kernels/{op}/{op}_cpu.cpp",
-              f"csrc/bindings/{op}_binding.cpp", f"python/engram_kernels/reference/{op}.py", f"tests/test_{op}.py",
+              f"csrc/bindings/{op}_binding.cpp", f"python/engram_kernels/reference/{op}.py", f"tests/ops/test_{op}.py",
               f"bench/bench_{op}.py"]
     assert [w for w in wanted if not (ROOT / w).exists()] == []
 
@@ -78,7 +78,7 @@ def test_readme_names_every_op_and_backend():
     for op in OPS:
         row = next((line for line in table.splitlines() if line.startswith(f"| `{op}`")), None)
         assert row is not None, f"README has no row for {op}"
-        assert f"tests/test_{op}.py" in row
+        assert f"tests/ops/test_{op}.py" in row
 
 
 def test_readme_example_runs():

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engram_kernels import capacity
-from engram_kernels.table import shared_segment
 from engram_kernels.progress import Progress, no_progress
+from engram_kernels.table import shared_segment
 from engram_kernels.table.host_memory import HUGE_PAGE_BYTES, TableLayout, make_host_memory
 from engram_kernels.table.safetensors_file import write_all
 from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engram_kernels.table import shared_segment, shared_table
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table import shared_segment, shared_table
 from engram_kernels.table.row_table import RowTable
 
 # forked from a process that has done the imports and nothing else

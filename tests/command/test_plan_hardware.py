@@ -27,7 +27,7 @@ def test_gather_from_device_memory_writes_what_it_reads():
 
 
 def test_published_h200_is_what_was_measured_on_one():
-    page = (Path(__file__).parents[1] / "bench/results/2026-11-26_h200.md").read_text()
+    page = (Path(__file__).parents[2] / "bench/results/2026-11-26_h200.md").read_text()
     spec = dataclasses.replace(EngramSpec.deepseek_v41(), row_format="fp8_e4m3_block32_packed", layer_ids=(1,))
     work, node = workload(spec, tokens=16_384), assumed_hardware("h200")
     for placement, suffix in (("hbm", ""), ("uva", ", pinned host table")):
@@ -84,6 +84,6 @@ def test_paper_table_and_how_far_the_model_is_off(name):
     assert closed / (work.step.value + closed) == pytest.approx(c.published.value)
     assert c.exposed_s.value == 0  # what the paper says too: the first block hides the transfer
     assert {getattr(c, f.name).provenance for f in dataclasses.fields(c)[2:]} == {Provenance.ASSUMED}
-    page = (Path(__file__).parents[1] / "docs/plan.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
     assert (f"| {PAPER[name].title} | 0 | {1e6 * c.launches_s.value:.0f} us a step | {1e6 * c.compute_s.value:.0f} us | "
             f"{100 * c.predicted.value:.2f} % | {100 * c.published.value:.2f} % | {c.error_points.value:.2f} points |") in page

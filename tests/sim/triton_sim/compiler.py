@@ -10,7 +10,7 @@ from pathlib import Path
 
 import engram_kernels
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MISSING_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed"
 
 

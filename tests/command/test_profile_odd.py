@@ -17,7 +17,7 @@ from engram_kernels.profile import session as session_module
 from engram_kernels.profile.session import Options, Session
 from engram_kernels.profile.show import print_report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Terminal(io.StringIO):

@@ -15,7 +15,7 @@ from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, 
 from engram_kernels.plan.command import machine_of
 from engram_kernels.plan.profile_input import apply_profile, load_profile
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "python/engram_kernels/profile/profile.schema.json").read_text())
 MIB, GIB = 2**20, 2**30
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.table import shared_segment, shared_table
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table import shared_segment, shared_table
 from engram_kernels.table.row_table import RowTable
 
 if not COMPILE_ERROR:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ptxsim import sassflow
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent
 ARCH = 90
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.table import file_reader, row_table
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.spec import ROW_FORMATS as SPEC_ROW_FORMATS
+from engram_kernels.table import file_reader, row_table
 from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
 

@@ -13,7 +13,7 @@ import torch
 from engram_kernels import token_map as module
 from engram_kernels.token_map import TokenMap, tokenizer_fingerprint
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "layout_deepseek_v41.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "layout_deepseek_v41.json").read_text())
 TOKENS = {  # token: class, in the order of ids
     "The": 0, " the ": 0, "THE": 0, "thé": 0, "e": 1, "\u0301": 2, "é": 1, "ﬁ": 3, "fi": 3, " ": 4, "\t \r\n": 4,
     "a  b": 5,

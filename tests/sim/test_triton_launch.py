@@ -22,7 +22,7 @@ from engram_kernels.spec import EngramSpec
 from engram_kernels.testing import random_rows
 from engram_kernels.triton_runtime import dispatch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
 
 

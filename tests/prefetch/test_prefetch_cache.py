@@ -9,10 +9,9 @@ import pytest
 import torch
 from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, make_ids, prefetcher
 
-from engram_kernels import EngramSpec, RowPrefetcher, RowTable, gather_rows, ngram_hash
+from engram_kernels import EngramSpec, RowPrefetcher, RowTable, capacity, gather_rows, ngram_hash
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.capacity import CapacityError
-from engram_kernels import capacity
 from engram_kernels.prefetch import row_prefetcher
 from engram_kernels.prefetch.policy import choose_policy
 from engram_kernels.prefetch.runtime import RuntimeOptions, check_room_of_cache
@@ -24,7 +23,7 @@ if not COMPILE_ERROR:
 pytestmark = pytest.mark.usefixtures("compiled")
 ROW_BYTES = ROW_DIM + ROW_DIM // 32
 CACHED_WAYS = [way for way in WAYS if "cached" in way]
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture

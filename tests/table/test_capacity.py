@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
+from engram_kernels import capacity
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.capacity import CapacityError
-from engram_kernels import capacity
 from engram_kernels.table import pack
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing import random_rows

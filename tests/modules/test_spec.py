@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engram_kernels.layout import is_prime, splitmix64
 from engram_kernels.spec import ROW_FORMATS, EngramSpec
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PRESETS = ("deepseek_v41", "demo_v1", "qwen4_ple", "longcat")
 V41_CONFIG = {
     "model_type": "deepseek_v41", "pad_token_id": 2, "eos_token_id": 1,

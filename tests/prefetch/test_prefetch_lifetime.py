@@ -181,7 +181,7 @@ def test_prefetch_many_threads(way, tables):
 def test_prefetch_a_million_submits_do_not_grow():
     """In processes of their own: in this one the threads and allocators of other tests come and go by megabytes."""
     counts = {"host_staged": 800_000, "host_staged_to_a_device": 160_000, "file": 40_000}
-    worker = Path(__file__).with_name("prefetch_soak.py")
+    worker = Path(__file__).parents[1] / "support/prefetch_soak.py"
     environment = {**os.environ, "PYTHONMALLOC": "malloc"}
     running = {way: subprocess.Popen([sys.executable, worker, way, str(count)], stdout=subprocess.PIPE, env=environment)
                for way, count in counts.items()}

@@ -1,6 +1,6 @@
 """The table of `make cuda-report`: what every CUDA kernel moves and executes, simulated, and the time that an H100 cannot beat.
 
-    python tests/cuda_sim/report.py [--readme README.md]
+    python tests/sim/cuda_sim/report.py [--readme README.md]
 
 Bytes and instructions come from executing the PTX (sm_90) on the simulator, registers and shared memory from ptxas. Nothing
 here is a measured time: the bound is the larger of bytes over the memory rate and instructions over the issue rate of the data

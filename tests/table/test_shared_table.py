@@ -9,10 +9,10 @@ import threading
 import pytest
 import torch
 
-from engram_kernels._library import COMPILE_ERROR
 from engram_kernels import capacity
-from engram_kernels.table import host_memory, shared_segment, shared_table
+from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.table import host_memory, shared_segment, shared_table
 from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
 

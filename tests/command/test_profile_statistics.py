@@ -9,7 +9,7 @@ import pytest
 
 from engram_kernels.profile import Series, Verdict, compare_runs, load_run, markdown, measure, median_interval, summarize
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("n", [6, 9, 15, 40, 101])
