@@ -10,7 +10,7 @@ import engram_kernels as ek
 from harness import measure
 
 pytest.importorskip("triton")
-from engram_kernels.triton_runtime import launch
+from engram_kernels.triton_runtime import dispatch, launch
 
 LAYOUT = ek.EngramSpec.deepseek_v41().layout()
 TOKENS, CU = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from engram_kernels import cli
+from engram_kernels.cli import main as cli
 from engram_kernels.plan import report
 
 WIDTH = 190  # columns

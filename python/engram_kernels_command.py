@@ -18,7 +18,7 @@ def main() -> int:
         if pressed:
             raise KeyboardInterrupt
 
-    from engram_kernels import cli
+    from engram_kernels.cli import main as cli
     return cli.main(heed_interrupts=heed)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engram_kernels import cli
+from engram_kernels.cli import main as cli
 from engram_kernels.demo import SAMPLE, DemoOptions
 from engram_kernels.spec import EngramSpec
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engram_kernels import backends, bench_command, capacity, cli, info
+from engram_kernels import backends, capacity, info
+from engram_kernels.cli import bench as bench_command
+from engram_kernels.cli import main as cli
 
 
 def test_info_names_every_backend_and_reason(capsys):

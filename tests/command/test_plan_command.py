@@ -10,9 +10,9 @@ import torch
 from plan_cases import SPEC, cpu_machine, machine, workload
 
 from engram_kernels import EngramSpec, cli, info
-from engram_kernels._printer import Printer
+from engram_kernels._terminal import Printer
+from engram_kernels.cli.plan import machine_of
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
-from engram_kernels.plan.command import machine_of
 from engram_kernels.plan.profile_input import apply_profile, load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,7 +324,7 @@ def test_trial_of_a_gpu_that_no_profile_measured_uses_what_was_planned(monkeypat
 @pytest.mark.parametrize("missing, message", [("tokenizers", "--text needs tokenizers: pip install"),
                                               (None, "--text needs the compiled module: no compiler")])
 def test_text_without_what_it_needs_is_exit_code_5(tmp_path, monkeypatch, capsys, missing, message):
-    from engram_kernels.plan import command
+    from engram_kernels.cli import plan as command
     (tmp_path / "a.txt").write_text("words")
     find = command.importlib.util.find_spec
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
@@ -341,7 +341,7 @@ def test_empty_text_is_a_failure(tmp_path, capsys):
 
 
 def test_trial_ignores_a_profile_of_another_machine(tmp_path):
-    from engram_kernels.plan.command import _here
+    from engram_kernels.cli.plan import _here
     mine = info.collect()["machine"]
     other, same = profile_of(HOST, cpu="another CPU"), profile_of(HOST)
     same["machine"]["machine"] |= {"cpu": mine["cpu"], "cores": mine["cores"]}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from profile_machine import MIB, check, make_fast, ok, profile, quiet_machine  # noqa: F401  a fixture
 
-from engram_kernels import cli
+from engram_kernels.cli import main as cli
 from engram_kernels.profile import arena, machine, probes_host, row_draws
 from engram_kernels.profile.session import Options, Session
 

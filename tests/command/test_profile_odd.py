@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from profile_machine import check, quiet_machine
 
-from engram_kernels import _printer, cli, profile_command
-from engram_kernels._usage import UsageError, expect_writable
+from engram_kernels import _terminal
+from engram_kernels._terminal import UsageError, expect_writable
+from engram_kernels.cli import main as cli
+from engram_kernels.cli import profile as profile_command
 from engram_kernels.profile import machine
 from engram_kernels.profile import session as session_module
 from engram_kernels.profile.session import Options, Session
@@ -178,7 +180,7 @@ def test_profile_memory_that_is_not_there_is_no_fault(err):
 # terminals
 
 def wide_table(out):
-    printer = _printer.Printer(out)
+    printer = _terminal.Printer(out)
     printer.table(("name", "value", "source"), [("rate", "35 GB/s (a)", "measured by others " * 9), ("latency", "-", "")],
                   [None, None])
     return out.getvalue()

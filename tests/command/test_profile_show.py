@@ -10,7 +10,7 @@ import time
 import pytest
 from profile_machine import check, profile, quiet_machine
 
-from engram_kernels import profile_command
+from engram_kernels.cli import profile as profile_command
 from engram_kernels.profile import show
 from engram_kernels.profile.cells import Skip
 from engram_kernels.profile.session import Options, Session

@@ -381,6 +381,6 @@ def test_triton_tune_ops_tries_every_candidate_that_fits(user_table):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bench_tune_without_a_gpu_says_so(capsys):
-    from engram_kernels.cli import main
+    from engram_kernels.cli.main import main
     assert main(["bench", "--tune", "gate"]) == 5
     assert "no GPU" in capsys.readouterr().err or MISSING_TRITON

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 import engram_kernels.profile
-from engram_kernels import cli
+from engram_kernels.cli import main as cli
 from engram_kernels.profile import cells, machine, probes_disk, probes_host
 from engram_kernels.profile import session as session_module
 

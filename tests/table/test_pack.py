@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engram_kernels import cli
+from engram_kernels.cli import main as cli
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.table import pack
 from engram_kernels.table.pack import pack_table

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_kernels._terminal import Progress
 from engram_kernels.demo.pipeline import Pipeline
 from engram_kernels.layout import Layout
 from engram_kernels.ops.ngram_hash import ngram_hash
-from engram_kernels.progress import Progress
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing.inputs import random_rows

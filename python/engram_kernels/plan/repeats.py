@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from engram_kernels._terminal import no_progress
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, interpolate, measured
-from engram_kernels.progress import no_progress
 from engram_kernels.spec import EngramSpec
 
 KINDS = ("prose", "code", "non-English")

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engram_kernels._printer import Printer
+from engram_kernels._terminal import Printer
 from engram_kernels.plan.hardware import Hardware
 from engram_kernels.plan.model import MAX_FACTOR, MAX_TOKENS, TIE, Flip, Plan, input_names, input_value
 from engram_kernels.plan.module_compute import module_seconds

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engram_kernels._usage import is_stream
+from engram_kernels._terminal import is_stream
 from engram_kernels.profile.cells import (
     JsonCell,
     Skip,

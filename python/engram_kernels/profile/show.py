@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any, TextIO
 
-from engram_kernels._printer import Printer
+from engram_kernels._terminal import Printer
 from engram_kernels.profile.cells import JsonCell
 
 HEAD = ("probe", "what", "median", "95 % interval", "rate", "of peak", "verdict")

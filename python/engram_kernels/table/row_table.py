@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
-from engram_kernels.progress import Progress
+from engram_kernels._terminal import Progress
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
 from engram_kernels.table import shared_table
 from engram_kernels.table.file_reader import make_reader
@@ -288,7 +288,7 @@ class RowTable:
             timeout_s: seconds to wait for another process that is filling it.
             numa: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
             directory: of a tmpfs.
-            progress: shows how far filling it is, such as `engram_kernels.progress.progress_bar`; None: nothing does.
+            progress: shows how far filling it is, such as `engram_kernels._terminal.progress_bar`; None: nothing does.
 
         Returns:
             A table of tier "host" with the same rows, read-only: writing to them is a fault. It is in use while its rows are;

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import capacity
-from engram_kernels.progress import Progress, no_progress
+from engram_kernels._terminal import Progress, no_progress
 from engram_kernels.table import shared_segment
 from engram_kernels.table.host_memory import HUGE_PAGE_BYTES, TableLayout, make_host_memory
 from engram_kernels.table.safetensors_file import write_all
@@ -184,7 +184,7 @@ def _fill(op: str, table: RowTable, fd: int, path: Path, numa: int | None, progr
     capacity.check_directory(op, what, num_bytes + shared_segment.HEADER_BYTES, path.parent, _REMEDY)
     capacity.check_memory(op, what, num_bytes)
     os.ftruncate(fd, DATA_OFFSET + num_bytes)
-    _Filler(op, table, fd, path, make_host_memory(num_bytes, numa, fd, DATA_OFFSET)).run(progress)  # placed before there is a page
+    _Filler(op, table, fd, path, make_host_memory(num_bytes, numa, fd, DATA_OFFSET)).run(progress)  # placed before a page is
     try:
         os.posix_fallocate(fd, DATA_OFFSET, num_bytes)  # what no row covers too: a page that is missing later would be a signal
     except OSError as err:

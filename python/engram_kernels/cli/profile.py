@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engram_kernels._usage import UsageError, expect_writable, expect_writable_folder, finite, is_stream
+from engram_kernels._terminal import UsageError, expect_writable, expect_writable_folder, finite, is_stream
 from engram_kernels.profile import machine
 from engram_kernels.profile.probes_disk import run_disk_probes
 from engram_kernels.profile.probes_gpu import run_gpu_probes

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from engram_kernels import backends, info
-from engram_kernels._usage import UsageError, expect_writable
-from engram_kernels.bench_command import compare_files, run_benchmarks, tune_launches
+from engram_kernels._terminal import UsageError, expect_writable, no_progress, progress_bar
+from engram_kernels.cli.bench import compare_files, run_benchmarks, tune_launches
 from engram_kernels.demo import SAMPLE, DemoError, DemoOptions, run_demo
-from engram_kernels.progress import no_progress, progress_bar
 from engram_kernels.spec import EngramSpec
 
 EXIT_CODES = ("Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement (profile), "
@@ -102,12 +101,12 @@ def _run_info(args: argparse.Namespace) -> int:
 
 
 def _add_profile(commands: Any) -> None:
-    from engram_kernels import profile_command
+    from engram_kernels.cli import profile as profile_command
     profile_command.add_arguments(commands)
 
 
 def _add_plan(commands: Any) -> None:
-    from engram_kernels.plan import command
+    from engram_kernels.cli import plan as command
     command.add_arguments(commands, PRESETS, progress_bar)
 
 
@@ -187,7 +186,3 @@ def _run_pack(args: argparse.Namespace) -> int:
     print(f"{args.target}: {result.num_rows:,} rows of {result.row_bytes} bytes{resumed}; {result.verified_rows:,} compared "
           "with the source")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,16 @@
-"""Tables and sentences on the standard output: rich on a terminal, plain elsewhere, and readable where there is little room."""
+"""What the commands share on a terminal: tables and sentences, usage errors, progress."""
 from __future__ import annotations
 
+import argparse
+import contextlib
+import math
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 _FOLDED = 30  # columns to which rich may fold a long text and it can still be read
@@ -78,3 +83,86 @@ class Printer:
             print(text, file=self._out)
         else:
             self._console.print(text, style=style, markup=False)
+
+
+class UsageError(Exception):
+    """An argument makes no sense; the message says which. The command ends with exit code 2."""
+
+
+def finite(text: str) -> float:
+    """A number of the command line, for argparse: "nan" and "inf" are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def is_stream(path: Path) -> bool:
+    """Whether it is a device, a pipe or a socket, which is written to and not replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def expect_writable(option: str, path: Path | None) -> None:
+    """Makes sure that a file can be written at `path`, its folder made where it is missing; None: nothing is asked.
+
+    Raises:
+        UsageError: it cannot; names the option and the reason.
+    """
+    if path is None:
+        return
+    try:
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a folder, expected a file")
+        if is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(0, "it may not be written to")
+        else:
+            _expect_room(path.resolve().parent)
+    except OSError as err:
+        raise UsageError(f"{option} {path} cannot be written: {err.strerror}") from None
+
+
+def expect_writable_folder(option: str, path: Path | None) -> None:
+    """The same for a folder that files are put into."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{option} {path} is no folder")
+    try:
+        _expect_room(path)
+    except OSError as err:
+        raise UsageError(f"{option} {path} cannot be written: {err.strerror}") from None
+
+
+def _expect_room(folder: Path) -> None:
+    """Makes a file there and takes it away; permissions alone do not tell of read-only file systems, nor of root."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number, path = tempfile.mkstemp(dir=folder, prefix=".engram-kernels-")
+    os.close(number)
+    os.unlink(path)
+
+
+# (what, total) -> advance(count)
+Progress = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+@contextlib.contextmanager
+def no_progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Shows nothing."""
+    yield lambda count: None
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, by rich; elsewhere nothing, so that logs stay short. `total` None: not known, so a count."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console(stderr=True)
+    text = "{task.description}" if total is not None else "{task.description}, {task.completed:.0f} done"
+    with Progress(TextColumn(text), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
+                  disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)

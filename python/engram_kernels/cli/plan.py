@@ -15,7 +15,7 @@ from typing import Any
 
 from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels._usage import UsageError, expect_writable, finite
+from engram_kernels._terminal import Progress, UsageError, expect_writable, finite, no_progress
 from engram_kernels.plan import report
 from engram_kernels.plan.hardware import GPUS, Hardware, assumed_hardware, this_node, with_room
 from engram_kernels.plan.model import make_plan
@@ -35,7 +35,6 @@ from engram_kernels.plan.repeats import (
 from engram_kernels.plan.schedule import Schedule, early_enough, ids_at_step_start, simulate, write_trace
 from engram_kernels.plan.trial import run_trial
 from engram_kernels.plan.workload import Workload, table_bytes
-from engram_kernels.progress import Progress, no_progress
 from engram_kernels.spec import EngramSpec
 
 NO_CAPABILITY = 5  # exit code

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels._usage import UsageError
+from engram_kernels._terminal import Progress, UsageError
 from engram_kernels.profile.compare import Verdict, compare_runs, gone, load_machine, load_run, markdown
-from engram_kernels.progress import Progress
 from engram_kernels.spec import EngramSpec
 from engram_kernels.triton_runtime import dispatch
 
