@@ -9,8 +9,9 @@ import pytest
 import torch
 from plan_cases import SPEC, cpu_machine, machine, workload
 
-from engram_kernels import EngramSpec, cli, info
+from engram_kernels import EngramSpec, info
 from engram_kernels._terminal import Printer
+from engram_kernels.cli import main as cli
 from engram_kernels.cli.plan import machine_of
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
 from engram_kernels.plan.profile_input import apply_profile, load_profile
