@@ -1,4 +1,4 @@
-"""Stored rows to float32 and float32 to outputs, shared by the kernels that read rows. Semantics 5."""
+"""Stored rows to float32 and float32 to outputs, shared by the kernels that read rows. Formats: docs/ops.md, Row formats."""
 import math
 from typing import NamedTuple
 

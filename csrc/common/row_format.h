@@ -1,4 +1,4 @@
-// How a row is stored. Names, sizes and the scalar decode of every format (semantics 5), for host and device.
+// How a row is stored. Names, sizes and the scalar decode of every format (docs/ops.md, Row formats), for host and device.
 #pragma once
 
 #include <cstddef>

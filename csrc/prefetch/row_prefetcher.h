@@ -1,4 +1,4 @@
-// Rows of one table, fetched behind the caller's compute. Semantics 11; docs/prefetch.md.
+// Rows of one table, fetched behind the caller's compute. What it promises: docs/prefetch.md.
 //
 // Scope       tickets: ids in, rows out, decoded, in a ring of depth + 1 slots of one size. Where rows cross a link (file to
 //             memory, memory to a device of its own) each distinct row of a request does so once, through a staging ring.

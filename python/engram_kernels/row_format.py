@@ -1,4 +1,4 @@
-"""How rows are stored: the facts of semantics 5 that tables and files need. The kernels' copy is csrc/common/row_format.h."""
+"""How rows are stored (docs/ops.md, Row formats): what tables and files need. The kernels' copy is csrc/common/row_format.h."""
 import dataclasses
 from typing import Any
 

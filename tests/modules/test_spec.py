@@ -68,7 +68,7 @@ def specs(draw):
 
 
 def rows_of_window(layout, layer, window):
-    """Row ids of one n-gram window in exact Python integers; -1 is before the start. Written from semantics 2 to 4."""
+    """Row ids of one n-gram window in exact Python integers; -1 is before the start. Written from docs/ops.md, ngram_hash."""
     ids, blocked = [], False
     for s, token in enumerate(window):
         blocked = blocked or token < 0 or (s > 0 and token == layout.eos_id)

@@ -1,4 +1,4 @@
-"""engram_forward: semantics 10 without biases, on every backend."""
+"""engram_forward: gather, projection and gate (docs/ops.md, engram_forward), on every backend."""
 import pytest
 import torch
 

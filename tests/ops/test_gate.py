@@ -1,4 +1,4 @@
-"""gate: semantics 7, on every backend."""
+"""gate: docs/ops.md, gate, on every backend."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""gather_gate: semantics 8, on every backend."""
+"""gather_gate: docs/ops.md, gather_gate, on every backend."""
 import pytest
 import torch
 from on_device import on_device, raises_bad_ids

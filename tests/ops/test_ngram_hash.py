@@ -42,7 +42,7 @@ def history_of(ids, dead, position, max_order):
 
 
 def restated(token_ids, cu_seqlens, layout, token_map=None, history=None, dead_mask=None):
-    """The formula of semantics 3 and 4, one id at a time in Python integers: nothing shared with the reference."""
+    """The formula of docs/ops.md, ngram_hash, one id at a time in Python integers: nothing shared with the reference."""
     rows = np.empty((len(layout.num_rows), len(token_ids), layout.num_columns), dtype=np.int64)
     for b in range(len(cu_seqlens) - 1):
         for t in range(cu_seqlens[b], cu_seqlens[b + 1]):

@@ -1,4 +1,4 @@
-// engram_forward: the contract of the kernels. Semantics 6, 7 and 10, without biases.
+// engram_forward: the contract of the kernels. Edge cases: docs/ops.md, engram_forward.
 //
 // e[t] is the concatenation of the token's rows, dequantized to float32 and rounded once to `dtype`. Its products with the
 // rows of w_kv, summed in float32 and rounded to `dtype`, are the keys of the branches, branch after branch, and the value; with

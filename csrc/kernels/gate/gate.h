@@ -1,4 +1,4 @@
-// gate: the contract that the CPU and CUDA kernels share. Semantics 7.
+// gate: the contract that the CPU and CUDA kernels share. Edge cases: docs/ops.md, gate.
 //
 // For token t and branch m, in float32, with one rounding at the end:
 //   dot = sum_i h*w_h * k*w_k       rh = rsqrt(mean h^2 + eps)      rk = rsqrt(mean k^2 + eps)

@@ -1,4 +1,4 @@
-// gather_gate: the contract that the CPU and CUDA kernels share. Semantics 8.
+// gather_gate: the contract that the CPU and CUDA kernels share. Edge cases: docs/ops.md, gather_gate.
 //
 // e[t] is the concatenation of the token's rows, dequantized to float32 and not rounded further; it is the key of every
 // branch and the value of gate (gate.h). It is never written to memory that outlives the token.

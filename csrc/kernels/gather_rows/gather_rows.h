@@ -1,4 +1,4 @@
-// gather_rows: the contract that the CPU and CUDA kernels share. Semantics 5 and 6.
+// gather_rows: the contract that the CPU and CUDA kernels share. Edge cases: docs/ops.md, gather_rows and Row formats.
 //
 //   out[i, :] = decode(row row_ids[i])        zeros where row_ids[i] is -1; such a row is not read
 //   grad_rows[r, :] = sum over i with row_ids[i] = r of grad[i, :]

@@ -1,4 +1,4 @@
-// ngram_hash: the contract that the CPU and CUDA kernels share. Semantics 3 and 4.
+// ngram_hash: the contract that the CPU and CUDA kernels share. Edge cases: docs/ops.md, ngram_hash.
 //
 // All hash families are one computation. With c[s] the id `s` tokens back (s = 0 is the token itself):
 //   mix = XOR over s < order of c[s] * multipliers[layer][s]                      multipliers are [L, N]

@@ -1,4 +1,4 @@
-// short_conv: the contract that the CPU and CUDA kernels share. Semantics 9.
+// short_conv: the contract that the CPU and CUDA kernels share. Edge cases: docs/ops.md, short_conv.
 //
 // Per branch and channel c, W taps, tap j looking back(j) = (W - 1 - j) * dilation tokens back in its own sequence:
 //   n[t] = x[t] * rsqrt(mean(x[t]^2) + eps) * norm_weight          in float, over the H channels of the branch

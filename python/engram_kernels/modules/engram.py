@@ -43,8 +43,8 @@ class Engram(nn.Module):
     Raises:
         ValueError: the spec has no such layer or no module variant, or table or token map do not belong to it.
 
-    Source: semantics 10; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys before the value
-    in wkv's output, q_weight and k_weight as norm weights).
+    Source: docs/ops.md, "The module"; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys
+    before the value in wkv's output, q_weight and k_weight as norm weights).
     """
 
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
@@ -103,7 +103,7 @@ class Engram(nn.Module):
             ValueError: not exactly one source of rows, what it needs is missing, an argument that would not be used, or a wrong
                 shape, dtype or device; and what the ops raise.
 
-        Source: semantics 10.
+        Source: docs/ops.md, "The module".
         """
         self._check_hidden(hidden, state, positions)
         if dead_mask is not None:

@@ -72,7 +72,7 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
         OSError: a file table cannot be read, or its file changed.
         RuntimeError: the named backend is not available.
 
-    Source: `spec/semantics.md` sections 5 and 6.
+    Source: docs/ops.md, "gather_rows" and "Row formats".
     """
     op = "gather_rows"
     if not isinstance(table, RowTable):

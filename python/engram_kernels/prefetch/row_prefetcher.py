@@ -75,7 +75,7 @@ class RowPrefetcher:
         CapacityError: the device has no room for the ring, the staging buffers and the cache. An OSError.
         RuntimeError: the device is not available.
 
-    Source: `spec/semantics.md` section 11; the ids depend on tokens alone, so a step's rows can be fetched during the one before.
+    Source: docs/prefetch.md; the ids depend on tokens alone, so a step's rows can be fetched during the one before.
     """
 
     def __init__(self, table: RowTable, device: str | torch.device = "cpu", depth: int = 4,
@@ -128,7 +128,7 @@ class RowPrefetcher:
             PrefetchQueueFull: `depth` requests are in flight, and none ended in time. A RuntimeError.
             RuntimeError: the prefetcher is closed, or was made before a fork.
 
-        Source: semantics 11.
+        Source: docs/prefetch.md.
         """
         on_device = isinstance(row_ids, Tensor) and row_ids.device == self.device
         expect_row_ids("RowPrefetcher", row_ids, self.device if on_device else torch.device("cpu"))

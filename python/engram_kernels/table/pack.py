@@ -64,7 +64,7 @@ def pack_table(source: str | os.PathLike[str], target: str | os.PathLike[str], t
             the path and the step. What is on disk so far stays for the next run, beside the target, and opens as no table.
         RuntimeError: the target differs from the source; it is not put in place.
 
-    Source: `spec/semantics.md` section 5.
+    Source: docs/ops.md, "Row formats".
     """
     source, target = Path(source), Path(target)
     table = RowTable.open(source, tensor, scales)

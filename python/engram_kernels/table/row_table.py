@@ -35,7 +35,7 @@ class RowTable:
             of a file table are a tensor on the meta device: shape and dtype, no data.
         scales: uint8 [R, D/32] (fp8_e4m3_block32), float32 [R, D/32] (int8_group32), float32 [1] (fp8_e4m3_tensor), or None;
             on the meta device for a file table where there is one a row.
-        row_format: how a row is stored; a name of `spec/semantics.md` section 5.
+        row_format: how a row is stored; a name of docs/ops.md, "Row formats".
         row_dim: D.
         zero_scale_is_zero: a scale byte of 0 means 0.0, not 2^-127.
         path: the file of a file table.
@@ -93,7 +93,7 @@ class RowTable:
             weight: [R, D] of the format's dtype (float8_e4m3fn counts as uint8), or [R, stride] uint8 for the packed format.
                 The rows may lie apart (a sliced view); the elements of a row may not.
             scales: as `RowTable.scales` (float8_e8m0fnu counts as uint8).
-            row_format: a name of `spec/semantics.md` section 5.
+            row_format: a name of docs/ops.md, "Row formats".
             copy: True: copy into memory of its own, exactly as large, in huge pages where the system has them: random rows
                 then cost no TLB miss. Detached. `memory_stats` says what was got.
             zero_scale_is_zero: what a scale byte of 0 means.
@@ -108,7 +108,7 @@ class RowTable:
             ValueError: dtype, shape, device or stride does not fit the format, or there is no such node.
             OSError: there is no room for a copy (`CapacityError`): names the limit, what it leaves, and what to do.
 
-        Source: `spec/semantics.md` section 5.
+        Source: docs/ops.md, "Row formats".
         """
         op = "RowTable.from_tensor"
         rows, scales, row_dim = check_tensors(op, weight, scales, row_format, row_dim)
@@ -133,7 +133,7 @@ class RowTable:
             rows: all rows as one tensor (as in `from_tensor`), or an iterable of pieces, for tables larger than memory: each a
                 tensor, or a pair of rows and their scales.
             scales: of all rows, or the single scale of fp8_e4m3_tensor; not with pieces that bring their own.
-            row_format: a name of `spec/semantics.md` section 5.
+            row_format: a name of docs/ops.md, "Row formats".
             num_rows: R; needed with pieces.
             row_dim: D; needed with pieces and for the packed format.
             zero_scale_is_zero: what a scale byte of 0 means; kept in the file.
@@ -191,7 +191,7 @@ class RowTable:
             ValueError: it is no regular file, is empty, truncated or corrupt, lacks a tensor, or dtypes and shapes do not fit;
                 names the path and the numbers that disagree. Or the io that is named cannot be had.
 
-        Source: huggingface/safetensors, format; `spec/semantics.md` section 5.
+        Source: huggingface/safetensors, format; docs/ops.md, "Row formats".
         """
         path = Path(path)
         fd = open_regular(path)

@@ -9,7 +9,7 @@ def random_rows(row_format: str, num_rows: int, row_dim: int, generator: torch.G
     """Rows of ordinary values (about unit size, no NaN) and their scales, as `RowTable` stores them.
 
     Args:
-        row_format: a name of semantics 5; packed rows come without padding.
+        row_format: a name of docs/ops.md, "Row formats"; packed rows come without padding.
         num_rows: R.
         row_dim: D.
         generator: of the random numbers.
