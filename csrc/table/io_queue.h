@@ -34,6 +34,9 @@ class IoQueue {
   virtual int wait(IoDone* done, int capacity) = 0;  // blocks until one is done; how many are returned
 };
 
+// Whether the build found liburing.
+bool io_uring_compiled_in();
+
 // Null where io_uring is not compiled in or the system refuses it; `why` then says so. `buffers` (`bytes` of them) are
 // registered where that is allowed, which saves pinning them at each read.
 std::unique_ptr<IoQueue> make_io_uring_queue(int depth, std::byte* buffers, int64_t bytes, std::string* why);

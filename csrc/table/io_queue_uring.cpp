@@ -68,6 +68,8 @@ class UringQueue final : public IoQueue {
 
 }  // namespace
 
+bool io_uring_compiled_in() { return true; }
+
 std::unique_ptr<IoQueue> make_io_uring_queue(int depth, std::byte* buffers, int64_t bytes, std::string* why) {
   auto queue = std::make_unique<UringQueue>();
   if (const int error = queue->open(depth, buffers, bytes); error != 0) {
@@ -82,6 +84,8 @@ std::unique_ptr<IoQueue> make_io_uring_queue(int depth, std::byte* buffers, int6
 #else
 
 namespace engram_kernels {
+
+bool io_uring_compiled_in() { return false; }
 
 std::unique_ptr<IoQueue> make_io_uring_queue(int, std::byte*, int64_t, std::string* why) {
   *why = "liburing was not found when this module was built";

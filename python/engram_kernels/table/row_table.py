@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
+from engram_kernels._library import IO_NOTE
 from engram_kernels._terminal import Progress
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
 from engram_kernels.table import shared_table
@@ -272,9 +273,9 @@ class RowTable:
         Returns:
             rows (distinct, asked for), cache_hits, file_rows, payload_bytes (of rows), moved_bytes (read from the file), reads
             (submitted); cache_slots and cached_rows; io ("io_uring", "preadv" or "python"), direct (past the page cache) and
-            queue_depth. Empty where the table is in memory.
+            queue_depth; io_note, where the build has no io_uring, says what that costs. Empty where the table is in memory.
         """
-        return {} if self._file is None else dict(self._file.tier.stats())
+        return {} if self._file is None else dict(self._file.tier.stats(), **({"io_note": IO_NOTE} if IO_NOTE else {}))
 
     def share(self, name: str, *, timeout_s: float = 600.0, numa: int | None = None, directory: str = shared_table.DIRECTORY,
               progress: Progress | None = None) -> RowTable:
