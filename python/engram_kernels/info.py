@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,19 +82,17 @@ def _machine() -> dict[str, Any]:
         kernels = _C.cpu_isa()
     else:
         kernels = f"none: {COMPILE_ERROR}"
-    return {"platform": platform.platform(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "cpu_kernels": kernels,
+    return {"platform": platform.platform(), "cpu": cpu, "cores": capacity.usable_cores(), "cpu_kernels": kernels,
             "cpu_features": [name for name in _CPU_FEATURES if name in flags],
             "memory_bytes": _kib(memory.get("MemTotal")), "memory_free_bytes": _kib(memory.get("MemAvailable")),
             "huge_pages": _chosen(_read("/sys/kernel/mm/transparent_hugepage/enabled"))}
 
 
 def _limits() -> dict[str, Any]:
-    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
     return {"cgroup_bytes": capacity.cgroup_limit_bytes(), "memory_room_bytes": capacity.memory_room_bytes(),
-            "memlock_bytes": None if memlock == resource.RLIM_INFINITY else memlock, "shm_free_bytes": shm,
-            "open_files": None if files == resource.RLIM_INFINITY else files}
+            "memlock_bytes": capacity.SYSTEM.limit("RLIMIT_MEMLOCK"), "shm_free_bytes": shm,
+            "open_files": capacity.SYSTEM.limit("RLIMIT_NOFILE")}
 
 
 def _gpus() -> list[dict[str, Any]]:

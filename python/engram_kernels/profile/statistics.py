@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 CONFIDENCE = 0.95
 MIN_ROUNDS = 9
@@ -84,7 +84,7 @@ class Conditions:
     rounds: int = 0  # set before the end: how many samples were taken
 
     def __enter__(self) -> Conditions:
-        self._steal, self._usage = _steal_ticks(), resource.getrusage(resource.RUSAGE_SELF)
+        self._steal, self._usage = _steal_ticks(), _usage()
         self._throttled = _throttle_counts()
         return self
 
@@ -94,7 +94,7 @@ class Conditions:
             share = (after[0] - before[0]) / (after[1] - before[1])
             if share > MAX_STEAL:
                 self.flags.append(f"steal {share:.0%}")
-        usage = resource.getrusage(resource.RUSAGE_SELF)
+        usage = _usage()
         if faults := usage.ru_majflt - self._usage.ru_majflt:
             self.flags.append(f"{faults} major faults")
         now = _throttle_counts()
@@ -102,6 +102,11 @@ class Conditions:
         preempted = usage.ru_nivcsw - self._usage.ru_nivcsw
         if preempted > MAX_PREEMPTIONS * max(self.rounds, 1):
             self.flags.append(f"preempted {preempted} times")
+
+
+def _usage() -> Any:
+    import resource  # not on Windows, where nothing is profiled but runs are compared
+    return resource.getrusage(resource.RUSAGE_SELF)
 
 
 def _throttle_counts() -> dict[str, int]:

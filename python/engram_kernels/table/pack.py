@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import zlib
@@ -24,6 +23,11 @@ from engram_kernels._terminal import Progress, no_progress
 from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.table.safetensors_file import Extent, lay_out, write_all
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _CHUNK_BYTES = 64 << 20
 _SAMPLE_ROWS = 1 << 16
@@ -66,6 +70,7 @@ def pack_table(source: str | os.PathLike[str], target: str | os.PathLike[str], t
 
     Source: docs/ops.md, "Row formats".
     """
+    capacity.expect_linux("pack")
     source, target = Path(source), Path(target)
     table = RowTable.open(source, tensor, scales)
     if table.row_format != _UNPACKED or table._file is None or table._file.scales is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import re
@@ -21,8 +20,14 @@ import time
 import zlib
 from pathlib import Path
 
+from engram_kernels import capacity
 from engram_kernels.row_format import check_shape
 from engram_kernels.table.host_memory import TableLayout
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PREFIX = "engram-"
 DATA_OFFSET = 2 << 20
@@ -74,6 +79,7 @@ def start_time(pid: int) -> int | None:
 
 def segment_path(op: str, name: str, directory: str | os.PathLike[str]) -> Path:
     """The file of a segment. ValueError unless the name can be one."""
+    capacity.expect_linux(op)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", name) or name.endswith(".tmp"):
         raise ValueError(f"{op}: name is {name!r}, expected 1 to 128 of letters, digits, '_', '-' and '.'")
     return Path(directory) / f"{PREFIX}{name}"
