@@ -18,7 +18,8 @@ else:
 IO_NOTE: str | None = None
 if COMPILE_ERROR is None and not engram_kernels._C.io_uring:
     IO_NOTE = ("this build has no io_uring (liburing was not found): threads call pread instead, with which hiding a step's "
-               "fetch behind compute cost 40 % of the step on 2 cores, where io_uring cost 1 %; install liburing-dev and build again")
+               "fetch behind compute cost 40 % of the step on 2 cores, where io_uring cost 1 %; install liburing-dev and build "
+               "again")
 
 CUDA_ERROR: str | None  # why the CUDA kernels cannot be called, whether or not there is a device
 if torch.version.cuda is None:

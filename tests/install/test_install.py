@@ -31,7 +31,8 @@ def sdist(tmp_path_factory):
     """The sdist, unpacked below a path with spaces."""
     folder = tmp_path_factory.mktemp("s dist")
     code = f"import os, engram_kernels_build as b; os.chdir({str(ROOT)!r}); b.build_sdist({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=CLEAN | {"PYTHONPATH": str(ROOT / "python")})
+    env = CLEAN | {"PYTHONPATH": str(ROOT / "python")}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=env)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     return next(p for p in folder.iterdir() if p.is_dir())
