@@ -65,7 +65,7 @@ def simulate(x, weight, norm_weight, cu, dilation, state=None, positions=None, d
 
 
 def kernel_of(launches):
-    return next(name for name in ("walk", "taps", "any") if all(name in launch.kernel for launch in launches))
+    return next(name for name in ("walk", "taps", "plain") if all(name in launch.kernel for launch in launches))
 
 
 def simulate_bwd(grad_out, x, weight, norm_weight, cu, dilation, device=None):

@@ -10,7 +10,8 @@ from engram_kernels.testing import assert_as_accurate_as_torch
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
 ONE_SM, RANDOM = {"multiprocessors": 1}, {"options": {"cta_order": "random"}}
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-RING, ANY, MIXED = ("stats_kernel", "grads_kernel"), ("stats_any", "grads_any"), ("stats_any", "grads_kernel")
+RING, PLAIN = ("stats_kernel", "grads_kernel"), ("stats_plain", "grads_plain")
+MIXED = ("stats_plain", "grads_kernel")
 
 CASES = {  # name: (kernels, device, lengths, branches, size, width, dilation, dtype, weight dtype)
     "bf16": (RING, RANDOM, [40, 1, 30], 2, 64, 4, 3, BF16, BF16),
@@ -26,11 +27,11 @@ CASES = {  # name: (kernels, device, lengths, branches, size, width, dilation, d
     "empty_sequences": (RING, RANDOM, [0, 4, 0, 0, 3, 0], 2, 40, 4, 3, BF16, BF16),
     "reach_past_the_sequence": (RING, RANDOM, [3, 5, 2], 2, 24, 4, 20, BF16, BF16),
     "long_rows": (MIXED, RANDOM, [12], 1, 5128, 4, 2, BF16, BF16),
-    "long_reach": (("stats_kernel", "grads_any"), RANDOM, [300, 20], 1, 24, 4, 90, F32, F32),
-    "tail_channels": (ANY, RANDOM, [20, 9], 3, 37, 4, 3, F16, F16),
-    "one_channel": (ANY, RANDOM, [12], 1, 1, 4, 1, BF16, BF16),
-    "most_taps": (ANY, RANDOM, [50], 1, 40, 8, 2, BF16, BF16),
-    "five_taps_float_weights": (ANY, ONE_SM, [20, 40], 2, 139, 5, 2, BF16, F32),
+    "long_reach": (("stats_kernel", "grads_plain"), RANDOM, [300, 20], 1, 24, 4, 90, F32, F32),
+    "tail_channels": (PLAIN, RANDOM, [20, 9], 3, 37, 4, 3, F16, F16),
+    "one_channel": (PLAIN, RANDOM, [12], 1, 1, 4, 1, BF16, BF16),
+    "most_taps": (PLAIN, RANDOM, [50], 1, 40, 8, 2, BF16, BF16),
+    "five_taps_float_weights": (PLAIN, ONE_SM, [20, 40], 2, 139, 5, 2, BF16, F32),
 }
 
 
@@ -81,7 +82,7 @@ def test_short_conv_bwd_no_tokens_gives_zeros():
     assert grad_x.shape == (0, 2, 40) and errors == 0 and all((g == 0).all() for g in weights)
 
 
-@pytest.mark.parametrize("size", [64, 37], ids=["ring", "any"])
+@pytest.mark.parametrize("size", [64, 37], ids=["ring", "plain"])
 def test_short_conv_bwd_is_deterministic(size):
     args = make_inputs([150, 33], 2, size)
     upstream = random_like(args[0])
@@ -102,11 +103,11 @@ def test_short_conv_bwd_strided():
         grad.copy_(upstream)
         got, _, launches = simulate_bwd(grad, x, *args[1:], 2)
         check(got, args, upstream, 2)
-        assert ("any" in launches[0].kernel) == (lead == 3)
+        assert ("plain" in launches[0].kernel) == (lead == 3)
         assert lead == 3 or all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("size", [64, 37], ids=["ring", "any"])
+@pytest.mark.parametrize("size", [64, 37], ids=["ring", "plain"])
 def test_short_conv_bwd_does_not_leak_across_sequences(size):
     x, weight, norm_weight, cu = make_inputs([20, 50], 1, size)
     upstream = random_like(x)

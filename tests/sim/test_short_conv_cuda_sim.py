@@ -34,13 +34,13 @@ CASES = {  # name: (kernel, device, lengths, branches, size, width, dilation, dt
     "taps_several_tokens_a_block": ("taps", ONE_SM, [3] * 30, 2, 64, 4, 3, BF16, BF16),
     "one_token": ("taps", RANDOM, [1], 1, 32, 4, 3, BF16, BF16),
     "empty_sequences": ("taps", RANDOM, [0, 4, 0, 0, 3, 0], 2, 40, 4, 3, BF16, BF16),
-    "any_tail_channels": ("any", ONE_SM, [20, 9], 3, 37, 4, 3, F16, F16),
-    "any_tail_f32": ("any", RANDOM, [20, 9], 1, 39, 2, 3, F32, F32),
-    "any_one_channel": ("any", RANDOM, [12], 1, 1, 4, 1, BF16, BF16),
-    "any_most_taps": ("any", RANDOM, [50], 1, 40, 8, 2, BF16, BF16),
-    "any_five_taps_f32": ("any", ONE_SM, [20], 2, 40, 5, 2, F32, F32),
-    "any_long_rows": ("any", RANDOM, [5], 1, 5128, 4, 1, BF16, F32),
-    "any_float_weights": ("any", RANDOM, [9], 2, 21, 3, 1, BF16, F32),
+    "plain_tail_channels": ("plain", ONE_SM, [20, 9], 3, 37, 4, 3, F16, F16),
+    "plain_tail_f32": ("plain", RANDOM, [20, 9], 1, 39, 2, 3, F32, F32),
+    "plain_one_channel": ("plain", RANDOM, [12], 1, 1, 4, 1, BF16, BF16),
+    "plain_most_taps": ("plain", RANDOM, [50], 1, 40, 8, 2, BF16, BF16),
+    "plain_five_taps_f32": ("plain", ONE_SM, [20], 2, 40, 5, 2, F32, F32),
+    "plain_long_rows": ("plain", RANDOM, [5], 1, 5128, 4, 1, BF16, F32),
+    "plain_float_weights": ("plain", RANDOM, [9], 2, 21, 3, 1, BF16, F32),
 }
 
 
@@ -97,7 +97,7 @@ def test_short_conv_any_chunking_gives_the_bits_of_the_whole(dtype, size):
     lengths = [80, 61]
     args = make_inputs(lengths, 2, size, 4, dtype, seed=1)
     whole, _, launches = simulate(*args, 3, device=Device(**ONE_SM))
-    assert kernel_of(launches) == ("walk" if size == 64 else "any")
+    assert kernel_of(launches) == ("walk" if size == 64 else "plain")
     for cuts, devices in {
         "decode": ([(t, t) for t in range(1, 16)] + [(16, 15), (80, 61)], [RANDOM]),
         "mixed": ([(2, 0), (11, 40), (12, 41), (60, 41), (61, 52), (80, 61)], [ONE_SM, RANDOM]),
@@ -126,7 +126,7 @@ def test_short_conv_bits_depend_on_no_path():
     strided = wide[:, 1:, 3:2059]
     first, _, launches = simulate(x[:150], weight, norm_weight, cu[:2], 3, device=Device(multiprocessors=2))
     assert kernel_of(launches) == "walk"
-    for inputs, lead, kernel in ((x, 0, "taps"), (strided, 0, "any"), (x, 1, "any")):
+    for inputs, lead, kernel in ((x, 0, "taps"), (strided, 0, "plain"), (x, 1, "plain")):
         got, _, launches = simulate(inputs[:40], weight, norm_weight, packed([40]), 3, out_lead=lead)
         assert kernel_of(launches) == kernel and torch.equal(got, first[:40])
     branches_first = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -176,7 +176,7 @@ def test_short_conv_many_sequences():
 # ---- special values and bad data -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [0.0, -0.0, float("inf"), float("nan"), 1e30, -90.0])
-@pytest.mark.parametrize("size", [24, 23], ids=["taps", "any"])
+@pytest.mark.parametrize("size", [24, 23], ids=["taps", "plain"])
 def test_short_conv_special_values(value, size):
     x, weight, norm_weight, cu = make_inputs([6], 1, size, dtype=F32)
     x[2] = value
@@ -188,7 +188,7 @@ def test_short_conv_special_values(value, size):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("kernel, width, size", [("walk", 4, 64), ("walk", 3, 64), ("taps", 4, 64), ("any", 5, 64)])
+@pytest.mark.parametrize("kernel, width, size", [("walk", 4, 64), ("walk", 3, 64), ("taps", 4, 64), ("plain", 5, 64)])
 def test_short_conv_inf_weight_meets_nothing_before_the_start(kernel, width, size):
     x, weight, norm_weight, cu = make_inputs([90, 50], 1, size, width, F32)
     weight[:, :, 0] = float("inf")

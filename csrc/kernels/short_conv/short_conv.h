@@ -1,13 +1,14 @@
 // short_conv: the contract that the CPU and CUDA kernels share. Edge cases: docs/ops.md, short_conv.
 //
-// Per branch and channel c, W taps, tap j looking back(j) = (W - 1 - j) * dilation tokens back in its own sequence:
-//   n[t] = x[t] * rsqrt(mean(x[t]^2) + eps) * norm_weight          in float, over the H channels of the branch
-//   z[t] = sum over j of weight[j] * n[t - back(j)]                 nothing before the sequence start
-//   out[t] = x[t] + z[t] * sigmoid(z[t])                            rounded once
+// Per branch and channel, with W taps, tap j looking back(j) = (W - 1 - j) * dilation tokens back in its own
+// sequence:
+//   n[t] = x[t] * rsqrt(mean(x[t]^2) + eps) * norm_weight     in float, over the H channels of the branch
+//   z[t] = sum over j of weight[j] * n[t - back(j)]           nothing before the sequence start
+//   out[t] = x[t] + z[t] * sigmoid(z[t])                      rounded once
 // Decoding keeps raw inputs, so that any chunking gives the bits of the whole: state[b] is a ring of the last
-// S = (W - 1) * dilation inputs of sequence b, the input at absolute position q in slot q mod S. positions[b] is how
-// many inputs came before this chunk; slots of positions that never were (q < 0) are not read, so a new sequence needs
-// no zeroing.
+// S = (W - 1) * dilation inputs of sequence b, the input at absolute position q in slot q mod S. positions[b]
+// is how many inputs came before this chunk; slots of positions that never were (q < 0) are not read, so a
+// new sequence needs no zeroing.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,20 @@
-// CPU kernel of short_conv, backward. With dz the gradient of z, s = sigmoid(z), xh = x * rsqrt(mean(x^2) + eps):
+// CPU kernel of short_conv, backward. With dz the gradient of z, s = sigmoid(z) and
+// xh = x * rsqrt(mean(x^2) + eps):
 //   dz[t] = grad_out[t] * s * (1 + z * (1 - s))
 //   dn[t] = sum over j of weight[j] * dz[t + back(j)]              within the sequence
 //   grad_x[t] = grad_out[t] + rsqrt(..) * (dn * w - xh * mean(dn * w * xh))     w: norm_weight
-//   grad_weight[j] = sum over t of dz[t] * xh[t - back(j)] * w,  grad_norm_weight = sum over t of dn[t] * xh[t]
+//   grad_weight[j] = sum over t of dz[t] * xh[t - back(j)] * w
+//   grad_norm_weight = sum over t of dn[t] * xh[t]
 //
-// Mapping  tokens in at most kGroups groups, a task is a group and a branch; a group walks its sequences from their ends, so
-//          that dz of the tokens within reach lies in a ring of S + 1 rows. Nothing is saved by the forward pass.
-// Order    the groups depend on the number of tokens alone and their sums are added in order: the same bits at any number of
-//          threads. Extra memory: kGroups * branches * (width + 1) rows of floats, and the ring of every thread.
+// The tokens are split into at most kGroups groups; a task is a group of one branch:
+//   1. the group walks its sequences from their ends, so that dz of the tokens within reach lies in a ring of
+//      S + 1 rows;
+//   2. when all tasks are done, their sums are added in order and the weights' gradients are written.
+// The forward pass saves nothing. The groups depend on the number of tokens alone, so the bits are the same
+// at any number of threads. Extra memory: kGroups * branches * (width + 1) rows of floats, and one ring per
+// thread.
 #include "common/cu_seqlens.h"
-#include "kernels/short_conv/short_conv_rows_cpu.h"
+#include "kernels/short_conv/short_conv_cpu.h"
 
 namespace engram_kernels::EK_ISA {
 namespace {
@@ -101,7 +106,7 @@ class GroupBackward {
   const ShortConvBwdParams& b_;
   const ShortConvParams& p_;
   int64_t branch_, size_, slots_;
-  float* sums_;  // [width + 1][padded H]: of dz * xh for each tap, then of dn * xh
+  float* sums_;  // [width + 1][padded H]: sums of dz * xh for each tap, then of dn * xh
   BranchWeights weights_;
   Taps<T> taps_of_token_;
   Scratch dz_;   // [min(S + 1, T)][padded H], a ring by token

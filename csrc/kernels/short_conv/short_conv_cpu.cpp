@@ -1,20 +1,24 @@
 // CPU kernel of short_conv, forward, with or without state. Contract and formula: short_conv.h.
 //
-// Mapping  a task is a block of tokens and a branch; the branch's weights are brought into float once a task. Decoding many
-//          sequences of one token each fills blocks as one long sequence does.
-// Traffic  a row is read from memory once, then by its taps from L2, and written once; the rows that a block reaches back
-//          to are read once more. With state, a step reads W - 1 slots and writes one: nothing is shifted.
+// A task is a block of tokens of one branch:
+//   1. the branch's weights are brought into float, once per task;
+//   2. every token of the block is convolved; many sequences of one token each fill a block as one long
+//      sequence does;
+//   3. when all tasks are done, the last inputs of each sequence are written into its ring.
+// A row is read from memory once, then by its taps from L2, and written once. The rows that a block reaches
+// back to are read once more. With state, a decode step reads W - 1 slots and writes one; no slot is moved.
 #include "common/cu_seqlens.h"
-#include "kernels/short_conv/short_conv_rows_cpu.h"
+#include "kernels/short_conv/short_conv_cpu.h"
 
 namespace engram_kernels::EK_ISA {
 namespace {
 
-constexpr int64_t kGrainElements = 32768;  // about 25 us of work: less is done before a second thread has woken
-constexpr int64_t kWeightTokens = 4;       // bringing in a branch's weights takes as long as this many tokens
+constexpr int64_t kGrainElements = 32768;  // about 25 us of work; less would be done before a second thread has woken
+constexpr int64_t kWeightTokens = 4;       // converting a branch's weights takes as long as this many tokens
 
-// out = x + silu(z) over the channels; weights have the norm's folded in. kTaps rows, all of them there, or 0: as many as the
-// params say, some of them null. Both add the taps in the same order, so that they give the same bits.
+// out = x + silu(z) over the channels; the norm weight is folded into `weights`. With kTaps > 0 there are
+// kTaps rows and none is null. With kTaps 0 there are p.width rows, some of them null. Both add the taps in
+// the same order and give the same bits.
 template <int kTaps, class T>
 EK_LANE void convolve_row(const ShortConvParams& p, const BranchWeights& weights, const Tap<T>* taps, T* out) {
   const int width = kTaps > 0 ? kTaps : p.width;
@@ -56,7 +60,8 @@ void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int6
   }
 }
 
-// The last inputs of each sequence into its ring. Runs when every output is written: outputs read the slots before.
+// Writes the last inputs of each sequence into its ring. It runs when every output is written, since outputs
+// read the slots.
 template <class T>
 void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {

@@ -1,24 +1,32 @@
 // CUDA kernels of short_conv, forward. Contract and formula: short_conv.h.
 //
-// Mapping  a block has a branch and a stretch of the packed tokens, a thread 8 channels of them with their taps in registers.
-//          Long chunks: the block walks along, the rows within reach lie in a ring in shared memory, the next ones are on
-//          their way while one group is computed. Few tokens a sequence: only the rows that the taps reach, a block for each
-//          token until every multiprocessor is busy. One launch in either case, so that a decode step has one latency.
-// Traffic  the least is x read and out written once, or of a decode step width rows read and two written. The walk reads each
-//          row once, and the reach in front of a block's stretch again: (L + reach) / L of L tokens. At 8,192 tokens of 4
-//          branches of 5,120 on 132 multiprocessors L is 249: 1.02x the least, both directions counted. A decode step moves
-//          1.00x from memory; its weights come from L2 for every token, which no split of a row over blocks would spare it:
-//          the norm needs whole rows, and a block that read another's slot of the state would race with its writer.
-// Limits   rows of up to kMaxThreads * kChannels channels, kTaps taps and 16-byte boundaries; all else goes to
-//          short_conv_any_kernel, which reads rows once for the norm and once more, from L1 or L2, for every tap.
-#include "kernels/short_conv/short_conv_any_cuda.h"
-#include "kernels/short_conv/short_conv_plan_cuda.h"
-#include "kernels/short_conv/short_conv_ring_cuda.h"
+// One launch does all, so that a decode step has one latency. A block has a branch and a stretch of the
+// packed tokens; a thread has 8 channels of them, with their taps in registers. The launcher chooses one of
+// three kernels:
+//   1. walk   for long chunks. The block walks along its stretch. The rows within reach lie in a ring in
+//             shared memory, and the next group of rows is on its way while one is computed.
+//   2. taps   for few tokens per sequence, as in decoding. It fetches only the rows that the taps reach, and
+//             there is a block for each token until every multiprocessor is busy.
+//   3. plain  for everything that does not fit the other two: short_conv_plain_cuda.h. They need at most
+//             kTaps taps, rows of at most kMaxThreads * kChannels channels, and 16-byte alignment.
+//
+// Traffic: at least x is read once and out is written once; a decode step reads at least `width` rows and
+// writes two.
+//   walk   reads each row once, and the reach in front of a block's stretch of L tokens again: (L + reach) /
+//          L. With 8,192 tokens of 4 branches of 5,120 on 132 multiprocessors L is 249, so 1.02x the least
+//          moves, both directions counted.
+//   taps   moves 1.00x the least from memory. Weights come from L2 for every token. Splitting a row over
+//          blocks would not spare that: the norm needs whole rows, and a block that reads another's slot of
+//          the state would race with its writer.
+#include "kernels/short_conv/short_conv_cuda.h"
+
+#include "kernels/short_conv/short_conv_plain_cuda.h"
 
 namespace engram_kernels {
 namespace {
 
-// Computes tokens [first, last) of the branch, with all rows from `oldest` on: those before `first` are only normalized.
+// Computes tokens [first, last) of the branch from the rows [oldest, last). Rows before `first` are only
+// normalized.
 template <DType kType>
 __device__ __forceinline__ void walk(const Ring<kType>& ring, const Span& s, int branch, int oldest, int first, int last,
                                      bool owns, const float (&taps)[kTaps][kChannels], int* parity) {
@@ -57,7 +65,7 @@ __device__ __forceinline__ void walk(const Ring<kType>& ring, const Span& s, int
   }
 }
 
-// For long chunks: every row comes once, and is kept while a token within reach wants it.
+// The kernel for long chunks fetches every row once and keeps it while a token within reach wants it.
 template <DType kType>
 __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_walk_kernel(const ShortConvParams p, const Plan plan) {
   count_bad_data(p);
@@ -79,8 +87,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_walk_kernel(const S
   }
 }
 
-// For few tokens a sequence, decoding above all: only the rows that taps reach, those of the next token on their way while
-// this one is computed.
+// The kernel for few tokens per sequence, decoding above all, fetches only the rows that taps reach. The rows
+// of the next token are on their way while this one is computed.
 template <DType kType>
 __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const ShortConvParams p, const Plan plan) {
   count_bad_data(p);
@@ -132,7 +140,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const S
   }
 }
 
-// Whether the rows within reach fit into shared memory and a block has enough tokens to earn those that it reads in front.
+// Whether the rows within reach fit into shared memory and a block has enough tokens to earn those that it
+// reads in front.
 template <DType kType>
 bool plan_walk(const ShortConvParams& p, Plan* plan) {
   if (p.reach() * plan->row_bytes > kSharedBytesOfSm || p.num_tokens < p.num_sequences * 2 * p.reach()) return false;
@@ -148,7 +157,7 @@ bool plan_walk(const ShortConvParams& p, Plan* plan) {
   return false;
 }
 
-// Whether the rows of two tokens fit.
+// Whether the rows of two tokens fit into shared memory.
 template <DType kType>
 bool plan_taps(const ShortConvParams& p, Plan* plan) {
   plan->ring_rows = plan->rows_held = 2 * kTaps;
@@ -169,7 +178,7 @@ void launch(const ShortConvParams& p, cudaStream_t stream) {
   }
   plan.shared_bytes = 0;
   plan.tokens = even_tokens<kType>(p, plan);
-  run(short_conv_any_kernel<kType>);
+  run(short_conv_plain_kernel<kType>);
 }
 
 }  // namespace

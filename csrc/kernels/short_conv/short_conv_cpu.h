@@ -1,4 +1,4 @@
-// What the forward and backward CPU kernels of short_conv share: weights in float, and the taps of a token.
+// The forward and backward CPU kernels of short_conv share this: weights in float, and the taps of a token.
 #pragma once
 
 #include "common/row_decode.h"
@@ -8,12 +8,13 @@
 namespace engram_kernels::EK_ISA {
 
 constexpr int64_t kKeptFactors = 4096;  // a longer reach takes some sums of squares again
-constexpr int64_t kBlockTokens = 64;    // tokens of a task: the weights that a task converts are used that often
-constexpr int kUnrolledTaps = 4;        // the published width has loops of its own
+constexpr int64_t kBlockTokens = 64;    // tokens per task: the weights that a task converts are used that often
+constexpr int kUnrolledTaps = 4;        // this width, the published one, has loops of its own
 
 EK_LANE int64_t padded_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
 
-// Weights of one branch in float: taps [width][padded H], then the norm weight [padded H]. What lies behind H is zero.
+// Weights of one branch in float: taps [width][padded H], then the norm weight [padded H]. The padding is
+// zero.
 class BranchWeights {
  public:
   BranchWeights(const ShortConvParams& p) : size_(padded_lanes(p.hidden_size)), data_((p.width + 1) * size_) {}
@@ -40,7 +41,8 @@ class BranchWeights {
   const float* norm(const ShortConvParams& p) const { return tap(p.width); }
 
  private:
-  // A decode step of one sequence is little more than this transposition: with the width known it becomes shuffles.
+  // A decode step of one sequence is little more than this transposition: with the width known it becomes
+  // shuffles.
   template <class W, int kWidth>
   void load_taps(const W* __restrict weight, int64_t hidden_size, int width) {
     const int taps = kWidth > 0 ? kWidth : width;
@@ -79,8 +81,8 @@ EK_LANE float rsqrt_mean_square(const T* row, int64_t size, float eps) {
   return 1.0F / __builtin_sqrtf(total / static_cast<float>(size) + eps);
 }
 
-// Input row of sequence b, branch m, `back` tokens before its token t (which may lie in front of the chunk); null if
-// none.
+// Input row of sequence b, branch m, `back` tokens before its token t. It may lie in front of the chunk; null
+// before the start.
 template <class T>
 EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64_t t, int64_t back) {
   const int64_t source = t - back, begin = p.cu_seqlens[b];
@@ -92,8 +94,9 @@ EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64
   return static_cast<const T*>(p.state) + b * p.state_sequence_stride + (slot * p.branches + m) * p.hidden_size;
 }
 
-// The taps of a token. A row's normalizing factor is kept while a token within reach may want it again, so that tokens
-// in order (or in reverse) take each row's sum of squares once, and a token alone those of its own taps.
+// Finds the taps of a token. A row's normalizing factor is kept while a token within reach may want it again.
+// Tokens in order, or in reverse, therefore take each row's sum of squares once, and a single token takes
+// those of its own taps.
 template <class T>
 class Taps {
  public:
@@ -116,7 +119,7 @@ class Taps {
 
   float factor(int64_t b, int64_t source, const T* row) {
     const int64_t shifted = source + (int64_t{1} << 33);  // a source in front of the chunk is negative
-    const int64_t key = (b << 35) + shifted;              // never 0, what the ring is filled with
+    const int64_t key = (b << 35) + shifted;              // never 0, which the ring is filled with
     Kept& kept = reinterpret_cast<Kept*>(kept_.data())[shifted % slots_];
     if (kept.key != key) kept = {key, rsqrt_mean_square(row, p_.hidden_size, p_.eps)};
     return kept.factor;
@@ -128,7 +131,7 @@ class Taps {
   Scratch kept_;
 };
 
-// z of kLanes channels from i on; count: how many channels are left
+// z of kLanes channels from i on; `count` channels are left.
 template <class T>
 EK_LANE F32 convolve_lanes(const ShortConvParams& p, const BranchWeights& weights, const Tap<T>* taps, int64_t i, int64_t count) {
   const F32 norm = load(weights.norm(p) + i);
@@ -141,7 +144,7 @@ EK_LANE F32 convolve_lanes(const ShortConvParams& p, const BranchWeights& weight
   return z;
 }
 
-// Calls f(weight element tag) with T or float.
+// Calls f with a null pointer of the weights' element type, T or float.
 template <class T, class F>
 EK_LANE void with_weight_dtype(const ShortConvParams& p, const F& f) {
   if (p.weight_dtype == DType::kF32) return f(static_cast<float*>(nullptr));

@@ -1,7 +1,10 @@
-// The kernel of short_conv for what the others do not take: rows off 16-byte boundaries, more than kTaps taps, long rows.
+// The plain kernel of short_conv takes the cases that the fast ones do not: unaligned rows, more than kTaps
+// taps, rows that are too long for registers. It reads rows once for the norm and once more, from L1 or L2,
+// for every tap. The backward kernels for the same cases (short_conv_bwd_cuda.cu) use its way of reading
+// rows.
 #pragma once
 
-#include "kernels/short_conv/short_conv_rows_cuda.h"
+#include "kernels/short_conv/short_conv_cuda.h"
 
 namespace engram_kernels {
 namespace {
@@ -26,19 +29,19 @@ __device__ __forceinline__ void store_element(float value, void* to, int64_t i) 
   }
 }
 
-// A weight, or anything else of the weights' dtype.
+// Element i of a weight, or of another array of the weights' dtype.
 template <DType kType>
 __device__ __forceinline__ float load_weight(const ShortConvParams& p, const void* from, int64_t i) {
   return p.weight_dtype == DType::kF32 ? load_element<DType::kF32>(from, i) : load_element<kType>(from, i);
 }
 
-// The norm weight times tap j of a channel of all branches.
+// The norm weight times tap j; `channel` counts over all branches.
 template <DType kType>
 __device__ __forceinline__ float folded_tap(const ShortConvParams& p, int64_t channel, int j) {
   return load_weight<kType>(p, p.weight, channel * p.width + j) * load_weight<kType>(p, p.norm_weight, channel);
 }
 
-// kLanes elements of a row from a channel on; zeros behind its end.
+// Loads kLanes elements of a row from a channel on, with zeros behind the row's end.
 template <DType kType>
 __device__ __forceinline__ void load_lanes(const ShortConvParams& p, const Plan& plan, const std::byte* row, int64_t channel,
                                            float* values) {
@@ -68,13 +71,13 @@ __device__ __forceinline__ void copy_lanes(const ShortConvParams& p, const Plan&
   }
 }
 
-// Shared memory: partial sums in two copies, and the norms of a token's rows, each warp's own.
-struct AnyMemory {
+// Shared memory: two copies of the partial sums, and the norms of a token's rows for each warp.
+struct PlainMemory {
   float partials[2][kPartials];
   float norms[kMaxThreads / kWarp][kMaxTaps];
 };
 
-// The rows that the taps of a token read: bit j of `there` says whether tap j has one.
+// The rows that the taps of a token read. Bit j of `there` says whether tap j has a row.
 template <DType kType>
 struct Reached {
   const ShortConvParams& p;
@@ -85,7 +88,7 @@ struct Reached {
   float* norms;
 
   __device__ __forceinline__ Reached(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int t,
-                                     AnyMemory* memory)
+                                     PlainMemory* memory)
       : p(p), plan(plan), s(s), branch(branch), t(t), there(0), norms(memory->norms[threadIdx.x / kWarp]) {
 #pragma unroll 1
     for (int j = 0; j < p.width; ++j) {
@@ -97,8 +100,8 @@ struct Reached {
     return input_row<kType>(p, plan, s, branch, static_cast<int>(t - p.back(j)));
   }
 
-  // Fills norms; `parity` says which partial sums are free.
-  __device__ __forceinline__ void norm(AnyMemory* memory, int* parity) const {
+  // Fills `norms`; `parity` says which partial sums are free.
+  __device__ __forceinline__ void norm(PlainMemory* memory, int* parity) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
     for (int first = 0; first < p.width; first += kGroup) {
@@ -120,7 +123,7 @@ struct Reached {
     }
   }
 
-  // z of kLanes channels.
+  // Computes z of kLanes channels.
   __device__ __forceinline__ void convolve(int64_t channel, float* z) const {
 #pragma unroll
     for (int i = 0; i < kLanes<kType>; ++i) z[i] = 0.0F;
@@ -142,8 +145,8 @@ struct Reached {
 };
 
 template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_any_kernel(const ShortConvParams p, const Plan plan) {
-  __shared__ AnyMemory memory;
+__global__ void __launch_bounds__(kMaxThreads, 1) short_conv_plain_kernel(const ShortConvParams p, const Plan plan) {
+  __shared__ PlainMemory memory;
   count_bad_data(p);
   const int branch = blockIdx.y;
   BlockTokens tokens(p, plan);
