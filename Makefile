@@ -28,7 +28,7 @@ CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python t
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
-.PHONY: demo wheel test-wheel test test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
+.PHONY: demo wheel test-wheel test test-all test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -36,6 +36,9 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	python -m pytest -q $(ARGS)
 	TRITON_INTERPRET=0 python -m pytest -q tests/sim/ptxsim/tests/test_triton.py
+
+# every test
+test-all: test
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
 OP_TESTS := $(filter-out tests/ops/test_peak_memory.py,$(wildcard tests/ops/test_*.py))
@@ -91,7 +94,7 @@ bench-gpu: $(GPU_READY)
 	$(GPU_RUN) bench/gpu.py $(ARGS)
 
 cuda-report: $(VENV)/.built
-	python tests/sim/cuda_sim/report.py --readme README.md
+	python tests/sim/cuda_sim/report.py --page docs/cuda.md
 
 bench: $(VENV)/.built $(VENV)/.bench
 	python -m pytest -q bench --benchmark-json=build/bench.json $(ARGS) > build/bench.log || { cat build/bench.log; exit 1; }

@@ -3,7 +3,7 @@
 A benchmark function measures one contender of a group: ours, a peer or a bound (such as a memset of the same output). All
 contenders of a group run in one process one after the other; ratios are between medians of that run.
 
-    python bench/harness.py RUN.json [--readme README.md] [--results FILE]      the table of a run of pytest-benchmark
+    python bench/harness.py RUN.json [--page docs/performance.md] [--results FILE]      the table of a run of pytest-benchmark
 """
 import argparse
 import datetime
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 CONTROL_ROUNDS = 5  # of a benchmark, before which the controls are timed
+# its contenders differ by less than the machine drifts between them: bench/paired_gather_gate.py times them in turn
+MEASURED_IN_TURN = "gather_gate"
 
 
 def seconds_of_loop() -> float:
@@ -117,39 +119,43 @@ def _faster(ratio: float) -> str:
 
 
 def summary(run: dict[str, Any]) -> str:
-    """Markdown of a run, a line a workload: ours, and how many times longer each peer takes."""
+    """Markdown of a run, a line for each contender: our time where a workload begins, and how many times as long it takes."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in run["benchmarks"]:
-        groups.setdefault(entry["group"], []).append(entry)
-    lines = ["| workload | ours | time of the others over ours |", "|---|---|---|"]
+        if not entry["group"].startswith(MEASURED_IN_TURN):
+            groups.setdefault(entry["group"], []).append(entry)
+    lines = ["| workload | ours | contender | its time over ours |", "|---|---|---|---|"]
     for group, entries in groups.items():
         ours = next(e for e in entries if e["extra_info"]["role"] == "ours")
         median, info = ours["stats"]["median"], ours["extra_info"]
-        others = "; ".join(f"{e['extra_info']['contender']} {e['stats']['median'] / median:.2f}x"
-                           for e in sorted(entries, key=lambda e: -e["stats"]["median"]) if e is not ours)
         per_unit = f"{median / info['units'] * 1e9:.2f} ns / {info['unit']}" if info["units"] > 1 else f"{median * 1e6:.1f} us"
-        lines.append(f"| {group} | {per_unit} | {others} |")
+        begin = (group, per_unit)
+        for entry in sorted(entries, key=lambda e: -e["stats"]["median"]):
+            if entry is not ours:
+                ratio, contender = entry["stats"]["median"] / median, entry["extra_info"]["contender"]
+                lines.append(f"| {begin[0]} | {begin[1]} | {contender} | {ratio:.2f}x |")
+                begin = ("", "")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--readme", type=Path, help="write the summary between its bench markers")
+    parser.add_argument("--page", type=Path, help="write the summary between its bench markers")
     parser.add_argument("--results", type=Path, help="write the whole table to this file")
     args = parser.parse_args()
     text = table(json.loads(args.run.read_text()))
     print(text)
     if args.results:
         args.results.write_text(text)
-    if args.readme:
-        before, _, rest = args.readme.read_text().partition("<!-- bench -->\n")
+    if args.page:
+        before, _, rest = args.page.read_text().partition("<!-- bench -->\n")
         _, marker, after = rest.partition("<!-- /bench -->")
         if not marker:
-            raise SystemExit(f"{args.readme} has no <!-- bench --> ... <!-- /bench --> block")
+            raise SystemExit(f"{args.page} has no <!-- bench --> ... <!-- /bench --> block")
         headline = text.partition("\n")[0]
         short = summary(json.loads(args.run.read_text()))
-        args.readme.write_text(f"{before}<!-- bench -->\n{headline}\n\n{short}{marker}{after}")
+        args.page.write_text(f"{before}<!-- bench -->\n{headline}\n\n{short}{marker}{after}")
 
 
 if __name__ == "__main__":

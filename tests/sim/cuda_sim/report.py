@@ -1,6 +1,6 @@
 """The table of `make cuda-report`: what every CUDA kernel moves and executes, simulated, and the time that an H100 cannot beat.
 
-    python tests/sim/cuda_sim/report.py [--readme README.md]
+    python tests/sim/cuda_sim/report.py [--page docs/cuda.md]
 
 Bytes and instructions come from executing the PTX (sm_90) on the simulator, registers and shared memory from ptxas. Nothing
 here is a measured time: the bound is the larger of bytes over the memory rate and instructions over the issue rate of the data
@@ -90,16 +90,16 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, help="write the table between its cuda markers")
+    parser.add_argument("--page", type=Path, help="write the table between its cuda markers")
     args = parser.parse_args()
     text = table()
     print(text)
-    if args.readme:
-        before, _, rest = args.readme.read_text().partition("<!-- cuda -->\n")
+    if args.page:
+        before, _, rest = args.page.read_text().partition("<!-- cuda -->\n")
         _, marker, after = rest.partition("<!-- /cuda -->")
         if not marker:
-            raise SystemExit(f"{args.readme} has no <!-- cuda --> ... <!-- /cuda --> block")
-        args.readme.write_text(f"{before}<!-- cuda -->\n{text}{marker}{after}")
+            raise SystemExit(f"{args.page} has no <!-- cuda --> ... <!-- /cuda --> block")
+        args.page.write_text(f"{before}<!-- cuda -->\n{text}{marker}{after}")
 
 
 if __name__ == "__main__":
