@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram_kernels import _modes
+
 if TYPE_CHECKING:
     from engram_kernels.spec import EngramSpec
 
@@ -72,22 +74,40 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tensors on `device`; itself when they are there already."""
-        device = torch.device(device)
-        if self.moduli.device == device:
+        if _modes.is_on(self.moduli, device):
             return self
         return dataclasses.replace(self, moduli=self.moduli.to(device), offsets=self.offsets.to(device),
                                    multipliers=self.multipliers.to(device))
 
+    def of_layer(self, layer_id: int) -> Layout:
+        """The layout of one layer alone.
 
-@functools.lru_cache(maxsize=64)
+        Args:
+            layer_id: one of `layer_ids`.
+
+        Returns:
+            A layout with L = 1, whose tensors are slices of these.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if layer_id not in self.layer_ids:
+            raise ValueError(f"Layout: layer_id is {layer_id}, expected one of {list(self.layer_ids)}")
+        i = self.layer_ids.index(layer_id)
+        return dataclasses.replace(self, moduli=self.moduli[i:i + 1], offsets=self.offsets[i:i + 1],
+                                   multipliers=self.multipliers[i:i + 1], num_rows=self.num_rows[i:i + 1], layer_ids=(layer_id,))
+
+
 def derive_layout(spec: EngramSpec) -> Layout:
     """Derives moduli, offsets and multipliers; the same object for equal specs. Under 10 ms for DeepSeek-V4.1.
+
+    Under FakeTensorMode a layout of fake tensors is returned, which is not kept.
 
     Args:
         spec: a validated descriptor.
 
     Returns:
-        The layout, tensors on the CPU.
+        The layout, tensors on the CPU, whatever the default device.
 
     Raises:
         ValueError: a table has too many rows for int32 row ids, or the terms of a polynomial hash could overflow int64.
@@ -96,24 +116,39 @@ def derive_layout(spec: EngramSpec) -> Layout:
     huggingface/transformers `models/qwen4_exp/modular_qwen4_exp.py` (`Qwen4ExpTextNGramEmbedding`). `polynomial`:
     LongCat-Flash-Lite `modeling_longcat_ngram.py` (`NgramEmbedding`).
     """
+    return _layout_of(spec, _constants(spec)) if _modes.fake_mode() else _kept_layout(spec)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_layout(spec: EngramSpec) -> Layout:
+    with _modes.plain_tensors():
+        return _layout_of(spec, _constants(spec))
+
+
+def _layout_of(spec: EngramSpec, constants: tuple[Any, Any, Any]) -> Layout:
+    moduli, offsets, multipliers = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in constants)
+    return Layout(
+        moduli=moduli, offsets=offsets, multipliers=multipliers, num_rows=tuple(sum(layer) for layer in constants[0]),
+        layer_ids=spec.layer_ids, max_order=spec.max_order, heads=spec.heads, num_ids=spec.num_ids,
+        boundary_id=spec.boundary_id, eos_id=spec.canonical_eos, pad_token_id=spec.pad_token_id, pad_class=spec.pad_class,
+        spec=spec)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(spec: EngramSpec) -> tuple[Any, Any, Any]:
+    """Moduli, offsets and multipliers as nested lists: what no mode of torch changes."""
+    multipliers: list[Any]
     if spec.hash_family == "polynomial":
         moduli = _polynomial_moduli(spec)
         multipliers = _polynomial_multipliers(spec, moduli)
     else:
         moduli = _prime_moduli(spec)
-        draw = _pcg_multipliers if spec.hash_family == "xor_prime" else _splitmix_multipliers
-        multipliers = torch.tensor(draw(spec), dtype=torch.int64)
-    num_rows = tuple(sum(layer) for layer in moduli)
-    for layer_id, rows in zip(spec.layer_ids, num_rows, strict=True):
+        multipliers = (_pcg_multipliers if spec.hash_family == "xor_prime" else _splitmix_multipliers)(spec)
+    for layer_id, rows in zip(spec.layer_ids, map(sum, moduli), strict=True):
         if rows > _INT32_MAX:
             raise ValueError(f"Layout: layer {layer_id} has {rows} rows, expected at most {_INT32_MAX}: row ids are "
-                             f"int32 (table_sizes {spec.table_sizes}, {spec.heads} heads an order)")
-    offsets = [list(itertools.accumulate(layer[:-1], initial=0)) for layer in moduli]
-    return Layout(
-        moduli=torch.tensor(moduli, dtype=torch.int64), offsets=torch.tensor(offsets, dtype=torch.int64),
-        multipliers=multipliers, num_rows=num_rows, layer_ids=spec.layer_ids, max_order=spec.max_order,
-        heads=spec.heads, num_ids=spec.num_ids, boundary_id=spec.boundary_id, eos_id=spec.canonical_eos,
-        pad_token_id=spec.pad_token_id, pad_class=spec.pad_class, spec=spec)
+                             f"int32 (table_sizes {spec.table_sizes}, {spec.heads} heads per order)")
+    return moduli, [list(itertools.accumulate(layer[:-1], initial=0)) for layer in moduli], multipliers
 
 
 def _prime_moduli(spec: EngramSpec) -> list[list[int]]:
@@ -166,7 +201,7 @@ def _polynomial_moduli(spec: EngramSpec) -> list[list[int]]:
     return [columns for _ in spec.layer_ids]
 
 
-def _polynomial_multipliers(spec: EngramSpec, moduli: list[list[int]]) -> Tensor:
+def _polynomial_multipliers(spec: EngramSpec, moduli: list[list[int]]) -> list[list[list[int]]]:
     """[L, C, N]: num_ids**s mod modulus, 0 for shifts that the column's order does not reach."""
     layers = []
     for layer in moduli:
@@ -179,7 +214,7 @@ def _polynomial_multipliers(spec: EngramSpec, moduli: list[list[int]]) -> Tensor
                                  f"expected at most {_INT64_MAX}: the polynomial hash would overflow int64")
             rows.append(row)
         layers.append(rows)
-    return torch.tensor(layers, dtype=torch.int64)
+    return layers
 
 
 def splitmix64(value: int) -> int:

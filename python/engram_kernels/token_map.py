@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram_kernels import _modes
+
 _FORMAT = 1  # of the saved file
 _SPACE_MARK = "\ue000"  # private use: holds the place of a lone space while the rest is stripped
 
@@ -39,10 +41,13 @@ class TokenMap:
         if m.dtype != torch.int32 or m.dim() != 1 or not m.is_contiguous() or m.numel() == 0:
             raise ValueError(f"TokenMap: map is {m.dtype} {list(m.shape)}, strides {list(m.stride())}, "
                              "expected contiguous torch.int32 [vocab], vocab > 0")
-        used = torch.unique(m)  # sorted
+        if m.is_meta or _modes.fake_mode_of(m) is not None:
+            return  # it has no data
+        with _modes.plain_tensors():  # a map of real data is made under torch.device("meta") or FakeTensorMode too
+            used = np.unique(m.cpu().numpy())  # sorted
         low, high = int(used[0]), int(used[-1])
-        if low != 0 or high != self.num_classes - 1 or used.numel() != self.num_classes:
-            raise ValueError(f"TokenMap: map uses {used.numel()} classes from {low} to {high}, "
+        if low != 0 or high != self.num_classes - 1 or used.size != self.num_classes:
+            raise ValueError(f"TokenMap: map uses {used.size} classes from {low} to {high}, "
                              f"expected all of 0..{self.num_classes - 1} (num_classes is {self.num_classes})")
 
     @property
@@ -50,12 +55,23 @@ class TokenMap:
         """Number of raw token ids."""
         return self.map.shape[0]
 
+    def class_of(self, token_id: int) -> int | None:
+        """The class of a token id; None where the map has no data (on the meta device, or fake)."""
+        if self.map.is_meta or _modes.fake_mode_of(self.map) is not None:
+            return None
+        with _modes.plain_tensors():
+            return int(self.map[token_id])
+
     def to(self, device: torch.device | str) -> TokenMap:
         """The same map on `device`; itself when it is there already."""
-        if self.map.device == torch.device(device):
+        if _modes.is_on(self.map, device):
             return self
-        moved = copy.copy(self)  # not replace(): the values were checked, do not read them again on a device
-        object.__setattr__(moved, "map", self.map.to(device))
+        return self.with_map(self.map.to(device))
+
+    def with_map(self, token_classes: Tensor) -> TokenMap:
+        """The same map with its tensor somewhere else. Not checked: that would read it on a device."""
+        moved = copy.copy(self)
+        object.__setattr__(moved, "map", token_classes)
         return moved
 
     @classmethod
@@ -86,7 +102,8 @@ class TokenMap:
         classes = _classes(backend)
         if not classes:
             raise ValueError("TokenMap: the tokenizer has no tokens")
-        return cls(torch.tensor(classes, dtype=torch.int32), max(classes) + 1, fingerprint)
+        with _modes.plain_tensors():
+            return cls(torch.tensor(classes, dtype=torch.int32, device="cpu"), max(classes) + 1, fingerprint)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the map to `path` (npz), atomically: a temporary file beside it, fsync, rename.
@@ -147,7 +164,8 @@ class TokenMap:
                 raise ValueError(f"map is {classes.dtype} {list(classes.shape)}, expected int32 [vocab]")
             if fingerprint.dtype.kind != "U" or fingerprint.shape != ():
                 raise ValueError(f"fingerprint is {fingerprint.dtype} {list(fingerprint.shape)}, expected one string")
-            return cls(torch.from_numpy(classes.copy()), int(arrays["num_classes"]), str(fingerprint))
+            with _modes.plain_tensors():
+                return cls(torch.from_numpy(classes.copy()), int(arrays["num_classes"]), str(fingerprint))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

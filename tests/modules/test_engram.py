@@ -5,32 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from module_cases import CU, H, M, T, make_layer, make_spec
 
 from engram_kernels import Engram, EngramSpec, RowTable, TokenMap, gather_rows, ngram_hash
-
-H, M, T = 32, 3, 23
-CU = torch.tensor([0, 9, 9, 23], dtype=torch.int32)
-
-
-def make_spec(variant, **overrides):
-    """A small model with the published hash: 24 or 16 columns of 32 elements, tables of a few hundred rows."""
-    preset = {"deepseek_v41": EngramSpec.deepseek_v41, "demo_v1": EngramSpec.demo_v1}[variant]
-    orders = {"deepseek_v41": 3, "demo_v1": 2}[variant]
-    return preset(**{**dict(head_dim=32, table_sizes=(20,) * orders, vocab_size=500, num_classes=400, hidden_size=H, branches=M,
-                            row_format="f32"), **overrides})
-
-
-def make_layer(variant, dtype=torch.float32, trained_rows=False):
-    torch.manual_seed(0)
-    spec = make_spec(variant)
-    rows = torch.randn(spec.layout().num_rows[0], spec.row_dim)
-    table = RowTable.from_tensor(torch.nn.Parameter(rows) if trained_rows else rows, row_format="f32")
-    layer = Engram(spec, spec.layer_ids[0], table=table, dtype=dtype)
-    with torch.no_grad():
-        for name in ("w_hidden", "w_key", *(("conv_norm",) if variant == "demo_v1" else ())):
-            getattr(layer, name).add_(0.2 * torch.randn(M, H))
-    ids = torch.randint(0, 400, (T,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    return layer, ids, torch.randn(T, M, H, dtype=dtype)
 
 
 def restated(layer, hidden, rows):
@@ -148,8 +125,11 @@ def test_engram_trained_rows_follow_the_module():
     assert twin.table.row_format == "bf16"
     twin(hidden.bfloat16(), ids, CU).sum().backward()
     assert twin.rows.grad.dtype == torch.bfloat16 and twin.rows.grad.any()
-    with pytest.raises(ValueError, match="rows is torch.float64"):
-        twin.double()
+    with pytest.raises(ValueError, match="hidden is torch.float64, but no backend computes in float64"):
+        twin.double()(hidden.double(), ids, CU)
+    with pytest.raises(ValueError, match="rows is torch.float64 now"):
+        _ = twin.table.row_format
+    torch.testing.assert_close(twin.float()(hidden, ids, CU), layer(hidden, ids, CU), rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])

@@ -1,20 +1,24 @@
 """Engram: one memory layer as an nn.Module, thin over the ops."""
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from engram_kernels import _modes, _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels.layout import Layout
+from engram_kernels.modules.module_table import ModuleTable, as_table
+from engram_kernels.modules.published import published_tensors
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
-from engram_kernels.table.row_table import FLOAT_FORMATS, RowTable
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 
@@ -27,20 +31,29 @@ class Engram(nn.Module):
 
     Parameters, which are the names in the state dict: `wkv` (Linear, C*D -> (M+1)*H: the M keys, then the value), `w_hidden`
     and `w_key` [M, H] (norm weights of hidden state and key), and for `demo_v1` `conv_weight` [M, H, W] and `conv_norm`
-    [M, H]. A table made of an ``nn.Parameter`` is registered as `rows`, trained, and follows the module to another dtype or
-    device; any other table stays where it is. `load_published` reads the published names.
+    [M, H]. A table made of an ``nn.Parameter`` is registered as `rows` and trained. `forward` and `table` read that parameter
+    when they are called, so whatever a framework puts in its place counts: another dtype or device, FSDP's gathered tensor,
+    `functional_call`, a parametrization. Any other table stays where it is. `load_published` reads the published names.
+
+    The constants of the hash (`layout`) and `token_map` follow the module to another device. They are no buffers: they are
+    derived or given, so that a module made on the meta device has them right after `to_empty`.
+
+    Under autocast the projection runs in autocast's dtype, as that of an ``nn.Linear``; the rows are gathered in it, and keys
+    and value are brought to the dtype of `hidden`. So the output has the dtype of `hidden`, and a float32 residual stream
+    stays float32. Outside of autocast `hidden` has the dtype that `wkv` takes. No backend computes in float64.
 
     Args:
         spec: the descriptor; its `variant` must be "deepseek_v41" or "demo_v1".
         layer_id: which of ``spec.layer_ids``.
         hidden_size: H; None: the spec's.
         branches: M; None: the spec's.
-        table: the layer's rows; None: only prefetched `rows` can be passed to `forward`.
+        table: the layer's rows; None: only prefetched `rows` can be passed to `forward`. May be set later.
         token_map: compression of token ids; None: token ids are canonical.
-        dtype: of the parameters and activations.
+        dtype: of the parameters and activations: float32, bfloat16 or float16.
         device: of the parameters.
 
     Raises:
+        TypeError: `table` is no RowTable, `token_map` no TokenMap.
         ValueError: the spec has no such layer or no module variant, or table or token map do not belong to it.
 
     Source: docs/ops.md, "The module"; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys
@@ -58,11 +71,11 @@ class Engram(nn.Module):
         self.spec, self.layer_id = spec, layer_id
         self.hidden_size = spec.hidden_size if hidden_size is None else hidden_size
         self.branches = spec.branches if branches is None else branches
-        self.layout = _layout_of_layer(spec, layer_id)
-        self.table, self.token_map = _checked(spec, self.layout, table, token_map)
-        if table is not None and isinstance(table.rows, nn.Parameter):
-            self.register_parameter("rows", table.rows)
-            self.register_load_state_dict_post_hook(_after_load)
+        self._layout = spec.layout().of_layer(layer_id)
+        self._elsewhere: dict[torch.device, tuple[Layout, TokenMap | None]] = {}
+        self._table: RowTable | None = None
+        self._trains_rows = False
+        self.table, self.token_map = as_table(table), token_map  # a Module would be registered, past the property
         is_demo = spec.variant == "demo_v1"
         shape = (self.branches, self.hidden_size)
         self.wkv = nn.Linear(spec.num_columns * spec.row_dim, (self.branches + 1) * self.hidden_size, bias=is_demo, dtype=dtype,
@@ -75,6 +88,61 @@ class Engram(nn.Module):
             nn.init.kaiming_uniform_(conv, a=5**0.5)  # as nn.Conv1d does
             self.conv_weight = nn.Parameter(conv.view(*shape, spec.conv_width))
             self.conv_norm = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
+        self._place_constants()
+
+    @property
+    def table(self) -> RowTable | None:
+        """The rows: the table that was given or, where they are trained, one that reads the parameter `rows` when it is used."""
+        return ModuleTable(self) if self._trains_rows else self._table
+
+    @table.setter
+    def table(self, table: RowTable | None) -> None:
+        table = as_table(table)
+        if table is not None and table.row_dim != self.spec.row_dim:
+            raise ValueError(f"Engram: the table has rows of {table.row_dim}, spec {self.spec.name} has rows of "
+                             f"{self.spec.row_dim}")
+        if table is not None and table.num_rows < self.layout.num_rows[0]:
+            raise ValueError(f"Engram: the table has {table.num_rows} rows, layer {self.layer_id} needs "
+                             f"{self.layout.num_rows[0]}")
+        parameter = table.rows if table is not None and isinstance(table.rows, nn.Parameter) else None
+        if parameter is not None or self._trains_rows:
+            self.register_parameter("rows", parameter)
+        self._table, self._trains_rows = (table, False) if parameter is None else (None, True)
+
+    @property
+    def token_map(self) -> TokenMap | None:
+        """Compression of token ids, on the device of the parameters; None: token ids are canonical."""
+        return self._map
+
+    @token_map.setter
+    def token_map(self, token_map: TokenMap | None) -> None:
+        if token_map is not None:
+            if not isinstance(token_map, TokenMap):
+                raise TypeError(f"Engram: token_map is a {type(token_map).__name__}, expected a TokenMap")
+            if token_map.num_classes != self.layout.num_ids:
+                raise ValueError(f"Engram: token_map has {token_map.num_classes} classes, spec {self.spec.name} has "
+                                 f"{self.layout.num_ids}")
+            pad_class = token_map.class_of(self.spec.pad_token_id)
+            if pad_class not in (None, self.spec.canonical_pad):
+                raise ValueError(f"Engram: token_map puts the pad in class {pad_class}, spec {self.spec.name} in "
+                                 f"{self.spec.canonical_pad}")
+        self._given_map = self._map = token_map
+        self._elsewhere.clear()
+        if "w_hidden" in self._parameters:
+            self._place_constants()
+
+    @property
+    def layout(self) -> Layout:
+        """Constants of this layer's hash, on the device of the parameters."""
+        return self._layout
+
+    def extra_repr(self) -> str:
+        """What `repr` shows of the module itself."""
+        rows = getattr(self, "rows", None)
+        table = f"trained rows {list(rows.shape)}" if isinstance(rows, Tensor) else repr(self._table)
+        tokens = "None" if self._map is None else f"{self._map.vocab_size} ids to {self._map.num_classes}"
+        return (f"spec={self.spec.name!r}, variant={self.spec.variant!r}, layer_id={self.layer_id}, "
+                f"hidden_size={self.hidden_size}, branches={self.branches}, table={table}, token_map={tokens}")
 
     def forward(self, hidden: Tensor, token_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
                 row_ids: Tensor | None = None, rows: Tensor | None = None, history: Tensor | None = None,
@@ -87,7 +155,7 @@ class Engram(nn.Module):
             token_ids: [T] int32 or int64, hashed here. Exactly one of `token_ids`, `row_ids` and `rows` is given.
             cu_seqlens: [B+1] int32; needed to hash and for the convolution.
             row_ids: [T, C] rows of this layer's table, gathered here.
-            rows: [T, C, D] or [T, C*D] of the dtype of `hidden`, gathered before, as by `RowPrefetcher`.
+            rows: [T, C, D] or [T, C*D] of the dtype of `hidden` (or autocast's), gathered before, as by `RowPrefetcher`.
             history: [B, N-1], as `ngram_hash` takes it; only with `token_ids`.
             dead_mask: [T] bool, True = the memory leaves the token alone: its hidden state stays, its update is 0, and what its
                 rows hold reaches no gradient.
@@ -110,17 +178,19 @@ class Engram(nn.Module):
             expect_tensor("Engram", "dead_mask", dead_mask, (torch.bool,), hidden.shape[:1], hidden.device, dense_dims=1)
         rows = self._rows(hidden, token_ids, cu_seqlens, row_ids, rows, history, dead_mask, backend)
         spec = self.spec
-        if dead_mask is not None and wants_grad(rows, *self.wkv.parameters()):
+        if dead_mask is not None and (_transforms.active() or wants_grad(rows, *self.wkv.parameters())):
             rows = rows.masked_fill(dead_mask[:, None], 0)  # its gradient is 0, but 0 * NaN in that of wkv is not
-        keys_and_value = self.wkv(rows).unflatten(1, (self.branches + 1, self.hidden_size))
-        out = gate(hidden, keys_and_value[:, :-1], keys_and_value[:, -1], self.w_hidden, self.w_key, dead_mask, eps=spec.gate_eps,
+        keys_and_value = self._project(rows, hidden)
+        w_hidden, w_key = self._weights_for(hidden, self.w_hidden, self.w_key)
+        out = gate(hidden, keys_and_value[:, :-1], keys_and_value[:, -1], w_hidden, w_key, dead_mask, eps=spec.gate_eps,
                    clamp=spec.gate_clamp, zero_sign=spec.zero_sign, add_residual=spec.add_residual, backend=backend)
         if spec.variant == "deepseek_v41":
             return out
         if cu_seqlens is None:
             raise ValueError("Engram: cu_seqlens is None, but the short convolution needs it")
         assert spec.conv_dilation is not None
-        out = short_conv(out, self.conv_weight, self.conv_norm, cu_seqlens, spec.conv_dilation, spec.conv_eps, state, positions,
+        conv_weight, conv_norm = self._weights_for(hidden, self.conv_weight, self.conv_norm)
+        out = short_conv(out, conv_weight, conv_norm, cu_seqlens, spec.conv_dilation, spec.conv_eps, state, positions,
                          backend=backend)
         return out if dead_mask is None else out.masked_fill(dead_mask[:, None, None], 0)
 
@@ -131,44 +201,109 @@ class Engram(nn.Module):
             raise ValueError(f"Engram: exactly one of token_ids, row_ids and rows is wanted, got {given or 'none'}")
         if history is not None and token_ids is None:
             raise ValueError(f"Engram: history is given, but {given[0]} are not hashed here")
+        dtype = self._row_dtype(hidden)
         if rows is None:
-            if self.table is None:
-                raise ValueError(f"Engram: {given[0]} needs a table, and the module was made without one")
-            if token_ids is not None:
-                if cu_seqlens is None:
-                    raise ValueError("Engram: cu_seqlens is None, but hashing needs it")
-                row_ids = ngram_hash(token_ids, cu_seqlens, self.layout, self.token_map, history, dead_mask, backend=backend)[0]
-            assert row_ids is not None
-            rows = gather_rows(self.table, row_ids, hidden.dtype, backend=backend)
+            try:
+                if token_ids is not None:
+                    row_ids = self._hash(hidden, token_ids, cu_seqlens, history, dead_mask, backend)
+                assert row_ids is not None
+                rows = self._gather(given[0], row_ids, dtype, backend)
+            except RuntimeError as err:
+                if backend != "reference" or not (hidden.is_meta or _transforms.active()):
+                    raise
+                raise NotImplementedError("Engram: backend 'reference' looks at its ids, and ids on the meta device or under "
+                                          "vmap cannot be looked at; backend 'auto' takes them") from err
         columns, row_dim = self.spec.num_columns, self.spec.row_dim
         flat = isinstance(rows, Tensor) and rows.dim() == 2
         shape = (hidden.shape[0], columns * row_dim) if flat else (hidden.shape[0], columns, row_dim)
-        expect_tensor("Engram", "rows", rows, (hidden.dtype,), shape, hidden.device)
+        expect_tensor("Engram", "rows", rows, tuple({hidden.dtype, dtype}), shape, hidden.device)
         return rows if flat else rows.flatten(1)
 
+    def _hash(self, hidden: Tensor, token_ids: Tensor, cu_seqlens: Tensor | None, history: Tensor | None,
+              dead_mask: Tensor | None, backend: str) -> Tensor:
+        if cu_seqlens is None:
+            raise ValueError("Engram: cu_seqlens is None, but hashing needs it")
+        layout, token_map = self._constants_on(hidden)
+        return ngram_hash(token_ids, cu_seqlens, layout, token_map, history, dead_mask, backend=backend)[0]
+
+    def _gather(self, given: str, row_ids: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+        table = self.table
+        if table is None:
+            raise ValueError(f"Engram: {given} needs a table, and the module was made without one")
+        return gather_rows(table.snapshot() if isinstance(table, ModuleTable) else table, row_ids, dtype, backend=backend)
+
+    def _project(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """Keys and value [T, M+1, H] in the dtype of `hidden`. `wkv` may be quantized, adapted or offloaded."""
+        try:
+            projected = self.wkv(rows)
+        except RuntimeError as err:
+            weight = getattr(self.wkv, "weight", None)
+            if not isinstance(weight, Tensor) or "dtype" not in str(err) or weight.dtype == rows.dtype:
+                raise
+            raise ValueError(f"Engram: hidden must be {weight.dtype}, the dtype of wkv.weight, outside of autocast; got "
+                             f"{hidden.dtype}") from err
+        return projected.to(hidden.dtype).unflatten(1, (self.branches + 1, self.hidden_size))
+
+    def _weights_for(self, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Weights in a dtype that the ops take beside `hidden`: under autocast they are brought to float32."""
+        if _autocast_dtype(hidden) is None or weights[0].dtype in (hidden.dtype, torch.float32):
+            return weights
+        return tuple(weight.float() for weight in weights)
+
+    def _row_dtype(self, hidden: Tensor) -> torch.dtype:
+        """What rows are gathered in: the dtype that autocast would bring them to, where it does; else that of `hidden`."""
+        dtype = _autocast_dtype(hidden)
+        return hidden.dtype if dtype is None or not isinstance(self.wkv, nn.Linear) else dtype
+
     def _check_hidden(self, hidden: Tensor, state: Tensor | None, positions: Tensor | None) -> None:
-        weight = self.wkv.weight
-        # under autocast torch brings the projection's operands together
-        dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(weight.device.type) else (weight.dtype,)
-        expect_tensor("Engram", "hidden", hidden, dtypes, ("T", self.branches, self.hidden_size), weight.device)
+        if isinstance(hidden, Tensor) and hidden.dtype == torch.float64:
+            raise ValueError("Engram: hidden is torch.float64, but no backend computes in float64; expected torch.float32, "
+                             "torch.bfloat16 or torch.float16, and a module of that dtype")
+        expect_tensor("Engram", "hidden", hidden, FLOAT_DTYPES, ("T", self.branches, self.hidden_size), self.w_hidden.device)
         if self.spec.variant == "deepseek_v41" and (state is not None or positions is not None):
             name = "positions" if state is None else "state"
             raise ValueError(f"Engram: {name} is given, but variant 'deepseek_v41' has no convolution")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._follow_rows()
+        self._place_constants()
         return self
 
-    def _follow_rows(self) -> None:
-        """Makes the table of the parameter `rows`, which may be another tensor, or of another dtype, than it was."""
-        rows = self._parameters.get("rows")
-        if rows is None:
-            return
-        formats = {dtype: name for name, dtype in FLOAT_FORMATS.items()}
-        if rows.dtype not in formats:
-            raise ValueError(f"Engram: rows is {rows.dtype} now, expected {', '.join(str(d) for d in formats)}")
-        self.table = RowTable.from_tensor(rows, row_format=formats[rows.dtype])
+    def _place_constants(self) -> None:
+        """Puts layout and token map on the device of the parameters, if it has data; a framework may have put none there."""
+        device = self.w_hidden.device
+        if not (_modes.is_on(self._layout.moduli, device) and _modes.fake_mode_of(self._layout.moduli) is _modes.fake_mode()):
+            self._layout, self._map = self._make_constants(device)
+
+    def _constants_on(self, like: Tensor) -> tuple[Layout, TokenMap | None]:
+        """Layout and token map for an op on `like`: where offloading, `DataParallel` or a fake tensor computes elsewhere, too."""
+        device = like.device
+        if is_compiling():
+            return self._layout.to(device), None if self._map is None else self._map.to(device)
+        mode = _modes.fake_mode_of(like)
+        if mode is not _modes.fake_mode_of(self._layout.moduli):
+            if mode is None:
+                return self._make_constants(device)
+            with mode:
+                return self._make_constants(device, mode)
+        if self._layout.moduli.device == device:
+            return self._layout, self._map
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self._make_constants(device)
+        return self._elsewhere[device]
+
+    def _make_constants(self, device: torch.device, mode: Any = None) -> tuple[Layout, TokenMap | None]:
+        """Derived and given anew: what the module holds may be on the meta device, or fake."""
+        mode = mode or _modes.fake_mode()
+        with torch.inference_mode(False):
+            token_map = self._given_map
+            if token_map is not None and mode is not None and _modes.fake_mode_of(token_map.map) is None:
+                token_map = token_map.with_map(mode.from_tensor(token_map.map))
+            return (self.spec.layout().of_layer(self.layer_id).to(device), None if token_map is None else token_map.to(device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy take: not what `_constants_on` keeps."""
+        return {**self.__dict__, "_elsewhere": {}}
 
     @torch.no_grad()
     def load_published(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -187,20 +322,7 @@ class Engram(nn.Module):
             KeyError: a tensor is missing; nothing is written.
             ValueError: a tensor has the wrong shape or is no float tensor; nothing is written.
         """
-        def get(name: str) -> Tensor:
-            return weights[prefix + name]
-
-        each = range(self.branches)
-        if self.spec.variant == "deepseek_v41":
-            found = {"wkv.weight": _dequantized(weights, prefix + "wkv"), "w_hidden": get("q_weight"), "w_key": get("k_weight")}
-        else:
-            projections = [f"key_projs.{m}" for m in each] + ["value_proj"]
-            found = {"wkv.weight": torch.cat([get(f"{p}.weight") for p in projections]),
-                     "wkv.bias": torch.cat([get(f"{p}.bias") for p in projections]),
-                     "w_key": torch.stack([get(f"norm1.{m}.weight") for m in each]),
-                     "w_hidden": torch.stack([get(f"norm2.{m}.weight") for m in each]),
-                     "conv_weight": get("short_conv.conv.weight").view_as(self.conv_weight),
-                     "conv_norm": torch.stack([get(f"short_conv.norms.{m}.weight") for m in each])}
+        found = published_tensors(self, weights, prefix)
         for name, value in found.items():
             target = self.get_parameter(name)
             if target.shape != value.shape:
@@ -211,44 +333,10 @@ class Engram(nn.Module):
             self.get_parameter(name).copy_(value)
 
 
-def _after_load(module: nn.Module, _keys: object) -> None:
-    assert isinstance(module, Engram)
-    module._follow_rows()  # load_state_dict(assign=True) puts another tensor in its place
-
-
-def _dequantized(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """weights[name.weight], times its block scales where it is fp8 (32 x 32 elements share one in the published checkpoint)."""
-    weight = weights[f"{name}.weight"]
-    if weight.dtype != torch.float8_e4m3fn:
-        return weight
-    key = next((k for k in (f"{name}.scale", f"{name}.weight_scale_inv") if k in weights), None)
-    if key is None:
-        raise KeyError(f"Engram: {name}.weight is float8_e4m3fn, but there is neither {name}.scale nor {name}.weight_scale_inv")
-    scale = weights[key].view(torch.float8_e8m0fnu) if weights[key].dtype == torch.uint8 else weights[key]
-    if scale.dim() != 2 or 0 in scale.shape or any(n % blocks for n, blocks in zip(weight.shape, scale.shape, strict=True)):
-        raise ValueError(f"Engram: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
-    (rows, columns), (row_blocks, column_blocks) = weight.shape, scale.shape
-    blocks = weight.float().view(row_blocks, rows // row_blocks, column_blocks, columns // column_blocks)
-    return blocks.mul_(scale.float()[:, None, :, None]).view(rows, columns)
-
-
-def _layout_of_layer(spec: EngramSpec, layer_id: int) -> Layout:
-    """The spec's layout with this layer alone."""
-    layout, i = spec.layout(), spec.layer_ids.index(layer_id)
-    return dataclasses.replace(layout, moduli=layout.moduli[i:i + 1], offsets=layout.offsets[i:i + 1],
-                               multipliers=layout.multipliers[i:i + 1], num_rows=layout.num_rows[i:i + 1], layer_ids=(layer_id,))
-
-
-def _checked(spec: EngramSpec, layout: Layout, table: RowTable | None,
-             token_map: TokenMap | None) -> tuple[RowTable | None, TokenMap | None]:
-    if table is not None and table.row_dim != spec.row_dim:
-        raise ValueError(f"Engram: the table has rows of {table.row_dim}, spec {spec.name} has rows of {spec.row_dim}")
-    if table is not None and table.num_rows < layout.num_rows[0]:
-        raise ValueError(f"Engram: the table has {table.num_rows} rows, layer {layout.layer_ids[0]} needs {layout.num_rows[0]}")
-    if token_map is not None:
-        if token_map.num_classes != layout.num_ids:
-            raise ValueError(f"Engram: token_map has {token_map.num_classes} classes, spec {spec.name} has {layout.num_ids}")
-        pad_class = int(token_map.map[spec.pad_token_id])
-        if pad_class != spec.canonical_pad:
-            raise ValueError(f"Engram: token_map puts the pad in class {pad_class}, spec {spec.name} in {spec.canonical_pad}")
-    return table, token_map
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of `hidden`; None: it is off there."""
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype in FLOAT_DTYPES else None

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from engram_kernels import backends
+from engram_kernels import _transforms, backends
 from engram_kernels._checks import (
     FLOAT_DTYPES,
     expect_choice,
@@ -139,6 +139,8 @@ def _compiled(*args, out=None):
         torch.ops.engram_kernels.gate.out(*args, out=out)
         mark_written(out)
         return out
+    if _transforms.active():
+        return _transforms.call(torch.ops.engram_kernels.gate.default, *args)
     if is_compiling() or wants_grad(*args[:5]):
         return torch.ops.engram_kernels.gate.default(*args)
     with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch

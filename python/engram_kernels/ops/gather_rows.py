@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_kernels import backends
+from engram_kernels import _transforms, backends
 from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad
 from engram_kernels._library import LIB
 from engram_kernels.reference.gather_rows import gather_rows as _reference
@@ -118,6 +118,8 @@ def _compiled(*args, out=None):
     rows, _, row_ids, _, row_dim, _, out_dtype = args
     refuse_forward_ad("gather_rows")
     if out is None:
+        if _transforms.active():
+            return _transforms.call(torch.ops.engram_kernels.gather_rows.default, *args)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and rows.requires_grad):
             return torch.ops.engram_kernels.gather_rows.default(*args)
         # the Python autograd layer and an allocation through the stable ABI cost more than a decode step's rows

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from engram_kernels import backends
+from engram_kernels import _transforms, backends
 from engram_kernels._checks import (
     FLOAT_DTYPES,
     expect_bounds,
@@ -141,6 +141,8 @@ def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None,
         op, args = torch.ops.engram_kernels.short_conv, (*args, dilation, eps)
     else:
         op, args = torch.ops.engram_kernels.short_conv_update, (*args, positions, dilation, eps, state)
+    if _transforms.active() and out is None and state is None:
+        return _transforms.call(op.default, *args)
     if is_compiling() or (out is None and wants_grad(x, weight, norm_weight)):
         if out is None:
             return op.default(*args)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from engram_kernels import _transforms
 from engram_kernels._checks import expect_apart, mark_written, refuse_forward_ad, wants_grad
 
 NAMESPACE = "engram_kernels_triton"
@@ -78,10 +79,11 @@ def implementation(op: str, check_data: Callable[..., None] | None, in_place: st
             for name, x in zip(argument_names(op), args, strict=False):
                 if isinstance(x, Tensor):
                     expect_apart(op, name, x, out, may_be_same=name == in_place)
-        if is_compiling() or (out is None and wants_grad(*tensors)):
+        transformed = _transforms.active()
+        if is_compiling() or transformed or (out is None and wants_grad(*tensors)):
             twin = getattr(getattr(torch.ops, NAMESPACE), op if update is None else f"{op}_update")
             if out is None:
-                return twin.default(*(update or args))
+                return _transforms.call(twin.default, *(update or args)) if transformed else twin.default(*(update or args))
             twin.out(*(update or args), out=out)
             return out
         if INTERPRETED and check_data is not None:
@@ -144,6 +146,7 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
         lib: the library of `engram_kernels`.
     """
     for namespace, library in libraries_of(op, lib).items():
+        _transforms.define(namespace, op, backward, setup_context)
         torch.library.register_autograd(f"{namespace}::{op}", functools.partial(backward, getattr(torch.ops, namespace)),
                                         setup_context=setup_context, lib=library)
 
