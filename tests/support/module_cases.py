@@ -1,7 +1,7 @@
 """Small layers with the published hash, for the tests of the module."""
 import torch
 
-from engram_kernels import Engram, EngramSpec, RowTable
+from engram_kernels import Engram, EngramSpec, RowTable, TokenMap
 
 H, M, T = 32, 3, 23
 CU = torch.tensor([0, 9, 9, 23], dtype=torch.int32)
@@ -27,3 +27,8 @@ def make_layer(variant, dtype=torch.float32, trained_rows=False, spec=None):
             getattr(layer, name).add_(0.2 * torch.randn(M, H))
     ids = torch.randint(0, 400, (T,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     return layer, ids, torch.randn(T, M, H, dtype=dtype)
+
+
+def token_map_of():
+    """A map of the specs above."""
+    return TokenMap(torch.arange(500, dtype=torch.int32) % 400, 400, "x")
