@@ -71,7 +71,7 @@ def test_never_hit(benchmark, staged, cache, role):
 
 
 def parts(staged, name):
-    """ns a row of one request: of the host, which looks for rows and copies those that it must; and of the stand-in for the
+    """ns per row of one request: of the host, which looks for rows and copies those that it must; and of the stand-in for the
     device, which copies, gathers and puts them into the cache. From the prefetcher's own trace."""
     pf = staged.prefetchers[name]
     ticket = pf.submit(staged.ids(name))
@@ -91,7 +91,7 @@ def main():
     of_parts = [{name: parts(staged, name) for name in staged.prefetchers} for _ in range(40)]
     for name in staged.prefetchers:
         q = [quantiles([part[name][i] for part in of_parts]) for i in (0, 1)]
-        host, device = (f"{of['median']:.0f} ns a row (quartiles {of['q1']:.0f} to {of['q3']:.0f})" for of in q)
+        host, device = (f"{of['median']:.0f} ns per row (quartiles {of['q1']:.0f} to {of['q3']:.0f})" for of in q)
         print(f"one request, cache of {SLOTS.get(name, 0)} rows: the host {host}, the stand-in for the device {device}")
     staged.close()
 

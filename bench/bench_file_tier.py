@@ -105,7 +105,7 @@ def raw(benchmark, path, contender, role, read, rounds=7):
 
 def test_raw_io_uring(benchmark, path):
     library = peers()
-    raw(benchmark, path, "raw io_uring, a page a row", "bound",
+    raw(benchmark, path, "raw io_uring, a page per row", "bound",
         lambda fd, pages: library.raw_io_uring(fd, pages, pages.size, DEPTH))
 
 

@@ -74,7 +74,7 @@ def test_ours(benchmark, table_bytes, ids, out, isa):
 
 
 def test_ours_allocating(benchmark, table_bytes, ids):
-    """What peers without out= do: a fresh output a call, whose pages the kernel must clear first."""
+    """What peers without out= do: a fresh output per call, whose pages the kernel must clear first."""
     table = RowTable.from_tensor(bf16_rows(table_bytes[0]))
     gather(benchmark, table_bytes[1], "engram_kernels bf16, output allocated", lambda: gather_rows(table, ids), 512)
 
@@ -110,7 +110,7 @@ def test_torch_embedding(benchmark, table_bytes, ids):
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_fbgemm_table_batched_embedding(benchmark, table_bytes, ids, precision):
-    """No pooling: one row an id. 512-byte rows in both precisions (CPU tables are fp16, fp32 or int8, not bf16)."""
+    """No pooling: one row per id. 512-byte rows in both precisions (CPU tables are fp16, fp32 or int8, not bf16)."""
     ops = pytest.importorskip("fbgemm_gpu.split_table_batched_embeddings_ops_training")
     common = pytest.importorskip("fbgemm_gpu.split_table_batched_embeddings_ops_common")
     sparse_type = pytest.importorskip("fbgemm_gpu.split_embedding_configs").SparseType

@@ -20,7 +20,7 @@ def inputs(workload):
 
 
 def numpy_demo(ids, layout):
-    """The published demo's way, on canonical ids: whole-array shifts, products, XOR and one remainder a head."""
+    """The published demo's way, on canonical ids: whole-array shifts, products, XOR and one remainder per head."""
     ids = ids.astype(np.int64)
     shifted = [ids] + [np.concatenate([np.full(s, layout.boundary_id), ids[:-s]]) for s in range(1, layout.max_order)]
     layers = []

@@ -2,7 +2,7 @@
 
 Overlap: steps of a backbone stand-in (matrix products on one thread, EK_BENCH_STEP_MS of them, default 50; the other core is the
 host's, as beside a GPU) that each need the rows of EK_BENCH_STEP_TOKENS tokens (default 48: reading them takes about a third of a
-step; 24 packed rows of 264 bytes a token), with the rows already in memory, fetched from a file during the step before, or read
+step; 24 packed rows of 264 bytes per token), with the rows already in memory, fetched from a file during the step before, or read
 when they are needed.
 
     python bench/bench_prefetch.py      all contenders in turn, round by round: what a machine that drifts does not tilt

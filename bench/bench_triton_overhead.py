@@ -1,7 +1,7 @@
 """What a Triton call costs on the host after warm-up: public function, wrapper and look-up, with a launcher that does nothing.
 
 Measured on the CPU: tensors there, the compiled kernel a stub. The launch itself (Triton's launcher and the driver) is not in it.
-Bound: allocating an output. The requirement is 30 us a call.
+Bound: allocating an output. The requirement is 30 us per call.
 """
 import pytest
 import torch

@@ -2,7 +2,7 @@
 
     python bench/dedup_and_cache.py HANDBOOK      html folder of the Debian package debian-handbook, unpacked (dpkg -x)
 
-Rows of layer 1 of DeepSeek-V4.1's true layout (384,006,168 rows, 24 a token), hashed from tokens of its tokenizer. The cache is
+Rows of layer 1 of DeepSeek-V4.1's true layout (384,006,168 rows, 24 per token), hashed from tokens of its tokenizer. The cache is
 the package's own RowCacheDirectory; LRU and the ideal (Belady's MIN, which knows the future) are in native_peers.cpp. The cache
 on a device is counted by a RowPrefetcher that runs on an engine of CPU threads with memory of its own.
 """
@@ -56,7 +56,7 @@ def hit_rates(rows):
 
 def device_cache(rows):
     """Cache size in rows -> (hits over distinct rows asked for, bytes over the link over those without a cache), as a prefetcher
-    counts them: a request a batch, each waited for before the next, from an empty cache."""
+    counts them: a request per batch, each waited for before the next, from an empty cache."""
     from engram_kernels import _C
     named, rows = np.unique(rows, return_inverse=True)  # a table of the rows that occur; their order stays, and so do all counts
     rows = torch.from_numpy(rows.astype(np.int32).reshape(-1, 24))
@@ -87,7 +87,7 @@ def plot(unique, sequences, hits, path):
                        label=f"{kind}, {policy}", lw=2 if policy == "ours" else 1.2)
     left.set(xscale="log", ylim=(0, 1.02), xlabel="tokens in a batch", ylabel="distinct rows / rows asked for",
              title="In-batch duplicates (solid: consecutive tokens, dotted: a token of each sequence)")
-    right.set(xscale="log", ylim=(0, 0.6), xlabel=f"cache, MiB ({SLOT_BYTES} bytes a row)",
+    right.set(xscale="log", ylim=(0, 0.6), xlabel=f"cache, MiB ({SLOT_BYTES} bytes per row)",
               ylabel="hits / distinct rows asked for", title=f"Row cache behind batches of {CACHE_BATCH} tokens, cold start")
     left.title.set_fontsize(10)
     right.title.set_fontsize(10)
@@ -125,7 +125,7 @@ def report(unique, sequences, hits, device, sizes, tokens):
     return f"""# Duplicates and caching on real text
 
 All numbers are counts on the rows of real text, not times: `python bench/dedup_and_cache.py` writes this page. Rows of layer 1
-of DeepSeek-V4.1's true layout (24 rows a token), hashed from tokens of its tokenizer; Python {platform.python_version()}.
+of DeepSeek-V4.1's true layout (24 rows per token), hashed from tokens of its tokenizer; Python {platform.python_version()}.
 
 {texts}
 
@@ -146,7 +146,7 @@ Batches of one token of each of several sequences (decode), the sequences being 
 Hits over distinct rows asked for, batches of {CACHE_BATCH} consecutive tokens one after the other, from an empty cache; the first
 time that a row is asked for counts as a miss, so the ideal of the largest cache is the ceiling of these texts. "ours" is
 `RowCacheDirectory` (csrc/table/row_cache.h), "LRU" is fully associative, "ideal" knows the future (Belady's MIN).
-A cache takes {SLOT_BYTES} bytes a row of 264 bytes.
+A cache takes {SLOT_BYTES} bytes per row of 264 bytes.
 
 {caches}
 

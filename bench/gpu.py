@@ -38,7 +38,7 @@ def seconds(calls):
     return statistics.median(times)
 
 
-def copy_bytes_a_second(source):
+def copy_bytes_per_s(source):
     """Rate of copying `source` to another tensor on the device: bytes read and written there."""
     target = torch.empty_like(source, device="cuda")
     moved = source.numel() * (2 if source.is_cuda else 1)
@@ -99,7 +99,7 @@ def gate_backward_calls(tokens):
 
 
 def gather_gate_calls(tokens, table):
-    """Of 20 rows a token; the peer: our gather_rows, then our gate."""
+    """Of 20 rows per token; the peer: our gather_rows, then our gate."""
     columns = H // D
     ids = [torch.randint(0, table.num_rows, (tokens, columns), device="cuda") for _ in range(CALLS)]
     hidden, w_hidden, w_key = randn(tokens, M, H), randn(M, H), randn(M, H)
@@ -164,14 +164,14 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench-gpu: torch finds no CUDA device")
-    peaks = {"device": copy_bytes_a_second(torch.empty(1 << 30, dtype=torch.uint8, device="cuda")),
-             "link": copy_bytes_a_second(torch.empty(1 << 28, dtype=torch.uint8).pin_memory())}
+    peaks = {"device": copy_bytes_per_s(torch.empty(1 << 30, dtype=torch.uint8, device="cuda")),
+             "link": copy_bytes_per_s(torch.empty(1 << 28, dtype=torch.uint8).pin_memory())}
     name = torch.cuda.get_device_name()
     print(f"Measured on {name}, torch {torch.__version__}. A copy on the device moves {peaks['device'] / 1e9:.0f} GB/s, reads "
           f"and writes counted; one from pinned host memory {peaks['link'] / 1e9:.1f} GB/s.\n")
     print("| op | tokens | us | GB/s | of the copy's rate | peer's time over ours | Triton's time over ours |\n"
           "|---|---|---|---|---|---|---|")
-    result = {"provenance": "measured", "device": name, "torch": torch.__version__, "copy_bytes_a_second": peaks, "lines": []}
+    result = {"provenance": "measured", "device": name, "torch": torch.__version__, "copy_bytes_per_s": peaks, "lines": []}
     for op, moves, make in workloads():
         for tokens in TOKENS:
             result["lines"].append(measure(op, tokens, make, peaks[moves]))

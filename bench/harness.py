@@ -59,7 +59,7 @@ def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: st
         contender: name in the table.
         role: "ours", "peer" or "bound". Ratios are given to "ours".
         num_bytes: bytes that the op must move at least, for GB/s; 0: not given.
-        units: how many `unit` one call produces, for ns a unit; 0: not given.
+        units: how many `unit` one call produces, for ns per unit; 0: not given.
         rounds: timed calls; one untimed call goes before.
     """
     benchmark.group = group
@@ -89,7 +89,7 @@ def peak_bytes_per_s(num_bytes: int = 256 << 20, rounds: int = 9) -> float:
 
 
 def table(run: dict[str, Any]) -> str:
-    """Markdown table of a run: median, ns a unit, GB/s, its share of the memory's peak, each contender's ratio to ours."""
+    """Markdown table of a run: median, ns per unit, GB/s, its share of the memory's peak, each contender's ratio to ours."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in run["benchmarks"]:
         groups.setdefault(entry["group"], []).append(entry)

@@ -40,7 +40,7 @@ class Printer:
                     pass
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
-        """A table; `styles` are rich's, a line each. Where the terminal is too narrow for one, a paragraph a line of it."""
+        """A table; `styles` are rich's, a line each. Where the terminal is too narrow for one, a paragraph per line of it."""
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
         plain = self._console is None
         needed = sum(widths) + 2 * len(widths) if plain else sum(min(w, _FOLDED) for w in widths) + 3 * len(widths) + 1

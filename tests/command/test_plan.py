@@ -57,7 +57,7 @@ def test_lookup_times_by_hand():
     node, work = machine(), workload()
     assert evaluate("uva", work, node).lookup_s.value == milliseconds(2.048)
     assert evaluate("staged", work, node).lookup_s.value == milliseconds(1.024 + 0.512 / 4)
-    # a page a row (128 divides 4096), 16,000 reads at 1,000 a second; then a quarter of the gathering and the copying
+    # a page per row (128 divides 4096), 16,000 reads at 1,000 per second; then a quarter of the gathering and the copying
     assert evaluate("file", work, node).lookup_s.value == milliseconds(16_000 + (1.024 + 0.512) / 4)
     two = dataclasses.replace(work, nodes=given(2, "1", "test"))  # half of the rows come from the other node: 2.048 ms
     assert evaluate("staged", two, node).lookup_s.value == milliseconds(2.048 + (1.024 + 0.512) / 4)
@@ -243,7 +243,7 @@ def test_slower_inputs_never_expose_less(placement, tokens, factor, layer, uniqu
         changed = moved(name, factor, work, node)
         if changed is None:
             continue
-        worse = name in ("tokens a step", "unique ratio") or "latency" in name or name.startswith("compute lost")
+        worse = name in ("tokens per step", "unique ratio") or "latency" in name or name.startswith("compute lost")
         then = evaluate(placement, *changed, with_largest=False).exposed_s.value
         slack = 1e-9 * (1 + now.exposed_s.value)
         assert then >= now.exposed_s.value - slack if worse else then <= now.exposed_s.value + slack, name
@@ -269,7 +269,7 @@ def test_largest_hidden_step_is_the_largest(placement, layers, rate):
 
 
 def test_largest_hidden_step_stops_where_its_buffers_do():
-    """Buffers of two requests take 4096 bytes a token; the rows alone would be hidden up to 1464 tokens."""
+    """Buffers of two requests take 4096 bytes per token; the rows alone would be hidden up to 1464 tokens."""
     work = workload(in_layers(3))
     assert evaluate("uva", work, machine(hbm_bytes=4096 * 700.5)).largest_tokens.value == 700
     assert evaluate("uva", work, machine(hbm_bytes=4096 * 1e6)).largest_tokens.value == math.floor(3e6 / 2048)

@@ -223,7 +223,7 @@ def test_json_has_no_number_without_provenance(tmp_path, monkeypatch):
     assert plan["winner"] and plan["runner_up"] and plan["flip"]["input"]
     assert plan["trial"]["measured"]["provenance"] == "measured"
     assert plan["simulation"]["step_s"]["provenance"] == "assumed"  # the H100's constants are
-    assert plan["inputs"]["disk reads a second"]["provenance"] == "measured"
+    assert plan["inputs"]["disk reads per second"]["provenance"] == "measured"
     assert plan["inputs"]["room in host memory"]["provenance"] == "given"
 
 
@@ -288,7 +288,7 @@ def test_trial_runs_the_pick_and_says_its_error(monkeypatch, pick):
     assert result.error.value == pytest.approx(result.predicted.value / result.actual.value - 1)
     assert result.actual.provenance is Provenance.MEASURED and result.actual.value > 0
     assert result.spread[0].value <= result.actual.value <= result.spread[1].value
-    # 160 rows of 128 bytes at 2 GB/s, and for a file 160 pages at 1000 a second
+    # 160 rows of 128 bytes at 2 GB/s, and for a file 160 pages at 1000 per second
     ms = 160 * 128 / 2e9 if pick != "file" else (160 * (1 - (1 - 1 / 8192) ** 160) / (160 / 8192)) / 1e3
     assert result.predicted.value == pytest.approx(ms, rel=0.05)
 

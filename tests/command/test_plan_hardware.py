@@ -85,5 +85,5 @@ def test_paper_table_and_how_far_the_model_is_off(name):
     assert c.exposed_s.value == 0  # what the paper says too: the first block hides the transfer
     assert {getattr(c, f.name).provenance for f in dataclasses.fields(c)[2:]} == {Provenance.ASSUMED}
     page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
-    assert (f"| {PAPER[name].title} | 0 | {1e6 * c.launches_s.value:.0f} us a step | {1e6 * c.compute_s.value:.0f} us | "
+    assert (f"| {PAPER[name].title} | 0 | {1e6 * c.launches_s.value:.0f} us per step | {1e6 * c.compute_s.value:.0f} us | "
             f"{100 * c.predicted.value:.2f} % | {100 * c.published.value:.2f} % | {c.error_points.value:.2f} points |") in page

@@ -116,11 +116,11 @@ def test_gpus_of_a_node_share_host_and_disk_but_not_links(placement, wait_ms):
     waits = simulate(work, node, Schedule(placement, 1)).exposed_s.value
     assert waits == pytest.approx(wait_ms * 1e-3, rel=1e-5)
     planned = evaluate(placement, work, node, with_largest=False).exposed_s.value
-    assert waits <= planned * (1 + 1e-9) and planned <= 1.2 * waits  # the plan passes a lookup on in 4 pieces, not in 4 a GPU
+    assert waits <= planned * (1 + 1e-9) and planned <= 1.2 * waits  # the plan passes a lookup on in 4 pieces, not in 4 per GPU
 
 
 def test_shards_exchange_their_part_and_all_wait_for_all():
-    """Of 2.048 MB a GPU, (n - 1) / n come from the other nodes, at 0.5 GB/s: once a GPU, in each of four pieces."""
+    """Of 2.048 MB per GPU, (n - 1) / n come from the other nodes, at 0.5 GB/s: once per GPU, in each of four pieces."""
     for nodes in (1, 2, 4):
         result = simulate(workload(nodes=nodes, gpus=2), machine(host_copy=1e15, link=1e15), Schedule("staged", 1))
         sent = [task for task in result.tasks if isinstance(task.stream, tuple) and task.stream[-1] == "network"]
@@ -139,7 +139,7 @@ def test_sharded_hbm_crosses_nvlink_inside_and_the_network_outside():
 
 
 def test_submitting_earlier_never_waits_longer():
-    """2.048 ms of lookup, 1 ms a layer: three layers early is enough, two are not."""
+    """2.048 ms of lookup, 1 ms per layer: three layers early is enough, two are not."""
     work, node = workload(in_layers(8)), machine()
     waits = [simulate(work, node, Schedule("uva", 1, early)).exposed_s.value for early in range(9)]
     assert waits == sorted(waits, reverse=True)

@@ -87,7 +87,7 @@ def test_cache_is_exact_under_faults(seed, way, tables):
 
 
 def text_rows():
-    """[batches of ids] of a small real text, 24 rows a byte, renamed to [0, rows)."""
+    """[batches of ids] of a small real text, 24 rows per byte, renamed to [0, rows)."""
     tokens = torch.tensor(list(README.read_bytes()[:20_000]), dtype=torch.int32)
     spec = EngramSpec.deepseek_v41()
     ids = ngram_hash(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), spec.layout())[0]

@@ -45,7 +45,7 @@ def way(request):
 def test_prefetch_close_in_flight(tier, tables):
     table = tables.make(tier, **(dict(io="preadv_buffered", queue_depth=1) if tier == "file" else {}))
     if tier == "file":
-        tables.reader.inject_faults(max_delay_us=500_000)  # some ten reads a request: 10 s for all
+        tables.reader.inject_faults(max_delay_us=500_000)  # some ten reads per request: 10 s for all
     pf = prefetcher(table, "file" if tier == "file" else "host_staged", dict(max_delay_us=300_000), ring_bytes=4 << 20)
     ids = torch.arange(0, NUM_ROWS, 3)
     tickets = [pf.submit(ids) for _ in range(4)]

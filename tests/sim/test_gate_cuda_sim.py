@@ -144,7 +144,7 @@ TOKENS, BRANCHES, SIZE = 6, 4, 5120
 
 @pytest.fixture(scope="module")
 def v41():
-    """Three tokens a block: one warms no cache here, and the weights' share is not counted."""
+    """Three tokens per block: one warms no cache here, and the weights' share is not counted."""
     launch, = check(make_inputs(TOKENS, BRANCHES, SIZE, weight_dtype=torch.bfloat16), device=Device(multiprocessors=2))
     return launch
 
@@ -161,7 +161,7 @@ def test_gate_reads_and_writes_once(v41):
 
 
 def test_gate_moves_the_least_bytes():
-    """All that is asked for, the weights too, of 40 tokens a block: a large batch has more."""
+    """All that is asked for, the weights too, of 40 tokens per block: a large batch has more."""
     tokens = 40
     launch, = simulate(make_inputs(tokens, BRANCHES, SIZE, weight_dtype=torch.bfloat16), device=Device(multiprocessors=1))[1]
     assert launch.grid[0] == 1

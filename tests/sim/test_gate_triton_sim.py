@@ -78,7 +78,7 @@ def test_gate_strided_and_in_place():
 
 
 def test_gate_moves_the_least(programs):
-    """Each input once and the output once; the weights once a program."""
+    """Each input once and the output once; the weights once per program."""
     programs(2)
     inputs = make_inputs(6, 4, 5120, torch.bfloat16)
     out, launches = run(inputs, race=False)
@@ -91,7 +91,7 @@ def test_gate_moves_the_least(programs):
 
 
 def test_gate_backward_moves_the_least(programs):
-    """Every input and gradient once; at 12 tokens a program at most 1.05x of what the CUDA kernel asks for."""
+    """Every input and gradient once; at 12 tokens per program at most 1.05x of what the CUDA kernel asks for."""
     programs(1)
     tokens, inputs = 2, make_inputs(2, 4, 5120, torch.bfloat16)
     grads, launches = run_bwd(inputs[0].clone(), inputs, torch.zeros(2, dtype=torch.bool), race=False)

@@ -79,7 +79,7 @@ def test_gather_gate_bwd_matches_autograd(row_format, dtype):
 
 
 def kernel_of(launches):
-    """(weights in shared memory, branches at once) of the kernel of a block a token, else None."""
+    """(weights in shared memory, branches at once) of the kernel with a block per token, else None."""
     found = re.search(r"gather_gate_bwd_tokensI.*?Lb([01])ELi(\d)E", launches[0].kernel)
     return (found[1] == "1", int(found[2])) if found else None
 
@@ -192,7 +192,7 @@ TOKENS, BRANCHES, ROW_DIM, ROW_BYTES = 4, 4, 256, 264
 
 @pytest.fixture(scope="module", params=[20, 24], ids=["h5120", "h6144"])
 def v41(request):
-    """(launches, hidden_size) of distinct packed rows in random order, two tokens a block."""
+    """(launches, hidden_size) of distinct packed rows in random order, two tokens per block."""
     columns = request.param
     rows, _ = random_rows("fp8_e4m3_block32_packed", TOKENS * columns, ROW_DIM, torch.Generator().manual_seed(11))
     hidden, ids, *weights = make_inputs(TOKENS, BRANCHES, columns, ROW_DIM, weight_dtype=torch.bfloat16)
@@ -219,7 +219,7 @@ def test_gather_gate_bwd_reads_and_writes_once(v41):
     assert buffers["w_hidden"]["load_bytes"] == buffers["w_key"]["load_bytes"] == blocks * share / 2
     assert buffers["scratch"]["store_bytes"] == launches[1].result.buffers["scratch"]["load_bytes"] == blocks * share
     assert set(buffers) == {*least, *written, "w_hidden", "w_key", "scratch"}
-    # so within a tenth of the least (rows, ids, hidden, grad_out, both gradients) from 18 tokens a block on
+    # so within a tenth of the least (rows, ids, hidden, grad_out, both gradients) from 18 tokens per block on
     token = (sum(least.values()) + sum(written.values())) / TOKENS
     assert 3 * share <= 0.10 * 18 * token
 
@@ -242,7 +242,7 @@ def test_gather_gate_bwd_bank_conflicts(v41):
 
 
 def test_gather_gate_bwd_keeps_bytes_in_flight(v41):
-    """Hidden and gradient of the next token, asked for while this one's are written, over the GPU, a block a multiprocessor."""
+    """Hidden and gradient of the next token, asked for while this one's are written, over the GPU, a block per multiprocessor."""
     _, size = v41
     assert 132 * 2 * BRANCHES * size * 2 >= 2e6
 

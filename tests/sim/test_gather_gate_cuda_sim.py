@@ -75,7 +75,7 @@ def test_gather_gate_any_shape(case):
     *shape, dtype, kernel = case
     if case is SHAPES["too_wide"]:
         shape[2:] = 97, 128  # beyond 1,536 vectors
-    for multiprocessors, tokens in ((132, shape[0]), (1, shape[0] + 2)):  # a token a block; tokens one after the other
+    for multiprocessors, tokens in ((132, shape[0]), (1, shape[0] + 2)):  # a token per block; tokens one after the other
         inputs = make_inputs(tokens, *shape[1:], dtype, weight_dtype=dtype)
         launches = check(Table("bf16", shape[3]), inputs, device=Device(multiprocessors=multiprocessors))
         few = kernel[0] == "tokens" and shape[1] > 1 and tokens * shape[1] <= multiprocessors
@@ -263,13 +263,13 @@ def test_gather_gate_reads_and_writes_once(v41):
     assert set(buffers) == set(least)
     for name, least_bytes in least.items():
         assert buffers[name]["load_bytes"] == buffers[name]["unique_bytes_read"] == least_bytes
-    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors a row are the least
+    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors per row are the least
     assert buffers["rows"]["load_sectors"] <= 1.02 * 9 * rows
     assert buffers["hidden"]["load_sectors"] == least["hidden"] // 32 and written["store_sectors"] == least["hidden"] // 32
 
 
 def test_gather_gate_moves_the_least_bytes():
-    """All that is asked for, the weights too, of 48 tokens a block: a large batch has more."""
+    """All that is asked for, the weights too, of 48 tokens per block: a large batch has more."""
     tokens, columns = 96, 20
     rows, _ = random_rows("fp8_e4m3_block32_packed", NUM_ROWS, ROW_DIM, torch.Generator().manual_seed(11))
     inputs = make_inputs(tokens, BRANCHES, columns, ROW_DIM, weight_dtype=torch.bfloat16, none=False)
@@ -332,7 +332,7 @@ def test_gather_gate_uses_no_local_memory():
 
 
 def staging_turns(ops):
-    """How often a thread goes through a loop of the kernels, of valid packed rows: 4 lines of 8 bytes a lane at once."""
+    """How often a thread goes through a loop of the kernels, of valid packed rows: 4 lines of 8 bytes per lane at once."""
     count = Counter(ops)
     if any(op.startswith("LDGSTS") for op in ops):
         return 1 if count["LDGSTS.E.64"] == 4 else None  # other alignments; scales that lie apart

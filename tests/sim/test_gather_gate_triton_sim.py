@@ -84,7 +84,7 @@ def test_gather_gate_bad_ids_give_zeros_and_are_counted(monkeypatch):
 
 @pytest.mark.parametrize("row_format", ["bf16", "fp8_e4m3_block32_packed", "int8_group32"])
 def test_gather_gate_moves_the_least(row_format, programs):
-    """hidden, rows and out once; the weights once a program."""
+    """hidden, rows and out once; the weights once per program."""
     programs(1)
     inputs, table = distinct_inputs(3, *V41_ROWS, row_format)
     out, launches = run(inputs, table, race=False)
@@ -131,7 +131,7 @@ def test_gather_gate_backward_matches_reference(shape, row_format, programs):
 
 
 def test_gather_gate_backward_moves_the_least(programs):
-    """Every input and gradient once; at 12 tokens a program at most 1.05x of what the CUDA kernel asks for."""
+    """Every input and gradient once; at 12 tokens per program at most 1.05x of what the CUDA kernel asks for."""
     programs(1)
     tokens, (inputs, table) = 2, distinct_inputs(2, *V41_ROWS, "fp8_e4m3_block32_packed")
     grads, launches = run_bwd(inputs[0].clone(), inputs, table, race=False)

@@ -220,7 +220,7 @@ def test_gather_rows_in_the_background_uses_few_blocks(device):
         ids = random_ids(500, 50, seed=10)
         got, _, launches = simulate(rows, None, ids, row_format, 256, max_blocks=3, as_stored=as_stored, device=device)
         assert launches[0].grid == (3, 1, 1)
-        assert "warp_per_row" not in launches[0].kernel  # a row a warp would keep few rows in flight
+        assert "warp_per_row" not in launches[0].kernel  # a row per warp would keep few rows in flight
         want = torch.where(ids[:, None] < 0, 0, rows[ids.long()])
         assert torch.equal(got, want)
 
@@ -276,7 +276,7 @@ def test_gather_rows_reads_each_sector_once(cost):
     launch, row_bytes, _ = cost
     read = launch.result.buffers["rows"]
     assert read["load_bytes"] == NUM_ROWS * row_bytes
-    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors a row are the least
+    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors per row are the least
     least = NUM_ROWS * (9 if row_bytes == 264 else row_bytes // 32)
     assert read["load_sectors"] <= 1.02 * least
 
@@ -333,7 +333,7 @@ def test_gather_rows_machine_code():
 
 
 EXECUTED = {  # name: (row_format, stored in the output as they are, 128-byte lines of a row, 16-byte vectors of an output row,
-    # instructions a row: of this kernel at most, of the best peer: SGLang CUDA for copies, vLLM to bf16)
+    # instructions per row: of this kernel at most, of the best peer: SGLang CUDA for copies, vLLM to bf16)
     "packed_as_stored": ("fp8_e4m3_block32_packed", True, 3, 16.5, 395, 472),
     "packed_to_bf16": ("fp8_e4m3_block32_packed", False, 3, 32, 1600, 1752),
     "fp8_tensor_to_bf16": ("fp8_e4m3_tensor", False, 2, 32, 1260, 1752),
@@ -369,5 +369,5 @@ def test_gather_rows_executes_fewer_machine_instructions_than_peers(row_format, 
         return 1  # what is left over, from above
 
     took = executed(build().sass(OP)[launch.kernel], turns, lambda op: op.startswith("RED")) * threads / tile_rows
-    print(f"{took:.0f} machine instructions a row")
+    print(f"{took:.0f} machine instructions per row")
     assert peer / 5 < took <= most < peer

@@ -241,7 +241,7 @@ def test_ngram_hash_uses_no_local_memory():
 
 @pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
 def test_ngram_hash_machine_code(v41):
-    """No call (a division would be one), and under 50 executed instructions an id."""
+    """No call (a division would be one), and under 50 executed instructions per id."""
     sass = build().sass(OP)
     assert len(sass) == 8
     for code in sass.values():

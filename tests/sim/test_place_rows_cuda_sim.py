@@ -119,8 +119,8 @@ def test_place_rows_reads_and_writes_each_sector_once(row_bytes, scale_bytes, mu
     launch, = simulate(rows, scales, row_bytes, scale_bytes, places, num_rows, device=Device(multiprocessors))
     moved = launch.result.buffers["rows"]
     assert moved["load_bytes"] == moved["store_bytes"] == moved["unique_bytes_written"] == count * row_bytes
-    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors a row are the least; 33 vectors of 8 bytes
-    # are a warp and one more, which touches the last sector, or the first of the next row, again
+    # 264-byte rows share their first and last sectors with their neighbours: 9 sectors per row are the least; 33 vectors of 8
+    # bytes are a warp and one more, which touches the last sector, or the first of the next row, again
     sectors = count * (row_bytes // 32 if row_bytes % 32 == 0 else 9)
     again = count if row_bytes == 264 else 0
     assert moved["load_sectors"] <= 1.02 * sectors + again and moved["store_sectors"] <= 1.02 * sectors + again

@@ -147,12 +147,12 @@ def moved(launch, *names):
 
 
 def test_short_conv_bwd_reads_rows_twice_and_writes_them_once(cost):
-    """5 rows a token where 3 are the least."""
+    """5 rows per token where 3 are the least."""
     stats, grads, weights = cost
     assert moved(stats, "x") == moved(stats, "grad_out") == moved(grads, "x") == moved(grads, "grad_out") == 40 * ROW
     assert moved(grads, "grad_x") == 40 * ROW and moved(weights, "x", "grad_out", "grad_x") == 0
     assert sum(moved(launch, "x", "grad_out", "grad_x") for launch in cost) <= 1.67 * 3 * 40 * ROW
-    # besides: weights, a chunk's sums of 4 floats a channel, and stats of 5 floats a token
+    # besides: weights, a chunk's sums of 4 floats per channel, and stats of 5 floats per token
     assert moved(stats, "scratch") == 40 * 5 * 4
     assert moved(weights, "scratch") == 4 * 4 * 5120
 

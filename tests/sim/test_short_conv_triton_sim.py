@@ -65,7 +65,7 @@ def test_short_conv_chunks_and_decode_equal_the_whole(size, programs):
 
 
 def test_short_conv_reads_a_row_once_in_a_walk(programs):
-    programs(1)  # one walk a branch and residue: no row is read twice
+    programs(1)  # one walk per branch and residue: no row is read twice
     args = make_inputs([12], 2, 1024)
     out, launches = run(args, 3, race=False)
     assert total(launches, "load_bytes", ("x",)) == args[0].nbytes

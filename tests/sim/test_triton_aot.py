@@ -10,7 +10,7 @@ from engram_kernels.spec import EngramSpec
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block
+SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes per block
 OTHER_PRESETS = {"qwen4_ple": EngramSpec.qwen4_ple, "longcat": EngramSpec.longcat, "demo_v1": EngramSpec.demo_v1}
 
 

@@ -7,7 +7,7 @@ from engram_kernels.plan.quantity import given, measured
 from engram_kernels.plan.workload import table_bytes
 
 GB = 1e9
-# 16 rows of 128 bytes a token, one memory
+# 16 rows of 128 bytes per token, one memory
 SPEC = EngramSpec.demo_v1(row_format="bf16", layer_ids=(0,))
 _UNITS = {"latency": "s", "bytes": "B", "share": "1", "reads": "1/s"}
 

@@ -40,7 +40,7 @@ def test_file_tier_gather_equals_memory(row_format, io, tmp_path):
 
 
 def test_file_tier_reads_a_page_once(io, tmp_path):
-    """Rows of 512 bytes from byte 4096: eight a page. Neighbouring pages are one read, of 32 KiB at most."""
+    """Rows of 512 bytes from byte 4096: eight per page. Neighbouring pages are one read, of 32 KiB at most."""
     file = File(tmp_path / "t", num_rows=8 * 40, row_bytes=512, offset=PAGE)
 
     def reads(ids):

@@ -12,7 +12,7 @@ _HIDDEN_SHARE = 0.9
 
 
 def stage_rows(result: dict[str, Any], spec: EngramSpec) -> list[tuple[str, float, float, float | None]]:
-    """(stage, tokens/s, bytes a token, share of the measured memory bandwidth or None) of every stage, all layers together.
+    """(stage, tokens/s, bytes per token, share of the measured memory bandwidth or None) of every stage, all layers together.
 
     Bytes are the least that the stage must move: inputs once, outputs once, bf16 activations.
     """
@@ -68,10 +68,10 @@ def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool
     say(f"spec {spec.name}: layers {list(spec.layer_ids)}, orders 2..{spec.max_order}, {spec.heads} heads, rows of "
         f"{result['row_bytes']} bytes ({spec.row_format})")
     true_rows = ", ".join(f"{n:,}" for n in result["true_rows"])
-    say(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows a layer "
+    say(f"tables: hashed with the true moduli ({true_rows} rows), scaled down to {result['table_rows']:,} rows per layer "
         f"in a file: stored row = row id mod {result['table_rows']:,}")
     say(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
-        f"{result['tokens_per_step']} tokens a step")
+        f"{result['tokens_per_step']} tokens per step")
     if spec.variant == "none":
         say("this spec has no gate of the kind: projection and gate are the stand-in's")
     for layer, distinct in zip(spec.layer_ids, result["distinct_rows"], strict=True):

@@ -26,7 +26,7 @@ class Hardware:
         uva_counts_sectors: `uva` is what crosses the link, not what of it are rows.
         link: bytes/s of the copy engine, host to device.
         host_copy, host_decode: bytes/s of rows gathered by the CPU, as stored, and dequantized to bf16.
-        disk_reads: reads of a page a second at the queue depth of the file tier.
+        disk_reads: reads of a page per second at the queue depth of the file tier.
         nvlink, network: bytes/s that one GPU receives from the others of the node, from other nodes.
         gpu_latency, copy_latency, host_latency, disk_latency, network_latency: seconds from a request until its first rows,
             fixed costs included.
@@ -90,13 +90,13 @@ def assumed_hardware(name: str) -> Hardware:
         uva_counts_sectors=True, link=None, nvlink=None, gpu_latency=None, copy_latency=None, gather_share=None,
         host_bytes=assumed(0.8 * 2**40, "B", "default: 80 % of 1 TiB of RAM"),
         disk_bytes=assumed(3.84e12, "B", "default: one 3.84 TB drive"),
-        host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "this project's README: gather_rows 53.34 ns a row of 512 bytes with "
+        host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "docs/performance.md: gather_rows 53.34 ns per row of 512 bytes with "
                           "2 threads of an EPYC; here 8 threads, taken to scale"),
-        host_decode=assumed(264 / (53.34e-9 * 1.01 * 2) * 8, "B/s", "this project's README: gather_rows of packed fp8 in 1.01x "
+        host_decode=assumed(264 / (53.34e-9 * 1.01 * 2) * 8, "B/s", "docs/performance.md: gather_rows of packed fp8 in 1.01x "
                             "the 53.34 ns of a bf16 row with 2 threads of an EPYC; here 8 threads, taken to scale"),
         disk_reads=assumed(75_000, "1/s", "this project's bench of the file tier: where its virtual disk ends, from depth 64 on"),
-        network=assumed(50e9, "B/s", _SHEET + "one 400 Gb/s NDR adapter a GPU"),
-        host_latency=assumed(10e-6, "s", "this project's README: dispatch 6 to 9 us a call"),
+        network=assumed(50e9, "B/s", _SHEET + "one 400 Gb/s NDR adapter per GPU"),
+        host_latency=assumed(10e-6, "s", "docs/performance.md: dispatch 6 to 9 us per call"),
         disk_latency=assumed(1 / 14_163, "s", "this project's bench of the file tier: one pread after the other"),
         network_latency=assumed(5e-6, "s", "default: an RDMA read and its completion"),
         host_share=given(0, "1", "the CPU gathers, the GPU computes"))

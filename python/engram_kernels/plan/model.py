@@ -1,4 +1,4 @@
-"""The planner's arithmetic: what each placement costs a step, which one wins, and what would change that."""
+"""The planner's arithmetic: what each placement costs per step, which one wins, and what would change that."""
 from __future__ import annotations
 
 import dataclasses
@@ -19,7 +19,7 @@ _STEP = 2**0.25  # between the factors that are tried
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one placement costs a step.
+    """What one placement costs per step.
 
     Attributes:
         placement: one of `PLACEMENTS`.
@@ -30,7 +30,7 @@ class Outcome:
         slower_s: what the step takes longer: what is exposed, and the compute lost beside what is hidden.
         largest_tokens: the largest step whose lookups are hidden and whose buffers fit into device memory, its compute taking as
             long as this one's; 0: none.
-        freed_bytes: device memory a GPU, against the table in HBM.
+        freed_bytes: device memory per GPU, against the table in HBM.
     """
     placement: str
     why_not: str | None
@@ -76,7 +76,7 @@ class Plan:
 
 
 def exposed_seconds(windows: Sequence[float], latency: float, stages: Sequence[float], chunks: int = CHUNKS) -> float:
-    """Seconds that the compute waits for lookups which are all submitted at time 0, one stream a stage.
+    """Seconds that the compute waits for lookups which are all submitted at time 0, one stream per stage.
 
     Each lookup passes the stages in `chunks` equal pieces; a stage serves one piece at a time, in the order of submission. The
     compute reaches lookup k at ``windows[k]`` plus what it waited before.
@@ -182,14 +182,14 @@ def winner_of(work: Workload, node: Hardware) -> str | None:
 
 
 # every input that is moved: name in words, and the field of the workload or of the hardware
-_WORK_INPUTS = {"tokens a step": "tokens", "step time": "step", "time that ids are known ahead": "ahead",
+_WORK_INPUTS = {"tokens per step": "tokens", "step time": "step", "time that ids are known ahead": "ahead",
                 "table size": "table_bytes", "copies of the table": "copies", "size of the hot-row cache": "cache_bytes",
                 "unique ratio": "repeats", "hit rate of the hot-row cache": "repeats"}
 _RATIOS = {"unique ratio": "unique_factor", "hit rate of the hot-row cache": "hit_factor"}
 _NODE_INPUTS = {"room in device memory": "hbm_bytes", "room in host memory": "host_bytes", "room on disk": "disk_bytes",
                 "row gather rate from HBM": "hbm_gather", "UVA rate": "uva", "copy engine rate": "link",
                 "host gather rate": "host_copy", "host gather rate, dequantizing": "host_decode",
-                "disk reads a second": "disk_reads", "network rate": "network", "NVLink rate": "nvlink",
+                "disk reads per second": "disk_reads", "network rate": "network", "NVLink rate": "nvlink",
                 "GPU lookup latency": "gpu_latency", "copy latency": "copy_latency", "host lookup latency": "host_latency",
                 "disk latency": "disk_latency", "network latency": "network_latency",
                 "compute lost beside a UVA gather": "gather_share", "compute lost beside a host gather": "host_share"}

@@ -28,7 +28,7 @@ def passes(hidden_size: int, count: int, tokens: Quantity, node: Hardware) -> Qu
 
 
 def module_seconds(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | None:
-    """Seconds a step that the modules of all layers compute with this library's ops; None: as for `products`.
+    """Seconds per step that the modules of all layers compute with this library's ops; None: as for `products`.
 
     The projections write M + 1 vectors of H a token, the gate reads 2 M + 1 and writes M, the convolution reads and writes M.
     """

@@ -124,7 +124,7 @@ def _hbm(work: Workload, node: Hardware) -> Lookup:
         away = derived("1", lambda g, n: (g - 1) / (g * n), work.gpus, work.nodes)
         stages.append(Stage("nvlink", _seconds(work.row_bytes, work.requested, nvlink, away), _NO_COMPUTE))
     stages += _from_other_nodes(work, node, work.requested)
-    return Lookup(_latency(work, node, latency), tuple(stages), mine, _fits(mine, node.hbm_bytes, "device memory a GPU"))
+    return Lookup(_latency(work, node, latency), tuple(stages), mine, _fits(mine, node.hbm_bytes, "device memory per GPU"))
 
 
 def _from_other_nodes(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:

@@ -15,11 +15,11 @@ _PAPER = "arXiv 2601.07372"
 _TABLE = f"{_PAPER}, Table 4"
 SEQUENCES, SHORTEST, LONGEST = 512, 100, 1024
 MEAN_TOKENS = (SHORTEST + LONGEST) / 2
-# all sequences start together and each gets a token a step, as in nano-vLLM's own benchmark: the longest of them ends the run
+# all sequences start together and each gets a token per step, as in nano-vLLM's own benchmark: the longest of them ends the run
 STEPS = SHORTEST + (LONGEST - SHORTEST) * SEQUENCES / (SEQUENCES + 1)
 LIVE = SEQUENCES * MEAN_TOKENS / STEPS
 _OVERLAP = (f"{_TABLE}: {SEQUENCES} sequences of {SHORTEST} to {LONGEST} tokens; default: they start together, each gets a token "
-            "a step")
+            "per step")
 # the published demo's module with one branch, operation by operation (RMSNorm, and a product with its bias, as one): two
 # products, three norms, the gate in 11, the convolution in 4, two sums; and how often a vector of the hidden size is moved
 LAUNCHES, PASSES = 22, 28
@@ -33,7 +33,7 @@ class Backbone:
     Attributes:
         title: as the paper has it.
         hidden_size, layers, shape_source: of the dense backbone.
-        baseline, with_memory: tokens a second without and with the memory of 100B parameters in host DRAM.
+        baseline, with_memory: tokens per second without and with the memory of 100B parameters in host DRAM.
     """
     title: str
     hidden_size: int
@@ -79,7 +79,7 @@ def paper_workload(name: str) -> Workload:
 
     A step is a token of each sequence that still runs, 281 on average, at the throughput of the baseline, so that prefill and the
     harness are in it. The paper does not give
-    the rows of that memory: those of Engram-27B are taken (orders 2 and 3, 8 heads, 1280 values a token, bf16).
+    the rows of that memory: those of Engram-27B are taken (orders 2 and 3, 8 heads, 1280 values per token, bf16).
 
     Raises:
         ValueError: no such preset.

@@ -85,7 +85,7 @@ class Surface:
     Outside the measured range the nearest point stands in, as an assumption.
 
     Attributes:
-        points: (bytes a row, bytes of the table, rate), at least one.
+        points: (bytes per row, bytes of the table, rate), at least one.
     """
     points: tuple[tuple[float, float, Quantity], ...]
 

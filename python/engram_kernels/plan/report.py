@@ -18,7 +18,8 @@ from engram_kernels.profile.show import bytes_text, time_text
 
 SCHEMA_VERSION = 1
 LEGEND = "(g) given, (m) measured, (s) simulated, (a) assumed; what is computed is as weak as its weakest input"
-_HEAD = ("placement", "fits", "lookup a step", "hidden", "exposed", "step slower by", "largest step hidden", "HBM freed a GPU")
+_HEAD = ("placement", "fits", "lookup per step", "hidden", "exposed", "step slower by", "largest step hidden",
+         "HBM freed per GPU")
 
 
 def tagged(quantity: Quantity | None, text: str | None = None) -> str:
@@ -80,7 +81,7 @@ def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> 
 def inputs(work: Workload, node: Hardware) -> list[tuple[str, Quantity]]:
     """Every input that is a number and is there, at this workload's size."""
     found = [(name, value) for name in input_names() if (value := input_value(name, work, node)) is not None]
-    return [*found, ("layers of the model", work.layers), ("GPUs a node", work.gpus), ("nodes", work.nodes)]
+    return [*found, ("layers of the model", work.layers), ("GPUs per node", work.gpus), ("nodes", work.nodes)]
 
 
 def verdict_lines(plan: Plan, work: Workload) -> list[str]:
@@ -90,7 +91,7 @@ def verdict_lines(plan: Plan, work: Workload) -> list[str]:
                 "--nodes plan for another machine"]
     first = plan.outcomes[plan.winner]
     lines = [f"pick: {TITLES[plan.winner]}. A step is {tagged(first.slower_s)} slower, "
-             f"{tagged(first.exposed_s)} of it waiting for rows; frees {tagged(first.freed_bytes)} of device memory a GPU"]
+             f"{tagged(first.exposed_s)} of it waiting for rows; frees {tagged(first.freed_bytes)} of device memory per GPU"]
     if plan.runner_up is None:
         lines.append("runner-up: none, nothing else fits")
     else:
@@ -124,7 +125,7 @@ def trial_lines(trial: Trial) -> list[str]:
 
 def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> None:
     """The paper's table beside the model's."""
-    head = ("backbone, memory of 100B parameters in host DRAM", "exposed a step", "rest of the lookup",
+    head = ("backbone, memory of 100B parameters in host DRAM", "exposed per step", "rest of the lookup",
             "launches of hash and module", "products and passes", "throughput lost: predicted", "published", "off by",
             "a step lacks")
     rows = []

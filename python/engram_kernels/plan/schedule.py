@@ -14,7 +14,7 @@ from engram_kernels.plan.simulate import Span, Task, run_tasks
 from engram_kernels.plan.workload import Workload
 
 MAX_TASKS = 2_000_000
-_SHARED = ("host", "disk")  # one a node; every other stream is a GPU's own
+_SHARED = ("host", "disk")  # one per node; every other stream is a GPU's own
 _Waits = dict[tuple[int, int], tuple[int, ...]]  # (node, GPU) -> tasks
 _EXCHANGED = ("network", "nvlink")  # an all-to-all: it starts when every GPU has its rows ready
 
@@ -39,7 +39,7 @@ class Simulated:
     """What came out.
 
     Attributes:
-        step_s: seconds a step, the mean of all.
+        step_s: seconds per step, the mean of all.
         exposed_s: of them, what the compute waited for rows; the mean over GPUs.
         busy: stream -> share of the time that it worked; the mean over GPUs or nodes.
         tasks, spans: everything, for the trace.
@@ -158,7 +158,7 @@ def early_enough(work: Workload, node: Hardware, placement: str) -> int | None:
 
 
 def write_trace(path: Path, simulated: Simulated, title: str) -> None:
-    """Writes the Chrome trace (opens in Perfetto): a process a node, a thread a stream; times in microseconds.
+    """Writes the Chrome trace (opens in Perfetto): a process per node, a thread per stream; times in microseconds.
 
     Raises:
         OSError: the file cannot be written.

@@ -9,7 +9,7 @@ from engram_kernels.plan.repeats import SLOT_BYTES, Repeats
 from engram_kernels.spec import EngramSpec
 
 SECTOR_BYTES = 32  # the least that a GPU asks of the link
-SPLIT_FORMATS = ("fp8_e4m3_block32", "int8_group32")  # scales apart from the values: two reads a row
+SPLIT_FORMATS = ("fp8_e4m3_block32", "int8_group32")  # scales apart from the values: two reads per row
 OUT_BYTES = 2  # rows come out as bf16
 
 

@@ -31,7 +31,7 @@ class Series:
     Attributes:
         role: "ours", "peer" or "bound".
         seconds: a call.
-        controls: name of a fixed piece of work that was timed among the calls -> (seconds a call over its, its median seconds).
+        controls: name of a fixed piece of work that was timed among the calls -> (seconds per call over its, its median seconds).
     """
     role: str
     seconds: Summary
@@ -47,7 +47,7 @@ class Cell:
 
     Attributes:
         group, contender: what was measured.
-        before, after: seconds a call.
+        before, after: seconds per call.
         ratio, low, high: time after over time before, with its interval, divided by what the controls did.
         control: that of the controls: how much slower the machine itself was.
         verdict: from the interval alone.

@@ -104,7 +104,7 @@ class Nvml:
         return values, unread
 
     def throughput(self, received: bool) -> float:
-        """Bytes a second over the link in the next 20 ms, as the GPU counts them; it takes as long. Raises what NVML does."""
+        """Bytes per second over the link in the next 20 ms, as the GPU counts them; it takes as long. Raises what NVML does."""
         n = self._library
         counter = n.NVML_PCIE_UTIL_RX_BYTES if received else n.NVML_PCIE_UTIL_TX_BYTES
         return float(n.nvmlDeviceGetPcieThroughput(self._handle, counter)) * 1e3  # KB
@@ -115,7 +115,7 @@ class LoadSampler:
 
     Attributes:
         values: the highest of each field of LOAD_FIELDS; of `clock_event_reasons` all bits that were seen.
-        received, sent: bytes a second that the link's counters gave, where all of LOAD_FIELDS are read.
+        received, sent: bytes per second that the link's counters gave, where all of LOAD_FIELDS are read.
 
     Args:
         nvml: the GPU.
@@ -176,7 +176,7 @@ def throttle_reasons(bits: int | None) -> list[str]:
 
 
 def link_payload_bytes_per_s(generation: int, width: int) -> float | None:
-    """The most payload a second that a PCIe link carries in one direction; None: a generation not known here."""
+    """The most payload per second that a PCIe link carries in one direction; None: a generation not known here."""
     if generation not in _GIGATRANSFERS:
         return None
     encoding = 0.8 if generation <= 2 else 128 / 130 if generation <= 5 else 242 / 256

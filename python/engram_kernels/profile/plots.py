@@ -158,7 +158,7 @@ def _gpu_gather(report: dict[str, Any]) -> Any:
         for row in sorted({c["row_bytes"] for c in mine}):
             largest = max(c["table_bytes"] for c in mine if c["row_bytes"] == row)
             lines[f"{placement}, {row} B"] = [c for c in mine if (c["row_bytes"], c["table_bytes"]) == (row, largest)]
-    return _chart("Random rows to a GPU", "rows a call", "million rows / s", lines, "rows", _million_rows)
+    return _chart("Random rows to a GPU", "rows per call", "million rows / s", lines, "rows", _million_rows)
 
 
 def _gpu_link(report: dict[str, Any]) -> Any:

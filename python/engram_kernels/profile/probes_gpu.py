@@ -136,7 +136,7 @@ def link_state(session: Session, gpu: Any, nvml: Nvml | None, why_not: Skip | No
 
 
 def _measure_load(session: Session, gpu: Any, nvml: Nvml, base: JsonCell, make_calls: Callable[[], list[Callable[[], object]]],
-                  bytes_a_call: int) -> None:
+                  bytes_per_call: int) -> None:
     calls = 0
 
     def batch() -> None:
@@ -151,7 +151,7 @@ def _measure_load(session: Session, gpu: Any, nvml: Nvml, base: JsonCell, make_c
     calls = 0
     with LoadSampler(nvml) as sampler:
         took = keep_busy(batch, _LOAD_SECONDS)
-    rate = calls * bytes_a_call / took
+    rate = calls * bytes_per_call / took
     cell = {**base, "status": "ok", "verdict": "OK", "reason": None, "provenance": "measured",
             "facts": {**sampler.values, "payload_bytes_per_s": rate}, "flags": [f"{k}: {v}" for k, v in sampler.unread.items()]}
     if wire := sampler.sent if base["op"] == "d2h" else sampler.received:

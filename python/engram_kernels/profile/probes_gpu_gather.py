@@ -31,7 +31,7 @@ class Shape:
     Attributes:
         placement: "hbm", "uva" or "staged".
         row_bytes, table_bytes: as in the report.
-        rows: ids a call, which are what is in flight.
+        rows: ids per call, which are what is in flight.
         cold: fresh random ids in each call; False: the same ids again and again.
     """
     placement: str

@@ -25,7 +25,7 @@ from engram_kernels.table.row_table import RowTable
 
 MIB = 1 << 20
 _CONTROL_BYTES = 8 * MIB
-V41_ROW_BYTES, V41_ROW_DIM, V41_COLUMNS = 264, 256, 24  # DeepSeek-V4.1-Flash: packed fp8 rows, 24 a token and layer
+V41_ROW_BYTES, V41_ROW_DIM, V41_COLUMNS = 264, 256, 24  # DeepSeek-V4.1-Flash: packed fp8 rows, 24 per token and layer
 _MAX_CALL_BYTES = 32 * MIB  # payload of a call
 # every byte of a table: as fp8 and as bf16 an ordinary number, as a scale 2^-7 (zeros are 2^-127: subnormal arithmetic)
 ROW_FILL = 120
@@ -216,7 +216,7 @@ class Shape:
 
     Attributes:
         row_bytes, table_bytes, order, threads: as in the report.
-        rows: ids a call.
+        rows: ids per call.
         prefetch: None: gather_rows; else the plain loop, which asks for rows this far ahead.
     """
     row_bytes: int
@@ -274,21 +274,21 @@ def shapes(session: Session, sizes: list[int], huge_pages: bool, has_trace: bool
     """The points to measure, those that a planner needs most first: a run may end before the last."""
     row_sizes = (64, V41_ROW_BYTES, 512, 4096) if session.quick else (64, 128, 256, V41_ROW_BYTES, 512, 1024, 2048, 4096)
     all_threads, largest = len(allowed_cpus()), sizes[-1]
-    main = [Shape(row, size, "uniform", threads, rows_a_call(row))
+    main = [Shape(row, size, "uniform", threads, rows_per_call(row))
             for size in reversed(sizes) for row in row_sizes for threads in sorted({1, all_threads}, reverse=True)]
     if not huge_pages:
         return [s for s in main if s.row_bytes in (V41_ROW_BYTES, 512) and (s.threads == all_threads or not session.quick)]
     calls = [Shape(row, largest, "uniform", threads, rows) for row in (V41_ROW_BYTES, 512)
              for rows in (V41_COLUMNS, 16 * V41_COLUMNS) for threads in sorted({1, all_threads})]
-    orders = [Shape(row, largest, order, all_threads, rows_a_call(row))
+    orders = [Shape(row, largest, order, all_threads, rows_per_call(row))
               for row in ((512,) if session.quick else (V41_ROW_BYTES, 512))
               for order in ("sorted", "deduplicated", "zipf", *(["trace"] if has_trace else []))]
-    plain = [Shape(512, largest, "uniform", 1, rows_a_call(512), prefetch) for prefetch in _PREFETCH]
+    plain = [Shape(512, largest, "uniform", 1, rows_per_call(512), prefetch) for prefetch in _PREFETCH]
     smaller = [s for s in main if s.table_bytes < largest]
     return [*(s for s in main if s.table_bytes == largest), *calls, *orders, *plain, *smaller]
 
 
-def rows_a_call(row_bytes: int) -> int:
+def rows_per_call(row_bytes: int) -> int:
     """Rows of a large call."""
     return min(1 << 16, _MAX_CALL_BYTES // row_bytes)
 

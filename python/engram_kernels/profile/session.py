@@ -68,7 +68,7 @@ class Session:
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     complete: bool = False
-    peak_again: dict[str, Callable[[], float]] = field(default_factory=dict)  # measures the peak of this name: bytes a second
+    peak_again: dict[str, Callable[[], float]] = field(default_factory=dict)  # measures the peak of this name: bytes per second
     tick: Callable[[], None] = lambda: None  # a cell is done
     control: Callable[[], float] | None = None  # seconds of a fixed piece of work, before each sample of the probe that runs
 

@@ -85,7 +85,7 @@ def cut_text(probe: dict[str, Any]) -> str:
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
-    """Peaks, then a verdict a probe with what to do."""
+    """Peaks, then a verdict per probe with what to do."""
     lines = [f"peak {name}: {peak['bytes_per_s'] / 1e9:.4g} GB/s, {peak['provenance']}, {peak['source']}"
              for name, peak in report["peaks"].items()]
     for name, probe in report["probes"].items():

@@ -149,7 +149,7 @@ def measure(run: Callable[[], object], control: Callable[[], object] | None = No
         clock: seconds; injected by tests.
 
     Returns:
-        The summaries of `run` and `control`, in seconds a call; the flag "spread 12 %" where `spread` was not reached.
+        The summaries of `run` and `control`, in seconds per call; the flag "spread 12 %" where `spread` was not reached.
     """
     def timed(work: Callable[[], object]) -> Callable[[], float]:
         def seconds() -> float:

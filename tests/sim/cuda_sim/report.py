@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cuda_sim import Launch, build
 from cuda_sim.report_cases import CASES
 
-# H100 SXM data sheet (assumed): HBM3 bytes a second; 132 multiprocessors, 4 schedulers each, one warp instruction a cycle
-MEMORY_BYTES_A_SECOND = 3.35e12
-WARP_INSTRUCTIONS_A_SECOND = 132 * 4 * 1.755e9
+# H100 SXM data sheet (assumed): HBM3 bytes per second; 132 multiprocessors, 4 schedulers each, one warp instruction per cycle
+MEMORY_BYTES_PER_S = 3.35e12
+WARP_INSTRUCTIONS_PER_S = 132 * 4 * 1.755e9
 HEADLINE = ("Simulated, not measured: PTX for sm_90 executed instruction by instruction, registers and spills from ptxas. The "
             "bound is the larger of memory and issue time by the H100 data sheet (3.35 TB/s; 132 multiprocessors at 1.755 GHz), "
             "for this shape at any number of tokens that fills the GPU. Sectors are under the ideal where lanes read the same "
@@ -65,7 +65,7 @@ def row(case: Case) -> str:
     usages = [build().usage(_file_of(launch))[launch.kernel] for launch in launches]
     instructions = sum(launch.result.thread_instructions for launch in launches)
     warps = sum(launch.result.warp_instructions for launch in launches)
-    memory_s, issue_s = moved / MEMORY_BYTES_A_SECOND, warps / WARP_INSTRUCTIONS_A_SECOND
+    memory_s, issue_s = moved / MEMORY_BYTES_PER_S, warps / WARP_INSTRUCTIONS_PER_S
     bound = "memory" if memory_s >= issue_s else "issue"
     per_unit = max(memory_s, issue_s) / case.units * 1e9
     shared = max(launch.shared_bytes + usage.static_shared_bytes for launch, usage in zip(launches, usages, strict=True))

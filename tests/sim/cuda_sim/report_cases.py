@@ -30,7 +30,7 @@ NUM_ROWS = 960
 
 def ngram_hash():
     tokens = 2048
-    return ("ngram_hash", "2 layers, 48 ids a token", lambda: [run_v41(tokens, 1)], tokens * (4 + 48 * 4), tokens * 48, "id")
+    return ("ngram_hash", "2 layers, 48 ids per token", lambda: [run_v41(tokens, 1)], tokens * (4 + 48 * 4), tokens * 48, "id")
 
 
 def gather_rows(row_format, as_stored=False):
@@ -59,7 +59,7 @@ def gate_bwd():
     inputs = gate_inputs(tokens, BRANCHES, HIDDEN_SIZE, weight_dtype=torch.bfloat16)
     grad_out = torch.randn(tokens, BRANCHES, HIDDEN_SIZE).bfloat16()
     least = (5 * BRANCHES + 2) * tokens * HIDDEN_SIZE * 2
-    return ("gate backward", "bf16, M 4, H 5120, 12 tokens a block",
+    return ("gate backward", "bf16, M 4, H 5120, 12 tokens per block",
             lambda: simulate_gate_bwd(inputs, grad_out, device=Device(multiprocessors=2))[1], least, tokens * BRANCHES,
             "token and branch")
 
@@ -74,7 +74,7 @@ def gather_gate(backward, tokens=24):
         inputs = [hidden, ids, *weights]
         least = tokens * (columns * (row_bytes + 4) + ((3 * BRANCHES + 1) if backward else 2 * BRANCHES) * HIDDEN_SIZE * 2)
         if backward:
-            return ("gather_gate backward", "packed fp8, M 4, H 5120, 12 tokens a block",
+            return ("gather_gate backward", "packed fp8, M 4, H 5120, 12 tokens per block",
                     lambda: simulate_gather_gate_bwd(table, inputs, random_grad(inputs), device=Device(multiprocessors=2))[1],
                     least, tokens * BRANCHES, "token and branch")
         return ("gather_gate", "packed fp8, M 4, H 5120",
@@ -88,13 +88,13 @@ def gather_rows_bwd():
     grad = torch.randn(positions, ROW_DIM).bfloat16()
     ids = torch.randint(0, num_rows, (positions,), generator=torch.Generator().manual_seed(12))
     least = positions * (2 * ROW_DIM + 16) + len(ids.unique()) * 2 * ROW_DIM  # sorted ids and their positions, 8 bytes each
-    return ("gather_rows backward", "bf16, 2 positions a row, after the sort",
+    return ("gather_rows backward", "bf16, 2 positions per row, after the sort",
             lambda: simulate_gather_rows_bwd(grad, ids, num_rows, torch.bfloat16)[1], least, positions, "position")
 
 
 def short_conv(tokens=20):
     args = short_conv_inputs([tokens], BRANCHES, HIDDEN_SIZE)
-    return ("short_conv", "bf16, M 4, H 5120, 20 tokens a block",
+    return ("short_conv", "bf16, M 4, H 5120, 20 tokens per block",
             lambda: simulate_short_conv(*args, 3, device=Device(multiprocessors=1))[2],
             2 * tokens * BRANCHES * HIDDEN_SIZE * 2, tokens * BRANCHES, "token and branch")
 
@@ -111,7 +111,7 @@ def short_conv_decode(sequences=8):
 def short_conv_bwd(tokens=40):
     args = short_conv_inputs([tokens], 1, HIDDEN_SIZE)
     grad_out = torch.randn(args[0].shape).bfloat16()
-    return ("short_conv backward", "bf16, H 5120, 40 tokens a block",
+    return ("short_conv backward", "bf16, H 5120, 40 tokens per block",
             lambda: simulate_short_conv_bwd(grad_out, *args, 3, device=Device(multiprocessors=1))[2],
             3 * tokens * HIDDEN_SIZE * 2, tokens, "token and branch")
 
