@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 OPS = sorted(p.stem for p in (ROOT / "python/engram_kernels/ops").glob("[!_]*.py"))
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(t for t in TRACKED if re.fullmatch(r"docs/\w+\.md", t))]
-FILES = [t for t in TRACKED if (ROOT / t).exists()]
+ENDS = {"/".join(Path(t).parts[n:]) for t in TRACKED if (ROOT / t).exists() for n in range(len(Path(t).parts))}
 CODE = sorted(t for t in TRACKED if t.endswith((".py", ".h", ".cpp", ".cu")) and not t.startswith("tests/golden/"))
 MAX_LINES, MAX_WORDS, MAX_PARAGRAPH_WORDS, MAX_CELL = 150, 1300, 50, 120
 # files of other projects and of the user that a comment may name
@@ -144,11 +144,8 @@ def comments(path):
 
 def exists(name, beside):
     """Whether a named file is there: from the root, from the naming file's folder, or as the end of a tracked path."""
-    for op in OPS if "<op>" in name else [""]:
-        path = name.replace("<op>", op)
-        if (ROOT / path).exists() or ((ROOT / beside).parent / path).exists() or any(f"/{t}".endswith(f"/{path}") for t in FILES):
-            return True
-    return False
+    paths = [name.replace("<op>", op) for op in OPS] if "<op>" in name else [name]
+    return any(path in ENDS or (ROOT / path).exists() or ((ROOT / beside).parent / path).exists() for path in paths)
 
 
 @pytest.mark.parametrize("page", PAGES)
