@@ -203,7 +203,7 @@ def device_interrupts():
 
 
 def overlap_figures(steps, cpu):
-    """With the calling thread, which computes, on one CPU; those that fetch are where the system puts them."""
+    """Figures of steps with the calling thread, which computes, on one CPU; the system places the threads that fetch."""
     os.sched_setaffinity(0, {cpu})
     steps.prefetched()
     before, interrupts = steps.pf.stats(), device_interrupts()[cpu]

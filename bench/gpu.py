@@ -99,7 +99,7 @@ def gate_backward_calls(tokens):
 
 
 def gather_gate_calls(tokens, table):
-    """Of 20 rows per token; the peer: our gather_rows, then our gate."""
+    """Calls of gather_gate with 20 rows per token, and of its peer: our gather_rows, then our gate."""
     columns = H // D
     ids = [torch.randint(0, table.num_rows, (tokens, columns), device="cuda") for _ in range(CALLS)]
     hidden, w_hidden, w_key = randn(tokens, M, H), randn(M, H), randn(M, H)

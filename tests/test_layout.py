@@ -82,6 +82,6 @@ def test_tracked_files_name_no_machine():
 
 
 def test_layout_compiled_code_uses_no_iostreams():
-    """With two C++ libraries in a process they crash: csrc/common/text.h. STABLE_ macros are newer than torch 2.10."""
+    """iostreams crash with two C++ libraries in a process (csrc/common/text.h). STABLE_ macros are newer than torch 2.10."""
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         assert not re.search(r"#include <(sstream|fstream|iostream|iomanip)>|STABLE_TORCH_ERROR", path.read_text()), path

@@ -40,7 +40,7 @@ def load_constants(weight, norm_weight, m, c, SIZE: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def constants_of(held, weight, norm_weight, m, c, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
                  HOLD: tl.constexpr):
-    """Those of tile c, from registers or from memory."""
+    """Weights and norm weight of tile c, from registers or from memory."""
     if HOLD:
         found = ()
         for j in tl.static_range(WIDTH + 1):
@@ -333,7 +333,7 @@ def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Ten
 
 
 def warps_of(size: int) -> int:
-    """Of a program, by the row alone, so that every launch sums a row in the same order."""
+    """Warps of a program. The row alone decides, so that every launch sums a row in the same order."""
     return 4 if size <= 4 * 32 * ELEMENTS_A_THREAD else 8
 
 

@@ -126,7 +126,7 @@ def expect_writable(option: str, path: Path | None) -> None:
 
 
 def expect_writable_folder(option: str, path: Path | None) -> None:
-    """The same for a folder that files are put into."""
+    """Raises UsageError unless files can be put into a folder."""
     if path is None:
         return
     if path.exists() and not path.is_dir():

@@ -37,7 +37,7 @@ def memory_room(found: dict[str, Any]) -> int | None:
 
 
 def lines(info: dict[str, Any]) -> list[str]:
-    """The same for reading."""
+    """Lines of text that say what `collect` found."""
     machine, limits = info["machine"], info["limits"]
     out = ["versions   " + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version),
            f"machine    {machine['cpu']}, {machine['cores']} cores, kernels run as {machine['cpu_kernels']}",

@@ -109,8 +109,8 @@ def test_flip_by_room_is_the_size_of_the_table():
 
 
 def test_flip_by_the_hit_rate():
-    """Of 2.048 ms by UVA the cache saves what it holds; staging takes 1.152 ms, and frees more, so 0.1 % of the step in favour of
-    the cache are a tie: it wins from a hit rate of 1 - 1.142 / 2.048 = 0.4424 on."""
+    """The cache saves what it holds of 2.048 ms by UVA. Staging takes 1.152 ms and frees more, so 0.1 % of the step in favour
+    of the cache are a tie: it wins from a hit rate of 1 - 1.142 / 2.048 = 0.4424 on."""
     node, work = machine(hbm_bytes=1e9, disk_bytes=1), workload(cache=1e6, hits=0.4)
     assert make_plan(work, node).winner == "staged"
     name = "hit rate of the hot-row cache"

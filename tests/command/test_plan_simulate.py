@@ -120,7 +120,7 @@ def test_gpus_of_a_node_share_host_and_disk_but_not_links(placement, wait_ms):
 
 
 def test_shards_exchange_their_part_and_all_wait_for_all():
-    """Of 2.048 MB per GPU, (n - 1) / n come from the other nodes, at 0.5 GB/s: once per GPU, in each of four pieces."""
+    """(n - 1) / n of 2.048 MB per GPU come from the other nodes, at 0.5 GB/s: once per GPU, in each of four pieces."""
     for nodes in (1, 2, 4):
         result = simulate(workload(nodes=nodes, gpus=2), machine(host_copy=1e15, link=1e15), Schedule("staged", 1))
         sent = [task for task in result.tasks if isinstance(task.stream, tuple) and task.stream[-1] == "network"]

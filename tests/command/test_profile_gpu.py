@@ -267,7 +267,7 @@ def test_profile_gpu_each_placement_has_a_part_of_the_time(compiled):
 
 
 def test_profile_gpu_alias_is_no_copy(monkeypatch):
-    """Of memory that is registered with another device torch makes a copy: that would be measured in place of the link."""
+    """torch copies memory that is registered with another device, and that copy would be measured in place of the link."""
     gpu, pinned = object.__new__(TorchGpu), torch.zeros(64, dtype=torch.uint8)
     gpu.device = torch.device("cpu")
     seen = []

@@ -141,7 +141,7 @@ def test_gather_gate_bwd_of_masked_tokens(row_dim, multiprocessors):
 
 @pytest.mark.parametrize("row_dim", [64, 13], ids=["tokens", "plain"])
 def test_gather_gate_bwd_bad_ids_are_rows_of_zeros(row_dim):
-    """And are not read: the table has no byte before its first row or behind its last."""
+    """Ids out of range are rows of zeros and are not read: the table has no byte before its first row or behind its last."""
     table, inputs = Table("bf16", row_dim), make_inputs(2, 2, 3, row_dim)
     inputs[1] = torch.tensor([[-1, 50, 3], [-2, 2**40, -2**63]])
     grad_out = random_grad(inputs)

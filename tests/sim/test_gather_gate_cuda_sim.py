@@ -297,7 +297,7 @@ def test_gather_gate_bank_conflicts(v41):
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_gather_gate_reads_each_sector_once(row_format):
-    """Of the rows and their scales in every format, and without bank conflicts."""
+    """Each sector of the rows and their scales is read once, in every format, without bank conflicts."""
     rows, scales = random_rows(row_format, 120, ROW_DIM, torch.Generator().manual_seed(11))
     hidden, ids, *weights = make_inputs(6, 1, 20, ROW_DIM)
     ids = torch.randperm(120, generator=torch.Generator().manual_seed(12)).reshape(ids.shape)
@@ -340,8 +340,8 @@ def staging_turns(ops):
 
 
 def instructions_a_token(code, warps, branches=BRANCHES):
-    """Of a block, at most: on the longest way through the loop over tokens. Rows are described by the first warp, and a branch
-    is scored by one warp."""
+    """Machine instructions that a block executes per token at most, on the longest way through the loop over
+    tokens. The first warp describes the rows, and one warp scores each branch."""
     loop = token_loop(code)
     barriers = [i for i, (_, _, op, _) in enumerate(loop) if op.startswith("BAR")]
     assert len(barriers) == 3

@@ -255,7 +255,7 @@ def cost_of(row_format, row_dim, as_stored, multiprocessors):
 
 @pytest.fixture(scope="module", params=COSTS.values(), ids=COSTS.keys())
 def cost(request):
-    """Of a large batch."""
+    """Cost of a large batch."""
     return cost_of(*request.param, multiprocessors=1)
 
 
@@ -345,7 +345,7 @@ ROWS_AT_ONCE = 8  # kRowsAtOnce
 @pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
 @pytest.mark.parametrize("row_format, as_stored, lines, vectors, most, peer", EXECUTED.values(), ids=EXECUTED.keys())
 def test_gather_rows_executes_fewer_machine_instructions_than_peers(row_format, as_stored, lines, vectors, most, peer):
-    """Of a tile of a large batch of valid ids, set-up included, on the longest way through all that such a tile can meet."""
+    """Counted for a tile of a large batch of valid ids, set-up included, on the longest way that such a tile can take."""
     rows, scales = random_rows(row_format, 2, 256, torch.Generator().manual_seed(13))
     ids = torch.zeros(512, dtype=torch.int32)
     launch = simulate(rows, scales, ids, row_format, 256, as_stored=as_stored, device=Device(multiprocessors=1))[2][0]

@@ -119,7 +119,7 @@ def test_short_conv_walks_on_from_a_state():
 
 
 def test_short_conv_bits_depend_on_no_path():
-    """The same tokens by all three kernels, with and without 16-byte alignment, over one block and over many."""
+    """Tokens give the same bits by all three kernels, with and without 16-byte alignment, over one block and over many."""
     x, weight, norm_weight, cu = make_inputs([150, 30], 3, 2056, 4)
     wide = torch.zeros(180, 4, 2063, dtype=BF16)
     wide[:, 1:, 3:2059] = x

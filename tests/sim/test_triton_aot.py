@@ -21,7 +21,7 @@ def assert_compiles_without_spills(variants, target):
 
 
 def without_options(variants):
-    """With and without each optional argument is compiled for V4.1 on sm_90, of int32 ids; elsewhere without is enough."""
+    """The variants without optional arguments. Those with them are compiled for V4.1 on sm_90 with int32 ids only."""
     from engram_kernels.triton_runtime.launch import ABSENT
     return [v for v in variants if v.types.count(ABSENT) == max(w.types.count(ABSENT) for w in variants if w.kernel is v.kernel)]
 

@@ -60,7 +60,7 @@ class FakeGpu(TorchGpu):
 
 
 class NvmlError(Exception):
-    """As pynvml raises it."""
+    """The error that pynvml raises."""
 
 
 CALLS = {

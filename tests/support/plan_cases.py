@@ -30,14 +30,14 @@ def machine(**changes):
 
 
 def cpu_machine(**changes):
-    """The same where the CPU computes."""
+    """A `machine` without a GPU, where the CPU computes."""
     gone = dict.fromkeys(("hbm_bytes", "hbm_stream", "hbm_gather", "uva", "link", "nvlink", "gpu_latency", "copy_latency",
                           "gather_share"))
     return machine(**(gone | changes))
 
 
 def repeats(unique=1.0, hits=0.0):
-    """The same unique ratio and hit rate whatever the size."""
+    """Repeats with one unique ratio and one hit rate, whatever the size."""
     return Repeats(tuple((at, measured(unique, "1", "synthetic")) for at in (1.0, 1e12)),
                    tuple((at, measured(hits, "1", "synthetic")) for at in (1.0, 1e15)))
 

@@ -96,7 +96,7 @@ def in_thread(run):
 
 
 def num_threads():
-    """Of this process, without those that the kernel makes for io_uring."""
+    """Threads of this process, without those that the kernel makes for io_uring."""
     names = []
     for path in Path("/proc/self/task").glob("*/comm"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -105,7 +105,7 @@ def num_threads():
 
 
 def exit_status(run):
-    """Of a child that runs `run` and ends: its exit status, negative where a signal ended it."""
+    """Exit status of a child that runs `run` and ends; negative where a signal ended it."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -19,7 +19,7 @@ ROW_FORMAT, SAMPLES, DEPTH = "fp8_e4m3_block32", 10, 8
 
 
 class MallInfo2(ctypes.Structure):
-    """Of glibc's malloc.h."""
+    """struct mallinfo2 of glibc's malloc.h."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in (
         "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]

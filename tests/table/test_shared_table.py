@@ -111,7 +111,7 @@ def test_shared_table_by_another_process(worker, shm):
 
 
 def test_shared_table_goes_with_a_program_that_ends(shm):
-    """Its table is still in use then."""
+    """A program that ends with its table in use removes the segment."""
     script = ("import os, sys, torch\nfrom engram_kernels.table.row_table import RowTable\n"
               "table = RowTable.from_tensor(torch.ones(9, 8), row_format='f32').share('t', directory=sys.argv[1])\n"
               "print(os.listdir(sys.argv[1]))")
@@ -315,7 +315,7 @@ def test_shared_table_in_huge_pages(huge, compiled, shm, request):
 
 
 def test_shared_table_is_the_only_copy(compiled, shm, tmp_path):
-    """From a file of 192 MiB: what the process holds privately grows by the reader's buffers, not by the table."""
+    """Sharing a file of 192 MiB: what the process holds privately grows by the reader's buffers, not by the table."""
     rows = torch.ones(192 << 11, 256, dtype=torch.bfloat16)
     rows[:, 0] = torch.arange(192 << 11).bfloat16()
     RowTable.create(tmp_path / "t", rows)

@@ -59,7 +59,7 @@ def test_shared_table_user_is_killed(worker, shm):
 
 
 def test_shared_table_maker_is_killed(worker, shm):
-    """Those who use it go on, others may still join, and the last one removes it."""
+    """Users of the segment go on, others may still join, and the last one removes it."""
     maker, user = worker(), worker()
     assert maker.do(f"t = {SHARE}") == "done" and user.do(ATTACH) == "done"
     maker.kill()

@@ -138,7 +138,7 @@ def _measured_elsewhere(h200: Hardware) -> Hardware:
 
 
 def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | None, disk_bytes: float | None) -> Hardware:
-    """The same machine with the room for tables that the command line gives.
+    """A machine like `hardware` with the room for tables that the command line gives.
 
     Raises:
         ValueError: a size is not positive, or device memory is given where there is no GPU.
@@ -156,7 +156,7 @@ def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | N
 
 
 def this_node(hardware: Hardware, host_bytes: int | None, disk_bytes: int | None) -> Hardware:
-    """The same machine with the memory and disk that are free here, as far as they are known."""
+    """A machine like `hardware` with the memory and disk that are free here, as far as they are known."""
     changes: dict[str, Any] = {}
     if host_bytes is not None:
         changes["host_bytes"] = measured(0.8 * host_bytes, "B", "80 % of the memory that is free here, and that limits leave")

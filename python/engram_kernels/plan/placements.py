@@ -47,7 +47,7 @@ class Lookup:
 
     @property
     def seconds(self) -> Quantity:
-        """From submit to the last row where nothing else runs: a pipeline of equal pieces."""
+        """Seconds from submit to the last row where nothing else runs: a pipeline of equal pieces."""
         parts = [stage.seconds for stage in self.stages]
         return derived("s", lambda latency, *s: latency + sum(s) / CHUNKS + max(s) * (CHUNKS - 1) / CHUNKS, self.latency, *parts)
 
@@ -180,7 +180,7 @@ def _to_device(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:
 
 
 def _latency(work: Workload, node: Hardware, *parts: Quantity | None) -> Quantity:
-    """Those that there are, and a hop over the network where shards are exchanged."""
+    """The sum of the latencies that there are, and of a hop over the network where shards are exchanged."""
     hop = node.network_latency if work.nodes.value > 1 else None
     return total("s", [part for part in (*parts, hop) if part is not None])
 

@@ -44,7 +44,7 @@ class Quantity:
             raise ValueError(f"Quantity: {self.value} {self.unit} has no source")
 
     def scaled(self, factor: float) -> Quantity:
-        """The same, `factor` times as large."""
+        """A quantity `factor` times as large, of the same source."""
         return replace(self, value=self.value * factor)
 
     def as_json(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Surface:
         return interpolate(columns, table_bytes, "a table of {:,.0f} bytes")
 
     def scaled(self, factor: float) -> Surface:
-        """The same, `factor` times as fast."""
+        """A surface whose rates are `factor` times as large."""
         return Surface(tuple((row, table, rate.scaled(factor)) for row, table, rate in self.points))
 
 

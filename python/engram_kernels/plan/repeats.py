@@ -62,7 +62,7 @@ class Repeats:
 
 
 def published_repeats(spec: EngramSpec, kind: str, phase: str) -> Repeats:
-    """Those of a kind of text as docs/dedup_and_cache.md has them: measured on the hash of DeepSeek-V4.1, assumed for others.
+    """Repeats of a kind of text, from docs/dedup_and_cache.md: measured on the hash of DeepSeek-V4.1, assumed for others.
 
     Raises:
         ValueError: no such kind or phase.
@@ -97,7 +97,7 @@ def constant_repeats(unique_ratio: float | None, hit_rate: float | None, otherwi
 
 
 def zipf_repeats(spec: EngramSpec, exponent: float) -> Repeats:
-    """Those of rows that are drawn independently, the k-th most frequent with probability proportional to ``k**-exponent``.
+    """Repeats of rows drawn independently, the k-th most frequent with probability proportional to ``k**-exponent``.
 
     Expected values: ``sum_k 1 - (1 - p_k)**n`` distinct of n draws; a cache holds the most frequent rows. Assumed, because
     no text is drawn so.
@@ -127,7 +127,7 @@ def zipf_repeats(spec: EngramSpec, exponent: float) -> Repeats:
 
 
 def text_repeats(spec: EngramSpec, text: Path, phase: str) -> Repeats:
-    """Those of a text, hashed with the spec's true layout; the spec's first layer stands for all.
+    """Repeats of a text, hashed with the spec's true layout; the spec's first layer stands for all.
 
     Raises:
         DemoError: the text or the tokenizer cannot be used.
@@ -154,7 +154,7 @@ def unique_ratio(rows: np.ndarray, batch: int) -> float:
 
 
 def unique_ratio_of_sequences(rows: np.ndarray, sequences: int) -> float:
-    """The same where a batch is a token of each of so many sequences: the text cut into equal parts, read in step."""
+    """Unique ratio where a batch is one token of each of so many sequences: the text cut into equal parts, read in step."""
     length = len(rows) // sequences
     steps = rows[:length * sequences].reshape(sequences, length, -1)
     at = range(0, length, max(length // 2000, 1))

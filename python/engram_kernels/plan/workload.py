@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def distinct(self) -> Quantity:
-        """Those that are left after duplicates within the step are dropped."""
+        """Rows that are left after duplicates within the step are dropped."""
         return derived("rows", lambda n, u: n * u, self.requested, self.repeats.unique_ratio(self.tokens.value))
 
     @property

@@ -133,7 +133,7 @@ class PythonRuntime:
         self._worker.join()
 
     def counters(self) -> dict[str, Any]:
-        """As the compiled runtime's; without `unique` and hits, which it does not know."""
+        """Counters of the compiled runtime, without `unique` and hits, which this one does not know."""
         with self._changed:
             names = ("requests", "failed", "cancelled", "requested")
             return {**{name: self._counts[name] for name in names}, "fetch_s": self._fetch_s, "exposed_wait_s": self._wait_s,

@@ -37,7 +37,7 @@ class TorchGpu:
 
     @property
     def uuid(self) -> str | None:
-        """Of the device; None where this torch does not tell."""
+        """UUID of the device; None where this torch does not tell."""
         uuid = getattr(torch.cuda.get_device_properties(self.device), "uuid", None)
         return None if uuid is None else str(uuid)
 
@@ -50,7 +50,7 @@ class TorchGpu:
 
     @property
     def name(self) -> str:
-        """Of the device."""
+        """Name of the device."""
         return torch.cuda.get_device_name(self.device)
 
     def free_bytes(self) -> int:
@@ -105,7 +105,7 @@ class TorchGpu:
         return self.seconds_beside(calls, ())
 
     def seconds_beside(self, calls: Sequence[Call], others: Sequence[Call]) -> float:
-        """The same while `others` run on another stream; both start together.
+        """Seconds that `calls` take while `others` run on another stream; both start together.
 
         Raises:
             Skip: a call waits for the device, so that the others cannot be queued behind a blocked stream.

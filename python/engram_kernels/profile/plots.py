@@ -79,7 +79,7 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
 
 
 def _apart(ticks: list[float]) -> list[float]:
-    """Those whose labels do not touch on a logarithmic axis; the largest stays."""
+    """The ticks whose labels do not touch on a logarithmic axis; the largest stays."""
     kept: list[float] = []
     for tick in reversed(ticks):
         if not kept or kept[-1] >= _LABEL_FACTOR * tick:

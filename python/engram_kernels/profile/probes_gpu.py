@@ -72,7 +72,7 @@ def link_control(gpu: Any) -> Callable[[], float]:
 
 
 def memory_control(gpu: Any) -> Callable[[], float]:
-    """The same of the device's memory: 64 MiB copied, less where there is little."""
+    """A control of the device's memory: the seconds that copying 64 MiB takes, less where there is little."""
     size = min(64 * MIB, gpu.free_bytes() // 16)
     call = _copy(gpu.empty(size), gpu.empty(size))
     return lambda: float(gpu.seconds([call] * 2))

@@ -170,7 +170,7 @@ class Session:
         return self.seconds_left() <= 0
 
     def seconds_left(self) -> float:
-        """Of the probe that runs."""
+        """Seconds left to the probe that runs."""
         return self._deadline - self.clock()
 
     def skip(self, cell: JsonCell, kind: str, text: str) -> JsonCell:

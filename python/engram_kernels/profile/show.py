@@ -10,7 +10,7 @@ HEAD = ("probe", "what", "median", "95 % interval", "rate", "of peak", "verdict"
 
 
 def bytes_text(num_bytes: float | None) -> str:
-    """Such as "64 MiB"."""
+    """Bytes as a person reads them, such as "64 MiB"."""
     if num_bytes is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):
@@ -21,7 +21,7 @@ def bytes_text(num_bytes: float | None) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Such as "1.23 ms"."""
+    """Seconds as a person reads them, such as "1.23 ms"."""
     for unit, scale in (("ns", 1e9), ("us", 1e6), ("ms", 1e3)):
         if seconds * scale < 1000:
             return f"{seconds * scale:.3g} {unit}"

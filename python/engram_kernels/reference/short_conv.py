@@ -14,7 +14,7 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
 
 def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, positions: Tensor, dilation: int,
                       eps: float, state: Tensor) -> Tensor:
-    """As `short_conv`, for chunks that continue sequences; writes the last inputs into the ring `state`."""
+    """x + silu(conv(norm(x))) [T, M, H] for chunks that continue sequences; writes the last inputs into the ring `state`."""
     slots = state.shape[1]
     before = []
     for sequence, position in enumerate(positions.tolist()):

@@ -223,7 +223,7 @@ class _Part:
         return np.frombuffer(data, np.uint8).reshape(ids.size, self._width)
 
     def leave_page_cache(self) -> None:
-        """From here on `read` reads what is on disk."""
+        """Drops the file from the page cache, so that `read` reads what is on disk from here on."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def put_in_place(self, header: bytes) -> None:

@@ -63,7 +63,7 @@ class Manifest:
     owner_start: int = dataclasses.field(default_factory=lambda: start_time(os.getpid()) or 0)
 
     def owner(self) -> str:
-        """Its maker, in words."""
+        """The maker of the segment, in words."""
         alive = self.owner_start != 0 and start_time(self.owner_pid) == self.owner_start
         return f"process {self.owner_pid}, which {'is running' if alive else 'is gone'}"
 
@@ -250,7 +250,7 @@ def release(fd: int, path: Path, pid: int | None = None) -> None:
 
 
 def downgrade(fd: int, path: Path) -> bool:
-    """From the lock of the maker to that of a user; False: it was lost in between, and is closed."""
+    """Turns the lock of the maker into that of a user; False: the segment was lost in between, and is closed."""
     fcntl.flock(fd, fcntl.LOCK_SH)
     if is_linked(fd, path):
         return True

@@ -107,7 +107,7 @@ def stem(op: str) -> str:
 
 @functools.cache
 def argument_names(op: str) -> tuple[str, ...]:
-    """Those of the launch function, in order."""
+    """Names of the launch function's arguments, in order."""
     return tuple(inspect.signature(launch_function(op)).parameters)
 
 

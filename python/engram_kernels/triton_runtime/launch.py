@@ -30,7 +30,7 @@ ABSENT, ALIGNMENT = "absent", 16
 
 # triton.cdiv and triton.next_power_of_2 take microseconds of the host's time
 def ceil_div(count: int, by: int) -> int:
-    """Of positive numbers."""
+    """count / by, rounded up; both positive."""
     return -(-count // by)
 
 
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
 
     @property
     def types(self) -> tuple[str, ...]:
-        """Of the runtime arguments, as Triton spells them; or ABSENT."""
+        """Types of the runtime arguments, as Triton spells them, or ABSENT."""
         return (*(ABSENT if x is None else POINTER_TYPES[x] for x in self.dtypes), *(NUMBER_TYPES[x] for x in self.numbers))
 
     def compile(self, target: GPUTarget) -> Any:
@@ -129,7 +129,7 @@ def compiled_for(variant: Variant, device_index: int) -> Any:
 
 
 def current_target() -> GPUTarget:
-    """Of the current device."""
+    """Target of the current device."""
     return triton.runtime.driver.active.get_current_target()
 
 

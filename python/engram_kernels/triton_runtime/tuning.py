@@ -76,7 +76,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 
 def shape_class(num_tokens: int) -> str:
-    """Of a batch."""
+    """Class of a batch's size: "small" or "large"."""
     return "small" if num_tokens <= SMALL_BATCH else "large"
 
 

@@ -52,7 +52,7 @@ class Build:
         return (self.folder / op / f"{op}.ptx").read_text()
 
     def usage(self, op: str) -> dict[str, Usage]:
-        """Of every kernel of `op`, by mangled name."""
+        """Registers, spills and shared memory of every kernel of `op`, by mangled name."""
         out = {}
         log = (self.folder / op / "ptxas.log").read_text()
         for part in log.split("Compiling entry function '")[1:]:
