@@ -89,7 +89,7 @@ def check_memory(op: str, what: str, num_bytes: int) -> None:
 
 
 def check_private_memory(op: str, what: str, num_bytes: int) -> None:
-    """Checks memory that explicit huge pages may provide: those are set aside already and in no other limit. See `check_memory`."""
+    """Checks memory that explicit huge pages may provide: those are set aside already, in no limit of `check_memory`."""
     if huge_pool_bytes() < -(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES:
         check_memory(op, what, num_bytes)
 

@@ -200,7 +200,7 @@ SLACK_BYTES = 8 << 20  # threads, the allocator; the queue's buffers of the file
 
 @pytest.mark.parametrize("way", ["direct", "staged", "cached", "file"])
 def test_prefetch_memory_is_ring_cache_and_ids(way, tables):
-    """The formula of docs/prefetch.md: rings + caches + 40 bytes per id in flight + a constant. The table: 256 MiB, 64 in the file."""
+    """docs/prefetch.md: rings + caches + 40 bytes per id in flight + a constant. The table: 256 MiB, 64 in the file."""
     if way == "file":
         RowTable.create(tables.path, torch.zeros(1 << 18, 64), row_format="f32")
     run = subprocess.run([sys.executable, "-c", MEMORY, way, str(tables.path)], capture_output=True, text=True, check=True)
