@@ -1,4 +1,4 @@
-"""Triton kernels: one file an op, with its kernels and a launch function of the signature of reference/<op>.py plus `out`.
+"""Triton kernels: one file per op, with its kernels and a launch function of the signature of reference/<op>.py plus `out`.
 
 Nothing here imports Triton before an op runs on it; `engram_kernels.backends` says whether it can.
 """

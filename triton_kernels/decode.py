@@ -94,7 +94,7 @@ def row_args(rows: Tensor, scales: Tensor | None, row_format: str, row_dim: int)
     if row_format == "fp8_e4m3_block32_packed":
         scales = rows[:, row_dim:]
     stride = rows.stride(0)
-    # 8 stored bytes a thread make 16 bytes of bfloat16 output
+    # 8 stored bytes per thread make 16 bytes of bfloat16 output
     unit = math.gcd(stride, 16 // rows.element_size() if code == FLOAT.value else 8)
     return RowArgs(rows, scales, rows.shape[0], stride // unit, 0 if scales is None or scales.dim() == 1 else scales.stride(0),
                    code, unit)

@@ -1,12 +1,12 @@
 """Triton kernels of engram_forward. Contract: `engram_kernels.engram_forward`, csrc/kernels/engram_forward/engram_forward.h.
 
 Mapping  two launches. Scores: a program has TOKENS tokens and a part of one branch's key, COLUMNS_OF elements at a time; it
-         gathers and decodes the rows piece by piece as it multiplies them with w_kv, and of the product keeps three sums a token:
+         gathers and decodes the rows piece by piece as it multiplies them with w_kv, and of the product keeps three sums per token:
          of the squares of the key and of hidden, and of their weighted product. Values: a program adds the sums of a token's
          parts in order, then has the same product for the value, whose epilogue is the gate and the residual of every branch.
          Programs go through w_kv in groups of GROUP blocks of tokens, so that a block of w_kv is read from memory once a group
          and from L2 otherwise; a branch has as many parts as give the GPU enough programs.
-Traffic  hidden and the rows twice, w_kv and out once; 24 B a token, branch and part. Keys and values are never written.
+Traffic  hidden and the rows twice, w_kv and out once; 24 B per token, branch and part. Keys and values are never written.
 Limits   C, D, H and M are constants, so a model compiles once. Sums in float32.
 """
 import math

@@ -3,7 +3,7 @@
 Mapping  a program takes a tile of rows, all elements of each (wide rows in chunks); blocks of 32 elements are a dimension of the
          tile, so that a scale is loaded once. The backward has a program for each sorted position: that of a row's first position
          sums the row, the others leave.
-Traffic  every byte of a row once, the output once, 4 or 8 B an id.
+Traffic  every byte of a row once, the output once, 4 or 8 B per id.
 Limits   byte strides of rows are 64-bit; D is a constant, so a table's width compiles once.
 """
 import torch

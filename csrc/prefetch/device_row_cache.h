@@ -7,7 +7,7 @@
 //             cached; if the launch fails, what it admitted is forgotten. A slot is written by a launch behind those that read
 //             the row that leaves it: no block evicts what it uses itself.
 // Threads     used by one thread at a time, but for `clear`.
-// Cost        besides the rows on the device, kHostBytesPerSlot bytes a slot in host memory.
+// Cost        besides the rows on the device, kHostBytesPerSlot bytes per slot in host memory.
 #pragma once
 
 #include <atomic>

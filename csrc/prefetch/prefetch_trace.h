@@ -1,4 +1,4 @@
-// The last spans of a prefetcher, as a Chrome trace: a track a tier, and one for the caller.
+// The last spans of a prefetcher, as a Chrome trace: a track per tier, and one for the caller.
 #pragma once
 
 #include <chrono>

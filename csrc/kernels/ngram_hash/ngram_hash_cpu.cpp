@@ -5,7 +5,7 @@
 // Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so rounding
 //          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
 //          and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
-// Traffic  reads 4 or 8 B a token, writes 4 B * columns * layers a token, which bounds the kernel.
+// Traffic  reads 4 or 8 B per token, writes 4 B * columns * layers per token, which bounds the kernel.
 #include "kernels/ngram_hash/ngram_hash.h"
 
 #include <algorithm>
