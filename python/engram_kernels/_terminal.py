@@ -30,8 +30,8 @@ class Printer:
         self._width: int | None = None  # a file and a pipe have no end of a line
         if console is not None:
             self._width = console.width
-        elif self._out.isatty():
-            self._width = shutil.get_terminal_size().columns
+        elif (columns := terminal_columns(self._out)) is not None:
+            self._width = columns
             if "NO_COLOR" not in os.environ:
                 try:
                     from rich.console import Console
@@ -83,6 +83,11 @@ class Printer:
             print(text, file=self._out)
         else:
             self._console.print(text, style=style, markup=False)
+
+
+def terminal_columns(out: TextIO) -> int | None:
+    """How wide a terminal is; None: `out` is a file or a pipe, where a line has no end."""
+    return shutil.get_terminal_size().columns if out.isatty() else None
 
 
 class UsageError(Exception):

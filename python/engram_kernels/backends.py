@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
+from engram_kernels._names import BACKENDS
 from engram_kernels.triton_runtime import dispatch
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
 # "auto": the first of these that is available, by the device of the tensors
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"),
               "meta": ("cpu", "cuda", "reference")}  # no data, so a kernel's fake

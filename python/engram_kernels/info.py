@@ -1,4 +1,4 @@
-"""`engram-kernels info`: what this installation can do here, and why not the rest."""
+"""What this installation can do here, and why not the rest: versions, machine, limits, backends."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -11,6 +11,7 @@ import torch
 
 from engram_kernels import backends, capacity
 from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.table.file_reader import make_reader
 
 # of /proc/cpuinfo: what the kernels use, or could
 _CPU_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",
@@ -19,9 +20,9 @@ _PACKAGES = ("engram-kernels", "torch", "numpy", "triton", "nvidia-ml-py", "matp
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` shows, as JSON types; what cannot be found out is None."""
+    """Everything that `engram-kernels info` shows, as JSON types; what cannot be found out is None."""
     return {"versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-            "machine": _machine(), "limits": _limits(), "gpu": _gpus(),
+            "machine": _machine(), "limits": _limits(), "gpu": _gpus(), "file_reads": file_reads(),
             "backends": {op: {name: _explain(op, name) for name in backends.BACKENDS} for op in backends.ops()}}
 
 
@@ -36,29 +37,28 @@ def memory_room(found: dict[str, Any]) -> int | None:
     return min((num_bytes for num_bytes in known if num_bytes is not None), default=None)
 
 
-def lines(info: dict[str, Any]) -> list[str]:
-    """Lines of text that say what `collect` found."""
-    machine, limits = info["machine"], info["limits"]
-    out = ["versions   " + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version),
-           f"machine    {machine['cpu']}, {machine['cores']} cores, kernels run as {machine['cpu_kernels']}",
-           f"features   {' '.join(machine['cpu_features']) or 'not known'}",
-           f"memory     {_gib(machine['memory_bytes'])} in all, {_gib(machine['memory_free_bytes'])} free, "
-           f"transparent huge pages: {machine['huge_pages'] or 'none in this kernel'}",
-           f"limits     cgroup: {_gib(limits['cgroup_bytes'], 'none')}, "
-           f"free within all limits: {_gib(limits['memory_room_bytes'])}, "
-           f"memlock (mlock and RDMA, not CUDA): {_gib(limits['memlock_bytes'], 'none')}, "
-           f"/dev/shm: {_gib(limits['shm_free_bytes'], 'not there')}{'' if limits['shm_free_bytes'] is None else ' free'}, "
-           f"open files: {limits['open_files'] or 'no limit'}"]
-    out += [f"gpu        {gpu['name']}, {_gib(gpu['memory_bytes'])}, capability {gpu['capability']}" for gpu in info["gpu"]]
-    if not info["gpu"]:
-        out.append("gpu        none that torch can use")
-    for name in backends.BACKENDS:
-        by_reason: dict[str, list[str]] = {}
-        for op, of_op in info["backends"].items():
-            by_reason.setdefault(of_op[name], []).append(op)
-        for reason, ops in by_reason.items():
-            out.append(f"{name:<10} {reason}" + ("" if len(by_reason) == 1 else f": {', '.join(ops)}"))
-    return out
+def file_reads() -> dict[str, str | None]:
+    """How tables in files are read here: `way` is "io_uring", "preadv" (threads) or "python" (one read after the other).
+
+    `why` says why it is not io_uring; None where it is.
+    """
+    if COMPILE_ERROR is not None:
+        return {"way": "python", "why": COMPILE_ERROR}
+    with open(__file__, "rb") as file:  # any file: a ring is set up and dropped
+        try:
+            make_reader(file.fileno(), "info", 1, "io_uring_buffered")
+        except (ValueError, OSError) as err:
+            return {"way": "preadv", "why": str(err).removeprefix("FileReader: ")}
+    return {"way": "io_uring", "why": None}
+
+
+def file_reads_text(found: dict[str, str | None]) -> str:
+    """What `file_reads` found, as a sentence, with what is lost where it is not io_uring."""
+    lost = {"io_uring": "Tables in files are read by io_uring.",
+            "preadv": "Tables in files are read by pread, in threads, not by io_uring: on a machine with 2 cores that took 3 to "
+                      "5 times the CPU time per batch and gave 72 % of the reads per second with 64 in flight.",
+            "python": "Tables in files are read by Python, one read after the other: a compiled module would keep 64 in flight."}
+    return lost[str(found["way"])] + (f" The reason: {found['why']}." if found["why"] else "")
 
 
 def _explain(op: str, name: str) -> str:
@@ -128,9 +128,3 @@ def _kib(value: str | None) -> int | None:
 def _chosen(options: str | None) -> str | None:
     """The word in brackets."""
     return None if options is None else options.partition("[")[2].partition("]")[0] or options
-
-
-def _gib(num_bytes: int | None, otherwise: str = "an unknown amount") -> str:
-    if num_bytes is None:
-        return otherwise
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 1 << 27 else f"{num_bytes >> 10} KiB"

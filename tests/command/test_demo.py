@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from engram_kernels.cli import main as cli
-from engram_kernels.demo import SAMPLE, DemoOptions
+from engram_kernels.demo.main import SAMPLE, DemoOptions
 from engram_kernels.spec import EngramSpec
 
 SMALL = ["--rows", "4096", "--hidden", "64", "--tokens-per-step", "128"]
@@ -31,7 +31,7 @@ def test_demo_agrees_with_the_reference(spec, backend, text, tmp_path, capsys):
     assert data["ok"] and all(result["checks"][c] for c in ("ids_equal", "rows_equal", "gate_ok", "run_repeats"))
     assert result["tokens"] > 1000 and result["provenance"] == "measured"
     assert 0 < result["distinct_rows"][0] < result["requested_rows"]
-    assert result["copy_bandwidth"] > 1e9 and result["hash_s"] > 0
+    assert result["compute_dtype"] in ("bfloat16", "float32") and result["hash_s"] > 0
 
 
 def test_demo_knows_the_published_numbers(text, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from engram_kernels import backends, capacity, info
 from engram_kernels.cli import bench as bench_command
+from engram_kernels.cli import info as info_command
 from engram_kernels.cli import main as cli
 
 
@@ -40,7 +41,7 @@ def test_info_where_the_system_tells_nothing(monkeypatch):
     found = info.collect()
     assert found["machine"]["memory_bytes"] is None and found["limits"]["cgroup_bytes"] is None
     assert found["limits"]["memory_room_bytes"] is None and info.memory_room(found) is None
-    said = "\n".join(info.lines(found))
+    said = "\n".join(info_command.lines(found))
     assert "an unknown amount free" in said and "cgroup: none" in said and "free within all limits: an unknown amount" in said
     assert "None" not in said
 
@@ -48,7 +49,7 @@ def test_info_where_the_system_tells_nothing(monkeypatch):
 def test_info_says_no_limit_where_there_is_none():
     found = info.collect()
     found["limits"].update(memlock_bytes=None, shm_free_bytes=None, open_files=None, cgroup_bytes=8 << 20)
-    said = next(line for line in info.lines(found) if line.startswith("limits"))
+    said = next(line for line in info_command.lines(found) if line.startswith("limits"))
     for text in ("cgroup: 8192 KiB", "(mlock and RDMA, not CUDA): none", "/dev/shm: not there", "open files: no limit"):
         assert text in said
     assert "not there free" not in said

@@ -31,12 +31,12 @@ TABLE = table_bytes(SPEC).value
 RING = 1.01 * 2 * 16_000 * 128  # device memory for the buffers and no more
 # what makes each placement the fastest: a machine and a workload in which all rows are waited for (layer 0)
 WINS = {
-    "hbm": (machine(), workload()),
-    "hbm_cache": (machine(hbm_bytes=TABLE / 2, uva=0.9 * GB, host_copy=0.2 * GB), workload(cache=TABLE / 4, hits=0.9)),
-    "uva": (machine(hbm_bytes=RING, uva=20 * GB), workload()),
-    "staged": (machine(hbm_bytes=RING), workload()),
-    "file": (machine(hbm_bytes=RING, host_bytes=1), workload()),
-    "remote": (machine(hbm_bytes=RING, host_bytes=1.2 * TABLE, disk_bytes=1), workload(copies=3, nodes=2)),
+    "device": (machine(), workload()),
+    "device_cache": (machine(device_bytes=TABLE / 2, uva=0.9 * GB, host_copy=0.2 * GB), workload(cache=TABLE / 4, hits=0.9)),
+    "uva": (machine(device_bytes=RING, uva=20 * GB), workload()),
+    "staged": (machine(device_bytes=RING), workload()),
+    "file": (machine(device_bytes=RING, host_bytes=1), workload()),
+    "remote": (machine(device_bytes=RING, host_bytes=1.2 * TABLE, disk_bytes=1), workload(copies=3, nodes=2)),
 }
 
 
@@ -66,14 +66,14 @@ def test_lookup_times_by_hand():
     assert evaluate("staged", four, node).lookup_s.value == milliseconds(4 * 1.024 + 0.512 / 4)
     assert evaluate("file", four, node).lookup_s.value == milliseconds(4 * 16_000 + (4 * 1.024 + 0.512) / 4)
     cached = workload(cache=1e6, hits=0.75, unique=0.5)
-    assert evaluate("hbm_cache", cached, node).lookup_s.value == milliseconds(2.048 * 0.5 * 0.25)
-    eight = machine(hbm_gather=2.048 * GB)  # 1 ms of gathering; 7/8 of the rows from the other seven GPUs
-    assert evaluate("hbm", workload(gpus=8), eight).lookup_s.value == milliseconds(1 + 2.048 * 7 / 8 / 100 / 4)
+    assert evaluate("device_cache", cached, node).lookup_s.value == milliseconds(2.048 * 0.5 * 0.25)
+    eight = machine(device_gather=2.048 * GB)  # 1 ms of gathering; 7/8 of the rows from the other seven GPUs
+    assert evaluate("device", workload(gpus=8), eight).lookup_s.value == milliseconds(1 + 2.048 * 7 / 8 / 100 / 4)
 
 
 def test_lookup_latency_is_paid_once_a_lookup():
     slow = machine(gpu_latency=3e-3, host_latency=1e-3, copy_latency=2e-3, disk_latency=5e-3, network_latency=4e-3)
-    for placement, more in (("hbm", 3), ("uva", 3), ("staged", 3), ("file", 7), ("remote", 3)):
+    for placement, more in (("device", 3), ("uva", 3), ("staged", 3), ("file", 7), ("remote", 3)):
         for nodes, hop in ((1, 0), (2, 0 if placement == "uva" else 4)):  # shards are exchanged, or rows come from elsewhere
             work = workload(nodes=nodes)
             latency = evaluate(placement, work, slow).lookup_s.value - evaluate(placement, work, machine()).lookup_s.value
@@ -91,7 +91,7 @@ def test_cpu_reads_every_id_and_a_gpu_each_row_once():
 
 def test_flip_point_by_hand():
     """Staged takes 1.152 ms and UVA 2.048: the nearest change is a UVA rate of 2.048 / 1.152 of what it is."""
-    node, work = machine(hbm_bytes=RING, disk_bytes=1), workload()
+    node, work = machine(device_bytes=RING, disk_bytes=1), workload()
     plan = make_plan(work, node)
     assert (plan.winner, plan.runner_up) == ("staged", "uva")
     assert plan.flip.name == "UVA rate" and plan.flip.winner == "uva"
@@ -102,20 +102,20 @@ def test_flip_point_by_hand():
 
 def test_flip_by_room_is_the_size_of_the_table():
     """Everything is hidden, and host memory is only just enough: less of it leaves the file."""
-    node = machine(hbm_bytes=RING, host_bytes=1.01 * TABLE, disk_reads=1e12)
+    node = machine(device_bytes=RING, host_bytes=1.01 * TABLE, disk_reads=1e12)
     flip = make_plan(workload(in_layers(5), step=10.0), node).flip
     assert flip.name in ("room in host memory", "copies of the table", "table size")
     assert flip.winner == "file" and max(flip.factor, 1 / flip.factor) == pytest.approx(1.01, rel=1e-5)
 
 
 def test_flip_by_the_hit_rate():
-    """The cache saves what it holds of 2.048 ms by UVA. Staging takes 1.152 ms and frees more, so 0.1 % of the step in favour
-    of the cache are a tie: it wins from a hit rate of 1 - 1.142 / 2.048 = 0.4424 on."""
-    node, work = machine(hbm_bytes=1e9, disk_bytes=1), workload(cache=1e6, hits=0.4)
+    """Of 2.048 ms by UVA the cache saves what it holds; staging takes 1.152 ms, and frees more, so 0.1 % of the step in favour of
+    the cache are a tie: it wins from a hit rate of 1 - 1.142 / 2.048 = 0.4424 on."""
+    node, work = machine(device_bytes=1e9, disk_bytes=1), workload(cache=1e6, hits=0.4)
     assert make_plan(work, node).winner == "staged"
     name = "hit rate of the hot-row cache"
     assert winner_of(*moved(name, 1.105, work, node)) == "staged"
-    assert winner_of(*moved(name, 1.107, work, node)) == "hbm_cache"
+    assert winner_of(*moved(name, 1.107, work, node)) == "device_cache"
     assert moved(name, 2.6, work, node) is None and input_value(name, workload(), node) is None
     assert input_value(name, moved(name, 2.0, work, node)[0], node).value == pytest.approx(0.8)
 
@@ -135,11 +135,12 @@ def test_flip_point_separates_the_winners(placement):
 
 
 @pytest.mark.parametrize("placement, lacks, where", [
-    ("hbm", "hbm_bytes", "device memory"), ("uva", "host_bytes", "host memory"), ("staged", "host_bytes", "host memory"),
-    ("file", "disk_bytes", "disk"), ("hbm_cache", "host_bytes", "host memory"), ("hbm_cache", "hbm_bytes", "device memory")])
+    ("device", "device_bytes", "device memory"), ("uva", "host_bytes", "host memory"), ("staged", "host_bytes", "host memory"),
+    ("file", "disk_bytes", "disk"), ("device_cache", "host_bytes", "host memory"),
+    ("device_cache", "device_bytes", "device memory")])
 def test_infeasible_where_memory_is_short(placement, lacks, where):
     work = workload(cache=1e6)
-    enough = TABLE if lacks != "hbm_bytes" or placement == "hbm" else 1e9
+    enough = TABLE if lacks != "device_bytes" or placement == "device" else 1e9
     assert lookup(placement, work, machine(**{lacks: enough})).why_not is None
     why_not = lookup(placement, work, machine(**{lacks: 1000.0})).why_not
     assert where in why_not and "GiB are there" in why_not
@@ -149,8 +150,8 @@ def test_infeasible_where_the_buffers_do_not_fit():
     ring = 2 * 16_000 * 128
     for placement in ("uva", "staged", "file", "remote"):
         work = workload(nodes=2)
-        assert lookup(placement, work, machine(hbm_bytes=ring)).why_not is None
-        assert "of device memory for the buffers" in lookup(placement, work, machine(hbm_bytes=ring - 1)).why_not
+        assert lookup(placement, work, machine(device_bytes=ring)).why_not is None
+        assert "of device memory for the buffers" in lookup(placement, work, machine(device_bytes=ring - 1)).why_not
     for placement in ("staged", "file"):
         assert lookup(placement, workload(), cpu_machine()).why_not is None
     huge = workload(tokens=int(TABLE) // 2048 + 1)  # a ring of two tables
@@ -158,20 +159,20 @@ def test_infeasible_where_the_buffers_do_not_fit():
 
 
 def test_infeasible_without_what_it_needs():
-    for placement in ("hbm", "hbm_cache", "uva"):
+    for placement in ("device", "device_cache", "uva"):
         assert "no GPU" in lookup(placement, workload(), cpu_machine()).why_not
     assert "no other node" in lookup("remote", workload(), machine()).why_not
-    assert "no device memory" in lookup("hbm_cache", workload(), machine()).why_not
+    assert "no device memory" in lookup("device_cache", workload(), machine()).why_not
 
 
 def test_copies_shards_and_gpus_change_what_must_fit():
-    exact = machine(host_bytes=TABLE, hbm_bytes=TABLE / 8, disk_bytes=TABLE)
+    exact = machine(host_bytes=TABLE, device_bytes=TABLE / 8, disk_bytes=TABLE)
     assert lookup("uva", workload(), exact).why_not is None
     assert lookup("uva", workload(copies=2), exact).why_not is not None
     assert lookup("staged", workload(copies=2, nodes=2), exact).why_not is None  # half of the table, twice
     assert lookup("file", workload(copies=2), exact).why_not is None  # processes share a file
-    assert lookup("hbm", workload(), exact).why_not is not None
-    assert lookup("hbm", workload(gpus=4, nodes=2), exact).why_not is None
+    assert lookup("device", workload(), exact).why_not is not None
+    assert lookup("device", workload(gpus=4, nodes=2), exact).why_not is None
 
 
 def test_nothing_fits_gives_no_winner():
@@ -205,24 +206,24 @@ def test_largest_hidden_step_by_hand():
     """3 ms at 1 GB/s are 3 MB: 1464 tokens of 2048 bytes."""
     assert evaluate("uva", workload(in_layers(3)), machine()).largest_tokens.value == math.floor(3e6 / 2048)
     assert evaluate("uva", workload(), machine()).largest_tokens.value == 0
-    assert evaluate("hbm", workload(in_layers(3)), machine(hbm_gather=1e18)).largest_tokens.value == MAX_TOKENS
+    assert evaluate("device", workload(in_layers(3)), machine(device_gather=1e18)).largest_tokens.value == MAX_TOKENS
 
 
 def test_hbm_freed_is_the_table_less_ring_and_cache():
     ring = 2 * 16_000 * 128
     assert evaluate("uva", workload(), machine()).freed_bytes.value == TABLE - ring
-    assert evaluate("hbm_cache", workload(cache=1e6, hits=0.5), machine()).freed_bytes.value == TABLE - ring - 1e6
-    assert evaluate("hbm", workload(), machine()).freed_bytes.value == 0
-    assert evaluate("hbm", workload(gpus=8), machine()).freed_bytes.value == 0
+    assert evaluate("device_cache", workload(cache=1e6, hits=0.5), machine()).freed_bytes.value == TABLE - ring - 1e6
+    assert evaluate("device", workload(), machine()).freed_bytes.value == 0
+    assert evaluate("device", workload(gpus=8), machine()).freed_bytes.value == 0
     assert evaluate("staged", workload(), cpu_machine()).freed_bytes.value == 0
 
 
 def test_rank_ties_go_to_what_frees_memory():
     """All hidden: HBM is no faster in any way that could be measured, and frees nothing."""
     plan = make_plan(workload(in_layers(5)), machine(disk_reads=1e9))
-    assert plan.winner != "hbm" and plan.outcomes[plan.winner].freed_bytes.value > 0
+    assert plan.winner != "device" and plan.outcomes[plan.winner].freed_bytes.value > 0
     order = rank(list(plan.outcomes.values()), 0.01)
-    assert order[-1] == "hbm" and sorted(order) == sorted(p for p, o in plan.outcomes.items() if o.why_not is None)
+    assert order[-1] == "device" and sorted(order) == sorted(p for p, o in plan.outcomes.items() if o.why_not is None)
 
 
 RATES = st.floats(1e8, 1e12)
@@ -262,7 +263,7 @@ def test_largest_hidden_step_is_the_largest(placement, layers, rate):
 
     def fits(tokens):
         changed = dataclasses.replace(work, tokens=given(tokens, "tokens", "test"))
-        return lookup(placement, changed, node).device_bytes.value <= node.hbm_bytes.value
+        return lookup(placement, changed, node).device_bytes.value <= node.device_bytes.value
 
     assert largest == 0 or (exposed(largest) == 0 and fits(largest))
     assert largest == MAX_TOKENS or exposed(largest + 1) > 0 or not fits(largest + 1)
@@ -271,12 +272,12 @@ def test_largest_hidden_step_is_the_largest(placement, layers, rate):
 def test_largest_hidden_step_stops_where_its_buffers_do():
     """Buffers of two requests take 4096 bytes per token; the rows alone would be hidden up to 1464 tokens."""
     work = workload(in_layers(3))
-    assert evaluate("uva", work, machine(hbm_bytes=4096 * 700.5)).largest_tokens.value == 700
-    assert evaluate("uva", work, machine(hbm_bytes=4096 * 1e6)).largest_tokens.value == math.floor(3e6 / 2048)
+    assert evaluate("uva", work, machine(device_bytes=4096 * 700.5)).largest_tokens.value == 700
+    assert evaluate("uva", work, machine(device_bytes=4096 * 1e6)).largest_tokens.value == math.floor(3e6 / 2048)
     cached = workload(in_layers(3), cache=1e6, hits=0.5)
-    assert evaluate("hbm_cache", cached, machine(hbm_bytes=1e6 + 4096 * 700.5)).largest_tokens.value == 700
+    assert evaluate("device_cache", cached, machine(device_bytes=1e6 + 4096 * 700.5)).largest_tokens.value == 700
     # a table that does not fit is no reason: the times are given as if it did
-    assert evaluate("hbm", work, machine(hbm_bytes=1e3, hbm_gather=GB)).largest_tokens.value > 1000
+    assert evaluate("device", work, machine(device_bytes=1e3, device_gather=GB)).largest_tokens.value > 1000
     assert evaluate("staged", work, cpu_machine()).largest_tokens.value > 1000
 
 
@@ -284,8 +285,8 @@ def test_largest_hidden_step_stops_where_its_buffers_do():
 @drawn(st.floats(1, 1e12), st.sampled_from(PLACEMENTS))
 def test_feasible_exactly_when_it_fits(room, placement):
     work = workload(cache=1e6, nodes=2)
-    fits = TABLE if placement in ("uva", "hbm_cache", "remote") else TABLE / 2
-    field = {"hbm": "hbm_bytes", "file": "disk_bytes"}.get(placement, "host_bytes")
+    fits = TABLE if placement in ("uva", "device_cache", "remote") else TABLE / 2
+    field = {"device": "device_bytes", "file": "disk_bytes"}.get(placement, "host_bytes")
     assert (lookup(placement, work, machine(**{field: room})).why_not is None) == (room >= fits)
 
 
@@ -357,12 +358,12 @@ def test_workload_rejects_nonsense(change, message):
 
 
 def test_bad_names_are_named():
-    for call, message in ((lambda: lookup("tape", workload(), machine()), "placement is 'tape', expected hbm"),
+    for call, message in ((lambda: lookup("tape", workload(), machine()), "placement is 'tape', expected device"),
                           (lambda: assumed_hardware("h9000"), "gpu is 'h9000', expected none, h100"),
                           (lambda: paper_workload("paper_1b"), "preset is 'paper_1b', expected paper_4b"),
                           (lambda: published_repeats(SPEC, "poems", "decode"), "kind of text is 'poems', expected prose"),
                           (lambda: published_repeats(SPEC, "prose", "train"), "phase is 'train', expected prefill"),
                           (lambda: with_room(cpu_machine(), 1e9, None, None), "there is no GPU"),
-                          (lambda: with_room(machine(), -1.0, None, None), "hbm_bytes is -1.0, expected at least 0")):
+                          (lambda: with_room(machine(), -1.0, None, None), "device_bytes is -1.0, expected at least 0")):
         with pytest.raises(ValueError, match=message):
             call()

@@ -10,15 +10,26 @@ import torch
 from plan_cases import SPEC, cpu_machine, machine, workload
 
 from engram_kernels import EngramSpec, info
+from engram_kernels._names import PRESETS
 from engram_kernels._terminal import Printer
 from engram_kernels.cli import main as cli
-from engram_kernels.cli.plan import machine_of
-from engram_kernels.plan import Provenance, Surface, assumed_hardware, repeats, trial
+from engram_kernels.plan import Provenance, Surface, assumed_hardware, measure_here, repeats, trial
+from engram_kernels.plan.inputs import machine_of, profiles_of_this_machine
 from engram_kernels.plan.profile_input import apply_profile, load_profile
+from engram_kernels.profile import session as session_module
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "python/engram_kernels/profile/profile.schema.json").read_text())
 MIB, GIB = 2**20, 2**30
+
+
+MEASURE_HERE = measure_here.measure_here
+
+
+@pytest.fixture(autouse=True)
+def measured_at_once(monkeypatch):
+    """The few seconds of measuring are for the test that is about them."""
+    monkeypatch.setattr(measure_here, "measure_here", lambda spec, tokens: profile_of([*HOST, *DISK]))
 
 
 def cell(probe, median, **fields):
@@ -37,7 +48,7 @@ def gather(bytes_per_s, probe="host_gather", **fields):
 
 
 def profile_of(cells, gpu=(), cpu="a CPU"):
-    report = {"schema_version": 1, "mode": "quick", "complete": True, "started": "2026-01-01T00:00:00Z", "seconds": 1.0,
+    report = {"schema_version": 2, "mode": "quick", "complete": True, "started": "2026-01-01T00:00:00Z", "seconds": 1.0,
               "peaks": {}, "probes": {}, "cells": cells, "machine": {
                   "versions": {}, "limits": {}, "numa": [], "caches": {"last_level_bytes": None},
                   "disk": {"free_bytes": 500 * GIB},
@@ -52,7 +63,7 @@ HOST = [gather(4e9), gather(6e9, row_bytes=512), gather(2e9, table_bytes=16 * GI
         {**gather(99e9), "status": "invalid", "verdict": "ABOVE_PEAK"}]
 DISK = [cell("disk_read", 0.01, rows=1000, row_bytes=4096, table_bytes=GIB, queue_depth=depth, op="io_uring") | {
     "rows_per_s": rate} for depth, rate in ((1, 10_000.0), (64, 80_000.0), (256, 95_000.0))]
-GPU = [gather(2e12, "gpu_gather", placement="hbm"), gather(30e9, "gpu_gather", placement="uva"),
+GPU = [gather(2e12, "gpu_gather", placement="device"), gather(30e9, "gpu_gather", placement="uva"),
        gather(1e9, "gpu_gather", placement="uva", rows=24), gather(99e9, "gpu_gather", placement="uva", beside="gemm"),
        gather(99e9, "gpu_gather", placement="uva", cold=False),
        cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=540_000_000),
@@ -98,11 +109,11 @@ def test_profile_of_a_gpu_replaces_the_constants():
     node = machine_of(None, [(Path("gpu.json"), report)])
     assert node.has_gpu and node.name.startswith("NVIDIA H100")
     assert node.uva.at(256, GIB).value == pytest.approx(30e9) and not node.uva_counts_sectors
-    assert node.hbm_gather.at(256, GIB).value == pytest.approx(2e12) and node.hbm_stream.value == pytest.approx(3e12)
+    assert node.device_gather.at(256, GIB).value == pytest.approx(2e12) and node.device_stream.value == pytest.approx(3e12)
     assert node.link.value == pytest.approx(54e9) and node.copy_latency.value == 9e-6
     assert node.gpu_latency.value == pytest.approx(24 * 256 / 1e9) and node.gather_share.value == pytest.approx(0.2)
     assert node.nvlink.provenance is Provenance.ASSUMED  # not measured
-    assert node.hbm_counts_traffic is False
+    assert node.device_counts_traffic is False
     other = machine_of("a100", [(Path("gpu.json"), report)])
     assert other.name == "a100" and other.link.provenance is Provenance.ASSUMED
     assert other.host_copy.at(256, GIB).value == pytest.approx(4e9)
@@ -118,7 +129,7 @@ def test_profile_of_a_gpu_that_could_not_be_used_is_none(tmp_path, capsys):
 def test_profile_of_the_second_gpu_is_that_one():
     gpus = [{"name": "NVIDIA T4", "memory_bytes": 16 * 10**9}, {"name": "NVIDIA A100-SXM4-80GB", "memory_bytes": 80 * 10**9}]
     node = machine_of("here", [(Path("gpu.json"), profile_of([{**c, "gpu": 1} for c in GPU], gpus))])
-    assert node.name == gpus[1]["name"] and node.hbm_bytes.value == pytest.approx(8e9)
+    assert node.name == gpus[1]["name"] and node.device_bytes.value == pytest.approx(8e9)
 
 
 @pytest.mark.parametrize("name, is_planned", [("NVIDIA H200", True), ("NVIDIA GH200 480GB", False), ("NVIDIA H200 NVL", True)])
@@ -155,7 +166,8 @@ def test_numbers_that_a_profile_assumes_stay_assumed():
 
 @pytest.mark.parametrize("text, message", [
     ("{", "is not JSON"), ("[]", "no report of engram-kernels profile: it has no schema_version"),
-    ('{"schema_version": 2}', "has schema_version 2, expected 1"), ('{"schema_version": 1}', "no list of cells or no machine"),
+    ('{"schema_version": 3}', "has schema_version 3, expected one of .1, 2.: measure again"),
+    ('{"schema_version": 1}', "no list of cells or no machine"),
     ('{"schema_version": 1, "machine": {}, "cells": [3]}', "cell 0 is '3', expected an object"),
     ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok"}]}', "cell 0 has provenance None"),
     ('{"schema_version": 1, "machine": {}, "cells": [{"probe": "disk_read", "status": "ok", "provenance": "measured", '
@@ -187,7 +199,7 @@ def test_bad_profile_is_named(tmp_path, capsys, text, message):
     (["--unique-ratio", "1.5"], 2, "unique ratio is 1.5"), (["--hit-rate", "-0.5"], 2, "hit rate is -0.5"),
     (["--zipf", "0"], 2, "Zipf exponent is 0.0"), (["--layers", "3"], 2, "the model has 3 layers"),
     (["--gpus", "0"], 2, "gpus is 0"), (["--spec", "nowhere"], 2, "spec is"),
-    (["--hbm-gib", "4"], 2, "there is no GPU"), (["--host-gib", "-1"], 2, "host_bytes is -"),
+    (["--device-gib", "4"], 2, "there is no GPU"), (["--host-gib", "-1"], 2, "host_bytes is -"),
     (["--text", "nowhere.txt"], 2, "nowhere.txt is no file"), (["--profile", "nowhere.json"], 1, "nowhere.json"),
     (["--tokens-per-step", "9" * 400], 2, "tokens are more than"), (["--copies", "9" * 400], 2, "are more than"),
     (["--gpu", "here"], 5, "--gpu here needs a --profile that measured a GPU"), (["--host-gib", "1", "--disk-gib", "1"], 1, None),
@@ -219,7 +231,7 @@ def test_json_has_no_number_without_provenance(tmp_path, monkeypatch):
     plan = json.loads(out.read_text())
     assert numbers_without_provenance(plan) == []
     assert numbers_without_provenance({"a": [{"b": 1}], "c": {"value": 1}}) == ["$.a[0].b", "$.c.value"]  # the check itself
-    assert set(plan["placements"]) == {"hbm", "hbm_cache", "uva", "staged", "file", "remote"}
+    assert set(plan["placements"]) == {"device", "device_cache", "uva", "staged", "file", "remote"}
     assert plan["winner"] and plan["runner_up"] and plan["flip"]["input"]
     assert plan["trial"]["measured"]["provenance"] == "measured"
     assert plan["simulation"]["step_s"]["provenance"] == "assumed"  # the H100's constants are
@@ -227,19 +239,19 @@ def test_json_has_no_number_without_provenance(tmp_path, monkeypatch):
     assert plan["inputs"]["room in host memory"]["provenance"] == "given"
 
 
-@pytest.mark.parametrize("name", cli.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("gpu", ["none", "h100"])
 def test_every_spec_is_planned_by_name_and_from_a_file(tmp_path, capsys, name, gpu):
     path = tmp_path / "spec.json"
-    cli.PRESETS[name]().to_json(path)
+    getattr(EngramSpec, name)().to_json(path)
     plans = []
     for spec in (name, str(path)):
         arguments = ["--gpu", gpu, "--host-gib", "512", "--disk-gib", "512", "--no-run", "--json"]
         assert cli.main(["plan", "--spec", spec, *arguments]) == 0
         plans.append(json.loads(capsys.readouterr().out))
     assert plans[0] == plans[1] and plans[0]["spec"] == name
-    rows = cli.PRESETS[name]().layout().num_rows
-    assert plans[0]["inputs"]["table size"]["value"] == sum(rows) * cli.PRESETS[name]().bytes_per_row
+    rows = getattr(EngramSpec, name)().layout().num_rows
+    assert plans[0]["inputs"]["table size"]["value"] == sum(rows) * getattr(EngramSpec, name)().bytes_per_row
 
 
 def test_json_alone_is_all_that_is_printed(capsys):
@@ -255,12 +267,60 @@ def test_table_tags_every_number(capsys):
     assert cli.main(["plan", "--gpu", "h100", "--no-run"]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text and "\u2502" not in text  # no terminal: plain
-    for line in text.partition("placement  ")[2].splitlines():
-        if line.startswith(("HBM", "UVA", "staged", "file", "remote")):
-            cells = [c for c in re.split(r"  +", line)[2:] if c != "-"]
-            assert cells and all(re.search(r" \([gmsa]\)$", c) for c in cells), line
+    assert re.match(r"pick: .+\nrunner-up: .+\nflip: ", text)  # first
+    table = text.partition("placement  ")[2].splitlines()
+    for line in table:
+        if line.startswith(("device memory", "UVA", "staged", "file", "remote")):
+            assert line.split()[-1] in ("given", "measured", "simulated", "assumed"), line
+    assert max(map(len, table[:7])) <= 100 and "input  " not in text
+    assert cli.main(["plan", "--gpu", "h100", "--no-run", "--explain"]) == 0
+    text = capsys.readouterr().out
     assert "(g) given, (m) measured, (s) simulated, (a) assumed" in text
-    assert re.search(r"^pick: .+\nrunner-up: .+\nflips to ", text, re.M)
+    explained = text.partition("input  ")[2].partition("(g) given")[0].splitlines()[1:]
+    assert len(explained) > 20 and all(re.search(r" \([gmsa]\)  +\S", line) for line in explained)
+
+
+def test_profile_of_version_1_is_read(tmp_path):
+    """Device memory was called hbm there."""
+    old = profile_of([*HOST, *GPU], [{"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 10**9}])
+    old["schema_version"] = 1
+    for c in old["cells"]:
+        c["placement"] = {"device": "hbm"}.get(c.get("placement"), c.get("placement"))
+    node = machine_of(None, [(Path("old.json"), load_profile(write(tmp_path / "old.json", old)))])
+    assert node.device_gather.at(256, GIB).value == pytest.approx(2e12)
+
+
+def test_plan_without_a_profile_measures_this_machine(tmp_path, monkeypatch, capsys):
+    """With the probes of `profile`, through the prefetcher, so that its report is one; and only where that can matter."""
+    monkeypatch.setattr(measure_here, "measure_here", MEASURE_HERE)
+    monkeypatch.setattr(measure_here, "TABLE_BYTES", 32 * MIB)
+    monkeypatch.setattr(measure_here, "_FILE_BYTES", 32 * MIB)
+    monkeypatch.setattr(session_module, "_CELL_SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    report = measure_here.measure_here(EngramSpec.demo_v1(), 64)
+    jsonschema.Draft202012Validator(SCHEMA).validate(report)
+    assert {c["op"] for c in report["cells"] if c["probe"] == "host_gather" and c["status"] == "ok"} == {"prefetcher"}
+    out = tmp_path / "plan.json"
+    assert cli.main(["plan", "--spec", "demo_v1", "--host-gib", "64", "--json", str(out)]) == 0
+    inputs = json.loads(out.read_text())["inputs"]
+    assert inputs["host gather rate"]["source"].startswith("this machine: host_gather (row_bytes 256")
+    assert inputs["host lookup latency"]["provenance"] == "measured"
+
+
+@pytest.mark.parametrize("arguments, measures", [
+    ([], 1), (["--no-run"], 1), (["--no-measure"], 0), (["--gpu", "h100"], 1), (["--gpu", "h100", "--no-run"], 0),
+    (["--host-gib", "0", "--disk-gib", "0"], 0)])
+def test_plan_measures_only_what_decides(monkeypatch, capsys, arguments, measures):
+    monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
+    calls = []
+    monkeypatch.setattr(measure_here, "measure_here", lambda spec, tokens: calls.append(1) or profile_of([*HOST, *DISK]))
+    cli.main(["plan", "--spec", "demo_v1", "--host-gib", "64", *arguments])
+    assert len(calls) == measures
+    constants = "h100" in arguments or measures == 0
+    capsys.readouterr()
+    cli.main(["plan", "--spec", "demo_v1", "--host-gib", "64", *arguments, "--json"])
+    source = json.loads(capsys.readouterr().out)["inputs"]["host gather rate"]["source"]
+    assert ("README" in source or "performance" in source) == constants
 
 
 def test_table_is_rich_on_a_terminal_and_plain_with_no_color(monkeypatch):
@@ -277,7 +337,7 @@ def test_table_is_rich_on_a_terminal_and_plain_with_no_color(monkeypatch):
         assert ("\u2502" in out.getvalue()) == rich and "[2]" in out.getvalue()
 
 
-@pytest.mark.parametrize("pick", ["staged", "file", "uva", "remote", "hbm_cache"])
+@pytest.mark.parametrize("pick", ["staged", "file", "uva", "remote", "device_cache"])
 def test_trial_runs_the_pick_and_says_its_error(monkeypatch, pick):
     monkeypatch.setattr(trial, "TABLE_BYTES", 1 * MIB)
     if pick == "uva" and torch.cuda.is_available():
@@ -325,7 +385,7 @@ def test_trial_of_a_gpu_that_no_profile_measured_uses_what_was_planned(monkeypat
 @pytest.mark.parametrize("missing, message", [("tokenizers", "--text needs tokenizers: pip install"),
                                               (None, "--text needs the compiled module: no compiler")])
 def test_text_without_what_it_needs_is_exit_code_5(tmp_path, monkeypatch, capsys, missing, message):
-    from engram_kernels.cli import plan as command
+    from engram_kernels.plan import inputs as command
     (tmp_path / "a.txt").write_text("words")
     find = command.importlib.util.find_spec
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
@@ -342,12 +402,11 @@ def test_empty_text_is_a_failure(tmp_path, capsys):
 
 
 def test_trial_ignores_a_profile_of_another_machine(tmp_path):
-    from engram_kernels.cli.plan import _here
     mine = info.collect()["machine"]
     other, same = profile_of(HOST, cpu="another CPU"), profile_of(HOST)
     same["machine"]["machine"] |= {"cpu": mine["cpu"], "cores": mine["cores"]}
-    assert not isinstance(_here([(Path("o.json"), other)]).host_copy, Surface)
-    assert isinstance(_here([(Path("s.json"), same)]).host_copy, Surface)
+    assert profiles_of_this_machine([(Path("o.json"), other)]) == []
+    assert len(profiles_of_this_machine([(Path("s.json"), same)])) == 1
 
 
 def test_published_repeats_are_those_of_the_docs():

@@ -20,9 +20,9 @@ def test_gather_from_device_memory_writes_what_it_reads():
     spec = dataclasses.replace(EngramSpec.deepseek_v41(), row_format="fp8_e4m3_block32_packed", layer_ids=(1,))
     work = workload(spec, tokens=1000, cache=1e9, hits=0.5)
     for counts, num_bytes in ((True, 288 + 512), (False, 264)):
-        node = machine(hbm_gather=1e9, hbm_counts_traffic=counts)
-        assert lookup("hbm", work, node).stages[0].seconds.value == pytest.approx(24_000 * num_bytes / 1e9)
-        assert lookup("hbm_cache", work, node).stages[-1].seconds.value == pytest.approx(12_000 * num_bytes / 1e9)
+        node = machine(device_gather=1e9, device_counts_traffic=counts)
+        assert lookup("device", work, node).stages[0].seconds.value == pytest.approx(24_000 * num_bytes / 1e9)
+        assert lookup("device_cache", work, node).stages[-1].seconds.value == pytest.approx(12_000 * num_bytes / 1e9)
         assert lookup("staged", work, node).stages[-1].seconds.value == pytest.approx(24_000 * num_bytes / 1e9)
 
 
@@ -30,7 +30,7 @@ def test_published_h200_is_what_was_measured_on_one():
     page = (Path(__file__).parents[2] / "bench/results/2026-11-26_h200.md").read_text()
     spec = dataclasses.replace(EngramSpec.deepseek_v41(), row_format="fp8_e4m3_block32_packed", layer_ids=(1,))
     work, node = workload(spec, tokens=16_384), assumed_hardware("h200")
-    for placement, suffix in (("hbm", ""), ("uva", ", pinned host table")):
+    for placement, suffix in (("device", ""), ("uva", ", pinned host table")):
         row = re.search(rf"^\| gather_rows, fp8_e4m3_block32_packed to bf16{suffix} \| 16384 \| ([\d.]+) \|", page, re.M)
         seconds = lookup(placement, work, node).stages[0].seconds
         assert seconds.value == pytest.approx(float(row[1]) * 1e-6, rel=1e-6)

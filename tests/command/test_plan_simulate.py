@@ -96,7 +96,7 @@ RATES = st.floats(2e8, 1e11)
 def test_one_gpu_waits_as_long_as_the_closed_form_says(placement, tokens, layers, rate, other, latency):
     work = workload(in_layers(*layers), tokens=tokens, unique=0.8, cache=1e6, hits=0.3)
     node = machine(uva=rate, link=other, host_copy=rate, network=other, disk_reads=rate / 4096, gpu_latency=latency,
-                   disk_latency=latency, hbm_gather=3 * other)
+                   disk_latency=latency, device_gather=3 * other)
     assert simulate(work, node, Schedule(placement, 1)).exposed_s.value == pytest.approx(
         evaluate(placement, work, node, with_largest=False).exposed_s.value, rel=1e-9, abs=1e-12)
 
@@ -131,7 +131,7 @@ def test_shards_exchange_their_part_and_all_wait_for_all():
 
 
 def test_sharded_hbm_crosses_nvlink_inside_and_the_network_outside():
-    result = simulate(workload(gpus=4, nodes=2), machine(), Schedule("hbm", 1))
+    result = simulate(workload(gpus=4, nodes=2), machine(), Schedule("device", 1))
     seconds = {name: sum(t.seconds for t in result.tasks if isinstance(t.stream, tuple) and t.stream[-1] == name)
                for name in ("nvlink", "network")}
     assert seconds["nvlink"] * 100 * GB == pytest.approx(8 * 2.048e6 * 3 / 8)

@@ -17,8 +17,8 @@ import pytest
 from profile_machine import MIB, SCHEMA, check, kinds, make_fast, ok, profile, quiet_machine  # noqa: F401  a fixture
 
 from engram_kernels.cli import main as cli
-from engram_kernels.cli import profile as profile_command
 from engram_kernels.profile import arena, cells, machine, probes_disk, probes_host, statistics
+from engram_kernels.profile import run as profile_command
 from engram_kernels.profile import session as session_module
 from engram_kernels.profile.session import Options, Session
 

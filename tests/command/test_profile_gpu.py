@@ -67,17 +67,17 @@ def test_profile_gpu_measures_every_axis(session, compiled):
         ("h2d", "sm", True), ("d2h", "sm", True)}
     assert {c["op"] for c in of(session, "gpu_stream", status="ok")} == {"read", "copy", "triad"}
     rows = of(session, "gpu_gather", status="ok")
-    assert {c["placement"] for c in rows} == {"hbm", "uva", "staged"}
+    assert {c["placement"] for c in rows} == {"device", "uva", "staged"}
     assert {c["row_bytes"] for c in rows if c["placement"] == "uva"} == {128, 264, 512, 4096}
     assert {c["rows"] for c in rows if c["placement"] == "uva" and c["row_bytes"] == 264} == {24, 384, (1 << 20) // 264}
     assert {(c["pinned"], c["row_format"]) for c in rows if c["row_bytes"] == 264} == {
         (True, "fp8_e4m3_block32_packed"), (None, "fp8_e4m3_block32_packed"), (False, "bf16")}  # staged: as stored
-    assert all(c["facts"]["share_of_hbm" if c["placement"] == "hbm" else "share_of_link_h2d_copy"] > 0 for c in rows)
+    assert all(c["facts"]["share_of_device" if c["placement"] == "device" else "share_of_link_h2d_copy"] > 0 for c in rows)
     timed = [c for c in session.cells if c["probe"].startswith("gpu_") and c.get("median")]
     assert timed and all(c["control"] > 0 for c in timed)
-    assert {c["cold"] for c in rows if c["placement"] == "hbm"} == {True, False}
+    assert {c["cold"] for c in rows if c["placement"] == "device"} == {True, False}
     beside = of(session, "gpu_interference", status="ok")
-    assert {(c["placement"], c["beside"]) for c in beside} == {(p, b) for p in ("uva", "hbm") for b in ("gemm", "copies")}
+    assert {(c["placement"], c["beside"]) for c in beside} == {(p, b) for p in ("uva", "device") for b in ("gemm", "copies")}
     assert all(c["slowdown_of_other"] > 0 and c["facts"]["slowdown_of_gather"] > 0 for c in beside)
 
 
@@ -85,7 +85,7 @@ def test_profile_gpu_ids_are_fresh_in_each_call(compiled):
     from engram_kernels.profile.probes_gpu_gather import Gather, Shape
     gpu = fake_gpu.FakeGpu(0)
     for cold in (True, False):
-        work = Gather(gpu, gpu.empty(1 << 20), Shape("hbm", 512, 1 << 20, 96, cold))
+        work = Gather(gpu, gpu.empty(1 << 20), Shape("device", 512, 1 << 20, 96, cold))
         asked = [tuple(call.args[1].tolist()) for _ in range(3) for call in work.calls()]
         first = [tuple(x) for x in asked]
         assert len(set(first)) == (1 if not cold else len({*first}))
@@ -98,8 +98,8 @@ def test_profile_gpu_ids_are_fresh_in_each_call(compiled):
 
 def test_profile_gpu_link_ceiling_is_that_of_the_link_under_load(session):
     assert session.peaks["link_h2d"]["bytes_per_s"] == pytest.approx(63.0e9 * 512 / 536, rel=1e-3)
-    assert session.peaks["hbm"]["bytes_per_s"] == pytest.approx(4.917e12, rel=1e-3)
-    assert session.peaks["hbm"]["provenance"] == "assumed"
+    assert session.peaks["device"]["bytes_per_s"] == pytest.approx(4.917e12, rel=1e-3)
+    assert session.peaks["device"]["provenance"] == "assumed"
     assert link_payload_bytes_per_s(3, 8) == pytest.approx(7.88e9 * 512 / 536, rel=1e-3)
     state = of(session, "gpu_link_state", op="h2d")[0]
     assert state["facts"]["wire_bytes_per_payload_byte"] == pytest.approx(5e10 / state["facts"]["payload_bytes_per_s"])
@@ -169,7 +169,7 @@ def test_profile_nvml_that_is_not_installed(monkeypatch):
 
 def test_profile_gpu_slice_is_not_judged_by_the_whole(compiled):
     session = run(fake_gpu.FakeNvml(nvmlDeviceGetMigMode=[1, 1]))
-    assert "hbm" not in session.peaks and "BELOW_REFERENCE" not in {c["verdict"] for c in of(session, "gpu_stream")}
+    assert "device" not in session.peaks and "BELOW_REFERENCE" not in {c["verdict"] for c in of(session, "gpu_stream")}
     assert {c["verdict"] for c in of(run(), "gpu_stream", op="triad")} == {"BELOW_REFERENCE"}  # 1 ms is slow for the whole
 
 
@@ -247,8 +247,8 @@ def test_profile_gpu_smaller_tables_where_memory_is_short(monkeypatch, compiled)
     session = run_gather()
     assert [c for c in session.cells if c["status"] == "failed"] == []
     rows = of(session, "gpu_gather", status="ok")
-    assert {c["table_bytes"] >> 20 for c in rows if c["placement"] == "hbm"} == {4}
-    short = [c for c in of(session, "gpu_gather", placement="hbm") if c["status"] == "skipped"]
+    assert {c["table_bytes"] >> 20 for c in rows if c["placement"] == "device"} == {4}
+    short = [c for c in of(session, "gpu_gather", placement="device") if c["status"] == "skipped"]
     assert [(c["table_bytes"] >> 20, c["reason"]["kind"]) for c in short] == [(32, "NO_MEMORY")]
     monkeypatch.setattr(Small, "most", 5 << 20)
     session = run_gather()
@@ -261,7 +261,7 @@ def test_profile_gpu_each_placement_has_a_part_of_the_time(compiled):
     session = Session(Options(max_memory_bytes=64 << 20), quiet_machine(), clock=lambda: 0.1 * next(now))
     with session.probe("gpu_gather", 15), torch.inference_mode():
         probes_gpu_gather.gather(session, fake_gpu.FakeGpu(0))
-    for placement in ("uva", "hbm", "staged"):
+    for placement in ("uva", "device", "staged"):
         assert of(session, "gpu_gather", placement=placement, status="ok"), placement
     assert session.probes["gpu_gather"]["cut"] > 0
 

@@ -13,8 +13,8 @@ from profile_machine import check, quiet_machine
 from engram_kernels import _terminal
 from engram_kernels._terminal import UsageError, expect_writable
 from engram_kernels.cli import main as cli
-from engram_kernels.cli import profile as profile_command
 from engram_kernels.profile import machine
+from engram_kernels.profile import run as profile_command
 from engram_kernels.profile import session as session_module
 from engram_kernels.profile.session import Options, Session
 from engram_kernels.profile.show import print_report

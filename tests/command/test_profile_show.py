@@ -10,7 +10,7 @@ import time
 import pytest
 from profile_machine import check, profile, quiet_machine
 
-from engram_kernels.cli import profile as profile_command
+from engram_kernels.profile import run as profile_command
 from engram_kernels.profile import show
 from engram_kernels.profile.cells import Skip
 from engram_kernels.profile.session import Options, Session
@@ -72,7 +72,7 @@ def drawn(tmp_path_factory):
         "host_stream": [{"op": "read", "threads": 1, "bytes": 100}],
         "disk_read": [{"row_bytes": 4096, "queue_depth": d, "rows": 64} for d in (1, 64)],
         "gpu_gather": [{"placement": p, "row_bytes": 264, "rows": r, "cold": True, "table_bytes": 1 << 30}
-                       for p in ("hbm", "uva", "staged") for r in (24, 384)],
+                       for p in ("device", "uva", "staged") for r in (24, 384)],
         "gpu_link": [{"op": "h2d", "pinned": True, "engine": "copy", "table_bytes": 1 << n, "bytes": 1 << n} for n in (16, 20)],
     }.items():
         with session.probe(probe, 50):

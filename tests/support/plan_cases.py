@@ -14,25 +14,26 @@ _UNITS = {"latency": "s", "bytes": "B", "share": "1", "reads": "1/s"}
 
 def machine(**changes):
     """A machine on which every placement fits and gathers cost the compute nothing; all measured, None: no such thing."""
-    values = dict(hbm_bytes=1e15, host_bytes=1e15, disk_bytes=1e15, hbm_stream=1e15, hbm_gather=1e21, uva=1 * GB, link=4 * GB,
-                  host_copy=2 * GB, host_decode=2 * GB, disk_reads=1e3, nvlink=100 * GB, network=0.5 * GB, gpu_latency=0.0,
-                  copy_latency=0.0, host_latency=0.0, disk_latency=0.0, network_latency=0.0, gather_share=0.0, host_share=0.0)
-    assert set(changes) <= set(values) | {"uva_counts_sectors", "hbm_counts_traffic"}, changes
-    sectors, traffic = changes.pop("uva_counts_sectors", True), changes.pop("hbm_counts_traffic", False)
+    values = dict(device_bytes=1e15, host_bytes=1e15, disk_bytes=1e15, device_stream=1e15, device_gather=1e21, uva=1 * GB,
+                  link=4 * GB, host_copy=2 * GB, host_decode=2 * GB, disk_reads=1e3, nvlink=100 * GB, network=0.5 * GB,
+                  gpu_latency=0.0, copy_latency=0.0, host_latency=0.0, disk_latency=0.0, network_latency=0.0, gather_share=0.0,
+                  host_share=0.0)
+    assert set(changes) <= set(values) | {"uva_counts_sectors", "device_counts_traffic"}, changes
+    sectors, traffic = changes.pop("uva_counts_sectors", True), changes.pop("device_counts_traffic", False)
 
     def quantity(name, value):
         if value is None or not isinstance(value, int | float):
             return value
         return measured(value, _UNITS.get(name.rpartition("_")[2] or name, "B/s"), f"synthetic {name}")
 
-    return Hardware(name="synthetic", uva_counts_sectors=sectors, hbm_counts_traffic=traffic,
+    return Hardware(name="synthetic", uva_counts_sectors=sectors, device_counts_traffic=traffic,
                     **{name: quantity(name, value) for name, value in (values | changes).items()})
 
 
 def cpu_machine(**changes):
     """A `machine` without a GPU, where the CPU computes."""
-    gone = dict.fromkeys(("hbm_bytes", "hbm_stream", "hbm_gather", "uva", "link", "nvlink", "gpu_latency", "copy_latency",
-                          "gather_share"))
+    gone = dict.fromkeys(("device_bytes", "device_stream", "device_gather", "uva", "link", "nvlink", "gpu_latency",
+                          "copy_latency", "gather_share"))
     return machine(**(gone | changes))
 
 

@@ -1,19 +1,54 @@
 """`engram-kernels bench`: runs the repository's benchmarks, compares two runs of them, or tunes the Triton kernels."""
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from engram_kernels._terminal import Progress, UsageError, expect_writable, no_progress, progress_bar
+from engram_kernels.cli.options import SPEC_HELP, HelpFormatter, check_spec, load_spec
 
-from engram_kernels._terminal import Progress, UsageError
-from engram_kernels.profile.compare import Verdict, compare_runs, gone, load_machine, load_run, markdown
-from engram_kernels.spec import EngramSpec
-from engram_kernels.triton_runtime import dispatch
+if TYPE_CHECKING:
+    from engram_kernels.spec import EngramSpec
 
 REGRESSION, NO_CAPABILITY = 3, 5  # exit codes
+
+
+def add_arguments(commands: Any) -> None:
+    """Adds the command to the parser of `engram-kernels`."""
+    command = commands.add_parser("bench", help="run the benchmarks of a checkout beside their peers, or compare two runs",
+                                  formatter_class=HelpFormatter)
+    command.add_argument("ops", nargs="*", metavar="OP", help="such as gate; none: all")
+    command.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
+                         help="two files of --json: SAME, FASTER, SLOWER or UNCLEAR per cell; exit code 3 when ours is slower")
+    command.add_argument("--quick", action="store_true", help="run each once, untimed")
+    command.add_argument("--tune", action="store_true",
+                         help="instead: try launch parameters of the Triton kernels on this GPU, keep the fastest for this user")
+    command.add_argument("--spec", default="deepseek_v41", help=f"whose sizes --tune times: {SPEC_HELP}")
+    command.add_argument("--json", type=Path, metavar="OUT", help="where the run is written; default: build/bench.json")
+    command.add_argument("--bench-dir", type=Path, default=Path("bench"), metavar="DIR", help="the bench folder of a checkout")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs, compares or tunes, as the arguments say."""
+    check_spec(args.spec)
+    if args.compare:
+        before, after = args.compare
+        return compare_files(before, after, args.ops)
+    if args.tune:
+        return tune_launches(load_spec(args.spec), args.ops)
+    if args.quick and args.json is not None:
+        raise UsageError("--quick times nothing, so there is nothing to write to --json")
+    out = args.json or Path("build/bench.json")
+    if not args.quick:
+        expect_writable("--json", out)
+    bar = progress_bar if importlib.util.find_spec("rich") else no_progress
+    return run_benchmarks(args.ops, args.bench_dir, out, args.quick, bar)
 
 
 def run_benchmarks(ops: Sequence[str], folder: Path, out: Path, quick: bool, progress: Progress) -> int:
@@ -82,6 +117,9 @@ def tune_launches(spec: EngramSpec, ops: Sequence[str]) -> int:
     Raises:
         ValueError: an op has no launch parameters.
     """
+    import torch
+
+    from engram_kernels.triton_runtime import dispatch
     missing = None if dispatch.INSTALLED else dispatch.why_not("gate")
     if missing is None and not torch.cuda.is_available():
         missing = "torch finds no GPU"
@@ -110,6 +148,7 @@ def compare_files(before: Path, after: Path, ops: Sequence[str] = ()) -> int:
         ValueError: a file is no such run, or the two have nothing in common.
         UsageError: neither run has benchmarks of an op.
     """
+    from engram_kernels.profile.compare import Verdict, compare_runs, gone, load_machine, load_run, markdown
     old, new = load_run(before, ops), load_run(after, ops)
     if ops and not old and not new:
         raise UsageError(f"neither {before} nor {after} has benchmarks of {' or '.join(ops)}")

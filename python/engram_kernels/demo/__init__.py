@@ -1,4 +1,1 @@
-"""The `engram-kernels demo` command."""
-from engram_kernels.demo.main import SAMPLE, DemoError, DemoOptions, run_demo
-
-__all__ = ["SAMPLE", "DemoError", "DemoOptions", "run_demo"]
+"""What `engram-kernels demo` runs."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_kernels import info
 from engram_kernels._terminal import Progress
 from engram_kernels.demo.pipeline import Pipeline
 from engram_kernels.layout import Layout
@@ -34,11 +35,12 @@ class DemoOptions:
     backend: str = "auto"
     table_rows: int = 1 << 18  # per layer
     hidden_size: int = 640
-    tokens_per_step: int = 512
+    tokens_per_step: int = 256
     table_dir: Path | None = None
+    tokens: int = 0  # of the text, from its start; 0: all
 
 
-class DemoError(Exception):
+class DemoError(RuntimeError):
     """Something that the user can mend; the message says what."""
 
 
@@ -60,7 +62,6 @@ def run_demo(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     token_ids, token_map, tokenize_s = tokenize(options, progress)
     layout = spec.layout()
     row_ids, hash_s = _hash_all(token_ids, layout, token_map, options.backend)
-    bandwidth = measure_copy_bandwidth()
     with tempfile.TemporaryDirectory(prefix="engram-demo-", dir=options.table_dir) as folder:
         tables = [make_table(Path(folder) / f"layer_{layer}.safetensors", spec, options.table_rows, layer, progress)
                   for layer in spec.layer_ids]
@@ -76,7 +77,8 @@ def run_demo(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     return {
         "spec": spec.name, "text": options.text.name, "tokens": token_ids.numel(), "table_rows": options.table_rows,
         "true_rows": list(layout.num_rows), "row_bytes": tables[0].row_bytes, "row_format": spec.row_format,
-        "hidden_size": options.hidden_size, "tokens_per_step": options.tokens_per_step, "copy_bandwidth": bandwidth,
+        "hidden_size": options.hidden_size, "tokens_per_step": options.tokens_per_step, "file_reads": info.file_reads(),
+        "compute_dtype": str(pipeline.dtype).removeprefix("torch."), "trial_flops": pipeline.trial_flops,
         "tokenize_s": tokenize_s, "hash_s": hash_s, "distinct_rows": [int(ids.unique().numel()) for ids in row_ids],
         "requested_rows": row_ids.shape[1] * row_ids.shape[2], **timed, "checks": checks,
         "classes": None if token_map is None else token_map.num_classes,
@@ -96,13 +98,15 @@ def _check_options(options: DemoOptions) -> None:
     for name in ("table_rows", "hidden_size", "tokens_per_step"):
         if getattr(options, name) < 1:
             raise DemoError(f"{name} is {getattr(options, name)}, expected at least 1")
+    if options.tokens < 0:
+        raise DemoError(f"tokens is {options.tokens}, expected at least 0 (0: the whole text)")
     if options.table_rows > min(options.spec.layout().num_rows):
         raise DemoError(f"table_rows is {options.table_rows}, expected at most the {min(options.spec.layout().num_rows)} rows "
                         f"of spec {options.spec.name}")
 
 
 def tokenize(options: DemoOptions, progress: Progress) -> tuple[Tensor, TokenMap | None, float]:
-    """Token ids of the options' text, the token map that the spec needs or None, and the seconds of tokenizing.
+    """Token ids of the options' text, the token map that the spec needs or None, and these tokens' part of the seconds.
 
     Raises:
         DemoError: the text cannot be read or is empty; the tokenizer is missing or is not the spec's.
@@ -137,7 +141,8 @@ def tokenize(options: DemoOptions, progress: Progress) -> tuple[Tensor, TokenMap
         advance(1)
     if not ids:
         raise DemoError(f"{options.text} holds no token")
-    return torch.tensor(ids, dtype=torch.int32), token_map, elapsed
+    used = ids[:options.tokens or None]
+    return torch.tensor(used, dtype=torch.int32), token_map, elapsed * len(used) / len(ids)
 
 
 def _hash_all(token_ids: Tensor, layout: Layout, token_map: TokenMap | None, backend: str) -> tuple[Tensor, float]:
@@ -155,18 +160,6 @@ def _hash_all(token_ids: Tensor, layout: Layout, token_map: TokenMap | None, bac
 def _ids_equal(row_ids: Tensor, token_ids: Tensor, layout: Layout, token_map: TokenMap | None) -> bool:
     cu_seqlens = torch.tensor([0, token_ids.numel()], dtype=torch.int32)
     return torch.equal(row_ids, ngram_hash(token_ids, cu_seqlens, layout, token_map, backend="reference"))
-
-
-def measure_copy_bandwidth(num_bytes: int = 1 << 28) -> float:
-    """Bytes read plus written per second by a copy of a large buffer on all threads; median of seven."""
-    source = torch.ones(num_bytes // 4)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / sorted(times[1:])[3]
 
 
 def make_table(path: Path, spec: EngramSpec, num_rows: int, seed: int, progress: Progress) -> RowTable:

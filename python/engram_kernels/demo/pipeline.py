@@ -22,6 +22,7 @@ from engram_kernels.table.row_table import RowTable
 # a gate output may be off from float64 by this share of the largest value of its row: one unit in the last place of bf16
 TOLERANCE = 2.0**-7
 _CHECKED_STEPS = 4
+_TRIAL_TOKENS = 16
 
 
 @dataclasses.dataclass
@@ -51,10 +52,15 @@ class Pipeline:
         def norms() -> Tensor:
             return (1 + 0.1 * torch.randn(branches, hidden_size, generator=generator)).bfloat16()
 
+        self.dtype, self.trial_flops = fastest_dtype(width, (branches + 1) * hidden_size)
+
+        def product(*shape: int) -> Tensor:
+            return weights(*shape).to(self.dtype)
+
         self.embedding = torch.randn(4096, branches, hidden_size, generator=generator).bfloat16()  # by token id mod 4096
-        self.blocks = [(weights(2 * hidden_size, hidden_size), weights(hidden_size, 2 * hidden_size)) for _ in tables]
+        self.blocks = [(product(2 * hidden_size, hidden_size), product(hidden_size, 2 * hidden_size)) for _ in tables]
         conv_width = spec.conv_width
-        self.layers = [MemoryLayer(table, weights((branches + 1) * hidden_size, width), norms(), norms(),
+        self.layers = [MemoryLayer(table, product((branches + 1) * hidden_size, width), norms(), norms(),
                                    None if conv_width is None else weights(branches, hidden_size, conv_width),
                                    None if conv_width is None else norms()) for table in tables]
 
@@ -150,10 +156,11 @@ class Pipeline:
 
     def _backbone(self, i: int, hidden: Tensor) -> Tensor:
         up, down = self.blocks[i]
-        return self._timed("backbone", lambda: hidden + F.linear(F.silu(F.linear(hidden, up)), down))
+        return self._timed("backbone", lambda: hidden + F.linear(F.silu(F.linear(hidden.to(self.dtype), up)), down).bfloat16())
 
     def _project(self, layer: MemoryLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
-        keys_and_value = F.linear(rows.flatten(1), layer.wkv).view(rows.shape[0], self.spec.branches + 1, -1)
+        projected = F.linear(rows.flatten(1).to(self.dtype), layer.wkv).bfloat16()
+        keys_and_value = projected.view(rows.shape[0], self.spec.branches + 1, -1)
         return keys_and_value[:, :-1], keys_and_value[:, -1]
 
     def _gate(self, layer: MemoryLayer, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -192,6 +199,24 @@ class Pipeline:
         exact = reference_gate(hidden.double(), key.double(), value.double(), layer.w_hidden.double(), layer.w_key.double(), None,
                                spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
         return _relative_error(got, exact)
+
+
+def fastest_dtype(inputs: int, outputs: int) -> tuple[torch.dtype, dict[str, float]]:
+    """The dtype in which this CPU multiplies by a matrix of these sizes fastest, by a trial; and the flop/s of each.
+
+    A CPU without bfloat16 instructions is several times slower in it than in float32; one that has them is faster.
+    """
+    flops: dict[str, float] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.ones(_TRIAL_TOKENS, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
+        times = []
+        for _ in range(3):  # the first also sets up
+            start = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        flops[str(dtype).removeprefix("torch.")] = 2 * _TRIAL_TOKENS * inputs * outputs / min(times)
+    best = max(flops, key=flops.__getitem__)
+    return getattr(torch, best), flops
 
 
 def _relative_error(got: Tensor, exact: Tensor) -> float:

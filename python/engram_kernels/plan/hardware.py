@@ -5,12 +5,12 @@ import dataclasses
 import math
 from typing import Any
 
+from engram_kernels._names import GPUS
 from engram_kernels.plan.quantity import Quantity, Surface, assumed, given, measured
 
 _FIELD = "measured by others, collected 2026-11: "
 _SHEET = "data sheet: "
 LEFT_SHARE = 0.1  # of device memory, beside weights and KV cache: what vLLM leaves by default
-GPUS = ("h100", "h800", "h200", "a100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Hardware:
 
     Attributes:
         name: "h100", or "none" where the model computes on the CPU.
-        hbm_bytes, host_bytes, disk_bytes: room for tables.
-        hbm_stream: bytes/s of long reads.
-        hbm_gather, uva: bytes/s of rows that a kernel reads at random from device memory, from pinned host memory.
-        hbm_counts_traffic: `hbm_gather` is what the memory moves, sectors read and results written, not the rows alone.
+        device_bytes, host_bytes, disk_bytes: room for tables.
+        device_stream: bytes/s of long reads.
+        device_gather, uva: bytes/s of rows that a kernel reads at random from device memory, from pinned host memory.
+        device_counts_traffic: `device_gather` is what the memory moves, sectors read and results written, not the rows alone.
         uva_counts_sectors: `uva` is what crosses the link, not what of it are rows.
         link: bytes/s of the copy engine, host to device.
         host_copy, host_decode: bytes/s of rows gathered by the CPU, as stored, and dequantized to bf16.
@@ -32,15 +32,15 @@ class Hardware:
             fixed costs included.
         gather_share: of the compute lost while a kernel reads rows over the link beside it.
         host_share: of the compute lost while the CPU gathers.
-        flops: of dense bf16 products, a second.
+        flops: of dense bf16 products, per second.
     """
     name: str
-    hbm_bytes: Quantity | None
+    device_bytes: Quantity | None
     host_bytes: Quantity
     disk_bytes: Quantity
-    hbm_stream: Quantity | None
-    hbm_gather: Quantity | Surface | None
-    hbm_counts_traffic: bool
+    device_stream: Quantity | None
+    device_gather: Quantity | Surface | None
+    device_counts_traffic: bool
     uva: Quantity | Surface | None
     uva_counts_sectors: bool
     link: Quantity | None
@@ -61,7 +61,7 @@ class Hardware:
     @property
     def has_gpu(self) -> bool:
         """Whether the model computes on a GPU."""
-        return self.hbm_bytes is not None
+        return self.device_bytes is not None
 
 
 def rate_at(rate: Quantity | Surface, row_bytes: float, table_bytes: float) -> Quantity:
@@ -86,12 +86,12 @@ def assumed_hardware(name: str) -> Hardware:
     if name != "none" and name not in _SHEETS:
         raise ValueError(f"plan: gpu is {name!r}, expected none, {', '.join(GPUS)}")
     node = Hardware(
-        name=name, hbm_bytes=None, hbm_stream=None, hbm_gather=None, hbm_counts_traffic=True, uva=None,
+        name=name, device_bytes=None, device_stream=None, device_gather=None, device_counts_traffic=True, uva=None,
         uva_counts_sectors=True, link=None, nvlink=None, gpu_latency=None, copy_latency=None, gather_share=None,
         host_bytes=assumed(0.8 * 2**40, "B", "default: 80 % of 1 TiB of RAM"),
         disk_bytes=assumed(3.84e12, "B", "default: one 3.84 TB drive"),
-        host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "docs/performance.md: gather_rows 53.34 ns per row of 512 bytes with "
-                          "2 threads of an EPYC; here 8 threads, taken to scale"),
+        host_copy=assumed(512 / (53.34e-9 * 2) * 8, "B/s", "docs/performance.md: gather_rows 53.34 ns per row of 512 bytes "
+                          "with 2 threads of an EPYC; here 8 threads, taken to scale"),
         host_decode=assumed(264 / (53.34e-9 * 1.01 * 2) * 8, "B/s", "docs/performance.md: gather_rows of packed fp8 in 1.01x "
                             "the 53.34 ns of a bf16 row with 2 threads of an EPYC; here 8 threads, taken to scale"),
         disk_reads=assumed(75_000, "1/s", "this project's bench of the file tier: where its virtual disk ends, from depth 64 on"),
@@ -102,7 +102,7 @@ def assumed_hardware(name: str) -> Hardware:
         host_share=given(0, "1", "the CPU gathers, the GPU computes"))
     if name == "none":
         return dataclasses.replace(node, host_share=assumed(1, "1", "default: the gather takes the cores that would compute"))
-    title, hbm_bytes, hbm_rate, nvlink, flops = _SHEETS[name]
+    title, device_bytes, device_rate, nvlink, flops = _SHEETS[name]
     pcie4 = name == "a100"
     uva: Quantity | Surface = assumed(35e9, "B/s", _FIELD + "UVA reads by SMs, PCIe 5 x16, H100")
     if pcie4:
@@ -110,11 +110,11 @@ def assumed_hardware(name: str) -> Hardware:
         uva = Surface(tuple((256.0, gib * 2.0**30, assumed(rate, "B/s", source.format(gib)))
                             for gib, rate in ((1, 25e9), (20, 16.5e9))))
     machine = dataclasses.replace(
-        node, hbm_bytes=assumed(LEFT_SHARE * hbm_bytes, "B", f"{_SHEET}{title}, {hbm_bytes / 1e9:.0f} GB; default: a tenth is "
-                                "left beside weights and KV cache"),
+        node, device_bytes=assumed(LEFT_SHARE * device_bytes, "B", f"{_SHEET}{title}, {device_bytes / 1e9:.0f} GB; default: a "
+                                "tenth is left beside weights and KV cache"),
         disk_reads=assumed(900_000, "1/s", _SHEET + "Samsung PM9A3, random reads of 4 KiB"),
-        hbm_stream=assumed(hbm_rate, "B/s", _SHEET + title), flops=assumed(flops, "flop/s", f"{_SHEET}{title}, dense bf16"),
-        hbm_gather=assumed(0.8 * hbm_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak, "
+        device_stream=assumed(device_rate, "B/s", _SHEET + title), flops=assumed(flops, "flop/s", f"{_SHEET}{title}, dense bf16"),
+        device_gather=assumed(0.8 * device_rate, "B/s", _FIELD + "row gather with 16-byte vectors, about 80 % of HBM peak, "
                            "reads and writes counted"),
         uva=uva, nvlink=assumed(nvlink, "B/s", f"{_SHEET}{title}, one direction"),
         link=assumed(28e9 if pcie4 else 56e9, "B/s", _FIELD + "copy engine on PCIe 5 x16, 55 to 57 GB/s"
@@ -130,26 +130,26 @@ def _measured_elsewhere(h200: Hardware) -> Hardware:
     source = "this project's bench/results/2026-11-26_h200.md, an H200 elsewhere: "
     rows, sectors, written = 16_384 * 24, 288, 512
     return dataclasses.replace(
-        h200, hbm_gather=assumed(rows * (sectors + written) / 101.9e-6, "B/s",
+        h200, device_gather=assumed(rows * (sectors + written) / 101.9e-6, "B/s",
                                  f"{source}gather_rows of packed fp8, {rows:,} rows in 101.9 us, reads and writes counted"),
         uva=assumed(rows * sectors / 3780.8e-6, "B/s", f"{source}gather_rows from pinned host memory over PCIe 5 x16, "
                     f"{rows:,} rows in 3780.8 us (27 GB/s of rows; 32 where a call has 3,072)"),
         link=assumed(55.1e9, "B/s", f"{source}copy from pinned host memory"))
 
 
-def with_room(hardware: Hardware, hbm_bytes: float | None, host_bytes: float | None, disk_bytes: float | None) -> Hardware:
+def with_room(hardware: Hardware, device_bytes: float | None, host_bytes: float | None, disk_bytes: float | None) -> Hardware:
     """A machine like `hardware` with the room for tables that the command line gives.
 
     Raises:
         ValueError: a size is not positive, or device memory is given where there is no GPU.
     """
     changes: dict[str, Any] = {}
-    for field, value in (("hbm_bytes", hbm_bytes), ("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
+    for field, value in (("device_bytes", device_bytes), ("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
         if value is None:
             continue
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"plan: {field} is {value}, expected at least 0")
-        if field == "hbm_bytes" and not hardware.has_gpu:
+        if field == "device_bytes" and not hardware.has_gpu:
             raise ValueError(f"plan: {value:.3g} bytes of device memory are given, but there is no GPU: name one with --gpu")
         changes[field] = given(value, "B", "command line")
     return dataclasses.replace(hardware, **changes)

@@ -30,7 +30,7 @@ class Outcome:
         slower_s: what the step takes longer: what is exposed, and the compute lost beside what is hidden.
         largest_tokens: the largest step whose lookups are hidden and whose buffers fit into device memory, its compute taking as
             long as this one's; 0: none.
-        freed_bytes: device memory per GPU, against the table in HBM.
+        freed_bytes: device memory per GPU, against the table in it.
     """
     placement: str
     why_not: str | None
@@ -100,7 +100,7 @@ def exposed_seconds(windows: Sequence[float], latency: float, stages: Sequence[f
 
 
 def evaluate(placement: str, work: Workload, node: Hardware, with_largest: bool = True) -> Outcome:
-    """What a placement costs a step. `with_largest`: also search for the largest hidden step."""
+    """What a placement costs per step. `with_largest`: also search for the largest hidden step."""
     found = lookup(placement, work, node)
     if not found.stages:
         return Outcome(placement, found.why_not, found)
@@ -110,8 +110,8 @@ def evaluate(placement: str, work: Workload, node: Hardware, with_largest: bool 
     hidden = derived("s", lambda whole, out: max(whole - out, 0.0), lookup_s, exposed)
     slower = derived("s", lambda out, lost, hid, whole: out + lost * num_lookups * hid / whole, exposed, found.lost, hidden,
                      lookup_s)
-    in_hbm = derived("B", lambda table, g, n: table / (g * n), work.table_bytes, work.gpus, work.nodes)
-    freed = derived("B", lambda table, mine: max(table - mine, 0.0) if node.has_gpu else 0.0, in_hbm, found.device_bytes)
+    in_device = derived("B", lambda table, g, n: table / (g * n), work.table_bytes, work.gpus, work.nodes)
+    freed = derived("B", lambda table, mine: max(table - mine, 0.0) if node.has_gpu else 0.0, in_device, found.device_bytes)
     largest = _largest_hidden(placement, work, node) if with_largest else None
     return Outcome(placement, found.why_not, found, lookup_s, hidden, exposed, slower, largest, freed)
 
@@ -129,7 +129,7 @@ def _largest_hidden(placement: str, work: Workload, node: Hardware) -> Quantity:
         return changed, lookup(placement, changed, node)
 
     # what takes more than there is however few the tokens are, such as a table, is no reason: the times are given all the same
-    room = None if node.hbm_bytes is None else max(node.hbm_bytes.value, at(1)[1].device_bytes.value)
+    room = None if node.device_bytes is None else max(node.device_bytes.value, at(1)[1].device_bytes.value)
 
     def hidden(tokens: int) -> bool:
         changed, found = at(tokens)
@@ -141,7 +141,7 @@ def _largest_hidden(placement: str, work: Workload, node: Hardware) -> Quantity:
     while high - low > 1:  # low is hidden (or no step), high is not
         middle = (low + high) // 2
         low, high = (middle, high) if hidden(middle) else (low, middle)
-    limits = [_exposed(*at(max(low, 1))), *([] if node.hbm_bytes is None else [node.hbm_bytes])]
+    limits = [_exposed(*at(max(low, 1))), *([] if node.device_bytes is None else [node.device_bytes])]
     return derived("tokens", lambda *_: low, *limits)
 
 
@@ -186,8 +186,8 @@ _WORK_INPUTS = {"tokens per step": "tokens", "step time": "step", "time that ids
                 "table size": "table_bytes", "copies of the table": "copies", "size of the hot-row cache": "cache_bytes",
                 "unique ratio": "repeats", "hit rate of the hot-row cache": "repeats"}
 _RATIOS = {"unique ratio": "unique_factor", "hit rate of the hot-row cache": "hit_factor"}
-_NODE_INPUTS = {"room in device memory": "hbm_bytes", "room in host memory": "host_bytes", "room on disk": "disk_bytes",
-                "row gather rate from HBM": "hbm_gather", "UVA rate": "uva", "copy engine rate": "link",
+_NODE_INPUTS = {"room in device memory": "device_bytes", "room in host memory": "host_bytes", "room on disk": "disk_bytes",
+                "row gather rate from device memory": "device_gather", "UVA rate": "uva", "copy engine rate": "link",
                 "host gather rate": "host_copy", "host gather rate, dequantizing": "host_decode",
                 "disk reads per second": "disk_reads", "network rate": "network", "NVLink rate": "nvlink",
                 "GPU lookup latency": "gpu_latency", "copy latency": "copy_latency", "host lookup latency": "host_latency",

@@ -14,23 +14,23 @@ def products(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | N
 
     None: the spec names no module, or the machine has no GPU.
     """
-    if spec.variant == "none" or node.hbm_stream is None or node.flops is None:
+    if spec.variant == "none" or node.device_stream is None or node.flops is None:
         return None
     weights = spec.num_columns * spec.row_dim * (spec.branches + 1) * spec.hidden_size
-    return derived("s", lambda t, rate, flops: max(weights * _BYTES / rate, 2 * t * weights / flops), tokens, node.hbm_stream,
+    return derived("s", lambda t, rate, flops: max(weights * _BYTES / rate, 2 * t * weights / flops), tokens, node.device_stream,
                    node.flops)
 
 
 def passes(hidden_size: int, count: int, tokens: Quantity, node: Hardware) -> Quantity:
     """Seconds to read or write a vector of H values of each token `count` times."""
-    assert node.hbm_stream is not None, "what has no device memory has no such passes"
-    return derived("s", lambda t, rate: t * count * hidden_size * _BYTES / rate, tokens, node.hbm_stream)
+    assert node.device_stream is not None, "what has no device memory has no such passes"
+    return derived("s", lambda t, rate: t * count * hidden_size * _BYTES / rate, tokens, node.device_stream)
 
 
 def module_seconds(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | None:
     """Seconds per step that the modules of all layers compute with this library's ops; None: as for `products`.
 
-    The projections write M + 1 vectors of H a token, the gate reads 2 M + 1 and writes M, the convolution reads and writes M.
+    The projections write M + 1 vectors of H per token, the gate reads 2 M + 1 and writes M, the convolution reads and writes M.
     """
     product = products(spec, tokens, node)
     if product is None:

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from engram_kernels._names import PLACEMENTS
 from engram_kernels.plan.hardware import Hardware, rate_at
 from engram_kernels.plan.profile_input import PAGE_BYTES
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, total
 from engram_kernels.plan.workload import OUT_BYTES, SPLIT_FORMATS, Workload, touched
 
-PLACEMENTS = ("hbm", "hbm_cache", "uva", "staged", "file", "remote")
-TITLES = {"hbm": "HBM", "hbm_cache": "HBM cache over host", "uva": "UVA", "staged": "staged", "file": "file", "remote": "remote"}
+TITLES = {"device": "device memory", "device_cache": "device cache", "uva": "UVA", "staged": "staged", "file": "file",
+          "remote": "remote"}
 CHUNKS = 4  # pieces in which rows pass from stage to stage
 RING_DEPTH = 2  # requests whose buffers exist at once
 _NO_COMPUTE = given(0, "1", "a link, a drive or another machine takes no compute")
@@ -21,7 +22,7 @@ class Stage:
     """One step of a lookup.
 
     Attributes:
-        resource: what it occupies: "hbm", "link", "host", "disk", "nvlink" or "network".
+        resource: what it occupies: "device", "link", "host", "disk", "nvlink" or "network".
         seconds: how long, for all rows of a layer.
         share: of the compute that is lost meanwhile.
     """
@@ -70,11 +71,11 @@ def lookup(placement: str, work: Workload, node: Hardware) -> Lookup:
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"plan: placement is {placement!r}, expected {', '.join(PLACEMENTS)}")
-    if not node.has_gpu and placement in ("hbm", "hbm_cache", "uva"):
+    if not node.has_gpu and placement in ("device", "device_cache", "uva"):
         zero = given(0, "s", "no GPU")
         return Lookup(zero, (), given(0, "B", "no GPU"), "there is no GPU (name one with --gpu)")
-    return {"hbm": _hbm, "hbm_cache": _hbm_cache, "uva": _uva, "staged": _staged, "file": _file, "remote": _remote}[placement](
-        work, node)
+    of = {"device": _in_device, "device_cache": _device_cache, "uva": _uva, "staged": _staged, "file": _file, "remote": _remote}
+    return of[placement](work, node)
 
 
 def _seconds(num_bytes: float, rows: Quantity, rate: Quantity, times: Quantity | None = None) -> Quantity:
@@ -83,10 +84,10 @@ def _seconds(num_bytes: float, rows: Quantity, rate: Quantity, times: Quantity |
     return derived("s", lambda n, r, k: n * num_bytes * k / r, rows, rate, times)
 
 
-def _hbm_seconds(work: Workload, node: Hardware, rows: Quantity, table_bytes: float) -> Quantity:
+def _device_seconds(work: Workload, node: Hardware, rows: Quantity, table_bytes: float) -> Quantity:
     """A kernel gathers rows from device memory and writes them out; a measured rate of rows has the writing in it."""
-    rate, = _device(node, "hbm_gather")
-    num_bytes = work.link_bytes + work.spec.row_dim * OUT_BYTES if node.hbm_counts_traffic else work.row_bytes
+    rate, = _device(node, "device_gather")
+    num_bytes = work.link_bytes + work.spec.row_dim * OUT_BYTES if node.device_counts_traffic else work.row_bytes
     return _seconds(num_bytes, rows, rate_at(rate, work.row_bytes, table_bytes))
 
 
@@ -106,7 +107,7 @@ def _device_ring(work: Workload, node: Hardware) -> Quantity:
 
 
 def _ring_fits(work: Workload, node: Hardware) -> str | None:
-    return _fits(_device_ring(work, node), node.hbm_bytes, "device memory for the buffers")
+    return _fits(_device_ring(work, node), node.device_bytes, "device memory for the buffers")
 
 
 def _device(node: Hardware, *fields: str) -> list[Quantity]:
@@ -115,16 +116,16 @@ def _device(node: Hardware, *fields: str) -> list[Quantity]:
     return values
 
 
-def _hbm(work: Workload, node: Hardware) -> Lookup:
+def _in_device(work: Workload, node: Hardware) -> Lookup:
     gpus = derived("1", lambda g, n: g * n, work.gpus, work.nodes)
     mine = derived("B", lambda table, g: table / g, work.table_bytes, gpus)
     latency, nvlink = _device(node, "gpu_latency", "nvlink")
-    stages = [Stage("hbm", _hbm_seconds(work, node, work.requested, mine.value), _MEMORY_BOUND)]
+    stages = [Stage("device", _device_seconds(work, node, work.requested, mine.value), _MEMORY_BOUND)]
     if work.gpus.value > 1:  # the shard of another GPU of the node
         away = derived("1", lambda g, n: (g - 1) / (g * n), work.gpus, work.nodes)
         stages.append(Stage("nvlink", _seconds(work.row_bytes, work.requested, nvlink, away), _NO_COMPUTE))
     stages += _from_other_nodes(work, node, work.requested)
-    return Lookup(_latency(work, node, latency), tuple(stages), mine, _fits(mine, node.hbm_bytes, "device memory per GPU"))
+    return Lookup(_latency(work, node, latency), tuple(stages), mine, _fits(mine, node.device_bytes, "device memory per GPU"))
 
 
 def _from_other_nodes(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:
@@ -148,16 +149,16 @@ def _uva(work: Workload, node: Hardware) -> Lookup:
     return Lookup(latency, (stage,), _ring(work), _fits(host, node.host_bytes, "host memory") or _ring_fits(work, node))
 
 
-def _hbm_cache(work: Workload, node: Hardware) -> Lookup:
+def _device_cache(work: Workload, node: Hardware) -> Lookup:
     latency, share = _device(node, "gpu_latency", "gather_share")
     hit_rows = derived("rows", lambda n, h: n * h, work.distinct, work.hit_rate)
     missed = derived("rows", lambda n, h: n - h, work.distinct, hit_rows)
-    hits = Stage("hbm", _hbm_seconds(work, node, hit_rows, max(work.cache_bytes.value, 1)), _MEMORY_BOUND)
+    hits = Stage("device", _device_seconds(work, node, hit_rows, max(work.cache_bytes.value, 1)), _MEMORY_BOUND)
     misses = Stage("link", _seconds(work.row_bytes, missed, _uva_rate(work, node)), share)
     host = derived("B", lambda table, copies: table * copies, work.table_bytes, work.copies)
     device = derived("B", lambda c, ring: c + ring, work.cache_bytes, _ring(work))
     why_not = "the cache has no room: no device memory is given to it" if work.cache_slots.value < 1 else (
-        _fits(device, node.hbm_bytes, "device memory") or _fits(host, node.host_bytes, "host memory"))
+        _fits(device, node.device_bytes, "device memory") or _fits(host, node.host_bytes, "host memory"))
     return Lookup(latency, (misses, hits), device, why_not)
 
 
@@ -172,11 +173,11 @@ def _to_device(work: Workload, node: Hardware, rows: Quantity) -> list[Stage]:
     """Over the link by the copy engine, then into the order of the ids by a kernel; nothing where the CPU computes."""
     if not node.has_gpu:
         return []
-    link, stream = _device(node, "link", "hbm_stream")
-    share = derived("1", lambda rate, hbm: rate / hbm, link, stream)  # of the device memory's time
-    expand = _hbm_seconds(work, node, work.requested, work.row_bytes * work.requested.value)
+    link, stream = _device(node, "link", "device_stream")
+    share = derived("1", lambda rate, device: rate / device, link, stream)  # of the device memory's time
+    expand = _device_seconds(work, node, work.requested, work.row_bytes * work.requested.value)
     return [Stage("link", _seconds(work.row_bytes, rows, link), share),
-            Stage("hbm", expand, _MEMORY_BOUND)]
+            Stage("device", expand, _MEMORY_BOUND)]
 
 
 def _latency(work: Workload, node: Hardware, *parts: Quantity | None) -> Quantity:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from engram_kernels._names import PAPER_ROWS
 from engram_kernels.plan.hardware import assumed_hardware
 from engram_kernels.plan.model import evaluate
 from engram_kernels.plan.module_compute import passes, products
@@ -43,9 +44,10 @@ class Backbone:
     with_memory: float
 
 
-PAPER = {
-    "paper_4b": Backbone("4B-Dense", 2560, 30, f"{_PAPER}, Table 5", 9031.62, 8858.28),
-    "paper_8b": Backbone("8B-Dense", 4096, 36, "default: the paper does not give the shape of its 8B backbone", 6315.52, 6140.02)}
+PAPER = dict(zip(PAPER_ROWS, (
+    Backbone("4B-Dense", 2560, 30, f"{_PAPER}, Table 5", 9031.62, 8858.28),
+    Backbone("8B-Dense", 4096, 36, "default: the paper does not give the shape of its 8B backbone", 6315.52, 6140.02)),
+    strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Comparison:
     Attributes:
         name: of the preset.
         placement: where the model puts the table: host memory, staged.
-        exposed_s, slower_s: of the lookup, a step.
-        launches_s: a step, of the launches of hash and module.
-        compute_s: a step, of the module's products and of what it moves through device memory.
+        exposed_s, slower_s: of the lookup, per step.
+        launches_s: per step, of the launches of hash and module.
+        compute_s: per step, of the module's products and of what it moves through device memory.
         predicted, published: share of the throughput that is lost.
         error_points: predicted less published, in percentage points.
         missing_s: what a step would have to take longer for the model to be right.
@@ -96,7 +98,8 @@ def paper_workload(name: str) -> Workload:
         layers=assumed(backbone.layers, "1", backbone.shape_source),
         ahead=given(0, "s", "decode: ids are known when a step starts"),
         copies=given(1, "1", "preset"), gpus=given(1, "1", "preset"), nodes=given(1, "1", "preset"),
-        cache_bytes=given(0, "B", "the paper caches nothing in HBM"), repeats=published_repeats(spec, "prose", "decode"))
+        cache_bytes=given(0, "B", "the paper caches nothing in device memory"),
+        repeats=published_repeats(spec, "prose", "decode"))
 
 
 def compare_with_paper(name: str) -> Comparison:
@@ -107,7 +110,7 @@ def compare_with_paper(name: str) -> Comparison:
     """
     work, node, backbone = paper_workload(name), assumed_hardware("h800"), PAPER[name]
     outcome = evaluate("staged", work, node)
-    assert outcome.exposed_s is not None and outcome.slower_s is not None and node.hbm_stream is not None
+    assert outcome.exposed_s is not None and outcome.slower_s is not None and node.device_stream is not None
     launches = assumed(143e-6 / HASH_LAUNCHES * (HASH_LAUNCHES + LAUNCHES), "s",
                        f"measured by others, collected 2026-11: hash as {HASH_LAUNCHES} torch launches 143 us, RTX 4090; "
                        f"default: the published demo's module in {LAUNCHES} more, each as long")

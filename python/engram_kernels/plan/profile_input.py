@@ -10,7 +10,8 @@ from engram_kernels import info
 from engram_kernels.plan.hardware import LEFT_SHARE, Hardware
 from engram_kernels.plan.quantity import Provenance, Quantity, Surface, derived, measured
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+_OLD_PLACEMENTS = {"hbm": "device"}  # of version 1
 PAGE_BYTES = 4096  # of a read past the page cache
 FILE_TIER_DEPTH = 64
 _FEW_ROWS = 256  # a call of so few rows is all latency
@@ -31,14 +32,17 @@ def load_profile(path: Path) -> dict[str, Any]:
         raise ValueError(f"plan: {path} is not JSON: {err}") from None
     if not isinstance(report, dict) or "schema_version" not in report:
         raise ValueError(f"plan: {path} is no report of engram-kernels profile: it has no schema_version")
-    if report["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"plan: {path} has schema_version {report['schema_version']!r}, expected {SCHEMA_VERSION}")
+    if report["schema_version"] not in SCHEMA_VERSIONS:
+        raise ValueError(f"plan: {path} has schema_version {report['schema_version']!r}, expected one of {SCHEMA_VERSIONS}: "
+                         "measure again with this version's engram-kernels profile")
     cells, machine = report.get("cells"), report.get("machine")
     if not isinstance(cells, list) or not isinstance(machine, dict):
         raise ValueError(f"plan: {path} is no report of engram-kernels profile: it has no list of cells or no machine")
     _check_machine(path, machine)
     for number, cell in enumerate(cells):
         _check_cell(path, number, cell)
+        if report["schema_version"] == 1:
+            cell["placement"] = _OLD_PLACEMENTS.get(cell.get("placement"), cell.get("placement"))
         index = cell.get("gpu")
         known = isinstance(index, int) and 0 <= index < len(machine.get("gpu") or [])
         if index is not None and cell["status"] == "ok" and not known:
@@ -108,7 +112,9 @@ def _measured_gpu(report: dict[str, Any]) -> dict[str, Any] | None:
 
 def _host(cells: list[Cell], source: str) -> dict[str, Any]:
     # `plain` is another program's loop, not what the prefetcher runs
-    gathers = [c for c in cells if c["probe"] == "host_gather" and c.get("op") == "gather_rows" and _is_random(c)]
+    random = [c for c in cells if c["probe"] == "host_gather" and _is_random(c)]
+    # a plan's rows come through the prefetcher; reports that did not measure it have its kernel alone
+    gathers = [c for c in random if c.get("op") == "prefetcher"] or [c for c in random if c.get("op") == "gather_rows"]
     packed = [c for c in gathers if str(c.get("row_format", "")).startswith("fp8")]
     copied = [c for c in gathers if c not in packed]
     return {"host_copy": _surface(copied, source), "host_decode": _surface(packed, source) or _surface(copied, source),
@@ -138,7 +144,7 @@ def _room(machine: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _gpu(cells: list[Cell], gpu: dict[str, Any], source: str) -> dict[str, Any]:
     gathers = [c for c in cells if c["probe"] == "gpu_gather" and _is_random(c) and c.get("beside") in (None, "nothing")]
-    hbm = [c for c in gathers if c.get("placement") == "hbm"]
+    device = [c for c in gathers if c.get("placement") == "device"]
     uva = [c for c in gathers if c.get("placement") == "uva"]
     copies = [c for c in cells if c["probe"] == "gpu_link" and c.get("op") == "h2d" and c.get("pinned") is not False
               and c.get("engine") in (None, "copy") and c.get("bytes") and c.get("bytes_per_s")]
@@ -146,19 +152,19 @@ def _gpu(cells: list[Cell], gpu: dict[str, Any], source: str) -> dict[str, Any]:
     memory = gpu.get("memory_bytes")
     room = memory and Quantity(LEFT_SHARE * memory, "B", Provenance.ASSUMED,
                                f"{source}: memory of the GPU; default: a tenth is left")
-    changes: dict[str, Any] = {"hbm_bytes": room, "hbm_gather": _surface(hbm, source), "uva": _surface(uva, source),
-                               "gpu_latency": _latency(uva or hbm, source)}
+    changes: dict[str, Any] = {"device_bytes": room, "device_gather": _surface(device, source), "uva": _surface(uva, source),
+                               "gpu_latency": _latency(uva or device, source)}
     if changes["uva"] is not None:
         changes["uva_counts_sectors"] = False
-    if changes["hbm_gather"] is not None:
-        changes["hbm_counts_traffic"] = False
+    if changes["device_gather"] is not None:
+        changes["device_counts_traffic"] = False
     if copies:
         changes["link"] = _of(max(copies, key=lambda c: c["bytes"]), "bytes_per_s", "B/s", source)
         least = min(copies, key=lambda c: c["bytes"])
         if least["bytes"] <= 65_536:
             changes["copy_latency"] = _of(least, "median", "s", source)
     if streams:
-        changes["hbm_stream"] = _of(max(streams, key=lambda c: c["bytes_per_s"]), "bytes_per_s", "B/s", source)
+        changes["device_stream"] = _of(max(streams, key=lambda c: c["bytes_per_s"]), "bytes_per_s", "B/s", source)
     beside = [c for c in cells if c["probe"] == "gpu_interference" and c.get("placement") == "uva" and c.get("beside") == "gemm"
               and c.get("slowdown_of_other")]
     if beside:
@@ -178,6 +184,8 @@ def _surface(cells: list[Cell], source: str) -> Surface | None:
     best: dict[tuple[int, int], Cell] = {}
     for cell in cells:
         if not (cell.get("row_bytes") and cell.get("table_bytes") and cell.get("bytes_per_s")):
+            continue
+        if cell.get("rows") and cell["rows"] <= _FEW_ROWS:
             continue
         key = (cell["row_bytes"], cell["table_bytes"])
         if key not in best or _merit(cell) > _merit(best[key]):

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from engram_kernels._names import KINDS, PHASES
 from engram_kernels._terminal import no_progress
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, interpolate, measured
 from engram_kernels.spec import EngramSpec
 
-KINDS = ("prose", "code", "non-English")
-PHASES = ("prefill", "decode")
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536)
 CACHE_BATCH = 256
 SLOT_BYTES = 25  # of a cache's directory, beside the row: RowCacheDirectory::kBytesPerSlot

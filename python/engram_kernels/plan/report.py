@@ -17,9 +17,7 @@ from engram_kernels.plan.workload import Workload
 from engram_kernels.profile.show import bytes_text, time_text
 
 SCHEMA_VERSION = 1
-LEGEND = "(g) given, (m) measured, (s) simulated, (a) assumed; what is computed is as weak as its weakest input"
-_HEAD = ("placement", "fits", "lookup per step", "hidden", "exposed", "step slower by", "largest step hidden",
-         "HBM freed per GPU")
+LEGEND = "(g) given, (m) measured, (s) simulated, (a) assumed; what is computed is as weak as its weakest input."
 
 
 def tagged(quantity: Quantity | None, text: str | None = None) -> str:
@@ -45,37 +43,67 @@ def _text(quantity: Quantity) -> str:
 
 
 def _share(ratio: float) -> str:
-    return f"{ratio:.2%}" if ratio < 10 else f"{ratio:.0f}x"
+    return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> None:
-    """Prints inputs, placements and verdict."""
+def print_plan(plan: Plan, work: Workload, node: Hardware, printer: Printer, trial: Trial | None = None,
+               explain: bool = False) -> None:
+    """Prints the verdict first, then the trial of it, then a line per placement; with `explain` also the inputs."""
     spec = work.spec
     machine = f"GPU {node.name}" if node.has_gpu else "the CPU computes"
-    printer.say(f"{spec.name}: {_text(work.table_bytes)} of tables, {spec.rows_per_token} rows of {spec.bytes_per_row} bytes a "
-                f"token in layers {list(spec.layer_ids)}; {machine}")
+    for i, line in enumerate([*verdict_lines(plan, work), *([] if trial is None else trial_lines(trial))]):
+        printer.say(line, "bold" if i == 0 else None)
     printer.say()
-    printer.table(("input", "value", "source"), [(name, tagged(value), value.source) for name, value in inputs(work, node)],
-                  [None] * len(inputs(work, node)))
-    printer.say()
-    step = work.step.value
-    rows, styles = [], []
-    for placement, o in plan.outcomes.items():
-        slower = "-" if o.slower_s is None else tagged(o.slower_s, f"{_text(o.slower_s)}, {_share(o.slower_s.value / step)}")
-        largest = o.largest_tokens
-        capped = f">= {_text(largest)}" if largest is not None and largest.value >= MAX_TOKENS else None
-        rows.append((TITLES[placement], "yes" if o.why_not is None else f"no: {o.why_not}", tagged(o.lookup_s),
-                     tagged(o.hidden_s), tagged(o.exposed_s), slower, tagged(largest, capped), tagged(o.freed_bytes)))
-        styles.append("bold green" if placement == plan.winner else None if o.why_not is None else "dim")
-    printer.table(_HEAD, rows, styles)
-    printer.say(LEGEND)
+    printer.say(f"{spec.name}: {_text(work.table_bytes)} of tables, {spec.rows_per_token} rows of {spec.bytes_per_row} bytes per "
+                f"token in layers {', '.join(map(str, spec.layer_ids))}; {_text(work.tokens)} per step of {_text(work.step)}; "
+                f"{machine}.")
+    _print_placements(plan, work, node, printer)
     module = module_seconds(work.spec, work.tokens, node)
     if module is not None:
-        printer.say(f"beside its lookups the module computes {tagged(module)} a step, wherever the table lies; it is in none "
-                    "of the times above")
+        printer.say(f"Beside its lookups the module computes {tagged(module)} per step, wherever the table lies; it is in none "
+                    "of the times above.")
+    if not explain:
+        printer.say("--explain prints every input with its source.")
+        return
     printer.say()
-    for line in verdict_lines(plan, work):
-        printer.say(line, "bold" if line.startswith("pick") else None)
+    found = inputs(work, node)
+    printer.table(("input", "value", "source"), [(name, tagged(value), value.source) for name, value in found],
+                  [None] * len(found))
+    printer.say(LEGEND)
+    hidden = [f"{TITLES[name]} {tagged(o.hidden_s)}" for name, o in plan.outcomes.items() if o.hidden_s is not None]
+    printer.say("Hidden behind compute, per step: " + ", ".join(hidden) + ".")
+
+
+def _print_placements(plan: Plan, work: Workload, node: Hardware, printer: Printer) -> None:
+    """The table, at most 100 columns wide, and why some placements cannot be."""
+    rows, styles = [], []
+    for placement, o in plan.outcomes.items():
+        numbers = [q for q in (o.lookup_s, o.exposed_s, o.slower_s, o.largest_tokens, o.freed_bytes) if q is not None]
+        slower = "-" if o.slower_s is None else f"{_text(o.slower_s)}, {_share(o.slower_s.value / work.step.value)}"
+        largest = "-" if o.largest_tokens is None else f"{o.largest_tokens.value:,.0f}"
+        if o.largest_tokens is not None and o.largest_tokens.value >= MAX_TOKENS:
+            largest = f">= {largest}"
+        weakest = max((q.provenance for q in numbers), default=None)
+        cells = [TITLES[placement], "yes" if o.why_not is None else "no", _or_dash(o.lookup_s), _or_dash(o.exposed_s), slower,
+                 largest, *([_or_dash(o.freed_bytes)] if node.has_gpu else []), "-" if weakest is None else weakest.word]
+        rows.append(cells)
+        styles.append("bold green" if placement == plan.winner else None if o.why_not is None else "dim")
+    head = ["placement", "fits", "lookup", "exposed", "step slower by", "hides up to", *(["frees"] if node.has_gpu else []),
+            "numbers"]
+    printer.table(head, rows, styles)
+    by_reason: dict[str, list[str]] = {}
+    for placement, o in plan.outcomes.items():
+        if o.why_not is not None:
+            by_reason.setdefault(o.why_not, []).append(TITLES[placement])
+    for reason, titles in by_reason.items():
+        printer.say(f"No {', no '.join(titles)}: {reason}.")
+    frees = "; \"frees\" is device memory per GPU" if node.has_gpu else ""
+    printer.say(f"Times are per step; \"hides up to\" is the most tokens per step whose lookups are hidden{frees}; \"numbers\" "
+                "is the weakest of a line's inputs.")
+
+
+def _or_dash(quantity: Quantity | None) -> str:
+    return "-" if quantity is None else _text(quantity)
 
 
 def inputs(work: Workload, node: Hardware) -> list[tuple[str, Quantity]]:
@@ -87,22 +115,24 @@ def inputs(work: Workload, node: Hardware) -> list[tuple[str, Quantity]]:
 def verdict_lines(plan: Plan, work: Workload) -> list[str]:
     """The pick, the runner-up, and what would flip them."""
     if plan.winner is None:
-        return ["pick: none. No placement fits; the table says what each lacks. --gpu, --host-gib, --disk-gib, --hbm-gib and "
-                "--nodes plan for another machine"]
+        return ["pick: none. No placement fits; the lines below the table say what each lacks. --gpu, --host-gib, --disk-gib, "
+                "--device-gib and --nodes plan for another machine."]
     first = plan.outcomes[plan.winner]
-    lines = [f"pick: {TITLES[plan.winner]}. A step is {tagged(first.slower_s)} slower, "
-             f"{tagged(first.exposed_s)} of it waiting for rows; frees {tagged(first.freed_bytes)} of device memory per GPU"]
+    assert first.slower_s is not None and first.freed_bytes is not None
+    frees = f" It frees {tagged(first.freed_bytes)} of device memory per GPU." if first.freed_bytes.value else ""
+    lines = [f"pick: {TITLES[plan.winner]}. A step of {_text(work.step)} gets {tagged(first.slower_s)} slower, "
+             f"{tagged(first.exposed_s)} of it waiting for rows.{frees}"]
     if plan.runner_up is None:
-        lines.append("runner-up: none, nothing else fits")
+        lines.append("runner-up: none; nothing else fits.")
     else:
         second = plan.outcomes[plan.runner_up]
-        assert first.slower_s is not None and second.slower_s is not None
+        assert second.slower_s is not None
         more = (second.slower_s.value - first.slower_s.value) / work.step.value
         why = f"{_share(more)} of the step more" if more > TIE else (
             f"within {TIE:.1%} of the step, a tie: the pick frees more device memory or looks up sooner")
-        lines.append(f"runner-up: {TITLES[plan.runner_up]}, a step {tagged(second.slower_s)} slower ({why})")
+        lines.append(f"runner-up: {TITLES[plan.runner_up]}. A step gets {tagged(second.slower_s)} slower ({why}).")
     if plan.flip is None:
-        lines.append(f"nothing flips it: no single input changed by up to {MAX_FACTOR:.0f} times makes another win")
+        lines.append(f"flip: none. No single input, changed by up to {MAX_FACTOR:.0f} times, makes another placement win.")
     else:
         lines.append(flip_line(plan.flip))
     return lines
@@ -111,23 +141,23 @@ def verdict_lines(plan: Plan, work: Workload) -> list[str]:
 def flip_line(flip: Flip) -> str:
     """The nearest change that makes another placement win, in words."""
     by = f"{flip.factor:.3g} times as large" if flip.factor > 1 else f"{1 / flip.factor:.3g} times smaller"
-    return (f"flips to {TITLES[flip.winner]} when {flip.name} gets {by}: from {tagged(flip.now)} to {tagged(flip.then)}")
+    return f"flip: {TITLES[flip.winner]} wins when {flip.name} gets {by}: from {tagged(flip.now)} to {tagged(flip.then)}."
 
 
 def trial_lines(trial: Trial) -> list[str]:
     """The model's own error."""
-    lines = [f"{trial.instead_of}; run instead: rows gathered by the CPU"] if trial.instead_of else []
+    lines = [f"{trial.instead_of}; rows gathered by the CPU run instead."] if trial.instead_of else []
     low, high = trial.spread
-    error = tagged(trial.error, f"{trial.error.value:+.0%}")
-    return [*lines, f"run here: {TITLES[trial.placement]}, {trial.what}: predicted {tagged(trial.predicted)}, took "
-                    f"{tagged(trial.actual)} (quartiles {tagged(low)} to {tagged(high)}): the prediction is off by {error}"]
+    return [*lines, f"run here: {TITLES[trial.placement]} was predicted to take {tagged(trial.predicted)} and took "
+                    f"{tagged(trial.actual)}, quartiles {_text(low)} to {_text(high)}: the prediction is off by "
+                    f"{trial.error.value:+.0%}. It fetched {trial.what}."]
 
 
 def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> None:
     """The paper's table beside the model's."""
     head = ("backbone, memory of 100B parameters in host DRAM", "exposed per step", "rest of the lookup",
             "launches of hash and module", "products and passes", "throughput lost: predicted", "published", "off by",
-            "a step lacks")
+            "missing per step")
     rows = []
     for c in comparisons:
         rest = Quantity(c.slower_s.value - c.exposed_s.value, "s", c.slower_s.provenance, c.slower_s.source)
@@ -145,7 +175,7 @@ def print_comparisons(comparisons: Sequence[Comparison], printer: Printer) -> No
 def simulated_lines(simulated: Simulated, placement: str, early: int | None) -> list[str]:
     """What the simulation says."""
     busy = ", ".join(f"{name} {tagged(share, f'{share.value:.0%}')}" for name, share in simulated.busy.items())
-    lines = [f"simulated, {TITLES[placement]}: {tagged(simulated.step_s)} a step, of it {tagged(simulated.exposed_s)} waiting "
+    lines = [f"simulated, {TITLES[placement]}: {tagged(simulated.step_s)} per step, of it {tagged(simulated.exposed_s)} waiting "
              f"for rows ({len(simulated.tasks):,} tasks; streams busy: {busy})"]
     if early is not None:
         lines.append(f"early enough: a lookup submitted {early} layer{'' if early == 1 else 's'} before its own costs as little "

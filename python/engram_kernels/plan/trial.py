@@ -54,9 +54,9 @@ def runnable(placement: str) -> str | None:
     """Why a placement cannot run on this machine; None: it can."""
     if placement == "remote":
         return "it needs another machine"
-    if placement == "hbm_cache":
+    if placement == "device_cache":
         return "the hot-row cache on a device has no public op yet"
-    if placement in ("hbm", "uva") and (why := _no_gpu()) is not None:
+    if placement in ("device", "uva") and (why := _no_gpu()) is not None:
         return why
     return None
 
@@ -86,7 +86,7 @@ def run_trial(pick: str, work: Workload, here: Hardware, planned: Hardware, seco
     placement = pick if why_not is None else "staged"
     small = _small(work)
     cpu = placement in ("staged", "file")
-    node = dataclasses.replace(here, hbm_bytes=None, copy_latency=None) if cpu else here if here.has_gpu else planned
+    node = dataclasses.replace(here, device_bytes=None, copy_latency=None) if cpu else here if here.has_gpu else planned
     predicted = lookup(placement, small, node).seconds
     requests = _requests(small)
     with tempfile.TemporaryDirectory(prefix="engram-plan-") as folder:
@@ -131,7 +131,7 @@ def _table(spec: EngramSpec, num_rows: int, placement: str, folder: Path) -> Row
         path = folder / "table.safetensors"
         RowTable.create(path, rows, scales, row_dim=spec.row_dim, row_format=spec.row_format)
         return RowTable.open(path)
-    if placement in ("hbm", "uva"):
+    if placement in ("device", "uva"):
         rows = rows.pin_memory() if placement == "uva" else rows.cuda()
         scales = None if scales is None else scales.pin_memory() if placement == "uva" else scales.cuda()
     return RowTable.from_tensor(rows, scales, spec.row_format, copy=placement == "staged", row_dim=spec.row_dim)

@@ -32,7 +32,7 @@ class Arena:
         huge_pages: whether they are asked for.
         cpus: whose threads touch it first; -1: any.
         node: the NUMA node that it comes from; None: that of the threads.
-        fill: every byte; None: a byte per page is 1, the others 0.
+        fill: every byte; None: one byte per page is 1, the others 0.
         max_seconds: when touching takes longer, `data` ends where it had come to: a virtual machine may get its memory slowly.
     """
 

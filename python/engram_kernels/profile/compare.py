@@ -30,7 +30,7 @@ class Series:
 
     Attributes:
         role: "ours", "peer" or "bound".
-        seconds: a call.
+        seconds: per call.
         controls: name of a fixed piece of work that was timed among the calls -> (seconds per call over its, its median seconds).
     """
     role: str

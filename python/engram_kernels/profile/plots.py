@@ -48,7 +48,7 @@ def write_figures(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCell]], x: str, y: Callable[[JsonCell], float],
            scales: tuple[str, str] = ("log", "log")) -> Any:
-    """A line a name, with the 95 % interval of each point as its bar."""
+    """A line per name, with the 95 % interval of each point as its bar."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
     lines = {name: sorted(cells, key=lambda c: c[x]) for name, cells in lines.items() if cells}
@@ -153,7 +153,7 @@ def _disk(report: dict[str, Any]) -> Any:
 def _gpu_gather(report: dict[str, Any]) -> Any:
     cells = [c for c in _cells(report, probe="gpu_gather", cold=True) if c["row_bytes"] in (264, 512)]
     lines = {}
-    for placement in ("hbm", "uva", "staged"):
+    for placement in ("device", "uva", "staged"):
         mine = [c for c in cells if c["placement"] == placement]
         for row in sorted({c["row_bytes"] for c in mine}):
             largest = max(c["table_bytes"] for c in mine if c["row_bytes"] == row)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +33,14 @@ _FULL_SIZES, _FULL_DEPTHS = (4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128
 
 def run_disk_probes(session: Session) -> None:
     """The one probe of the disk."""
-    with session.probe("disk_read", SECONDS[session.options.mode]), scratch_file(session) as (fd, num_bytes):
-        read(session, fd, num_bytes)
+    mode = session.options.mode
+    points = (_SIZES, _DEPTHS) if session.quick else (_FULL_SIZES, _FULL_DEPTHS)
+    with session.probe("disk_read", SECONDS[mode]), scratch_file(session, _FILE_BYTES[mode], _WRITE_SECONDS[mode]) as file:
+        read(session, *file, *points)
 
 
 @contextmanager
-def scratch_file(session: Session) -> Iterator[tuple[int, int]]:
+def scratch_file(session: Session, most_bytes: int, most_seconds: float) -> Iterator[tuple[int, int]]:
     """A file without a name, full of noise; (descriptor, bytes). Its size and the time to write it are bounded.
 
     Raises:
@@ -50,11 +52,11 @@ def scratch_file(session: Session) -> Iterator[tuple[int, int]]:
         raise Skip("NOT_SUPPORTED", f"the folder is a {kind}, which is memory and not a disk: name another with --disk-dir")
     try:
         free = shutil.disk_usage(folder).free
-        wanted = min(_FILE_BYTES[session.options.mode], free // _FREE_SHARE) // _PIECE_BYTES * _PIECE_BYTES
+        wanted = min(most_bytes, free // _FREE_SHARE) // _PIECE_BYTES * _PIECE_BYTES
         if wanted < _LEAST_BYTES:
             raise Skip("NO_DISK_SPACE", f"{free // MIB} MiB are free; a file of an eighth of that is too small to measure")
         with tempfile.TemporaryFile(dir=folder) as file:  # unlinked at once
-            yield file.fileno(), _fill(file.fileno(), wanted, _WRITE_SECONDS[session.options.mode])
+            yield file.fileno(), _fill(file.fileno(), wanted, most_seconds)
     except OSError as err:
         reason = {errno.EROFS: "READ_ONLY", errno.EACCES: "READ_ONLY", errno.EPERM: "READ_ONLY", errno.ENOSPC: "NO_DISK_SPACE",
                 errno.EDQUOT: "NO_DISK_SPACE"}.get(err.errno or 0)
@@ -76,11 +78,10 @@ def _fill(fd: int, wanted: int, max_seconds: float) -> int:
     return written // _PIECE_BYTES * _PIECE_BYTES
 
 
-def read(session: Session, fd: int, num_bytes: int) -> None:
-    """Cells by size and queue depth; sets the peak "disk"."""
+def read(session: Session, fd: int, num_bytes: int, sizes: Sequence[int], depths: Sequence[int]) -> None:
+    """Cells by size of a read, in bytes, and queue depth; sets the peak "disk"."""
     if COMPILE_ERROR:
         raise Skip("NO_COMPILED_MODULE", COMPILE_ERROR)
-    sizes, depths = (_SIZES, _DEPTHS) if session.quick else (_FULL_SIZES, _FULL_DEPTHS)
     rng = np.random.default_rng(1)
     session.control = _single_reads(fd, num_bytes, np.random.default_rng(2))
     for depth in reversed(depths):
@@ -130,7 +131,7 @@ def _measure_reads(session: Session, reader: Any, io: str, point: tuple[int, int
     out = np.ones(reads * size, np.uint8)
     # more sets than a round takes, so that none is read twice in a row
     turn = itertools.cycle([rng.choice(num_rows, reads, replace=False) for _ in range(16)])
-    cell: JsonCell = {"probe": "disk_read", "op": io, "tier": "disk", "placement": "file", "row_bytes": size,
+    cell: JsonCell = {"probe": "disk_read", "op": io, "tier": "file", "placement": "file", "row_bytes": size,
                       "table_bytes": num_bytes, "rows": reads, "bytes": reads * size, "order": "uniform", "threads": 1,
                       "queue_depth": depth, "cold": True}
 
@@ -142,4 +143,4 @@ def _measure_reads(session: Session, reader: Any, io: str, point: tuple[int, int
 
     result = session.measure(cell, sample, min_rounds=5)
     if result["status"] == "ok":
-        session.set_peak("disk", result["bytes_per_s"], f"random reads of {size} bytes, {depth} in flight, in this run")
+        session.set_peak("file", result["bytes_per_s"], f"random reads of {size} bytes, {depth} in flight, in this run")

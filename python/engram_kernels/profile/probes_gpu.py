@@ -112,7 +112,7 @@ def _describe(session: Session, nvml: Nvml | None, why_not: Skip | None) -> None
     clock, bits = values.get("memory_clock_max_mhz"), values.get("memory_bus_bits")
     if clock and bits and not values.get("mig_enabled"):  # a slice has a part of it, which NVML does not tell
         source = f"{clock} MHz, two transfers a clock, {bits} bits, by NVML"
-        session.set_peak("hbm", clock * 1e6 * 2 * bits / 8, source, "assumed", physical=True)
+        session.set_peak("device", clock * 1e6 * 2 * bits / 8, source, "assumed", physical=True)
 
 
 def link_state(session: Session, gpu: Any, nvml: Nvml | None, why_not: Skip | None) -> None:
@@ -252,7 +252,7 @@ def _is_remote(session: Session) -> bool:
 
 
 def stream(session: Session, gpu: Any) -> None:
-    """Read, copy and triad of the device's memory; sets the peak "hbm_stream"."""
+    """Read, copy and triad of the device's memory; sets the peak "device_stream"."""
     num_bytes = min(_STREAM_BYTES, gpu.free_bytes() // 4) // 4 * 4
     a, b, c = (gpu.empty(num_bytes).view(torch.float32) for _ in range(3))
     for x in (a, b, c):
@@ -260,13 +260,13 @@ def stream(session: Session, gpu: Any) -> None:
     total = torch.zeros((), dtype=torch.float32, device=a.device)
     for op, arrays, call in (("read", 1, lambda: torch.sum(b, 0, out=total)), ("copy", 2, lambda: a.copy_(b)),
                              ("triad", 3, lambda: torch.add(b, c, alpha=3.0, out=a))):
-        result = session.measure({"probe": "gpu_stream", "op": op, "tier": "hbm", "placement": "hbm", "gpu": session.options.gpu,
-                                  "table_bytes": num_bytes, "bytes": arrays * num_bytes},
-                                 partial(gpu.seconds, [call] * 4), peak="hbm")
+        result = session.measure({"probe": "gpu_stream", "op": op, "tier": "device", "placement": "device",
+                                  "gpu": session.options.gpu, "table_bytes": num_bytes, "bytes": arrays * num_bytes},
+                                 partial(gpu.seconds, [call] * 4), peak="device")
         if result["status"] == "ok":
-            session.set_peak("hbm_stream", result["bytes_per_s"], f"{op} of {num_bytes // MIB} MiB arrays in this run")
+            session.set_peak("device_stream", result["bytes_per_s"], f"{op} of {num_bytes // MIB} MiB arrays in this run")
             if "peak_share" in result and op != "read":
-                expect_share(result, result["peak_share"], "hbm")
+                expect_share(result, result["peak_share"], "device")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class Shape:
     """One point.
 
     Attributes:
-        placement: "hbm", "uva" or "staged".
+        placement: "device", "uva" or "staged".
         row_bytes, table_bytes: as in the report.
         rows: ids per call, which are what is in flight.
         cold: fresh random ids in each call; False: the same ids again and again.
@@ -88,21 +88,21 @@ class Gather:
     def cell(self, session: Session, backend: str) -> JsonCell:
         """What is measured."""
         shape = self.shape
-        return {"probe": "gpu_gather", "op": "gather_rows", "tier": "hbm" if shape.placement == "hbm" else "host",
+        return {"probe": "gpu_gather", "op": "gather_rows", "tier": "device" if shape.placement == "device" else "host",
                 "placement": shape.placement, "row_bytes": shape.row_bytes, "row_format": self.table.row_format,
                 "table_bytes": shape.table_bytes, "rows": shape.rows, "bytes": shape.rows * shape.row_bytes, "order": "uniform",
                 "cold": shape.cold, "gpu": session.options.gpu, "beside": "nothing",
-                "pinned": {"hbm": None, "uva": True, "staged": False}[shape.placement],
+                "pinned": {"device": None, "uva": True, "staged": False}[shape.placement],
                 "threads": torch.get_num_threads() if shape.placement == "staged" else None, "facts": {"backend": backend}}
 
 
 def gather(session: Session, gpu: Any) -> None:
     """The surface of row size, table size and rows in flight, by placement."""
     backend = gpu.gather_backend()
-    hbm = _sizes(gpu.free_bytes() * 6 // 10, (GIB, 8 * GIB) if session.quick else (GIB // 4, GIB, 4 * GIB, 16 * GIB, 64 * GIB))
+    device = _sizes(gpu.free_bytes() * 6 // 10, (GIB, 8 * GIB) if session.quick else (GIB // 4, GIB, 4 * GIB, 16 * GIB, 64 * GIB))
     host = _pinned_sizes(session, (2 * GIB,) if session.quick else (GIB, 16 * GIB))
     # the host first: what no one knows beforehand. Each has a part of the time
-    for placement, sizes, share in (("uva", [*host], 0.4), ("hbm", hbm, 0.7), ("staged", host, 1.0)):
+    for placement, sizes, share in (("uva", [*host], 0.4), ("device", device, 0.7), ("staged", host, 1.0)):
         with session.at_most(share):
             memory = _table_memory(session, gpu, placement, sizes)
             for shape in shapes(session, placement, sizes) if memory is not None else ():
@@ -130,7 +130,7 @@ def _table_memory(session: Session, gpu: Any, placement: str, sizes: list[int]) 
         try:
             if placement == "staged":  # the CPU reads it: huge pages, and nothing that a device must reach
                 return torch.from_numpy(Arena(sizes[-1], True, allowed_cpus(), fill=ROW_FILL).data)
-            return gpu.empty(sizes[-1]).fill_(ROW_FILL) if placement == "hbm" else gpu.host(sizes[-1], True)
+            return gpu.empty(sizes[-1]).fill_(ROW_FILL) if placement == "device" else gpu.host(sizes[-1], True)
         except RuntimeError as err:
             session.skip({"probe": "gpu_gather", "placement": placement, "table_bytes": sizes.pop()}, "NO_MEMORY", str(err)[:300])
             gpu.release()
@@ -144,7 +144,7 @@ def shapes(session: Session, placement: str, sizes: list[int]) -> list[Shape]:
     row_sizes = _ROW_BYTES[mode] if placement != "staged" or not session.quick else (V41_ROW_BYTES, 512)
     points = [Shape(placement, row, size, V41_COLUMNS * t) for size in reversed(sizes) for row in row_sizes
               for t in reversed(tokens if row in (V41_ROW_BYTES, 512) or not session.quick else tokens[-1:])]
-    if placement == "hbm":
+    if placement == "device":
         points += [Shape(placement, row, largest, V41_COLUMNS * t, cold=False) for row in (V41_ROW_BYTES, 512) for t in (1, 512)]
     return [p for p in points if p.rows * p.row_bytes <= _MAX_CALL_BYTES] + \
         [Shape(p.placement, p.row_bytes, p.table_bytes, _MAX_CALL_BYTES // p.row_bytes, p.cold)
@@ -160,7 +160,7 @@ def _measure(session: Session, gpu: Any, memory: Any, shape: Shape, backend: str
         session.fail(base, err)
         return
     # what a stream reached here, and what the hardware could: the one divides, the other is a fact
-    peak, other = ("hbm_stream", "hbm") if shape.placement == "hbm" else ("link_h2d", "link_h2d_copy")
+    peak, other = ("device_stream", "device") if shape.placement == "device" else ("link_h2d", "link_h2d_copy")
     result = session.measure(work.cell(session, backend), work.sample, peak=peak,
                              may_be_cached=not shape.cold or shape.table_bytes < GIB)
     if result["status"] == "ok" and other in session.peaks:
@@ -175,7 +175,7 @@ def interference(session: Session, gpu: Any) -> None:
     a, b, c = (torch.ones(side, side, dtype=torch.bfloat16, device=gpu.device) for _ in range(3))
     source, target = gpu.host(_BESIDE_BYTES, True), gpu.empty(_BESIDE_BYTES)
     others = {"gemm": lambda: torch.mm(a, b, out=c), "copies": lambda: target.copy_(source, non_blocking=True)}
-    for placement in ("uva", "hbm"):
+    for placement in ("uva", "device"):
         memory = gpu.host(size, True) if placement == "uva" else gpu.empty(size)
         for tokens in (16, 512):
             work = Gather(gpu, memory, Shape(placement, V41_ROW_BYTES, size, V41_COLUMNS * tokens))

@@ -1,6 +1,7 @@
 """Probes of the host's memory: streams, memcpy, latency, and the random rows that all of this is about."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -15,6 +16,7 @@ import torch
 from engram_kernels import info
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.profile import arena as arenas
 from engram_kernels.profile.arena import Arena
 from engram_kernels.profile.cells import CACHED_TABLES, JsonCell, Skip, expect_share, give_verdict
@@ -31,6 +33,7 @@ _MAX_CALL_BYTES = 32 * MIB  # payload of a call
 ROW_FILL = 120
 _CHASE_STEPS = 1 << 16
 _PREFETCH = (0, 4, 16, 64)
+_MOST_SETS = 1 << 13  # of ids: more than the calls of two samples
 
 
 SECONDS = {"host_limits": 1, "host_stream": 3, "host_memcpy": 2, "host_latency": 3, "host_gather": 12}
@@ -217,7 +220,8 @@ class Shape:
     Attributes:
         row_bytes, table_bytes, order, threads: as in the report.
         rows: ids per call.
-        prefetch: None: gather_rows; else the plain loop, which asks for rows this far ahead.
+        prefetch: None: as `op`; else the plain loop, which asks for rows this far ahead.
+        op: "gather_rows"; or "prefetcher": submit and wait of RowPrefetcher, whose threads gather.
     """
     row_bytes: int
     table_bytes: int
@@ -225,6 +229,7 @@ class Shape:
     threads: int
     rows: int
     prefetch: int | None = None
+    op: str = "gather_rows"
 
     @property
     def packed(self) -> bool:
@@ -251,7 +256,7 @@ def gather(session: Session) -> None:
             sizes = sorted({min(size, there) for size in sizes})
             with session.at_most(0.7 if huge_pages else 1.0):
                 for shape in shapes(session, sizes, huge_pages, trace is not None):
-                    _measure_gather(session, memory, shape, trace, huge_pages)
+                    measure_gather(session, memory, shape, trace, huge_pages)
             del memory
     finally:
         torch.set_num_threads(threads_before)
@@ -285,7 +290,9 @@ def shapes(session: Session, sizes: list[int], huge_pages: bool, has_trace: bool
               for order in ("sorted", "deduplicated", "zipf", *(["trace"] if has_trace else []))]
     plain = [Shape(512, largest, "uniform", 1, rows_per_call(512), prefetch) for prefetch in _PREFETCH]
     smaller = [s for s in main if s.table_bytes < largest]
-    return [*(s for s in main if s.table_bytes == largest), *calls, *orders, *plain, *smaller]
+    behind = [Shape(row, largest, "uniform", all_threads, rows, op="prefetcher") for row in (V41_ROW_BYTES, 512)
+              for rows in (V41_COLUMNS, rows_a_call(row))]
+    return [*(s for s in main if s.table_bytes == largest), *calls, *behind, *orders, *plain, *smaller]
 
 
 def rows_per_call(row_bytes: int) -> int:
@@ -293,32 +300,44 @@ def rows_per_call(row_bytes: int) -> int:
     return min(1 << 16, _MAX_CALL_BYTES // row_bytes)
 
 
-def _measure_gather(session: Session, memory: Arena, shape: Shape, trace: Any, huge_pages: bool) -> None:
+def measure_gather(session: Session, memory: Arena, shape: Shape, trace: Any = None, huge_pages: bool = True) -> None:
+    """Files the cell of one shape.
+
+    Args:
+        session: where it goes.
+        memory: the table, at least as large as the shape's.
+        shape: of the calls.
+        trace: row ids for the order "trace".
+        huge_pages: whether they were asked for.
+    """
     drawn = _draw_calls(shape, 4 * session.last_level_bytes, trace)
     rows = round(statistics.fmean(len(ids) for ids in drawn))
     cell: JsonCell = {
-        "probe": "host_gather", "op": "gather_rows" if shape.prefetch is None else "plain", "tier": "host", "placement": "host",
+        "probe": "host_gather", "op": shape.op if shape.prefetch is None else "plain", "tier": "host", "placement": "host",
         "row_bytes": shape.row_bytes, "row_format": "fp8_e4m3_block32_packed" if shape.packed else "bf16",
         "table_bytes": shape.table_bytes, "rows": rows, "bytes": rows * shape.row_bytes, "order": shape.order,
         "unique_ratio": round(len(np.unique(drawn[0])) / len(drawn[0]), 4), "threads": shape.threads,
         "huge_pages": memory.huge_pages, "prefetch": shape.prefetch, "cold": True}
-    sample = _gather_sample(memory, shape, drawn, max(1, 2048 // shape.rows))
     cached = shape.order != "uniform" or shape.table_bytes < cached_below(session)
-    result = session.measure(cell, sample, peak="host_read", may_be_cached=cached)
+    with contextlib.ExitStack() as stack:
+        sample = _gather_sample(memory, shape, drawn, max(1, 2048 // shape.rows), stack)
+        result = session.measure(cell, sample, peak="host_read", may_be_cached=cached)
     if huge_pages and not memory.huge_pages and result["status"] == "ok":
         give_verdict(result, "NO_HUGEPAGES")
 
 
 def _draw_calls(shape: Shape, cold_bytes: int, trace: Any) -> list[Any]:
-    """Ids of different calls, of so many rows together that no cache holds those of the last round."""
-    num_rows, sets = shape.table_bytes // shape.row_bytes, max(2, -(-cold_bytes // (shape.rows * shape.row_bytes)))
+    """Ids of different calls, of so many rows together that no cache holds those of the last round, in at most `_MOST_SETS`."""
+    sets = min(max(2, -(-cold_bytes // (shape.rows * shape.row_bytes))), _MOST_SETS)
+    num_rows = shape.table_bytes // shape.row_bytes
     rng = np.random.default_rng(shape.rows + shape.row_bytes)
     if shape.order == "uniform":
         return list(draw("uniform", num_rows, sets * shape.rows, rng).reshape(sets, shape.rows))
     return [draw(shape.order, num_rows, shape.rows, rng, trace) for _ in range(sets)]
 
 
-def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int) -> Callable[[], float]:
+def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int,
+                   stack: contextlib.ExitStack) -> Callable[[], float]:
     """Seconds of a call; a sample of small calls is the mean of several."""
     bytes_used = memory.data[:shape.table_bytes // shape.row_bytes * shape.row_bytes]
     turn = itertools.cycle(drawn)
@@ -335,6 +354,8 @@ def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int) ->
         table = RowTable.from_tensor(stored, row_format="fp8_e4m3_block32_packed", row_dim=V41_ROW_DIM)
     else:
         table = RowTable.from_tensor(stored.view(torch.bfloat16))
+    if shape.op == "prefetcher":
+        return _prefetcher_sample(stack.enter_context(RowPrefetcher(table)), drawn, calls)
     out = torch.from_numpy(target).view(torch.bfloat16).view(shape.rows, table.row_dim)
     tensors = itertools.cycle([torch.from_numpy(ids) for ids in drawn])
 
@@ -343,6 +364,19 @@ def _gather_sample(memory: Arena, shape: Shape, drawn: list[Any], calls: int) ->
         begin = time.perf_counter()
         for ids in itertools.islice(tensors, calls):
             gather_rows(table, ids, out=out[:ids.shape[0]])
+        return (time.perf_counter() - begin) / calls
+
+    return sample
+
+
+def _prefetcher_sample(prefetcher: RowPrefetcher, drawn: list[Any], calls: int) -> Callable[[], float]:
+    """Seconds from a submit to its rows, where nothing else is asked for."""
+    tensors = itertools.cycle([torch.from_numpy(ids) for ids in drawn])
+
+    def sample() -> float:
+        begin = time.perf_counter()
+        for ids in itertools.islice(tensors, calls):
+            prefetcher.wait(prefetcher.submit(ids))
         return (time.perf_counter() - begin) / calls
 
     return sample

@@ -24,7 +24,7 @@ from engram_kernels.profile.cells import (
 )
 from engram_kernels.profile.statistics import sample_until
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUDGET_SECONDS = {"quick": 45.0, "full": 540.0}  # of 60 s and 10 minutes: starting up and drawing take the rest
 _CELL_SECONDS = {"quick": 0.15, "full": 0.6}
 

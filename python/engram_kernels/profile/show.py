@@ -35,7 +35,7 @@ def describe(cell: JsonCell) -> str:
         if cell.get(key):
             words.append(text.format(bytes_text(cell[key])))
     if cell.get("rows") and cell.get("order"):
-        words.append(f"{cell['rows']} a call")
+        words.append(f"{cell['rows']} per call")
     words += [cell["order"]] if cell.get("order") else []
     words += [f"{cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"] if cell.get("threads") else []
     if cell.get("queue_depth"):

@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 MIN_ROUNDS = 9
 FEW_ROUNDS = 3  # where the time is up
 MAX_STEAL = 0.02  # of the time of all cores, given to other guests
-MAX_PREEMPTIONS = 0.5  # a sample: other processes of this system had the CPU
+MAX_PREEMPTIONS = 0.5  # per sample: other processes of this system had the CPU
 _PROC_STAT = Path("/proc/stat")
 _CPUS, _CPU_STAT = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup/cpu.stat")
 
