@@ -1,6 +1,9 @@
 """The commands info and bench."""
 import json
 import platform
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,59 @@ def test_info_exit_codes_are_in_the_help(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["profile", "--no-such-option"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--help"], ["demo", "--no-such-option"]])
+def test_commands_answer_before_torch_is_imported(tmp_path, arguments):
+    """What the command needs to read its arguments takes half a second at most of a CPU, and imports neither torch nor numpy."""
+    start = tmp_path / "start.py"
+    start.write_text(f"""
+import sys, time
+sys.path.insert(0, {str(Path(info.__file__).parents[1])!r})
+import engram_kernels_command
+try:
+    engram_kernels_command.main()
+finally:
+    heavy = {{"torch", "numpy", "rich", "triton"}} & set(sys.modules)
+    print(f"SPENT {{time.process_time()}} {{sorted(heavy)}}")
+""")
+    run = subprocess.run([sys.executable, str(start), *arguments], capture_output=True, text=True)
+    seconds, heavy = re.search(r"SPENT (\S+) (.*)", run.stdout).groups()
+    assert run.returncode == (2 if "--no-such-option" in arguments else 0) and heavy == "[]" and float(seconds) < 0.5
+    assert ("engram-kernels" in run.stdout) or "unrecognized arguments" in run.stderr
+
+
+def test_command_runs_the_package_once_the_arguments_are_read(tmp_path):
+    """The ops are registered, and what a subcommand imports is the package itself."""
+    start = tmp_path / "start.py"
+    start.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(info.__file__).parents[1])!r})
+sys.argv = ["engram-kernels", "info", "--json"]
+import engram_kernels_command
+assert engram_kernels_command.main() == 0
+import torch, engram_kernels
+assert engram_kernels.gate.__module__ == "engram_kernels.ops.gate" and torch.ops.engram_kernels.gate.default
+""")
+    run = subprocess.run([sys.executable, str(start)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["file_reads"]["way"] in ("io_uring", "preadv", "python")
+
+
+def test_help_shows_a_default_only_where_there_is_one(capsys):
+    for command in ("demo", "info", "profile", "plan", "bench", "pack"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert not re.search(r"default: (None|False|\[)", said)
+        assert not re.search(r"; default: [^;()]{,60}\(default", said), command  # one option, twice
+
+
+def test_info_says_how_files_are_read_and_what_is_lost():
+    for way, why, words in (("io_uring", None, "read by io_uring."), ("preadv", "liburing was not found", "72 % of the reads"),
+                            ("python", "no compiler", "one read after the other")):
+        said = info.file_reads_text({"way": way, "why": why})
+        assert words in said and (why is None or said.endswith(f"The reason: {why}."))
 
 
 def test_info_where_the_system_tells_nothing(monkeypatch):

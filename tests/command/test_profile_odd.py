@@ -100,7 +100,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(ROOT / 'python')!r})
 class Finder:
     def find_spec(self, name, *rest):
-        if name in ("engram_kernels", "engram_kernels.plan"):  # the latter while the arguments are described
+        if name in ("engram_kernels", "torch"):  # the former before the arguments are read
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 import engram_kernels_command
