@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from engram_kernels.cli import main as cli
+from engram_kernels.demo import pipeline, report
 from engram_kernels.demo.main import SAMPLE, DemoOptions
 from engram_kernels.spec import EngramSpec
 
@@ -63,22 +64,38 @@ def test_demo_rejects_bad_text(content, message, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--rows", "0"], "table_rows is 0"), (["--hidden", "-1"], "hidden_size is -1"),
     (["--tokens-per-step", "0"], "tokens_per_step is 0"),
-    (["--rows", "400000000"], "expected at most"), (["--spec", "nothing.json"], "nothing.json")])
+    (["--rows", "400000000"], "expected at most"), (["--tokens", "-1"], "tokens is -1")])
 def test_demo_rejects_bad_options(arguments, message, capsys):
     assert cli.main(["demo", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
+def test_demo_of_no_spec_is_a_usage_error(capsys):
+    assert cli.main(["demo", "--spec", "nothing.json"]) == 2
+    assert "spec is 'nothing.json', expected deepseek_v41" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fetch_s, exposed_s, words", [
+    (0.1, 0.0, "That shows no hiding: the stand-in computes 100 times as long"), (5.0, 0.05, "99.0% of it hidden"),
+    (5.0, 2.0, "60.0% of it only, so it is NOT HIDDEN")])
+def test_demo_says_hidden_only_where_the_compute_is_comparable(fetch_s, exposed_s, words):
+    stats = [{"fetch_s": fetch_s, "exposed_wait_s": exposed_s}]
+    assert words in report.prefetch_line({"prefetch": stats, "elapsed_s": 10.0 + exposed_s})
+
+
+def test_demo_computes_in_the_faster_dtype():
+    dtype, flops = pipeline.fastest_dtype(64, 32)
+    assert set(flops) == {"bfloat16", "float32"} and flops[str(dtype).removeprefix("torch.")] == max(flops.values())
+
+
 def test_demo_fails_when_a_stage_is_wrong(text, monkeypatch, capsys):
     """The verdict can say no: a gate that is off by 2 % is found."""
-    from engram_kernels.demo import pipeline
     monkeypatch.setattr(pipeline, "gate", lambda *args, **kwargs: 1.02 * GATE(*args, **kwargs))
     assert cli.main(["demo", str(text), *SMALL]) == 1
     assert "BEYOND" in capsys.readouterr().out
 
 
 def test_demo_fails_when_the_convolution_is_wrong(text, monkeypatch, capsys):
-    from engram_kernels.demo import pipeline
     conv = pipeline.short_conv
     monkeypatch.setattr(pipeline, "short_conv", lambda *args, **kwargs: 2 * conv(*args, **kwargs))
     assert cli.main(["demo", str(text), "--spec", "demo_v1", *SMALL]) == 1

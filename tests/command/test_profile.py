@@ -292,6 +292,7 @@ def test_profile_results_above_the_peak_are_invalid(tmp_path, monkeypatch):
     monkeypatch.setitem(profile_command.GROUPS, "gpu", run)
     report = profile(tmp_path, "--only", "gpu", code=4)
     assert [c["status"] for c in report["cells"]] == ["ok", "invalid", "ok"]
+    assert "peak_share" not in report["cells"][2]  # what a cache may answer is not compared with memory
     assert report["probes"]["gpu_link"]["verdict"] == "ABOVE_PEAK"
 
 
@@ -310,8 +311,14 @@ def test_profile_verdicts_by_weight_and_noise():
     cell = {"probe": "gpu_link", "bytes": 1}
     quiet, wild = statistics.summarize([1.0] * 9), statistics.summarize([1.0, 2.0, 3.0] * 3)
     assert cells.measured(cell, quiet)["verdict"] == "OK" and cells.measured(cell, wild)["verdict"] == "NOISY"
-    for flag in ("steal 7%", "3 major faults", "preempted 40 times"):
-        assert cells.measured(cell, dataclasses.replace(quiet, flags=(flag,)))["verdict"] == "NOISY"
+    disturbed = ("steal 7%", "3 major faults", "preempted 40 times", "control 1.4x its least")
+    for flag in disturbed:  # told, and no warning where the interval is narrow all the same
+        told = cells.measured(cell, dataclasses.replace(quiet, flags=(flag,)))
+        assert told["verdict"] == "OK" and told["flags"] == [flag]
+    text = cells.verdict_of([cells.measured(cell, dataclasses.replace(wild, flags=disturbed))])[1]
+    for cause in ("1 of 1 cells", "steal of up to 7 %", "page faults", "other processes", "1.4 times as slow", "200%"):
+        assert cause in text, cause
+    assert "nothing that the system tells of" in cells.verdict_of([cells.measured(cell, wild)])[1]
     noisy = cells.measured(cell, wild)
     cells.give_verdict(noisy, "LINK_DEGRADED")
     cells.give_verdict(noisy, "NO_HUGEPAGES")

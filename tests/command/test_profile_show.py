@@ -13,6 +13,7 @@ from profile_machine import check, profile, quiet_machine
 from engram_kernels.profile import run as profile_command
 from engram_kernels.profile import show
 from engram_kernels.profile.cells import Skip
+from engram_kernels.profile.headline import headline
 from engram_kernels.profile.session import Options, Session
 
 
@@ -68,8 +69,8 @@ def drawn(tmp_path_factory):
     for probe, points in {
         "host_gather": [{"op": "gather_rows", "order": "uniform", "row_bytes": 512, "table_bytes": n << 26, "threads": 1,
                          "rows": 65536, "bytes": 1 << 25, "huge_pages": h} for n in (1, 2) for h in (True, False)],
-        "host_latency": [{"table_bytes": 1 << 20, "huge_pages": True}],
-        "host_stream": [{"op": "read", "threads": 1, "bytes": 100}],
+        "host_latency": [{"table_bytes": n << 20, "huge_pages": True} for n in (1, 4)],
+        "host_stream": [{"op": "read", "threads": n, "bytes": 100} for n in (1, 2)],
         "disk_read": [{"row_bytes": 4096, "queue_depth": d, "rows": 64} for d in (1, 64)],
         "gpu_gather": [{"placement": p, "row_bytes": 264, "rows": r, "cold": True, "table_bytes": 1 << 30}
                        for p in ("device", "uva", "staged") for r in (24, 384)],
@@ -82,6 +83,38 @@ def drawn(tmp_path_factory):
     session.machine["gpu"].append({"name": "<script>alert(1)</script>", "unread": {}})
     report = check(session.report())
     return report, page(report)
+
+
+def test_profile_has_no_figure_of_a_single_point(drawn):
+    from engram_kernels.profile.plots import figures
+    cells = [c for c in drawn[0]["cells"] if c["probe"] != "host_stream" or c["threads"] == 1]
+    report = {**drawn[0], "cells": cells}
+    assert set(figures(drawn[0])) - set(figures(report)) == {"host_stream"}
+
+
+def test_profile_opens_with_what_the_machine_can_do_for_a_table():
+    session = Session(Options(), quiet_machine())
+    assert headline(session.report()) == ["Random rows of memory were not measured: the probe was not run.",
+                                          "Reads of a file were not measured: the probe was not run."]
+    with session.probe("host_gather", 50):
+        for rows_per_s, table, order in ((4e6, 1 << 31, "uniform"), (9e6, 64 << 20, "uniform"), (8e6, 1 << 31, "sorted")):
+            session.measure({"probe": "host_gather", "op": "gather_rows", "row_bytes": 264, "table_bytes": table, "rows": 65536,
+                             "bytes": 65536 * 264, "order": order, "threads": 2, "huge_pages": True},
+                            lambda rows_per_s=rows_per_s: 65536 / rows_per_s)
+    with session.probe("disk_read", 50):
+        for depth, rate in ((1, 1e4), (64, 5e4), (256, 6e4)):
+            session.measure({"probe": "disk_read", "op": "preadv", "row_bytes": 4096, "rows": 100, "bytes": 409600,
+                             "queue_depth": depth}, lambda rate=rate: 100 / rate)
+    memory, disk = headline(check(session.report()))
+    assert memory == ("From host memory this machine gathers 4 million random rows of 264 bytes per second with 2 threads from a "
+                      "table of 2 GiB (1.06 GB/s): 3.07 ms for a step of 256 tokens with 48 rows each.")
+    assert disk == ("From a file it makes 50 thousand random reads of 4 KiB per second, by pread in threads, not by io_uring, 64 "
+                    "in flight: 246 ms for a step of 256 tokens with 48 rows each.")
+    out = io.StringIO()
+    show.print_report(session.report(), out)
+    assert out.getvalue().startswith(f"{memory}\n{disk}\n")
+    session.skip({"probe": "host_gather"}, "NO_MEMORY", why := "too little memory, " + "and that at length, " * 9)
+    assert why in " ".join(show.row(session.cells[-1]))  # whole
 
 
 def test_profile_page_is_whole_and_needs_no_network(drawn):
@@ -130,8 +163,9 @@ def test_profile_page_in_a_browser(drawn, tmp_path):
 def test_profile_without_matplotlib(tmp_path, monkeypatch, capsys):
     def run(session):
         with session.probe("gpu_link", 5):
-            session.measure({"probe": "gpu_link", "op": "h2d", "engine": "copy", "pinned": True, "bytes": 64, "table_bytes": 64},
-                            lambda: 1e-3)
+            for size in (64, 128):
+                session.measure({"probe": "gpu_link", "op": "h2d", "engine": "copy", "pinned": True, "bytes": size,
+                                 "table_bytes": size}, lambda: 1e-3)
     monkeypatch.setitem(profile_command.GROUPS, "gpu", run)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert profile(tmp_path, "--only", "gpu", "--html", str(tmp_path / "x.html"), code=5)["complete"]

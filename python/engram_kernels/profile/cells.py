@@ -7,7 +7,8 @@ from engram_kernels.profile.statistics import Summary
 
 JsonCell = dict[str, Any]
 
-NOISY_SPREAD = 0.10  # width of the median's interval over the median
+# width of the median's interval over the median; narrower ones change no decision: placements differ by factors
+NOISY_SPREAD = 0.25
 DRIFTED = 1.25  # the fixed piece of work took so much longer than at its best: the machine was slower just then
 CACHED_TABLES = 8  # a table of fewer last-level caches than this may be faster than memory
 PEAK_MARGIN = 1.02  # physical ceilings are exact but for the clock
@@ -22,7 +23,7 @@ ADVICE = {
                    "the table or the GPU is on",
     "NO_HUGEPAGES": "the kernel gave no huge pages: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
     "THROTTLED": "clocks or CPU time were held back meanwhile: check power limit, temperature, CPU quota, other users",
-    "NOISY": "the machine was not quiet (other guests or processes): measure again, or read the interval instead of the median",
+    "NOISY": "the median is not known well: read the interval instead, or measure again when the machine is quiet",
     "BELOW_REFERENCE": "slower than such work should be here: see the facts of the cell and `engram-kernels info`",
     "ABOVE_PEAK": "faster than the hardware can be: a cache answered, or the peak was measured in a bad moment; not to be used",
     "SKIPPED": "",
@@ -55,8 +56,7 @@ def measured(cell: JsonCell, summary: Summary, control: Summary | None = None) -
     for per_call, rate in (("rows", "rows_per_s"), ("bytes", "bytes_per_s")):
         if cell.get(per_call):
             result[rate] = cell[per_call] / summary.median
-    disturbed = any(not flag.startswith(("spread", "only")) for flag in summary.flags)
-    if summary.spread > NOISY_SPREAD or disturbed:
+    if summary.spread > NOISY_SPREAD:  # what disturbed it and left the interval narrow is told by the flags alone
         give_verdict(result, "NOISY")
     if any(flag.startswith("throttled") for flag in summary.flags):
         give_verdict(result, "THROTTLED")
@@ -98,12 +98,13 @@ def against_peak(cell: JsonCell, name: str, peak: dict[str, Any], may_be_cached:
     Args:
         cell: with `bytes_per_s`.
         name, peak: of `peaks` in the report.
-        may_be_cached: the bytes fit, or were just used, so that a cache may answer: then nothing is judged.
+        may_be_cached: the bytes fit, or were just used, so that a cache may answer: then the cell has no share of the peak,
+            which is one of memory.
     """
-    if cell["status"] != "ok":
+    if cell["status"] != "ok" or may_be_cached:
         return
     cell["peak"], cell["peak_share"] = name, cell["bytes_per_s"] / peak["bytes_per_s"]
-    if not may_be_cached and passes(cell, peak):
+    if passes(cell, peak):
         give_verdict(cell, "ABOVE_PEAK")
         cell["status"] = "invalid"
 
@@ -132,5 +133,23 @@ def verdict_of(cells: list[JsonCell]) -> tuple[str, str]:
     for verdict in _BY_WEIGHT:
         if any(c["verdict"] == verdict for c in tried):
             return verdict, ADVICE[verdict]
-    noisy = sum(c["verdict"] == "NOISY" for c in tried)
-    return ("NOISY", ADVICE["NOISY"]) if noisy >= _NOISY_SHARE * len(tried) and noisy else ("OK", "")
+    noisy = [c for c in tried if c["verdict"] == "NOISY"]
+    return ("NOISY", noise_text(noisy, len(tried))) if noisy and len(noisy) >= _NOISY_SHARE * len(tried) else ("OK", "")
+
+
+def noise_text(noisy: list[JsonCell], tried: int) -> str:
+    """What made these of `tried` cells noisy, how far it goes, and what to do."""
+    flags = [str(flag) for cell in noisy for flag in cell.get("flags", [])]
+    steal, control = ([float(f.partition(word)[2].rstrip("% ").split("x")[0]) for f in flags if f.startswith(word)]
+                      for word in ("steal ", "control "))
+    causes = [f"steal of up to {max(steal):.0f} % by other guests"] if steal else []
+    for words, what in (("preempted", "other processes on these CPUs"), ("major faults", "major page faults"),
+                        ("throttled", "throttled clocks or CPU quota")):
+        if any(words in flag for flag in flags):
+            causes.append(what)
+    if control:
+        causes.append(f"a machine up to {max(control):.1f} times as slow as at its best (clock frequency or other guests)")
+    widths = [(c["high"] - c["low"]) / c["median"] for c in noisy if c.get("median")]
+    cause = ", ".join(causes) or "nothing that the system tells of"
+    wide = f"intervals of up to {max(widths):.0%} of the median" if widths else "wide intervals"
+    return (f"{len(noisy)} of {tried} cells have {wide}; the cause: {cause}. {ADVICE['NOISY']}")

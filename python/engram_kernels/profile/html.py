@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from engram_kernels.profile.cells import JsonCell
+from engram_kernels.profile.headline import headline
 from engram_kernels.profile.plots import figures, svg_text
 from engram_kernels.profile.show import HEAD, bytes_text, cut_text, row, time_text
 
@@ -35,6 +36,7 @@ def page(report: dict[str, Any]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>engram-kernels profile</title><style>{_STYLE}</style></head><body>
 <h1>Memory profile</h1>
+{"".join(f"<p><strong>{escape(text)}</strong></p>" for text in headline(report))}
 <p class="note">engram-kernels profile --{escape(report["mode"])}, {escape(report["started"])}, {state}.
 Every number is measured on this machine unless it says otherwise. Intervals hold the median with 95 % probability.</p>
 <h2>Verdicts</h2>{_verdicts(report)}

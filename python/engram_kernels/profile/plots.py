@@ -52,7 +52,7 @@ def _chart(title: str, x_label: str, y_label: str, lines: dict[str, list[JsonCel
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
     lines = {name: sorted(cells, key=lambda c: c[x]) for name, cells in lines.items() if cells}
-    if not lines:
+    if len({c[x] for cells in lines.values() for c in cells}) < 2:  # a figure of one value on its axis shows no course
         return None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()

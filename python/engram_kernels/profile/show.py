@@ -5,6 +5,7 @@ from typing import Any, TextIO
 
 from engram_kernels._terminal import Printer
 from engram_kernels.profile.cells import JsonCell
+from engram_kernels.profile.headline import headline
 
 HEAD = ("probe", "what", "median", "95 % interval", "rate", "of peak", "verdict")
 
@@ -60,7 +61,7 @@ def row(cell: JsonCell) -> tuple[str, ...]:
     """A line of the table, as HEAD says."""
     if cell.get("median") is None:
         reason = cell.get("reason") or {"kind": "", "text": ", ".join(cell.get("flags", []))}
-        return (cell["probe"], describe(cell), "-", f"{reason['kind']} {reason['text']}".strip()[:90], "", "", cell["verdict"])
+        return (cell["probe"], describe(cell), "-", f"{reason['kind']} {reason['text']}".strip(), "", "", cell["verdict"])
     rates = [f"{cell['rows_per_s'] / 1e6:.3g} M rows/s"] if cell.get("rows_per_s") and cell.get("order") else []
     rates += [f"{cell['bytes_per_s'] / 1e9:.3g} GB/s"] if cell.get("bytes_per_s") else []
     share = f"{cell['peak_share']:.0%} {cell['peak']}" if cell.get("peak_share") else ""
@@ -69,14 +70,17 @@ def row(cell: JsonCell) -> tuple[str, ...]:
 
 
 def print_report(report: dict[str, Any], out: TextIO | None = None) -> None:
-    """Prints the cells, the peaks and the verdicts. Plain text with NO_COLOR, without a terminal, or without rich."""
+    """Prints what the machine can do for a table, the verdicts, then the cells. Plain with NO_COLOR, no terminal, or no rich."""
     printer = Printer(out)
-    rows = [row(cell) for cell in report["cells"]]
-    styles = {"OK": None, "SKIPPED": "dim", "NOISY": "yellow"}
-    printer.table(HEAD, rows, [styles.get(line[-1], "red") for line in rows])
+    for text in headline(report):
+        printer.say(text, "bold")
     printer.say()
     for text in summary_lines(report):
         printer.say(text)
+    printer.say()
+    rows = [row(cell) for cell in report["cells"]]
+    styles = {"OK": None, "SKIPPED": "dim", "NOISY": "yellow"}
+    printer.table(HEAD, rows, [styles.get(line[-1], "red") for line in rows])
 
 
 def cut_text(probe: dict[str, Any]) -> str:
@@ -85,12 +89,13 @@ def cut_text(probe: dict[str, Any]) -> str:
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
-    """Peaks, then a verdict per probe with what to do."""
-    lines = [f"peak {name}: {peak['bytes_per_s'] / 1e9:.4g} GB/s, {peak['provenance']}, {peak['source']}"
-             for name, peak in report["peaks"].items()]
+    """A verdict per probe with what to do, then the peaks."""
+    lines = []
     for name, probe in report["probes"].items():
         said = "; ".join(text for text in (probe["advice"], cut_text(probe)) if text)
         lines.append(f"{probe['verdict']:<15} {name}" + (f": {said}" if said else ""))
+    lines += [f"peak {name}: {peak['bytes_per_s'] / 1e9:.4g} GB/s, {peak['provenance']}, {peak['source']}"
+              for name, peak in report["peaks"].items()]
     state = "" if report["complete"] else ", interrupted: what is there is valid"
     lines.append(f"{report['mode']} run, {report['seconds']:.0f} s, {len(report['cells'])} cells{state}")
     return lines
