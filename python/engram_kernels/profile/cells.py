@@ -152,4 +152,4 @@ def noise_text(noisy: list[JsonCell], tried: int) -> str:
     widths = [(c["high"] - c["low"]) / c["median"] for c in noisy if c.get("median")]
     cause = ", ".join(causes) or "nothing that the system tells of"
     wide = f"intervals of up to {max(widths):.0%} of the median" if widths else "wide intervals"
-    return (f"{len(noisy)} of {tried} cells have {wide}; the cause: {cause}. {ADVICE['NOISY']}")
+    return (f"{len(noisy)} of {tried} cells have {wide}; the cause: {cause}; {ADVICE['NOISY']}")

@@ -13,7 +13,7 @@ _WAYS = {"io_uring": "by io_uring", "preadv": "by pread in threads, not by io_ur
 def headline(report: dict[str, Any]) -> list[str]:
     """A sentence of the fastest memory that was measured, a GPU's or the host's, and one of the disk."""
     cells = report["cells"]
-    gpu = _best([c for c in _gathers(cells, "gpu_gather") if c.get("placement") in ("device", "hbm")])
+    gpu = _best([c for c in _gathers(cells, "gpu_gather") if c.get("placement") == "device"])
     host = _best(_gathers(cells, "host_gather"))
     if gpu is not None:
         memory = _memory_sentence(gpu, "From its own memory the GPU")

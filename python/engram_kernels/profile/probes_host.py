@@ -291,7 +291,7 @@ def shapes(session: Session, sizes: list[int], huge_pages: bool, has_trace: bool
     plain = [Shape(512, largest, "uniform", 1, rows_per_call(512), prefetch) for prefetch in _PREFETCH]
     smaller = [s for s in main if s.table_bytes < largest]
     behind = [Shape(row, largest, "uniform", all_threads, rows, op="prefetcher") for row in (V41_ROW_BYTES, 512)
-              for rows in (V41_COLUMNS, rows_a_call(row))]
+              for rows in (V41_COLUMNS, rows_per_call(row))]
     return [*(s for s in main if s.table_bytes == largest), *calls, *behind, *orders, *plain, *smaller]
 
 
