@@ -2,7 +2,7 @@
 
 Packed rows of 264 bytes at random places of a file of EK_BENCH_FILE_MIB (default 2048), past the page cache (O_DIRECT), all
 contenders; no row is asked for twice in a run. A contender of `native_peers.cpp` reads the page that each row begins in, one
-page a row, so the tier does what they do and, for the rows that cross a page, more.
+page per row, so the tier does what they do and, for the rows that cross a page, more.
 
     python bench/bench_file_tier.py      all contenders in turn, round by round: what a disk that drifts does not tilt
 """

@@ -170,6 +170,19 @@ def test_nothing_cites_a_document_that_is_not_here():
     assert [line for line in found.stdout.splitlines() if not line.startswith("tests/test_docs.py")] == []
 
 
+RATE = re.compile(r"\b(rows|bytes|ids|ns|us|ms|tokens|values|positions|GPUs|calls|memory|lookup|exposed|seconds|entry|page)"
+                  r" an? (second|minute|token|row|id|call|step|layer|op|branch|block|GPU|node|page|request|batch)\b(?!')")
+SAYS_PER = ("bench/bench", "bench/harness", "bench/gpu", "python/engram_kernels/profile/", "python/engram_kernels/plan/",
+            "python/engram_kernels/demo/", "python/engram_kernels/testing/")
+
+
+def test_per_is_per():
+    """"Rows per second", never "rows a second": in pages, in prose about measuring and planning, and in what they print."""
+    texts = {path: (ROOT / path).read_text() for path in [*PAGES, *CODE] if path in PAGES or path.startswith(SAYS_PER)}
+    found = [(path, match[0]) for path, text in texts.items() for match in RATE.finditer(text)]
+    assert found == []
+
+
 def test_readme_keeps_its_budget():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= MAX_LINES
