@@ -108,6 +108,13 @@ def test_command_line_parses(page, line, monkeypatch):
     assert parsed.value.args[0] == []
 
 
+def test_plan_prints_what_the_page_shows(capsys):
+    command, shown = re.search(r"^```\n(engram-kernels plan [^\n]*--no-measure)\n```\n```text\n(.*?)^```$",
+                               (ROOT / "docs/plan.md").read_text(), re.S | re.M).groups()
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     target = re.compile(r"\bmake ((?:test|bench|lint|demo|cuda|format|wheel)[\w-]*)")
@@ -171,7 +178,7 @@ def test_nothing_cites_a_document_that_is_not_here():
 
 
 RATE = re.compile(r"\b(rows|bytes|ids|ns|us|ms|tokens|values|positions|GPUs|calls|memory|lookup|exposed|seconds|entry|page)"
-                  r" an? (second|minute|token|row|id|call|step|layer|op|branch|block|GPU|node|page|request|batch)\b(?!')")
+                  r" an? (second|minute|token|row|id|call|step|layer|op|branch|block|GPU|node|page|request|batch)\b(?!'| gathers)")
 SAYS_PER = ("bench/bench", "bench/harness", "bench/gpu", "python/engram_kernels/profile/", "python/engram_kernels/plan/",
             "python/engram_kernels/demo/", "python/engram_kernels/testing/")
 
