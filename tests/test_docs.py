@@ -178,7 +178,7 @@ def test_nothing_cites_a_document_that_is_not_here():
 
 
 RATE = re.compile(r"\b(rows|bytes|ids|ns|us|ms|tokens|values|positions|GPUs|calls|memory|lookup|exposed|seconds|entry|page)"
-                  r" an? (second|minute|token|row|id|call|step|layer|op|branch|block|GPU|node|page|request|batch)\b(?!'| gathers)")
+                  r" an? (second|minute|token|row|id|call|step|layer|op|branch|block|GPU|node|page|batch)\b(?!'| gathers)")
 SAYS_PER = ("bench/bench", "bench/harness", "bench/gpu", "python/engram_kernels/profile/", "python/engram_kernels/plan/",
             "python/engram_kernels/demo/", "python/engram_kernels/testing/")
 
