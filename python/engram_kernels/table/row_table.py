@@ -5,16 +5,15 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from engram_kernels._checks import expect_tensor
 from engram_kernels._library import IO_NOTE
 from engram_kernels._terminal import Progress
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
-from engram_kernels.table import shared_table
+from engram_kernels.table import reopen, shared_table, staging
 from engram_kernels.table.file_reader import make_reader
 from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, memory_stats, pin_host_memory
 from engram_kernels.table.row_ids import expect_in_range, expect_row_ids
@@ -214,16 +213,11 @@ class RowTable:
             os.close(fd)
         if zero_scale_is_zero is None:
             zero_scale_is_zero = described.get("zero_scale_is_zero") == "true"
-        fmt = ROW_FORMATS[file.row_format]
-        meta_rows = torch.empty(rows_extent.shape, dtype=fmt.dtype, device="meta")
-        stored_scales = None
-        if scales_extent is not None and fmt.scale_dtype is not None:
-            stored_scales = torch.empty(scales_extent.shape, dtype=fmt.scale_dtype, device="meta")
-            if not fmt.has_blocks:
-                stored_scales = torch.empty(1, dtype=torch.float32)
-                reader.read_rows(scales_extent.offset, 4, 4, 1, torch.zeros(1, dtype=torch.int64).numpy(),
-                                 stored_scales.numpy())
-        return cls(meta_rows, stored_scales, file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file)
+        file.opened_as(path=os.path.abspath(path), tensor=tensor, scales=scales, row_format=file.row_format, row_dim=file.row_dim,
+                       zero_scale_is_zero=zero_scale_is_zero, queue_depth=queue_depth, cache_bytes=cache_bytes, io=io)
+        table = cls(*file.stand_ins(), file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file)
+        staging.remember(file.name, table)
+        return table
 
     def read_rows(self, row_ids: Tensor, out_rows: Tensor | None = None,
                   out_scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -247,10 +241,10 @@ class RowTable:
         expect_in_range(op, row_ids, self.num_rows, lowest=0)
         ids = row_ids.reshape(-1).to(torch.int64)
         per_row = self.scales is not None and self.scales.dim() == 2
-        out_rows = self._staging(op, "out_rows", self.rows, ids, out_rows)
+        out_rows = staging.output(op, "out_rows", self.rows, ids, out_rows)
         if per_row:
             assert self.scales is not None
-            out_scales = self._staging(op, "out_scales", self.scales, ids, out_scales)
+            out_scales = staging.output(op, "out_scales", self.scales, ids, out_scales)
         elif out_scales is not None:
             raise ValueError(f"{op}: row_format {self.row_format!r} has no scales per row, but out_scales was given")
         if self._file is None:
@@ -378,21 +372,17 @@ class RowTable:
             IndexError: an id is neither -1 nor in [0, R); nothing is read.
             OSError: the file cannot be read, or it changed; names the path and the row.
         """
-        if self._file is None:
-            return self, row_ids
-        op = "gather_rows"
-        expect_row_ids(op, row_ids, self.device)
-        expect_in_range(op, row_ids, self.num_rows, lowest=-1)
-        present = row_ids != -1
-        distinct, where = torch.unique(row_ids[present], return_inverse=True)
-        rows, scales = self.read_rows(distinct)
-        local_ids = torch.full_like(row_ids, -1).masked_scatter_(present, where.to(row_ids.dtype))
-        return RowTable(rows, scales, self.row_format, self.row_dim, self.zero_scale_is_zero), local_ids
+        return (self, row_ids) if self._file is None else staging.stage(self, row_ids)
 
-    @staticmethod
-    def _staging(op: str, name: str, like: Tensor, ids: Tensor, out: Tensor | None) -> Tensor:
-        shape = (ids.shape[0], like.shape[1])
-        if out is None:
-            return torch.empty(shape, dtype=like.dtype, device=ids.device)
-        expect_tensor(op, name, out, (like.dtype,), shape, ids.device, dense_dims=2)
-        return out
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """A file is opened again by its path, a shared table attached by its name; both are verified by fingerprint."""
+        return reopen.reduced(self) or super().__reduce_ex__(protocol)
+
+    def __copy__(self) -> RowTable:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowTable:
+        return reopen.deep_copied(self, memo)
+
+
+reopen.register(RowTable)

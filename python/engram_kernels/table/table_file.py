@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engram_kernels import _modes
 from engram_kernels.row_format import ROW_FORMATS, check_shape, row_format_of
 from engram_kernels.table.file_reader import FileExtent
 from engram_kernels.table.safetensors_file import Extent
@@ -22,6 +25,8 @@ class TableFile:
     row_dim: int
     tier: Any = None  # a FileTier
     reader: Any = None  # its FileReader
+    opened: dict[str, Any] = dataclasses.field(default_factory=dict)  # the arguments of `RowTable.open` that open it again
+    name: str = ""  # those as JSON: what a graph calls the table, so that a saved one finds it again
 
     @classmethod
     def described(cls, rows: Extent, scales: Extent | None, row_format: str | None, row_dim: int | None) -> TableFile:
@@ -54,6 +59,22 @@ class TableFile:
         """Makes the tier that `read` reads from."""
         self.reader = reader
         self.tier = reader.tier(_file_extent(self.rows), _file_extent(self.scales), cache_bytes)
+
+    def opened_as(self, **options: Any) -> None:
+        """Notes the arguments of `RowTable.open` that open it again."""
+        self.opened, self.name = options, json.dumps(options, sort_keys=True)
+
+    def stand_ins(self) -> tuple[Tensor, Tensor | None]:
+        """Rows and scales on the meta device, for their shape and dtype; a scale of the whole table as it is."""
+        fmt, scales = ROW_FORMATS[self.row_format], None
+        with _modes.plain_tensors():
+            rows = torch.empty(self.rows.shape, dtype=fmt.dtype, device="meta")
+            if self.scales is not None and fmt.scale_dtype is not None:
+                scales = torch.empty(self.scales.shape, dtype=fmt.scale_dtype, device="meta")
+                if not fmt.has_blocks:
+                    scales = torch.empty(1, dtype=torch.float32, device="cpu")
+                    self.reader.read_rows(self.scales.offset, 4, 4, 1, np.zeros(1, dtype=np.int64), scales.numpy())
+        return rows, scales
 
     def read_span(self, begin: int, out_rows: Tensor, out_scales: Tensor | None) -> None:
         """Fills the outputs with the rows from `begin` on and their scales, as they lie in the file: a few large reads."""
