@@ -87,7 +87,8 @@ def _reduced_for_process(table: RowTable) -> Any:
 
 
 def _copy_bytes_again(cls: type[RowTable], *sent: Any) -> RowTable:
-    return _copy_again(cls, *(torch.from_numpy(x[0]).view(x[1]) if isinstance(x, tuple) else x for x in sent))
+    args: Any = [torch.from_numpy(x[0]).view(x[1]) if isinstance(x, tuple) else x for x in sent]
+    return _copy_again(cls, *args)
 
 
 def register(cls: type[RowTable]) -> None:
