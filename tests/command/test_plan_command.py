@@ -254,6 +254,25 @@ def test_every_spec_is_planned_by_name_and_from_a_file(tmp_path, capsys, name, g
     assert plans[0]["inputs"]["table size"]["value"] == sum(rows) * getattr(EngramSpec, name)().bytes_per_row
 
 
+def test_spec_is_read_from_the_config_of_a_model(tmp_path, capsys):
+    config = {"vocab_size": 129280, "hidden_size": 5120, "hc_mult": 4, "rms_norm_eps": 1e-20, "engram_layer_ids": [1, 14],
+              "engram_num_embeddings": [384006168, 384016682], "engram_max_ngram_size": 4, "engram_vocab_size": 16000000,
+              "engram_n_heads": 8, "engram_head_dim": 256, "engram_pad_token_id": 2, "engram_compressed_vocab_size": 99092}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "text_config": config}))
+    plans = []
+    for spec in ("deepseek_v41", str(tmp_path / "config.json"), str(tmp_path)):
+        assert cli.main(["plan", "--spec", spec, "--gpu", "h100", "--no-run", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+        plans[-1].pop("spec")
+    assert plans[0]["inputs"]["table size"] == {**plans[1]["inputs"]["table size"], "source": "spec deepseek_v41"}
+    assert plans[1] == plans[2]
+    for content, message in (('{"vocab_size": 5}', "has no n-gram memory"), ("{", ""), ("[1]", "")):
+        (tmp_path / "config.json").write_text(content)
+        assert cli.main(["plan", "--spec", str(tmp_path / "config.json"), "--gpu", "h100", "--no-run"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"engram-kernels plan: {tmp_path}/config.json: ") and message in said and "Traceback" not in said
+
+
 def test_json_alone_is_all_that_is_printed(capsys):
     assert cli.main(["plan", "--gpu", "h100", "--no-run", "--json"]) == 0
     printed = capsys.readouterr()

@@ -24,8 +24,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def check_spec(text: str) -> None:
-    """Raises UsageError unless `text` names a preset or an existing file."""
-    if text not in PRESETS and not Path(text).is_file():
+    """Raises UsageError unless `text` names a preset, a file, or a folder with a config.json."""
+    if text not in PRESETS and not Path(text).is_file() and not (Path(text) / "config.json").is_file():
         raise UsageError(f"spec is {text!r}, expected {SPEC_HELP}")
 
 
@@ -33,23 +33,23 @@ def load_spec(text: str) -> EngramSpec:
     """The spec that `--spec` names.
 
     Args:
-        text: the name of a preset, or the path of a JSON file: one of `EngramSpec.to_json`, or the config.json of a model.
+        text: the name of a preset, or the path of a JSON file: one of `EngramSpec.to_json`, or the config.json of a model, or the
+            folder of one.
 
     Raises:
         UsageError: there is no such preset and no such file.
         ValueError: the file is neither a spec nor a config with a memory that is known; names what is wrong.
     """
-    import json
-
     from engram_kernels.spec import EngramSpec
     check_spec(text)
     if text in PRESETS:
         spec: EngramSpec = getattr(EngramSpec, text)()
         return spec
+    path = Path(text)
+    # each file of to_json names the hash family, and no config does
+    if path.is_file() and b'"hash_family"' in path.read_bytes():
+        return EngramSpec.from_json(path)
     try:
-        content = json.loads(Path(text).read_bytes())
-    except (ValueError, RecursionError) as err:
-        raise ValueError(f"{text} is not JSON: {err}") from None
-    if isinstance(content, dict) and "hash_family" not in content:  # each file of to_json has it, no config has
-        return EngramSpec.from_hf_config(content)
-    return EngramSpec.from_json(Path(text))
+        return EngramSpec.from_hf_config(path)
+    except ValueError as err:
+        raise ValueError(f"{text}: {err}") from None
