@@ -31,6 +31,8 @@ def small():
     patch.setattr(probes_gpu, "_LOAD_BYTES", 1 << 20)
     patch.setattr(probes_gpu, "_LOAD_SECONDS", 0.05)
     patch.setattr(session_module, "_CELL_SECONDS", {"quick": 0.0})
+    patch.setattr(session_module, "BUDGET_SECONDS", {"quick": 3000.0})  # a busy machine measures every cell too
+    patch.setattr(probes_gpu, "gpu_share", lambda quick: 50.0)
     patch.setattr(probes_gpu_gather, "_MAX_CALL_BYTES", 1 << 20)
     patch.setattr(probes_gpu_gather, "_SAMPLE_BYTES", 1 << 18)
     patch.setattr(probes_gpu_gather, "_BESIDE_BYTES", 1 << 16)

@@ -51,6 +51,10 @@ def ok(report, probe):
 def make_fast(monkeypatch):
     """Sizes and times that fit a test; what is probed stays the same."""
     monkeypatch.setattr(session_module, "_CELL_SECONDS", {"quick": 0.0, "full": 0.0})
+    # a busy machine measures every cell too
+    monkeypatch.setattr(session_module, "BUDGET_SECONDS", {"quick": 3000.0, "full": 3000.0})
+    monkeypatch.setattr(probes_host, "host_share", lambda quick, has_gpu: 50.0)
+    monkeypatch.setattr(probes_disk, "SECONDS", {"quick": 300})
     monkeypatch.setattr(probes_disk, "_FILE_BYTES", {"quick": 32 * MIB})
     monkeypatch.setattr(probes_host, "_MAX_CALL_BYTES", MIB)
     monkeypatch.setattr(probes_host, "_CHASE_STEPS", 256)

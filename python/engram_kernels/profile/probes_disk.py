@@ -19,9 +19,9 @@ from engram_kernels.profile.session import Session
 from engram_kernels.table.file_reader import make_reader
 
 KIB, MIB = 1 << 10, 1 << 20
-SECONDS = {"quick": 6, "full": 90}
-_FILE_BYTES = {"quick": 512 * MIB, "full": 4096 * MIB}
-_WRITE_SECONDS = {"quick": 3.0, "full": 30.0}
+SECONDS = {"quick": 7, "full": 90}
+_FILE_BYTES = {"quick": 256 * MIB, "full": 4096 * MIB}
+_WRITE_SECONDS = {"quick": 2.0, "full": 30.0}
 _CONTROL_BYTES, _CONTROL_READS = 4 * KIB, 4
 _LEAST_BYTES = 32 * MIB
 _FREE_SHARE = 8  # the file takes at most this part of the free space

@@ -69,7 +69,7 @@ def run_host_probes(session: Session) -> None:
 
 def host_share(quick: bool, has_gpu: bool) -> float:
     """What the seconds of the probes are multiplied by: a machine without a GPU has the GPU's time."""
-    return (1.0 if quick else 10.0) * (0.55 if has_gpu else 1.8)
+    return (1.0 if quick else 10.0) * (0.5 if has_gpu else 1.8)
 
 
 def limits(session: Session) -> None:

@@ -78,7 +78,8 @@ def print_report(report: dict[str, Any], out: TextIO | None = None) -> None:
     for text in summary_lines(report):
         printer.say(text)
     printer.say()
-    rows = [row(cell) for cell in report["cells"]]
+    # what there was no time for is counted above, and has no numbers
+    rows = [row(c) for c in report["cells"] if (c.get("reason") or {}).get("kind") != "TIME_BUDGET"]
     styles = {"OK": None, "SKIPPED": "dim", "NOISY": "yellow"}
     printer.table(HEAD, rows, [styles.get(line[-1], "red") for line in rows])
 
