@@ -58,7 +58,9 @@ def build(backend: str, device: str = "cpu", num_rows: int = 512) -> Model:
     torch.manual_seed(0)
     spec = ek.EngramSpec.deepseek_v41(hidden_size=64, branches=2, head_dim=32, num_classes=1000, vocab_size=1000)
     tables = [ek.RowTable.from_tensor(torch.randn(num_rows, 32).to(device), row_format="f32") for _ in spec.layer_ids]
-    return Model(spec, tables, num_rows, backend).to(device)
+    model = Model(spec, tables, num_rows, backend).to(device)
+    model.layout = model.layout.to(device)  # no module and no buffer: `to` leaves it where it is
+    return model
 
 
 def main() -> None:

@@ -52,3 +52,7 @@ def test_plain_model_runs_as_a_script():
     done = subprocess.run([sys.executable, PATH, "reference"], capture_output=True, text=True, env=env, check=True)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert len(losses) == 5 and losses[-1] < losses[0] and "logits of the last token" in done.stdout
+
+
+def test_plain_model_puts_its_layout_on_the_device(example):
+    assert example.build("auto", "meta").layout.moduli.device.type == "meta"
