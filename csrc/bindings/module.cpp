@@ -15,6 +15,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("sanitized") = false;
 #endif
+#ifdef EK_SIMDE
+  m.attr("emulates_avx512") = true;
+#else
+  m.attr("emulates_avx512") = false;
+#endif
   m.def("cpu_isa", [] { return ek::cpu_isa_name(ek::cpu_isa()); }, "Instruction set in use: portable, avx2 or avx512.");
   m.def("best_cpu_isa", [] { return ek::cpu_isa_name(ek::best_cpu_isa()); }, "Best instruction set of this machine.");
   m.def(
