@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from op_cases import gate_inputs as make_inputs
 
 from engram_kernels.ops.gate import gate
 from engram_kernels.reference.gate import gate as reference
@@ -18,13 +19,6 @@ CASES = {  # name: (tokens, branches, hidden_size)
     "v41": (6, 4, 5120),
 }
 GRADS = ("hidden", "key", "value", "w_hidden", "w_key")
-
-
-def make_inputs(tokens, branches, size, dtype, device="cpu", weight_dtype=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((tokens, branches, size), (tokens, branches, size), (tokens, size), (branches, size), (branches, size))
-    dtypes = (dtype,) * 3 + (weight_dtype or dtype,) * 2
-    return [torch.randn(shape, generator=generator).to(device, d) for shape, d in zip(shapes, dtypes, strict=True)]
 
 
 def plain(hidden, key, value, w_hidden, w_key, mask=None, eps=1e-6, clamp=1e-6, add_residual=True):

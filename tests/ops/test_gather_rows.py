@@ -4,6 +4,7 @@ import mmap
 import pytest
 import torch
 from on_device import on_device, raises_bad_ids
+from op_cases import make_table
 
 from engram_kernels.ops.gather_rows import gather_rows as gather_rows_op
 from engram_kernels.reference.gather_rows import gather_rows as reference
@@ -26,11 +27,6 @@ def assert_same_values(got, want):
     if different.any():
         where = different.nonzero()[0].tolist()
         raise AssertionError(f"{int(different.sum())} values differ; at {where}: {got[tuple(where)]}, want {want[tuple(where)]}")
-
-
-def make_table(row_format, num_rows, row_dim, seed=0, **options):
-    rows, scales = random_rows(row_format, num_rows, row_dim, torch.Generator().manual_seed(seed))
-    return RowTable.from_tensor(rows, scales, row_format, row_dim=row_dim, **options)
 
 
 def make_ids(*shape, num_rows, seed=0, dtype=torch.int64):

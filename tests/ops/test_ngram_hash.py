@@ -7,25 +7,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_cases import ngram_hash_spec as make_spec
+from op_cases import packed
 
 from engram_kernels.layout import Layout
 from engram_kernels.ops.ngram_hash import ngram_hash
-from engram_kernels.spec import EngramSpec
 from engram_kernels.token_map import TokenMap
 
 FAMILIES = ("xor_prime", "xor_splitmix", "polynomial")
 BOUNDARIES = ("pad", "eos_reset", "stop")
 PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def make_spec(family="xor_prime", boundary="pad", max_order=4, heads=8, table_size=20_011, vocab_size=1000, layers=(1, 14)):
-    return EngramSpec(name="test", hash_family=family, boundary=boundary, vocab_size=vocab_size, max_order=max_order, heads=heads,
-                      head_dim=32, layer_ids=layers, table_sizes=(table_size,) * (max_order - 1), pad_token_id=2,
-                      eos_token_id=None if boundary == "pad" else 7, hidden_size=64)
-
-
-def packed(lengths):
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
 def make_ids(count, vocab_size, seed=0, dtype=torch.int32):

@@ -1,11 +1,12 @@
 """short_conv: every backend against the reference, the reference against torch's conv1d and gradcheck."""
-import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_cases import packed
+from op_cases import plain_short_conv as plain_torch
+from op_cases import short_conv_inputs as make_inputs
 
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.reference.short_conv import short_conv as reference
@@ -13,34 +14,6 @@ from engram_kernels.testing import assert_as_accurate_as_torch, assert_rounded_o
 
 EPS = 1e-5
 PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def packed(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def make_inputs(lengths, branches=2, size=40, width=4, dtype=torch.bfloat16, weight_dtype=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    weight_dtype = weight_dtype or dtype
-    return (rand(sum(lengths), branches, size).to(dtype), (0.5 * rand(branches, size, width)).to(weight_dtype),
-            (1 + 0.2 * rand(branches, size)).to(weight_dtype), packed(lengths))
-
-
-def plain_torch(x, weight, norm_weight, cu_seqlens, dilation, eps):
-    """The published formulation, every step in the dtype of x."""
-    _, branches, size = x.shape
-    width = weight.shape[2]
-    normed = torch.stack([F.rms_norm(x[:, m], (size,), norm_weight[m].to(x.dtype), eps) for m in range(branches)], dim=1)
-    kernel, pieces = weight.to(x.dtype).reshape(branches * size, 1, width), [x[:0].flatten(1)]
-    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
-        if end > begin:
-            line = F.pad(normed[begin:end].flatten(1).T[None], ((width - 1) * dilation, 0))
-            pieces.append(F.conv1d(line, kernel, dilation=dilation, groups=branches * size)[0].T)
-    return x + F.silu(torch.cat(pieces)).view_as(x)
 
 
 CASES = {  # name: (lengths, branches, size, width, dilation, dtype, weight dtype)
@@ -84,6 +57,7 @@ def test_short_conv_golden(backend, device):
     torch.testing.assert_close(got.flatten().cpu(), torch.tensor([-3 + silu[0], 5 + silu[1]]))
 
 
+@pytest.mark.slow_cases("triton")
 @given(st.data())
 @PROPERTY
 def test_short_conv_any_chunking_equals_whole(backend, device, data):
@@ -174,6 +148,7 @@ def test_short_conv_inf_weight_meets_nothing_before_the_start(width, backend, de
     torch.testing.assert_close(got[~reached], want[~reached], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_cases("triton")
 def test_short_conv_threads_give_the_same_bits(backend, device):
     lengths = [30, 1, 9] if backend == "triton" else [300, 1, 99]  # the interpreter takes minutes for more
     args = tuple(a.to(device) for a in make_inputs(lengths, 4, 64))
@@ -212,6 +187,7 @@ def test_short_conv_reference_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: reference(*a, cu, 2, EPS), leaves)
 
 
+@pytest.mark.slow_cases("triton-demo_shape", "triton-one_past_a_block")
 @pytest.mark.parametrize("case", ["demo_shape", "one_past_a_block", "tail_channels", "no_taps_back", "most_taps",
                                   "reach_past_the_sequence", "empty_sequences", "no_tokens"])
 def test_short_conv_backward_matches_reference(case, backend, device):

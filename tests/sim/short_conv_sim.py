@@ -1,43 +1,13 @@
 """What the simulator tests of short_conv share: inputs, plain torch, and calls of the launchers."""
 import ctypes
-import itertools
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from cuda_sim import Device, poisoned
 from cuda_sim.params import DTYPES, ShortConvBwdParams, ShortConvParams
 
 EPS = 1e-5
 OP, BWD = "short_conv_cuda", "short_conv_bwd_cuda"
-
-
-def packed(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def make_inputs(lengths, branches=2, size=40, width=4, dtype=torch.bfloat16, weight_dtype=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    weight_dtype = weight_dtype or dtype
-    return (rand(sum(lengths), branches, size).to(dtype), (0.5 * rand(branches, size, width)).to(weight_dtype),
-            (1 + 0.2 * rand(branches, size)).to(weight_dtype), packed(lengths))
-
-
-def plain_torch(x, weight, norm_weight, cu_seqlens, dilation):
-    """The published formulation, every step in the dtype of x."""
-    _, branches, size = x.shape
-    width = weight.shape[2]
-    normed = torch.stack([F.rms_norm(x[:, m], (size,), norm_weight[m].to(x.dtype), EPS) for m in range(branches)], dim=1)
-    kernel, pieces = weight.to(x.dtype).reshape(branches * size, 1, width), [x[:0].flatten(1)]
-    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
-        if end > begin:
-            line = F.pad(normed[begin:end].flatten(1).T[None], ((width - 1) * dilation, 0))
-            pieces.append(F.conv1d(line, kernel, dilation=dilation, groups=branches * size)[0].T)
-    return x + F.silu(torch.cat(pieces)).view_as(x)
 
 
 def forward_params(device, x, weight, norm_weight, cu, dilation, state=None, positions=None, out=0, errors=None, eps=EPS):

@@ -8,10 +8,10 @@ import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build, bytes_asked
 from cuda_sim.params import DTYPES, GateBwdParams
 from cuda_sim.sass_path import longest_path, longest_without, parts_of, token_loop
+from op_cases import assert_all_as_accurate
 from test_gate_cuda_sim import branch_rows, gate_params, make_inputs
 
 from engram_kernels.reference.gate import gate as reference
-from engram_kernels.testing import assert_as_accurate_as_torch
 from engram_kernels.testing.draws import worst_draw
 
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
@@ -53,11 +53,7 @@ def check(inputs, grad_out, mask=None, device=None, **options):
     run = functools.partial(gradients, mask, words)
     want = run(*(x.double() for x in (*inputs, grad_out)))
     plain = worst_draw(run, (*inputs, grad_out), want)
-    for name, a, b, c in zip(NAMES, got, plain, want, strict=True):
-        try:
-            assert_as_accurate_as_torch(a, b, c)
-        except AssertionError as err:
-            raise AssertionError(f"{name}: {err}") from None
+    assert_all_as_accurate(NAMES, got, plain, want)
     return got, launches
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gate import assert_rows_as_accurate, exact, gradients, make_inputs, plain
+from op_cases import gate_inputs as make_inputs
+from test_gate import assert_rows_as_accurate, exact, gradients, plain
 from triton_sim import MISSING_TRITON, simulate, total
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
@@ -20,20 +21,6 @@ def run(inputs, mask=None, add_residual=True, out=None, **options):
 def run_bwd(grad_out, inputs, mask=None, add_residual=True, **options):
     from engram_kernels.triton_kernels.gate import gate_bwd
     return simulate(lambda: gate_bwd(grad_out, *inputs, mask, *OPTIONS, add_residual), **options)
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    """Sets how many programs take a small batch."""
-    from engram_kernels.triton_runtime import tuning
-
-    def set_to(count):
-        for op in ("gate", "gate_bwd"):
-            monkeypatch.setitem(tuning.DEFAULTS[op]["small"], "programs", count)
-        tuning._parameters.cache_clear()
-    yield set_to
-    monkeypatch.undo()
-    tuning._parameters.cache_clear()
 
 
 def cuda_figure(kernel):

@@ -8,12 +8,12 @@ import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build
 from cuda_sim.params import DTYPES, ROW_FORMATS, GatherGateBwdParams
 from gather_gate_sim import WORDS, Table, gather_gate_params, make_inputs
+from op_cases import assert_all_as_accurate
 from test_gate_cuda_sim import branch_rows
 from test_gather_gate_cuda_sim import instructions_a_token
 
 from engram_kernels.reference.gate import gate as reference_gate
 from engram_kernels.reference.gather_rows import gather_rows as reference_rows
-from engram_kernels.testing import assert_as_accurate_as_torch
 from engram_kernels.testing.draws import worst_draw
 from engram_kernels.testing.inputs import random_rows
 
@@ -57,11 +57,7 @@ def check(table, inputs, grad_out, mask=None, device=None, **options):
                             torch.float32).flatten(1)
     want = run(*(x.double() for x in (hidden, memory, *weights, grad_out)))
     plain = worst_draw(run, (hidden, memory.to(hidden.dtype), *weights, grad_out), want)
-    for name, a, b, c in zip(NAMES, got, plain, want, strict=True):
-        try:
-            assert_as_accurate_as_torch(a, b, c)
-        except AssertionError as err:
-            raise AssertionError(f"{name}: {err}") from None
+    assert_all_as_accurate(NAMES, got, plain, want)
     return got, launches
 
 

@@ -30,20 +30,6 @@ def run_bwd(grad_out, inputs, table, mask=None, **options):
     return simulate(lambda: gather_gate_bwd(grad_out, *arguments(inputs, table, mask), True), **options)
 
 
-@pytest.fixture
-def programs(monkeypatch):
-    """Sets how many programs take a small batch."""
-    from engram_kernels.triton_runtime import tuning
-
-    def set_to(count):
-        for op in ("gather_gate", "gather_gate_bwd"):
-            monkeypatch.setitem(tuning.DEFAULTS[op]["small"], "programs", count)
-        tuning._parameters.cache_clear()
-    yield set_to
-    monkeypatch.undo()
-    tuning._parameters.cache_clear()
-
-
 def distinct_inputs(tokens, branches, columns, row_dim, row_format):
     """No row twice, so that what is read is what has to be."""
     inputs = list(make_inputs(tokens, branches, columns, row_dim, torch.bfloat16, num_rows=tokens * columns))

@@ -6,23 +6,17 @@ import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build, poisoned
 from cuda_sim.params import NgramHashParams
+from op_cases import ngram_hash_spec, packed
 from ptxsim import sassflow
 
 from engram_kernels.reference.ngram_hash import ngram_hash as reference
-from engram_kernels.spec import EngramSpec
 
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
 OP = "ngram_hash_cuda"
 
 
-def make_layout(family="xor_prime", boundary="pad", max_order=4, heads=8, table_size=20_011, vocab_size=1000, layers=(1, 14)):
-    return EngramSpec(name="test", hash_family=family, boundary=boundary, vocab_size=vocab_size, max_order=max_order, heads=heads,
-                      head_dim=32, layer_ids=layers, table_sizes=(table_size,) * (max_order - 1), pad_token_id=2,
-                      eos_token_id=None if boundary == "pad" else 7, hidden_size=64).layout()
-
-
-def packed(lengths):
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+def make_layout(**options):
+    return ngram_hash_spec(**options).layout()
 
 
 def random_ids(count, vocab_size, seed=0, low=0):
@@ -147,7 +141,7 @@ def test_ngram_hash_misaligned_output_takes_narrow_stores():
     assert all(line["bytes"] == 4 * line["threads"] for line in stores(launches[0]))
 
 
-def test_ngram_hash_counts_bad_ids():
+def check_bad_ids_are_counted(run):
     layout = make_layout()
     ids, cu = random_ids(100, 1000), packed([60, 40])
     bad = [3, 60, 99]
@@ -155,11 +149,15 @@ def test_ngram_hash_counts_bad_ids():
     dead = torch.zeros(100, dtype=torch.bool)
     dead[50], ids[50] = True, -77  # not looked at
     history = torch.tensor([[1, -3, 5], [1000, 0, -1]], dtype=torch.int32)
-    rows, errors, _ = simulate(layout, ids, cu, None, history, dead)
+    rows, errors, _ = run(layout, ids, cu, None, history, dead)
     assert errors == 5
     dead[bad], ids[bad] = True, 0
     history[0, 1], history[1, 0] = -1, -1
     torch.testing.assert_close(rows, expected(layout, ids, cu, None, history, dead), rtol=0, atol=0)
+
+
+def test_ngram_hash_counts_bad_ids():
+    check_bad_ids_are_counted(simulate)
 
 
 @pytest.mark.parametrize("cu", [[0, 60, 50, 100], [1, 100], [0, 90], [0, 5000], [-7, 100], [0, 200, -3, 100]],

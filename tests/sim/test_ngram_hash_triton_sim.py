@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_ngram_hash_cuda_sim import expected, make_layout, packed, random_ids
+from op_cases import packed
+from test_ngram_hash_cuda_sim import check_bad_ids_are_counted, expected, make_layout, random_ids
 from triton_sim import MISSING_TRITON, compile_variants, simulate
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
@@ -87,18 +88,7 @@ def test_ngram_hash_every_modulus_size(family):
 
 
 def test_ngram_hash_counts_bad_ids():
-    layout = make_layout()
-    ids, cu = random_ids(100, 1000), packed([60, 40])
-    bad = [3, 60, 99]
-    ids[bad] = torch.tensor([-1, 1000, 2**31 - 1], dtype=torch.int32)
-    dead = torch.zeros(100, dtype=torch.bool)
-    dead[50], ids[50] = True, -77  # not looked at
-    history = torch.tensor([[1, -3, 5], [1000, 0, -1]], dtype=torch.int32)
-    rows, errors, _ = run(layout, ids, cu, None, history, dead)
-    assert errors == 5
-    dead[bad], ids[bad] = True, 0
-    history[0, 1], history[1, 0] = -1, -1
-    torch.testing.assert_close(rows, expected(layout, ids, cu, None, history, dead), rtol=0, atol=0)
+    check_bad_ids_are_counted(run)
 
 
 @pytest.mark.parametrize("cu", [[0, 60, 50, 100], [1, 100], [0, 90], [0, 5000], [-7, 100], [0, 200, -3, 100]],

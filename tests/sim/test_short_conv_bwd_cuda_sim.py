@@ -2,7 +2,9 @@
 import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build
-from short_conv_sim import BWD, EPS, make_inputs, plain_torch, simulate_bwd
+from op_cases import plain_short_conv as plain_torch
+from op_cases import short_conv_inputs as make_inputs
+from short_conv_sim import BWD, EPS, simulate_bwd
 
 from engram_kernels.reference.short_conv import short_conv as reference
 from engram_kernels.testing import assert_as_accurate_as_torch

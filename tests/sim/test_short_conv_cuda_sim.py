@@ -4,7 +4,10 @@ import itertools
 import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build
-from short_conv_sim import EPS, OP, kernel_of, make_inputs, packed, plain_torch, simulate
+from op_cases import packed
+from op_cases import plain_short_conv as plain_torch
+from op_cases import short_conv_inputs as make_inputs
+from short_conv_sim import EPS, OP, kernel_of, simulate
 
 from engram_kernels.reference.short_conv import short_conv as reference
 from engram_kernels.reference.short_conv import short_conv_update as reference_update

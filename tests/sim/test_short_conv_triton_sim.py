@@ -1,7 +1,10 @@
 """short_conv in Triton, forward, state and backward: the compiled PTX on the simulator, against the reference."""
 import pytest
 import torch
-from test_short_conv import EPS, make_inputs, packed, plain_torch
+from op_cases import packed
+from op_cases import plain_short_conv as plain_torch
+from op_cases import short_conv_inputs as make_inputs
+from test_short_conv import EPS
 from triton_sim import MISSING_TRITON, simulate, total
 
 from engram_kernels.reference.short_conv import short_conv as reference

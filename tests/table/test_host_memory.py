@@ -24,16 +24,6 @@ HUGE = 2 * MIB
 HUGE_PAGES = capacity.SYSTEM.read("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.fixture(params=["compiled", "python"])
-def memory(request, monkeypatch):
-    """Both kinds of memory."""
-    if request.param == "compiled" and COMPILE_ERROR:
-        pytest.skip(COMPILE_ERROR)
-    if request.param == "python":
-        monkeypatch.setattr(host_memory, "COMPILE_ERROR", "the compiled module is missing")
-    return request.param
-
-
 def num_maps():
     with open("/proc/self/maps") as maps:
         return sum(1 for _ in maps)
@@ -67,6 +57,7 @@ def test_host_memory_of_next_to_nothing(num_rows, memory):
     assert RowTable.from_tensor(torch.ones(2, 8), row_format="f32").memory_stats() == {}
 
 
+@pytest.mark.alone
 def test_host_memory_takes_what_it_needs(compiled):
     """130 MiB and a bit: a power of two would be 256."""
     weight = torch.ones(130 * MIB // 512 + 3, 256, dtype=torch.bfloat16)
@@ -80,6 +71,7 @@ def test_host_memory_takes_what_it_needs(compiled):
         assert stats["huge_bytes"] == stats["mapped_bytes"]
 
 
+@pytest.mark.alone
 def test_host_memory_in_explicit_huge_pages(compiled):
     if capacity.huge_pool_bytes() < 24 * MIB:
         pytest.skip("this machine has no free explicit huge pages (vm.nr_hugepages)")

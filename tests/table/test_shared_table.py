@@ -24,16 +24,6 @@ R, D = 3001, 64
 IDS = torch.randint(-1, R, (40, 7), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=["compiled", "python"])
-def memory(request, monkeypatch):
-    """Both kinds of memory."""
-    if request.param == "compiled" and COMPILE_ERROR:
-        pytest.skip(COMPILE_ERROR)
-    if request.param == "python":
-        monkeypatch.setattr(host_memory, "COMPILE_ERROR", "the compiled module is missing")
-    return request.param
-
-
 def table_of(row_format="bf16", seed=0, num_rows=R, **options):
     rows, scales = random_rows(row_format, num_rows, D, torch.Generator().manual_seed(seed))
     return RowTable.from_tensor(rows, scales, row_format, row_dim=D, **options)
@@ -283,6 +273,7 @@ def test_shared_table_last_piece_is_copied_behind_the_end(memory, shm, monkeypat
     assert same_rows(source.share("t", directory=shm), source)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 @pytest.mark.parametrize("huge", ["advise", "always"])
 def test_shared_table_in_huge_pages(huge, compiled, shm, request):

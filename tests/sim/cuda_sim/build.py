@@ -1,4 +1,5 @@
 """nvcc, ptxas and nvdisasm over csrc/kernels and the kernel of csrc/prefetch."""
+import fcntl
 import functools
 import hashlib
 import os
@@ -100,16 +101,23 @@ def build() -> Build:
         key.update(path.read_bytes())
     folder = ROOT / "build/cuda_sim" / key.hexdigest()[:16]
     made = Build(folder, tuple(k.stem for k in kernels))
-    if made.library.exists():
-        return made
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / "lock", "w") as lock:  # of the test processes, the first compiles and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.library.exists():
+            for old in folder.parent.glob("*/"):
+                shutil.rmtree(old)
+            _compile_all(made, kernels, [*checks, *shims])
+    return made
+
+
+def _compile_all(made, kernels, host_sources):
     flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-DEK_WITH_CUDA", "-Xcompiler", "-fPIC", "--Werror", "all-warnings"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda kernel: _compile(kernel, folder / kernel.stem, flags), kernels))
-    part = folder / "launchers.part.so"
-    _run(["nvcc", *flags, "-shared", "-cudart", "none", *objects, *checks, *shims, "-o", part])
+        objects = list(pool.map(lambda kernel: _compile(kernel, made.folder / kernel.stem, flags), kernels))
+    part = made.folder / "launchers.part.so"
+    _run(["nvcc", *flags, "-shared", "-cudart", "none", *objects, *host_sources, "-o", part])
     part.rename(made.library)
-    return made
 
 
 def _compile(kernel, to, flags):

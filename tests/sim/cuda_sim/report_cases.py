@@ -6,7 +6,7 @@ import torch
 from gather_gate_sim import Table
 from gather_gate_sim import make_inputs as gather_gate_inputs
 from gather_gate_sim import simulate as simulate_gather_gate
-from short_conv_sim import make_inputs as short_conv_inputs
+from op_cases import short_conv_inputs
 from short_conv_sim import simulate as simulate_short_conv
 from short_conv_sim import simulate_bwd as simulate_short_conv_bwd
 from test_gate_bwd_cuda_sim import simulate as simulate_gate_bwd
