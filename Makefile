@@ -28,32 +28,56 @@ CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python t
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
-.PHONY: demo wheel test-wheel test test-all test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
+.PHONY: demo wheel test-wheel test test-all test-avx512 test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
 
-test: $(VENV)/.built
-	python -m pytest -q $(ARGS)
-	TRITON_INTERPRET=0 python -m pytest -q tests/sim/ptxsim/tests/test_triton.py
+# Tests run in as many processes as there are cores; each of these wants some 2 GB. ARGS names files, or -k a part of them.
+JOBS ?= $(shell n=$$(nproc 2> /dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST := python -m pytest -q
+PARALLEL := -n $(JOBS) --dist worksteal
+# $(1): a marker expression (tests/conftest.py names the markers). pytest's 5 says that ARGS selected nothing here.
+define run_tests
+	$(PYTEST) $(PARALLEL) -m "not alone$(1)" $(ARGS) || test $$? -eq 5
+	$(PYTEST) -m "alone$(1)" $(ARGS) || test $$? -eq 5
+endef
 
-# every test
-test-all: test
+test: $(VENV)/.built
+	$(call run_tests, and not slow)
+
+# Everything: the slow tests too, the simulator on PTX of Triton, and the AVX-512 kernels on a CPU that has none.
+test-all: $(VENV)/.built
+	$(call run_tests,)
+	TRITON_INTERPRET=0 $(PYTEST) tests/sim/ptxsim/tests/test_triton.py
+	best=$$(python -c "from engram_kernels import _C; print(_C.best_cpu_isa())") && { [ "$$best" != avx2 ] || $(MAKE) test-avx512; }
+
+# $(1): a folder, $(2): CMake options. The package with a module of that build in $(1)/python, beside the ordinary one.
+define build_beside
+	rm -rf $(1)/python && mkdir -p $(1) && cp -rL python $(1)/python && rm -f $(1)/python/engram_kernels/_C*.so
+	cmake -S . -B $(1)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python $(2) \
+	  -DEK_TORCH_ROOT="$$(python -c 'import torch; print(torch.__path__[0])')" -DCMAKE_PREFIX_PATH="$$(pybind11-config --cmakedir)" \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(1))/python/engram_kernels > $(1)/configure.log
+	cmake --build $(1)/cmake
+endef
+
+OP_TESTS := $(filter-out tests/ops/test_peak_memory.py,$(wildcard tests/ops/test_*.py))
+# The AVX-512 kernels on any CPU with AVX2: compiled from SIMDe's definitions (libsimde-dev). Where the CPU has AVX-512, `make test`
+# runs the real ones.
+test-avx512: $(VENV)/.built
+	$(call build_beside,build-simde,-DEK_SIMDE=ON)
+	PYTHONPATH=$(abspath build-simde)/python EK_EXPECT_SIMDE=1 $(PYTEST) $(PARALLEL) $(OP_TESTS) -k "avx512 or nan_bits" $(ARGS)
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the ordinary one.
-OP_TESTS := $(filter-out tests/ops/test_peak_memory.py,$(wildcard tests/ops/test_*.py))
 # objects with a lifetime: their threads, memory and files
 TABLE_TESTS := $(filter-out tests/table/test_capacity.py tests/table/test_pack.py,$(wildcard tests/table/test_*.py))
 PREFETCH_TESTS := $(filter-out tests/prefetch/test_prefetch_policy.py,$(wildcard tests/prefetch/test_*.py))
 test-asan: $(VENV)/.built
-	rm -rf build-asan/python && mkdir -p build-asan && cp -rL python build-asan/python && rm -f build-asan/python/engram_kernels/_C*.so
-	cmake -S . -B build-asan/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEK_SANITIZE=ON \
-	  -DEK_TORCH_ROOT="$$(python -c 'import torch; print(torch.__path__[0])')" -DCMAKE_PREFIX_PATH="$$(pybind11-config --cmakedir)" \
-	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build-asan)/python/engram_kernels > build-asan/configure.log
-	cmake --build build-asan/cmake
+	$(call build_beside,build-asan,-DEK_SANITIZE=ON)
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  python -m pytest -q $(OP_TESTS) $(TABLE_TESTS) $(PREFETCH_TESTS) -k "not compiles and not triton and not million and not only_copy" $(ARGS)
+	  $(PYTEST) $(PARALLEL) $(OP_TESTS) $(TABLE_TESTS) $(PREFETCH_TESTS) \
+	  -k "not compiles and not triton and not million and not only_copy" $(ARGS)
 
 # The prefetcher (csrc/prefetch, no torch) under each sanitizer for so many seconds: 16 threads that do everything at random, and,
 # where nvcc is, its CUDA engine on a runtime without a device.
@@ -107,14 +131,14 @@ bench-check: $(VENV)/.built $(VENV)/.bench
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python triton_kernels tests bench setup.py
 	mypy
-	find csrc tests/sim/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
+	find csrc tests/sim/cuda_sim tests/simde tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	ruff check --fix python triton_kernels tests bench setup.py
-	find csrc tests/sim/cuda_sim tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
+	find csrc tests/sim/cuda_sim tests/simde tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
-	rm -rf dist build build-asan build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so
+	rm -rf dist build build-asan build-simde build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so
 
 $(VENV)/.python:
 	@command -v $(COMPILER) > /dev/null || { echo "engram-kernels: no C++ compiler was found; install one (Debian: apt-get install g++)"; exit 1; }

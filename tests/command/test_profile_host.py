@@ -81,6 +81,7 @@ double gather(const char* table, long row_bytes, const int64_t* ids, long count,
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler was found")
 def test_profile_gather_figures_are_those_of_plain_c(tmp_path, compiled):
     """Within 10 %: the least of many rounds, which other processes can only make slower; three tries on a busy machine."""

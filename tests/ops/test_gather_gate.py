@@ -246,6 +246,7 @@ def test_gather_gate_rejects_other_misuse():
         gather_gate(hidden, make_table("bf16", 32), row_ids, w_hidden.requires_grad_(), w_key, out=torch.empty_like(hidden))
 
 
+@pytest.mark.slow_cases("triton")
 def test_gather_gate_threads_give_the_same_bits(backend):
     table = make_table("int8_group32", 64)
     hidden, *rest = make_inputs(67, 2, 16, 64, torch.bfloat16)

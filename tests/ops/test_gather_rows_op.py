@@ -10,18 +10,6 @@ from engram_kernels.testing import random_rows
 
 pytestmark = pytest.mark.skipif(COMPILE_ERROR is not None, reason=str(COMPILE_ERROR))
 OPS = torch.ops.engram_kernels
-ISAS = ("portable", "avx2", "avx512")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    from engram_kernels import _C
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError as err:
-        pytest.skip(str(err))
-    yield request.param
-    _C.set_cpu_isa(_C.best_cpu_isa())
 
 
 def make_ids(*shape, num_rows, seed=0):

@@ -145,15 +145,8 @@ def test_safety_long_dilation_takes_no_memory():
 
 
 @pytest.mark.parametrize("scale", [-1e3, -1e36, -1e38, -3e38])
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_safety_silu_of_very_negative_values_is_zero(scale, isa):
-    from engram_kernels import _C
-    try:
-        _C.set_cpu_isa(isa)
-    except ValueError as err:
-        pytest.skip(str(err))
     weight = torch.zeros(1, 16, 4)
     weight[:, :, 3] = scale
     out = ek.short_conv(torch.ones(1, 1, 16), weight, torch.ones(1, 16), torch.tensor([0, 1], dtype=torch.int32), 1)
-    _C.set_cpu_isa(_C.best_cpu_isa())
     torch.testing.assert_close(out, torch.ones(1, 1, 16), rtol=0, atol=1e-30)

@@ -24,6 +24,7 @@ _NAMES = {"RowTable": RowTable, "gather_rows": gather_rows, "gc": gc, "os": os, 
 
 
 def _answer_lines(connection, directory):
+    gc.freeze()  # what the imports made: a collection takes long with it, and lines that are sent ask for many
     torch.set_num_threads(1)
     names = dict(_NAMES, shm=str(directory))
     while (code := connection.recv()) is not None:
