@@ -78,9 +78,11 @@ class Printer:
             self.say("\n".join(textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")), style)
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """A line."""
+        """A line, broken between words where a terminal is narrower."""
         if self._console is None:
-            print(text, file=self._out)
+            for line in text.split("\n"):
+                long = self._width is not None and len(line) > max(self._width, 20)
+                print(textwrap.fill(line, max(self._width or 0, 20)) if long else line, file=self._out)
         else:
             self._console.print(text, style=style, markup=False)
 

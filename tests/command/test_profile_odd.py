@@ -211,6 +211,16 @@ def test_table_is_one_where_there_is_room(monkeypatch):
     assert len(plain.splitlines()) == 3 and max(map(len, plain.splitlines())) > 180
 
 
+def test_sentence_is_broken_between_words_without_colour(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    words = "a sentence of several words that is longer than a line of the terminal"
+    for out, lines in ((Terminal(), 2), (io.StringIO(), 1)):
+        _terminal.Printer(out).say(words)
+        said = out.getvalue().splitlines()
+        assert len(said) == lines and " ".join(said) == words
+
+
 def test_table_without_rich(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.delenv("NO_COLOR", raising=False)
