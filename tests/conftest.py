@@ -83,7 +83,8 @@ def pytest_generate_tests(metafunc):
     for fixture in {"backend", "isa"} & set(metafunc.fixturenames) - given:
         names = ISAS
         if fixture == "backend":
-            here = backends.available(metafunc.definition.path.stem.removeprefix("test_"))
+            op = getattr(metafunc.module, "OP", metafunc.definition.path.stem.removeprefix("test_"))
+            here = backends.available(op)
             names = [one for name in here for one in ([f"cpu_{isa}" for isa in ISAS] if name == "cpu" else [name])]
         metafunc.parametrize(fixture, names, indirect=True)
 
@@ -134,7 +135,7 @@ def isa(request):
 
 @pytest.fixture
 def backend(request):
-    """Name of a backend of the op that the test file is named after."""
+    """Name of a backend of the op that the test file names as OP, or is named after."""
     name, _, isa = request.param.partition("_")
     if isa:
         _C.set_cpu_isa(isa)

@@ -86,6 +86,7 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token
         position = tl.maximum(t - tl.load(cu_seqlens + sequence), 0)
         own = token_ids + (first + slot) * token_stride
         blocked = slot < 0
+        before_start = slot < 0  # the history has said that there is nothing older
         window = ()
         for back in tl.static_range(MAX_ORDER):
             in_chunk = inside & (position >= back) & (t >= back)
@@ -100,7 +101,9 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token
             if history is not None and back > 0:
                 at = history + sequence.to(tl.int64) * (MAX_ORDER - 1) + (back - 1 - position)
                 before = tl.load(at, mask=inside & (position < back), other=-1)
-                wrong = (position == 0) & inside & ((before < DEAD) | (before >= vocab_size))
+                wrong = (before < DEAD) | (before >= vocab_size) | (before_start & (before != BEFORE_START))
+                wrong = wrong & (position == 0) & inside
+                before_start = before_start | (before == BEFORE_START)
                 tl.atomic_add(errors + slot * 0, 1, mask=wrong & (tl.program_id(1) == 0), sem="relaxed")
                 raw = tl.where(position < back, before, raw)
             known = (raw >= 0) & (raw < vocab_size)

@@ -3,9 +3,9 @@
 Mapping  a program has a branch and every dilation-th token of a stretch: the rows that its taps reach are the last ones that it
          walked over, and stay in registers, normalized. It walks from sequence to sequence; where it enters one, or a stretch,
          it loads what the taps reach, from the state where the chunk does not go back so far.
-Traffic  of L tokens walked, L + width - 1 rows read and L written; a decode step reads width rows and writes two. The state is
-         written by a launch of its own, since a program would overwrite what another still has to read. Backward: x and
-         grad_out a few times (taps from L2), the gradient of the convolution written and read as float32.
+Traffic  of L tokens walked, L + width - 1 rows read and L written; a decode step reads width rows and writes two. The state and
+         its ends are written by launches of their own, since a program would overwrite what another still has to read.
+         Backward: x and grad_out a few times (taps from L2), the gradient of the convolution written and read as float32.
 Bits     a row is summed in one order, whoever walks over it: warps and tiles depend on H alone. So any chunking gives the same.
 Limits   H, M and width are constants, so a model compiles once.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from engram_kernels.triton_kernels.decode import round_to, to_float
 from engram_kernels.triton_kernels.gate import ELEMENTS_A_THREAD, MAX_HELD, SUM_CHUNK, chunk_of, row_of
+from engram_kernels.triton_kernels.rings import COUNT_CHUNK, count_refused, ring_of
 from engram_kernels.triton_kernels.sequences import count_bad_sequences, sequence_of
 from engram_kernels.triton_runtime.launch import ceil_div, empty_like, error_counter, launch, power_of_two_from
 from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 COPY_CHUNK = 1024
-COUNT_CHUNK = tl.constexpr(128)
 
 
 @triton.jit
@@ -80,35 +80,43 @@ def walk_of(program, steps, dilation, num_tokens):
 
 
 @triton.jit
-def short_conv_kernel(x, weight, norm_weight, cu_seqlens, positions, state, out, errors, num_tokens, x_token, x_branch,
-                      state_sequence, num_sequences, search_steps, steps, dilation, eps, SIZE: tl.constexpr,
-                      BRANCHES: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, HOLD: tl.constexpr):
+def short_conv_kernel(x, weight, norm_weight, cu_seqlens, positions, state, state_indices, state_ends, out, errors, num_tokens,
+                      x_token, x_branch, position_stride, index_stride, state_ring, num_rings, slots, num_sequences, search_steps,
+                      steps, dilation, eps, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+                      CHUNK: tl.constexpr, HOLD: tl.constexpr):
     CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
     m = tl.program_id(1)
+    spare = slots - (WIDTH - 1) * dilation
     if m == 0:
         count_bad_sequences(cu_seqlens, errors, num_tokens, num_sequences, COUNT_CHUNK)
+        if state is not None:
+            count_refused(cu_seqlens, positions, state_indices, state_ends, errors, position_stride, index_stride, num_rings,
+                          spare, num_sequences)
     held = ()
     if HOLD:
         for c in tl.static_range(CHUNKS):
             held = held + load_constants(weight, norm_weight, m, c, SIZE, WIDTH, CHUNK)
     t, last = walk_of(tl.program_id(0), steps, dilation, num_tokens)
-    slots = tl.maximum((WIDTH - 1) * dilation, 1)
     while t < last:
         sequence = sequence_of(cu_seqlens, t.to(tl.int32), num_sequences, search_steps)
         begin = tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0)
-        end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), last)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
         oldest = begin  # that a tap can reach
+        place = t * 0  # the ring in the state
         if state is not None:
-            oldest = begin - tl.maximum(tl.load(positions + sequence).to(tl.int64), 0)
+            place, position = ring_of(sequence, True, tl.maximum(end - begin, 1), positions, state_indices, state_ends,
+                                      position_stride, index_stride, num_rings, spare)
+            oldest = begin - tl.maximum(position, 0)
+        end = tl.minimum(end, last)
         ring = ()
         for j in tl.static_range(WIDTH - 1):
             earlier = t - (WIDTH - 1 - j) * dilation
             stored = None
             if state is not None:
                 slot = tl.maximum(earlier - oldest, 0) % slots
-                stored = state + sequence.to(tl.int64) * state_sequence + (slot * BRANCHES + m) * SIZE
+                stored = state + tl.maximum(place, 0) * state_ring + (slot * BRANCHES + m) * SIZE
             raws = load_row(row_of(x, tl.maximum(earlier, 0), m, x_token, x_branch, UNIT), stored, earlier >= begin,
-                            earlier >= oldest, SIZE, CHUNK)
+                            (earlier >= oldest) & (place >= 0), SIZE, CHUNK)
             scale = inverse_rms(raws, eps, SIZE, CHUNK)
             for c in tl.static_range(CHUNKS):
                 constants = (held[c * (WIDTH + 1)],) if HOLD else load_constants(weight, norm_weight, m, c, SIZE, 0, CHUNK)
@@ -125,7 +133,10 @@ def short_conv_kernel(x, weight, norm_weight, cu_seqlens, positions, state, out,
                 for j in tl.static_range(WIDTH - 1):  # not a zero: the weight may be Inf
                     z += tl.where(t - (WIDTH - 1 - j) * dilation >= oldest, taps[1 + j] * ring[j * CHUNKS + c], 0.0)
                 z += taps[WIDTH] * normed[c]
-                result = round_to(here + tl.div_rn(z, 1.0 + tl.exp(-z)), out.dtype.element_ty)
+                result = here + tl.div_rn(z, 1.0 + tl.exp(-z))
+                if state is not None:
+                    result = tl.where(place >= 0, result, 0.0)
+                result = round_to(result, out.dtype.element_ty)
                 element = c * CHUNK + tl.arange(0, CHUNK)
                 tl.store(out + (t * BRANCHES + m) * SIZE + element, result, mask=element < SIZE)
             for i in tl.static_range((WIDTH - 1) * CHUNKS):
@@ -135,21 +146,37 @@ def short_conv_kernel(x, weight, norm_weight, cu_seqlens, positions, state, out,
 
 
 @triton.jit
-def short_conv_state_kernel(x, cu_seqlens, positions, state, errors, num_tokens, x_token, x_branch, state_sequence, slots,
-                            SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
+def short_conv_state_kernel(x, cu_seqlens, positions, state, state_indices, state_ends, num_tokens, x_token, x_branch,
+                            position_stride, index_stride, state_ring, num_rings, slots, reach, SIZE: tl.constexpr,
+                            BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
     p, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, back = p // slots, p % slots
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-    position = tl.load(positions + sequence).to(tl.int64)
-    tl.atomic_add(errors, 1, mask=(position < 0) & (back == 0) & (m == 0), sem="relaxed")
-    t = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - 1 - back
-    if (t >= tl.maximum(begin, 0)) & (t < num_tokens):
-        slot = (tl.maximum(position, 0) + t - begin) % slots
-        to = state + sequence * state_sequence + (slot * BRANCHES + m) * SIZE
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    place, position = ring_of(sequence, True, tl.maximum(end - begin, 0), positions, state_indices, state_ends, position_stride,
+                              index_stride, num_rings, slots - reach)
+    t = end - 1 - back
+    if (place >= 0) & (t >= tl.maximum(begin, 0)) & (t < num_tokens):
+        slot = (position + t - begin) % slots
+        to = state + place * state_ring + (slot * BRANCHES + m) * SIZE
         for start in tl.range(0, SIZE, CHUNK):
             element = start + tl.arange(0, CHUNK)
             inside = element < SIZE
             tl.store(to + element, tl.load(row_of(x, t, m, x_token, x_branch, UNIT) + element, mask=inside), mask=inside)
+
+
+@triton.jit
+def short_conv_ends_kernel(cu_seqlens, positions, state_indices, state_ends, position_stride, index_stride, num_rings, spare,
+                           num_sequences):
+    b = tl.program_id(0) * COUNT_CHUNK + tl.arange(0, COUNT_CHUNK)
+    there = b < num_sequences
+    tokens = (tl.load(cu_seqlens + b + 1, mask=there, other=0) - tl.load(cu_seqlens + b, mask=there, other=0)).to(tl.int64)
+    ring, position = ring_of(b, there, tl.maximum(tokens, 0), positions, state_indices, state_ends, position_stride, index_stride,
+                             num_rings, spare)
+    moves = there & (ring >= 0) & (tokens > 0)
+    before = tl.load(state_ends + ring * 2 + 1, mask=moves & (position > 0), other=0)
+    tl.store(state_ends + ring * 2, position + tokens, mask=moves)
+    tl.store(state_ends + ring * 2 + 1, tl.maximum(position + tokens, before), mask=moves)
 
 
 @triton.jit
@@ -266,8 +293,9 @@ def short_conv_bwd_weights_kernel(partial, weight, norm_weight, grad_weight, gra
 
 
 def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float,
-               positions: Tensor | None = None, state: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x + silu(conv(norm(x))) [T, M, H], and the state updated; see `engram_kernels.short_conv`. Bad bounds are counted."""
+               positions: Tensor | None = None, state: Tensor | None = None, state_indices: Tensor | None = None,
+               state_ends: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x + silu(conv(norm(x))) [T, M, H], and the state updated; see `engram_kernels.short_conv`. Bad data are counted."""
     if out is None:
         out = empty_like(x)
     num_tokens, branches, size = x.shape
@@ -280,24 +308,31 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
     strides, errors = x.stride()[:2], error_counter("short_conv", x.device)
     unit = math.gcd(ELEMENTS_A_THREAD, *strides)
     units = tuple(s // unit for s in strides)
-    state_stride = 0 if state is None else state.stride(0)
+    rings, slots, ring_stride = (0, 0, 0) if state is None else (*state.shape[:2], state.stride(0))
+    where = tuple(0 if a is None else a.stride(0) for a in (positions, state_indices))
     launch(short_conv_kernel, (walks_of(num_tokens, dilation, steps), branches, 1),
-           (x, weight, norm_weight, cu_seqlens, positions, state, out, errors),
-           (num_tokens, *units, state_stride, num_sequences, (num_sequences - 1).bit_length(), steps, dilation, float(eps)),
+           (x, weight, norm_weight, cu_seqlens, positions, state, state_indices, state_ends, out, errors),
+           (num_tokens, *units, *where, ring_stride, rings, slots, num_sequences, (num_sequences - 1).bit_length(), steps,
+            dilation, float(eps)),
            (size, branches, unit, width, chunk, (width + 1) * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD),
            num_warps)
-    if state is not None and width > 1:
-        slots = (width - 1) * dilation
+    reach = (width - 1) * dilation
+    if slots > 0:
         launch(short_conv_state_kernel, (num_sequences * slots, branches, 1),
-               (x, cu_seqlens, positions, state, errors), (num_tokens, *units, state_stride, slots),
+               (x, cu_seqlens, positions, state, state_indices, state_ends),
+               (num_tokens, *units, *where, ring_stride, rings, slots, reach),
                (size, branches, unit, min(power_of_two_from(size), COPY_CHUNK)), 4)
+    if state_ends is not None:
+        launch(short_conv_ends_kernel, (ceil_div(num_sequences, COUNT_CHUNK.value), 1, 1),
+               (cu_seqlens, positions, state_indices, state_ends), (*where, rings, slots - reach, num_sequences), (), 4)
     return out
 
 
 def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, positions: Tensor, dilation: int,
-                      eps: float, state: Tensor, out: Tensor | None = None) -> Tensor:
+                      eps: float, state: Tensor, state_indices: Tensor | None = None, state_ends: Tensor | None = None,
+                      out: Tensor | None = None) -> Tensor:
     """`short_conv` with a state, its arguments in the order of the op of this name."""
-    return short_conv(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, out)
+    return short_conv(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, state_indices, state_ends, out)
 
 
 def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int,

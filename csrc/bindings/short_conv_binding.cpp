@@ -69,34 +69,69 @@ Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weig
   return out;
 }
 
-void short_conv_update_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
-                           const Tensor& positions, int64_t dilation, double eps, const Tensor& state, const Tensor& out) {
-  expect_one_device(kOp, {{"x", &x}, {"positions", &positions}, {"state", &state}});
-  ShortConvParams p = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
+// The rings, where they lie and how far they have come.
+void set_state(ShortConvParams* p, const Tensor& x, const Tensor& positions, const Tensor& state,
+               const std::optional<Tensor>& state_indices, const std::optional<Tensor>& state_ends) {
+  expect_one_device(kOp, {{"x", &x},
+                          {"positions", &positions},
+                          {"state", &state},
+                          {"state_indices", or_null(state_indices)},
+                          {"state_ends", or_null(state_ends)}});
   expect_dtype(kOp, "positions", positions, {ScalarType::Int, ScalarType::Long});
-  expect_shape(kOp, "positions", positions, {p.num_sequences}, 1);
+  expect_shape(kOp, "positions", positions, {p->num_sequences}, 0);
   expect_dtype(kOp, "state", state, {x.scalar_type()});
-  expect_shape(kOp, "state", state, {p.num_sequences, p.reach(), p.branches, p.hidden_size}, 3);
-  EK_CHECK(p.num_sequences <= 1 || state.stride(0) >= p.reach() * p.branches * p.hidden_size,
-           kOp << ": the sequences of state share memory");
-  for (const Tensor* written : {&out, &state}) {
-    expect_apart_from(
-        kOp, *written,
-        {{"x", &x}, {"weight", &weight}, {"norm_weight", &norm_weight}, {"cu_seqlens", &cu_seqlens}, {"positions", &positions}});
+  expect_shape(kOp, "state", state,
+               {state_indices.has_value() ? kAnySize : p->num_sequences, kAnySize, p->branches, p->hidden_size}, 3);
+  p->num_rings = state.size(0);
+  p->slots = state.size(1);
+  EK_CHECK(p->slots >= p->reach(),
+           kOp << ": state has " << p->slots << " slots, expected at least " << p->reach() << ", (W-1) * dilation");
+  EK_CHECK(p->num_rings <= 1 || state.stride(0) >= p->slots * p->branches * p->hidden_size,
+           kOp << ": the rings of state share memory");
+  if (state_indices.has_value()) {
+    expect_dtype(kOp, "state_indices", *state_indices, {positions.scalar_type()});
+    expect_shape(kOp, "state_indices", *state_indices, {p->num_sequences}, 0);
+    p->state_indices = state_indices->const_data_ptr();
+    p->index_stride = state_indices->stride(0);
   }
-  expect_apart(kOp, "state", state, out);
-  p.positions = positions.const_data_ptr();
-  p.positions_are_64 = positions.scalar_type() == ScalarType::Long;
-  p.state = state.mutable_data_ptr();
-  p.state_sequence_stride = state.stride(0);
+  if (state_ends.has_value()) {
+    expect_dtype(kOp, "state_ends", *state_ends, {ScalarType::Long});
+    expect_shape(kOp, "state_ends", *state_ends, {p->num_rings, 2}, 2);
+    p->state_ends = state_ends->mutable_data_ptr<int64_t>();
+  }
+  p->positions = positions.const_data_ptr();
+  p->position_stride = positions.stride(0);
+  p->positions_are_64 = positions.scalar_type() == ScalarType::Long;
+  p->state = state.mutable_data_ptr();
+  p->state_ring_stride = state.stride(0);
+}
+
+void short_conv_update_out(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
+                           const Tensor& positions, int64_t dilation, double eps, const Tensor& state,
+                           std::optional<Tensor> state_indices, std::optional<Tensor> state_ends, const Tensor& out) {
+  ShortConvParams p = make_params(x, weight, norm_weight, cu_seqlens, dilation, eps);
+  set_state(&p, x, positions, state, state_indices, state_ends);
+  for (const Tensor* written : {&out, &state, or_null(state_ends)}) {
+    if (written == nullptr) continue;
+    expect_apart_from(kOp, *written,
+                      {{"x", &x},
+                       {"weight", &weight},
+                       {"norm_weight", &norm_weight},
+                       {"cu_seqlens", &cu_seqlens},
+                       {"positions", &positions},
+                       {"state_indices", or_null(state_indices)}});
+  }
+  expect_apart_from(kOp, out, {{"state", &state}, {"state_ends", or_null(state_ends)}});
+  if (state_ends.has_value()) expect_apart(kOp, "state_ends", *state_ends, state);
   run(p, x, out);
 }
 
 Tensor short_conv_update(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens,
-                         const Tensor& positions, int64_t dilation, double eps, const Tensor& state) {
+                         const Tensor& positions, int64_t dilation, double eps, const Tensor& state,
+                         std::optional<Tensor> state_indices, std::optional<Tensor> state_ends) {
   expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  short_conv_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, out);
+  short_conv_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends, out);
   return out;
 }
 

@@ -75,6 +75,41 @@ def test_engram_chunks_with_history_and_state_equal_whole(variant):
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-5)
 
 
+def test_engram_goes_back_over_rejected_drafts_in_a_pool_of_rings():
+    layer, ids, hidden = make_layer("demo_v1")
+    spec, cut = layer.spec, 7
+    bad_ids = torch.cat([ids[:cut], ids[:2]])
+    state = torch.full((4, (spec.conv_width - 1) * spec.conv_dilation + 2, M, H), float("nan"))
+    ends, ring = torch.zeros(4, 2, dtype=torch.int64), torch.tensor([2])
+    carried = dict(state=state, state_ends=ends, state_indices=ring)
+    with torch.no_grad():
+        whole = layer(hidden, ids, torch.tensor([0, T], dtype=torch.int32))
+        drafted = torch.cat([hidden[:cut], hidden[:2] * 3])
+        layer(drafted, bad_ids, torch.tensor([0, cut + 2], dtype=torch.int32), positions=torch.tensor([0]), **carried)
+        history = ids[:cut].flip(0)[None, :spec.max_order - 1].contiguous()
+        got = layer(hidden[cut:], ids[cut:], torch.tensor([0, T - cut], dtype=torch.int32), history=history,
+                    positions=torch.tensor([cut]), **carried)
+        torch.testing.assert_close(got, whole[cut:], rtol=1e-5, atol=1e-5)
+        assert ends.tolist() == [[0, 0], [0, 0], [T, max(T, cut + 2)], [0, 0]] and state[[0, 1, 3]].isnan().all()
+        with pytest.raises(ValueError, match=r"positions\[0\] is 5, .* before the furthest input, expected at most 2"):
+            layer(hidden[5:], ids[5:], torch.tensor([0, T - 5], dtype=torch.int32), history=history, positions=torch.tensor([5]),
+                  **carried)
+
+
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+def test_engram_positions_without_history(compile_it):
+    """A sequence with earlier tokens needs them to hash; one that begins does not."""
+    layer, ids, hidden = make_layer("demo_v1")
+    spec, cu = layer.spec, torch.tensor([0, 3, T], dtype=torch.int32)
+    state = torch.zeros(2, (spec.conv_width - 1) * spec.conv_dilation, M, H)
+    run = torch.compile(layer, backend="aot_eager") if compile_it else layer
+    with torch.no_grad():
+        torch.testing.assert_close(run(hidden, ids, cu, state=state, positions=torch.tensor([0, 0])), layer(hidden, ids, cu))
+        message = r"history\[1, 0\] is -3" if compile_it else r"history is None, but positions\[1\] is 5"
+        with pytest.raises(IndexError if compile_it else ValueError, match=message):
+            run(hidden, ids, cu, state=state, positions=torch.tensor([0, 5]))
+
+
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
 def test_engram_trains(variant):
     layer, ids, hidden = make_layer(variant, trained_rows=True)

@@ -97,6 +97,7 @@ def test_ngram_hash_every_rule_with_history_and_dead_tokens(family, boundary, ba
     ids, cu = make_ids(60, 30, seed=1), packed([20, 0, 1, 39])
     dead = torch.rand(60, generator=torch.Generator().manual_seed(2)) < 0.15
     history = torch.randint(-2, 30, (4, 3), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    history = torch.where((history == -1).cumsum(1) > 0, -1, history)  # once -1, every older entry is -1
     args = [x.to(device) for x in (ids, cu)]
     got = ngram_hash(*args, layout.to(device), history=history.to(device), dead_mask=dead.to(device), backend=backend)
     torch.testing.assert_close(got.cpu(), restated(ids, cu, layout, None, history, dead), rtol=0, atol=0)
@@ -108,7 +109,7 @@ def test_ngram_hash_token_map(backend, device):
     classes = torch.cat([torch.arange(300), torch.randint(0, 300, (700,), generator=torch.Generator().manual_seed(4))])
     token_map = TokenMap(classes.to(torch.int32), 300, "test")
     ids, cu = make_ids(200, 1000, seed=5), packed([150, 50])
-    history = torch.tensor([[999, -1, 3], [0, -2, 998]], dtype=torch.int32)
+    history = torch.tensor([[999, -1, -1], [0, -2, 998]], dtype=torch.int32)
     got = ngram_hash(ids.to(device), cu.to(device), layout.to(device), token_map.to(device), history.to(device), backend=backend)
     torch.testing.assert_close(got.cpu(), restated(ids, cu, layout, token_map, history), rtol=0, atol=0)
     compressed = token_map.map[ids.long()]
@@ -258,6 +259,10 @@ BAD = {  # name: (changed arguments, exception, what the message says)
     "history_dtype": ({"history": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "history must be torch.int32"),
     "history_placeholder": ({"history": torch.tensor([[0, 0, 0], [0, -3, 0]], dtype=torch.int32)}, IndexError,
                             r"history\[1, 1\] is -3"),
+    "history_placeholder_in_front": ({"history": torch.tensor([[0, 0, -1], [-1, 12, 13]], dtype=torch.int32)}, IndexError,
+                                     r"history\[1, 1\] is 12, older than a -1 \(before the start\), expected -1"),
+    "history_dead_before_the_start": ({"history": torch.tensor([[0, -1, -2], [0, 0, 0]], dtype=torch.int32)}, IndexError,
+                                      r"history\[0, 2\] is -2, older than a -1"),
     "history_too_large": ({"history": torch.tensor([[0, 0, 1000], [0, 0, 0]], dtype=torch.int32)}, IndexError,
                           r"history\[0, 2\] is 1000"),
     "dead_shape": ({"dead_mask": torch.zeros(9, dtype=torch.bool)}, ValueError, r"dead_mask must have shape \[10\]"),
@@ -277,10 +282,14 @@ def test_ngram_hash_rejects(change, error, message, name, compiled):
         ngram_hash(**{**args_of(), "backend": name, **change})
 
 
-def test_ngram_hash_rejects_before_writing(compiled):
+@pytest.mark.parametrize("change", ids=["id", "history"], argvalues=[
+    dict(token_ids=torch.tensor([0] * 9 + [-1])), dict(history=torch.tensor([[0, 0, 0], [-1, 12, 13]], dtype=torch.int32))])
+def test_ngram_hash_rejects_before_writing(change, backend, device):
+    if device != "cpu":
+        pytest.skip("counted on a GPU: tests/sim")
     out = torch.full((2, 10, 24), -5, dtype=torch.int32)
     with pytest.raises(IndexError):
-        ngram_hash(**{**args_of(), "token_ids": torch.tensor([0] * 9 + [-1])}, out=out, backend="cpu")
+        ngram_hash(**{**args_of(), **change}, out=out, backend=backend)
     assert (out == -5).all()
 
 

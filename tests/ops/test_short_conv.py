@@ -241,7 +241,7 @@ BAD = {  # name: (changed arguments, what the message says)
     "out_shape": (dict(out=torch.zeros(9, 2, 40, dtype=torch.bfloat16)), r"out must have shape \[10, 2, 40\]"),
     "positions_alone": (dict(positions=torch.zeros(2, dtype=torch.int32)), "positions is given without state"),
     "state_alone": (with_state(positions=None), "positions is None"),
-    "state_shape": (with_state(state=torch.zeros(2, 8, 2, 40, dtype=torch.bfloat16)), r"state must have shape \[2, 9, 2, 40\]"),
+    "state_shape": (with_state(state=torch.zeros(2, 8, 2, 40, dtype=torch.bfloat16)), "state has 8 slots, expected at least 9"),
     "state_dtype": (with_state(state=torch.zeros(2, 9, 2, 40)), "state must be torch.bfloat16"),
     "state_stride": (with_state(state=torch.zeros(2, 9, 2, 80, dtype=torch.bfloat16)[..., ::2]), "must be contiguous"),
     "positions_negative": (with_state(positions=torch.tensor([0, -1], dtype=torch.int32)), "positions.*-1"),

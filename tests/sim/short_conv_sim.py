@@ -10,26 +10,31 @@ EPS = 1e-5
 OP, BWD = "short_conv_cuda", "short_conv_bwd_cuda"
 
 
-def forward_params(device, x, weight, norm_weight, cu, dilation, state=None, positions=None, out=0, errors=None, eps=EPS):
-    """x may be a strided view. Inputs are read-only to the kernels but for `state`."""
+def forward_params(device, x, weight, norm_weight, cu, dilation, state=None, positions=None, out=0, errors=None, eps=EPS,
+                   indices=None, ends=None):
+    """x may be a strided view. Inputs are read-only to the kernels but for `state` and `ends`."""
     at = device.address
     branches, size, width = weight.shape
+    rings, slots, ring_stride = (0, 0, 0) if state is None else (*state.shape[:2], state.stride(0))
+    position_stride, index_stride = (0 if a is None else a.stride(0) for a in (positions, indices))
     return ShortConvParams(
         x=at(x, "x", readonly=True), weight=at(weight, "weight", readonly=True),
         norm_weight=at(norm_weight, "norm_weight", readonly=True), cu_seqlens=at(cu, "cu_seqlens", readonly=True),
-        positions=at(positions, "positions", readonly=True), state=at(state, "state"), out=out, num_tokens=len(x),
-        num_sequences=len(cu) - 1, x_token_stride=x.stride(0), x_branch_stride=x.stride(1),
-        state_sequence_stride=0 if state is None else state.stride(0), branches=branches, hidden_size=size, width=width,
+        positions=at(positions, "positions", readonly=True), state_indices=at(indices, "state_indices", readonly=True),
+        state=at(state, "state"), state_ends=at(ends, "state_ends"), out=out, num_tokens=len(x), num_sequences=len(cu) - 1,
+        x_token_stride=x.stride(0), x_branch_stride=x.stride(1), position_stride=position_stride, index_stride=index_stride,
+        state_ring_stride=ring_stride, num_rings=rings, slots=slots, branches=branches, hidden_size=size, width=width,
         dilation=dilation, eps=eps, dtype=DTYPES[x.dtype], weight_dtype=DTYPES[weight.dtype],
         positions_are_64=positions is not None and positions.dtype == torch.int64, error_count=at(errors, "errors"))
 
 
-def simulate(x, weight, norm_weight, cu, dilation, state=None, positions=None, device=None, out_lead=0):
-    """(out, errors counted, launches); state is changed in place. out_lead: elements before the first of out."""
+def simulate(x, weight, norm_weight, cu, dilation, state=None, positions=None, device=None, out_lead=0, indices=None, ends=None):
+    """(out, errors counted, launches); state and ends are changed in place. out_lead: elements before the first of out."""
     device = device or Device()
     room, errors = poisoned((x.numel() + out_lead) * x.element_size(), np.uint8), np.zeros(1, np.uint32)
     out = device.address(room, "out") + out_lead * x.element_size()
-    launches = device.run(OP, forward_params(device, x, weight, norm_weight, cu, dilation, state, positions, out, errors))
+    launches = device.run(OP, forward_params(device, x, weight, norm_weight, cu, dilation, state, positions, out, errors,
+                                             indices=indices, ends=ends))
     got = torch.from_numpy(room.copy()).view(x.dtype)[out_lead:].reshape(x.shape) if x.numel() else torch.empty_like(x)
     return got, int(errors[0]), launches
 

@@ -88,6 +88,15 @@ def test_ngram_hash_matches_reference(case):
     assert len(check(layout, ids.long(), cu)) == (1 if sum(lengths) else 0)
 
 
+def test_ngram_hash_counts_what_is_older_than_the_start():
+    """A placeholder in front of known tokens: counted once per entry, whatever the length of the chunk; pads are written."""
+    layout, cu, ids = make_layout(), packed([2, 3, 0, 1]), random_ids(6, 1000)
+    history = torch.tensor([[-1, 12, 13], [5, -1, -2], [-1, 7, 7], [5, 6, -1]], dtype=torch.int32)
+    rows, errors = simulate(layout, ids, cu, history=history)[:2]
+    ends_there = torch.tensor([[-1, -1, -1], [5, -1, -1], [-1, -1, -1], [5, 6, -1]], dtype=torch.int32)
+    assert errors == 3 and torch.equal(rows, expected(layout, ids, cu, None, ends_there))
+
+
 @pytest.mark.parametrize("family", ["xor_prime", "xor_splitmix", "polynomial"])
 @pytest.mark.parametrize("boundary", ["pad", "eos_reset", "stop"])
 def test_ngram_hash_every_rule_with_history_and_dead_tokens(family, boundary):
@@ -95,6 +104,7 @@ def test_ngram_hash_every_rule_with_history_and_dead_tokens(family, boundary):
     ids, cu = random_ids(160, 30, seed=1), packed([20, 0, 1, 39, 1, 1, 2, 96])
     dead = torch.rand(160, generator=torch.Generator().manual_seed(2)) < 0.15
     history = random_ids(24, 30, seed=3, low=-2).reshape(8, 3)
+    history = torch.where((history == -1).cumsum(1) > 0, -1, history)  # once -1, every older entry is -1
     check(layout, ids, cu, None, history, dead)
     check(layout, ids.long(), cu, None, history.long(), dead)
 

@@ -51,6 +51,15 @@ def test_ngram_hash_matches_reference(case):
     assert len(check(layout, ids, packed(lengths), cta_order="random")) == 1
 
 
+def test_ngram_hash_counts_what_is_older_than_the_start():
+    """A placeholder in front of known tokens: counted once per entry, whatever the length of the chunk; pads are written."""
+    layout, cu, ids = make_layout(), packed([2, 3, 0, 1]), random_ids(6, 1000)
+    history = torch.tensor([[-1, 12, 13], [5, -1, -2], [-1, 7, 7], [5, 6, -1]], dtype=torch.int32)
+    rows, errors = run(layout, ids, cu, history=history)[:2]
+    ends_there = torch.tensor([[-1, -1, -1], [5, -1, -1], [-1, -1, -1], [5, 6, -1]], dtype=torch.int32)
+    assert errors == 3 and torch.equal(rows, expected(layout, ids, cu, None, ends_there))
+
+
 @pytest.mark.parametrize("family", ["xor_prime", "xor_splitmix", "polynomial"])
 @pytest.mark.parametrize("boundary", ["pad", "eos_reset", "stop"])
 def test_ngram_hash_every_rule_with_history_and_dead_tokens(family, boundary):
@@ -58,6 +67,7 @@ def test_ngram_hash_every_rule_with_history_and_dead_tokens(family, boundary):
     ids, cu = random_ids(160, 30, seed=1), packed([20, 0, 1, 39, 1, 1, 2, 96])
     dead = torch.rand(160, generator=torch.Generator().manual_seed(2)) < 0.15
     history = random_ids(24, 30, seed=3, low=-2).reshape(8, 3)
+    history = torch.where((history == -1).cumsum(1) > 0, -1, history)  # once -1, every older entry is -1
     check(layout, ids, cu, None, history, dead)
 
 
@@ -67,7 +77,7 @@ def test_ngram_hash_token_map_strided_int64_ids_and_chunks(monkeypatch):
     layout = dataclasses.replace(make_layout(), num_ids=300)
     token_map = torch.cat([torch.arange(300), random_ids(700, 300, seed=4)]).to(torch.int32)
     ids = random_ids(1000, 1000, seed=5).long()
-    history = torch.tensor([[999, -1, 3], [0, -2, 998]])
+    history = torch.tensor([[999, -1, -1], [0, -2, 998]])
     check(layout, ids[::2], packed([150, 350]), token_map, history)
 
 

@@ -166,6 +166,41 @@ def test_short_conv_positions_past_int32(width, dilation):
     assert_as_accurate_as_torch(results[0], want.to(BF16), want)
 
 
+@pytest.mark.parametrize("kernel, size, tokens", [("walk", 64, 100), ("taps", 64, 3), ("plain", 37, 3)])
+def test_short_conv_rejected_drafts_in_a_pool(kernel, size, tokens):
+    """Chunks with drafts of NaN behind them, which the next chunk goes back over; a skipped sequence of NaN between."""
+    x, weight, norm_weight, _ = make_inputs([tokens + 5, tokens + 5], 2, size, dtype=F32)
+    whole = simulate(x, weight, norm_weight, packed([tokens + 5] * 2), 2)[0].view(2, tokens + 5, 2, size)
+    state, ends = torch.full((5, 6 + 2, 2, size), float("nan")), torch.zeros(5, 2, dtype=torch.int64)
+    table, done = torch.tensor([[0, 3], [-7, -1], [0, 1]]), 0
+    for take, drafts in ((tokens, 2), (1, 0), (0, 1), (2, 2), (2, 0)):
+        parts = x.view(2, -1, 2, size)[:, done:done + take]
+        bad = torch.full((drafts, 2, size), float("nan"))
+        sizes = [take + drafts, 2, take + drafts]
+        rows = torch.cat([parts[0], bad, torch.full((2, 2, size), float("nan")), parts[1], bad])
+        table[::2, 0] = done
+        got, errors, launches = simulate(rows, weight, norm_weight, packed(sizes), 2, state, table[:, 0], indices=table[:, 1],
+                                         ends=ends, device=Device(**ONE_SM if take > 50 else RANDOM))
+        assert errors == 0 and "short_conv_ends" in launches[1].kernel and kernel_of(launches[:1]) in (kernel, "taps")
+        first, skipped, second = got.split(sizes)
+        assert torch.equal(torch.stack([first[:take], second[:take]]), whole[:, done:done + take]) and (skipped == 0).all()
+        done += take
+        assert ends[[3, 1], 0].tolist() == [done + drafts] * 2
+    assert state[[0, 2, 4]].isnan().all() and (ends[[0, 2, 4]] == 0).all()
+
+
+def test_short_conv_refused_sequences_are_counted_and_skipped():
+    """What the CPU refuses: positions a ring cannot follow, rings outside the pool, a ring for two."""
+    x, weight, norm_weight, cu = make_inputs([2] * 7, 2, 64)
+    ends = torch.tensor([[20, 20], [9, 11], [0, 0], [5, 5]])
+    positions, indices = torch.tensor([17, 10, 1, 5, -1, 0, 0]), torch.tensor([0, 1, 2, 3, 3, 4, -2])
+    state = torch.full((4, 8, 2, 64), 0.5, dtype=BF16)
+    got, errors, _ = simulate(x, weight, norm_weight, cu, 2, state, positions, indices=indices, ends=ends)
+    assert errors == 7  # six, and the ring that 3 and 4 share
+    assert (state[:3] == 0.5).all() and not (state[3] == 0.5).all() and ends.tolist() == [[20, 20], [9, 11], [0, 0], [7, 7]]
+    assert (got[:6] == 0).all() and (got[8:] == 0).all() and not (got[6:8] == 0).all()
+
+
 def test_short_conv_many_sequences():
     """Searches of more than one round; each block finds its own sequence."""
     lengths = [(7 * b) % 3 for b in range(70)]
@@ -307,7 +342,7 @@ def test_short_conv_instructions(walk):
 
 def test_short_conv_uses_no_local_memory():
     usages = build().usage(OP)
-    assert len(usages) == 9
+    assert len(usages) == 10
     for usage in usages.values():
         assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 96
 

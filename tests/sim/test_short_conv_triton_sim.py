@@ -34,9 +34,9 @@ def programs(monkeypatch):
     tuning._parameters.cache_clear()
 
 
-def run(args, dilation, positions=None, state=None, **options):
+def run(args, dilation, positions=None, state=None, indices=None, ends=None, **options):
     from engram_kernels.triton_kernels.short_conv import short_conv
-    return simulate(lambda: short_conv(*args, dilation, EPS, positions, state), **options)
+    return simulate(lambda: short_conv(*args, dilation, EPS, positions, state, indices, ends), **options)
 
 
 @pytest.mark.parametrize("walk", [1, 16], ids=["long_walks", "short_walks"])
@@ -65,6 +65,30 @@ def test_short_conv_chunks_and_decode_equal_the_whole(size, programs):
         assert torch.equal(got.view(2, take, 2, size), want[:, done:done + take]) and len(launches) == 2
         done += take
     assert torch.equal(state[:, [t % 9 for t in range(5, 14)]], both[:, 5:])
+
+
+def test_short_conv_rejected_drafts_in_a_pool_and_refused_sequences(programs, monkeypatch):
+    """A draft of NaN that is rejected; then a skipped sequence, a position that is too far back, and a ring outside the pool."""
+    from engram_kernels.triton_kernels import short_conv as module
+    programs(2)
+    errors = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(module, "error_counter", lambda op, device: errors)
+    x, weight, norm_weight, cu = make_inputs([7], 1, 24)
+    whole, _ = run((x, weight, norm_weight, cu), 2)
+    state, ends = torch.full((4, 6 + 1, 1, 24), float("nan"), dtype=x.dtype), torch.zeros(4, 2, dtype=torch.int64)
+    ends[0] = 9
+    nan = torch.full((2, 1, 24), float("nan"), dtype=x.dtype)
+    table = torch.tensor([[0, 2], [-5, -1], [7, 0], [0, 4]])
+    for done, take, drafts, wrong in ((0, 5, 1, 2), (5, 2, 0, 2)):
+        table[0, 0] = done
+        sizes = [take + drafts, 2, 2, 1]
+        rows = torch.cat([x[done:done + take], nan[:drafts], nan, nan, nan[:1]])
+        got, launches = run((rows, weight, norm_weight, packed(sizes)), 2, table[:, 0], state, table[:, 1], ends,
+                            cta_order="random")
+        assert torch.equal(got[:take], whole[done:done + take]) and (got[take + drafts:] == 0).all() and len(launches) == 3
+        assert errors.item() == wrong
+        errors.zero_()
+    assert ends.tolist() == [[9, 9], [0, 0], [7, 7], [0, 0]] and state[[0, 1, 3]].isnan().all()
 
 
 def test_short_conv_reads_a_row_once_in_a_walk(programs):

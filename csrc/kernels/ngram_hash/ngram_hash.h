@@ -22,7 +22,8 @@ constexpr int64_t kDeadToken = -2;
 
 struct NgramHashParams {
   const void* token_ids;       // [num_tokens], int32 or int64
-  const void* history;         // [num_sequences, max_order - 1] of the same type, column 0 the nearest; or null
+  const void* history;         // [num_sequences, max_order - 1] of the same type, column 0 the nearest; or null.
+                               // Once kBeforeStart, every older entry is kBeforeStart
   const uint8_t* dead_mask;    // [num_tokens], nonzero = dead, its id is not looked at; or null
   const int32_t* cu_seqlens;   // [num_sequences + 1], first 0, last num_tokens, non-decreasing
   const int32_t* token_map;    // [vocab_size], token id -> canonical id (caller's duty: < num_ids); null: already canonical

@@ -48,6 +48,9 @@ void check_host_data(const NgramHashParams& p) {
       EK_CHECK_INDEX(id >= kDeadToken && id < p.vocab_size, "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id
                                                                                    << ", expected [0, " << p.vocab_size
                                                                                    << "), -1 (before the start) or -2 (dead)");
+      EK_CHECK_INDEX(id == kBeforeStart || back == 1 || p.history_id(b, back - 1) != kBeforeStart,
+                     "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id << ", older than a -1 (before the start),"
+                                            << " expected -1; unresolved placeholders must not be hashed");
     }
   }
 }

@@ -95,6 +95,13 @@ __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan,
   for (int64_t b = int64_t{blockIdx.x} * 32 + lane; b < p.num_sequences; b += int64_t{gridDim.x} * 32) {
     const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
     if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens)) count_error(p.error_count);
+    if (p.history == nullptr || begin >= end) continue;
+    bool before_start = false;
+    for (int back = 1; back < p.max_order; ++back) {
+      const bool is_before_start = p.history_id(b, back) == kBeforeStart;
+      if (before_start && !is_before_start) count_error(p.error_count);
+      before_start = before_start || is_before_start;
+    }
   }
 }
 

@@ -80,7 +80,7 @@ struct StatsWalk {
 
   __device__ __forceinline__ void fetch(int row, int slot, int grad_slot) const {
     const ShortConvParams& p = b.forward;
-    const Span s{0, begin, last, 0, 0};
+    const Span s{begin, last, 0, 0, 0};
     for (int i = 0; i < plan.group && row + i < last; ++i) {
       ring.fetch(ring.wrapped(slot + i), input_row<kType>(p, plan, s, branch, row + i));
       if (row + i >= first) ring.fetch(grad_slot + i, grad_row<kType>(b, branch, row + i));
@@ -201,7 +201,7 @@ struct GradsWalk {
 
   __device__ __forceinline__ void fetch(int row, int slot) const {
     const ShortConvParams& p = b.forward;
-    const Span s{0, begin, visible, 0, 0};
+    const Span s{begin, visible, 0, 0, 0};
     const int lane = threadIdx.x % kWarp;
     for (int i = 0; i < plan.group && row + i < visible; ++i) {
       const int to = ring.wrapped(slot + i);

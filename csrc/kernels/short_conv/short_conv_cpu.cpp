@@ -49,8 +49,12 @@ void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int6
   int64_t b = sequence_of(p.cu_seqlens, p.num_sequences, begin);
   for (int64_t t = begin; t < end; ++t) {
     while (p.cu_seqlens[b + 1] <= t) ++b;
-    taps_of_token.of(b, t, taps);
     T* out = static_cast<T*>(p.out) + (t * p.branches + branch) * p.hidden_size;
+    if (p.has_state() && p.index(b) == kSkipped) {
+      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(p.hidden_size) * sizeof(T));
+      continue;
+    }
+    taps_of_token.of(b, t, taps);
     // taps reach further back the lower they are: where the first has a row, all have
     if (p.width == kUnrolledTaps && taps[0].row != nullptr) {
       convolve_row<kUnrolledTaps>(p, weights, taps, out);
@@ -65,10 +69,12 @@ void convolve_block(const ShortConvParams& p, const BranchWeights& weights, int6
 template <class T>
 void write_state(const ShortConvParams& p, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = p.cu_seqlens[b], last = p.cu_seqlens[b + 1];
-    for (int64_t t = last - first > p.reach() ? last - p.reach() : first; t < last; ++t) {
-      const int64_t slot = (p.position(b) + t - first) % p.reach();
-      T* target = static_cast<T*>(p.state) + b * p.state_sequence_stride + slot * p.branches * p.hidden_size;
+    const int64_t first = p.cu_seqlens[b], last = p.cu_seqlens[b + 1], ring = p.index(b);
+    if (ring == kSkipped || first == last) continue;
+    if (p.state_ends != nullptr) p.advance(ring, p.position(b), last - first);
+    for (int64_t t = last - first > p.slots ? last - p.slots : first; t < last; ++t) {
+      const int64_t slot = (p.position(b) + t - first) % p.slots;
+      T* target = static_cast<T*>(p.state) + ring * p.state_ring_stride + slot * p.branches * p.hidden_size;
       for (int64_t m = 0; m < p.branches; ++m) {
         std::memcpy(target + m * p.hidden_size, input_row<T>(p, b, m, t, 0), static_cast<size_t>(p.hidden_size) * sizeof(T));
       }
@@ -89,7 +95,7 @@ void short_conv_of_type(const ShortConvParams& p, const Parallel& parallel) {
       convolve_block<T>(p, weights, branch, first, first + kBlockTokens < p.num_tokens ? first + kBlockTokens : p.num_tokens);
     }
   });
-  if (p.state != nullptr && p.reach() > 0) {
+  if (p.has_state()) {
     parallel.for_range(p.num_sequences, 16, [&](int64_t begin, int64_t end) { write_state<T>(p, begin, end); });
   }
 }

@@ -87,11 +87,11 @@ template <class T>
 EK_LANE const T* input_row(const ShortConvParams& p, int64_t b, int64_t m, int64_t t, int64_t back) {
   const int64_t source = t - back, begin = p.cu_seqlens[b];
   if (source >= begin) return static_cast<const T*>(p.x) + source * p.x_token_stride + m * p.x_branch_stride;
-  if (p.state == nullptr) return nullptr;
+  if (!p.has_state()) return nullptr;
   const int64_t position = p.position(b) + source - begin;
   if (position < 0) return nullptr;
-  const int64_t slot = position % p.reach();
-  return static_cast<const T*>(p.state) + b * p.state_sequence_stride + (slot * p.branches + m) * p.hidden_size;
+  const int64_t slot = position % p.slots;
+  return static_cast<const T*>(p.state) + p.index(b) * p.state_ring_stride + (slot * p.branches + m) * p.hidden_size;
 }
 
 // Finds the taps of a token. A row's normalizing factor is kept while a token within reach may want it again.

@@ -1,8 +1,8 @@
 // CUDA kernels of short_conv, forward. Contract and formula: short_conv.h.
 //
-// One launch does all, so that a decode step has one latency. A block has a branch and a stretch of the
-// packed tokens; a thread has 8 channels of them, with their taps in registers. The launcher chooses one of
-// three kernels:
+// One launch does all, so that a decode step has one latency; a tiny second one follows where state_ends is
+// kept. A block has a branch and a stretch of the packed tokens; a thread has 8 channels of them, with their
+// taps in registers. The launcher chooses one of three kernels:
 //   1. walk   for long chunks. The block walks along its stretch. The rows within reach lie in a ring in
 //             shared memory, and the next group of rows is on its way while one is computed.
 //   2. taps   for few tokens per sequence, as in decoding. It fetches only the rows that the taps reach, and
@@ -24,6 +24,8 @@
 
 namespace engram_kernels {
 namespace {
+
+constexpr int kEndsThreads = 128;
 
 // Computes tokens [first, last) of the branch from the rows [oldest, last). Rows before `first` are only
 // normalized.
@@ -76,6 +78,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_walk_kernel(const S
   int parity = 0;
   while (tokens.next < tokens.last) {
     const Span s = span_of(p, plan, tokens.next);
+    if (s.ring < 0) {
+      tokens.next = skip<kType>(p, plan, branch, tokens.next, min(s.end, tokens.last));
+      continue;
+    }
     const bool mine = tokens.begins_in(p, s), owns = tokens.owns(p, s);
     const int end = mine ? tokens.end_in(p, s) : max(tokens.next, s.end);
     if (mine) {
@@ -100,6 +106,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const S
   int parity = 0;
   while (tokens.next < tokens.last) {
     const Span s = span_of(p, plan, tokens.next);
+    if (s.ring < 0) {
+      tokens.next = skip<kType>(p, plan, branch, tokens.next, min(s.end, tokens.last));
+      continue;
+    }
     const bool mine = tokens.begins_in(p, s), owns = tokens.owns(p, s);
     const int end = mine ? tokens.end_in(p, s) : max(tokens.next, s.end);
     const auto there = [&](int t) {
@@ -138,6 +148,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_taps_kernel(const S
     if (mine && owns) copy_to_state<kType>(p, plan, s, branch, first_copied(p, s, end));
     tokens.next = end;
   }
+}
+
+// Notes in state_ends how far the rings have come, when all blocks of the main kernel have read it.
+__global__ void __launch_bounds__(kEndsThreads) short_conv_ends_kernel(const ShortConvParams p) {
+  const int64_t b = int64_t{blockIdx.x} * kEndsThreads + threadIdx.x;
+  if (b >= p.num_sequences) return;
+  const int64_t tokens = p.cu_seqlens[b + 1] - p.cu_seqlens[b], ring = p.ring_of(b, max(tokens, int64_t{0}));
+  if (tokens > 0 && ring >= 0) p.advance(ring, p.position(b), tokens);
 }
 
 // Whether the rows within reach fit into shared memory and a block has enough tokens to earn those that it
@@ -188,6 +206,9 @@ void short_conv_cuda(const ShortConvParams& p, void* stream) {
   if (p.num_tokens == 0) return;  // an empty grid is a launch error, an empty batch is not
   const auto on = static_cast<cudaStream_t>(stream);
   dispatch_dtype(p.dtype, [&](auto type) { launch<type.value>(p, on); });
+  if (p.state_ends == nullptr || !p.has_state()) return;
+  const dim3 blocks(static_cast<unsigned>(ceil_div(p.num_sequences, kEndsThreads)));
+  launch_blocks(short_conv_ends_kernel, blocks, kEndsThreads, 0, on, p);
 }
 
 }  // namespace engram_kernels

@@ -41,7 +41,7 @@ struct Plan {
   int shared_bytes;
   int tokens;          // tokens per block
   float inverse_size;  // 1 / H
-  ExactModulus slots;  // modulus: slots of the state's ring
+  ExactModulus slots;  // modulus: slots of a ring of the state
   bool aligned;        // every row and weight is 16-byte aligned
 };
 
@@ -51,8 +51,9 @@ extern __shared__ __align__(16) unsigned char shared[];
 // ring; the first token's own slot is `phase`. The bounds are clamped: begin <= t < end holds for the token
 // that was looked up, whatever cu_seqlens holds.
 struct Span {
-  int sequence, begin, end, before;
+  int begin, end, before;
   uint32_t phase;
+  int ring;  // negative: the sequence is skipped
 };
 
 // Looks for the sequence of token t with a whole warp: up to 1,024 sequences take two rounds of loads.
@@ -68,8 +69,9 @@ __device__ __forceinline__ Span span_of(const ShortConvParams& p, const Plan& pl
   }
   const int num_tokens = static_cast<int>(p.num_tokens);
   const int begin = min(max(p.cu_seqlens[low], 0), num_tokens), end = min(p.cu_seqlens[low + 1], num_tokens);
-  Span s{low, min(begin, t), max(end, t + 1), 0, 0};
-  if (p.state != nullptr) {
+  Span s{min(begin, t), max(end, t + 1), 0, 0, 0};
+  if (p.has_state()) {
+    s.ring = static_cast<int>(p.ring_of(low, s.end - s.begin));
     const int64_t position = max(p.position(low), int64_t{0});
     s.before = static_cast<int>(min(position, p.reach()));
     s.phase = plan.slots(static_cast<uint64_t>(position));
@@ -85,17 +87,22 @@ __device__ __forceinline__ void count_bad_data(const ShortConvParams& p) {
     const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
     const bool bad = begin > end || begin < 0 || end > p.num_tokens || (b == 0 && begin != 0) ||
                      (b == p.num_sequences - 1 && end != p.num_tokens);
-    const int64_t position = p.state == nullptr ? 0 : p.position(b);
-    if (bad || position < 0 || position > INT64_MAX - p.num_tokens) count_error(p.error_count);
+    if (bad || (p.has_state() && p.ring_of(b, max(end - begin, int64_t{0})) == kRefused)) count_error(p.error_count);
+  }
+  if (p.state_indices == nullptr) return;
+  for (int64_t b = block; b < p.num_sequences; b += int64_t{gridDim.x} * gridDim.y) {
+    if (p.index(b) == kSkipped || p.cu_seqlens[b] >= p.cu_seqlens[b + 1]) continue;
+    for (int64_t other = threadIdx.x; other < b; other += blockDim.x) {
+      if (p.index(other) == p.index(b) && p.cu_seqlens[other] < p.cu_seqlens[other + 1]) count_error(p.error_count);
+    }
   }
 }
 
 template <DType kType>
 __device__ __forceinline__ std::byte* state_row(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int t) {
-  // the reach is added since an input before the chunk lies at most that far back, and the sum must not be
-  // negative
-  const int64_t slot = plan.slots(static_cast<uint64_t>(s.phase + p.reach() + t - s.begin));
-  const int64_t at = s.sequence * p.state_sequence_stride + (slot * p.branches + branch) * p.hidden_size;
+  // a ring's length is added since an input before the chunk lies less far back, and the sum must not be negative
+  const int64_t slot = plan.slots(static_cast<uint64_t>(s.phase + p.slots + t - s.begin));
+  const int64_t at = s.ring * p.state_ring_stride + (slot * p.branches + branch) * p.hidden_size;
   return static_cast<std::byte*>(p.state) + at * dtype_bytes(kType);
 }
 
@@ -120,12 +127,12 @@ struct BlockTokens {
   __device__ __forceinline__ BlockTokens(const ShortConvParams& p, const Plan& plan)
       : next(blockIdx.x * plan.tokens), last(static_cast<int>(min(int64_t{next} + plan.tokens, p.num_tokens))), first(next) {}
   __device__ __forceinline__ bool owns(const ShortConvParams& p, const Span& s) const {
-    return p.state != nullptr && s.begin >= first;
+    return p.has_state() && s.begin >= first;
   }
   // Skips the tokens of the sequence of `s` that another block computes; returns false if that is all of
   // them.
   __device__ __forceinline__ bool begins_in(const ShortConvParams& p, const Span& s) {
-    if (p.state == nullptr || s.begin >= first) return true;
+    if (!p.has_state() || s.begin >= first) return true;
     next = static_cast<int>(max(int64_t{next}, min(s.begin + p.reach(), int64_t{s.end})));
     return next < min(s.end, last);
   }
@@ -139,10 +146,10 @@ struct BlockTokens {
 // slot's old input. The owner copies the inputs of tokens that other blocks compute when it is done with its
 // own.
 __device__ __forceinline__ bool writes_state(const ShortConvParams& p, const Span& s, int t) {
-  return p.state != nullptr && t >= s.end - p.reach();
+  return p.has_state() && t >= s.end - p.slots;
 }
 __device__ __forceinline__ int first_copied(const ShortConvParams& p, const Span& s, int computed_end) {
-  return static_cast<int>(max(int64_t{computed_end}, s.end - p.reach()));
+  return static_cast<int>(max(int64_t{computed_end}, s.end - p.slots));
 }
 
 // Accurate to a few units in the last place for float, and to 1e-6 of the value for types that are rounded to
@@ -355,6 +362,17 @@ struct Ring {
   }
 };
 
+// Writes zeros for tokens [first, last), which belong to a skipped sequence; returns `last`.
+template <DType kType>
+__device__ __forceinline__ int skip(const ShortConvParams& p, const Plan& plan, int branch, int first, int last) {
+#pragma unroll 1
+  for (int t = first; t < last; ++t) {
+    auto* to = reinterpret_cast<uint4*>(output_row<kType>(p, p.out, branch, t));
+    for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) to[vector] = make_uint4(0, 0, 0, 0);
+  }
+  return last;
+}
+
 // Copies inputs [first, s.end) of a sequence into their slots.
 template <DType kType>
 __device__ __forceinline__ void copy_to_state(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int first) {
@@ -381,6 +399,8 @@ inline void check_launch(const ShortConvParams& p) {
   EK_CHECK(p.num_tokens <= INT32_MAX && p.num_sequences <= INT32_MAX,
            "short_conv: " << p.num_tokens << " tokens in " << p.num_sequences << " sequences, expected less than 2^31 of each");
   EK_CHECK(p.num_tokens == 0 || p.num_sequences > 0, "short_conv: " << p.num_tokens << " tokens in 0 sequences");
+  EK_CHECK(p.num_rings <= INT32_MAX && p.slots <= INT32_MAX,
+           "short_conv: state has " << p.num_rings << " rings of " << p.slots << " slots, expected less than 2^31 of each");
 }
 
 // Whether these arrays, and rows at these strides (in elements), are 16-byte aligned.
@@ -394,7 +414,7 @@ inline bool all_aligned(DType dtype, std::initializer_list<int64_t> strides, std
 template <DType kType>
 Plan make_plan(const ShortConvParams& p, int max_threads) {
   Plan plan{};
-  plan.aligned = all_aligned(p.dtype, {p.x_token_stride, p.x_branch_stride, p.state_sequence_stride, p.hidden_size},
+  plan.aligned = all_aligned(p.dtype, {p.x_token_stride, p.x_branch_stride, p.state_ring_stride, p.hidden_size},
                              {p.x, p.weight, p.norm_weight, p.state, p.out});
   plan.vectors = static_cast<int>(ceil_div(p.hidden_size, kLanes<kType>));
   const int64_t rounds = ceil_div(plan.vectors, kVectors<kType> * max_threads);
@@ -402,7 +422,7 @@ Plan make_plan(const ShortConvParams& p, int max_threads) {
   plan.threads = static_cast<int>(ceil_div(ceil_div(plan.vectors, plan.thread_vectors), kWarp) * kWarp);
   plan.row_bytes = plan.vectors * 16;
   plan.inverse_size = 1.0F / static_cast<float>(p.hidden_size);
-  plan.slots = ExactModulus::of(static_cast<uint64_t>(std::max<int64_t>(p.reach(), 1)));
+  plan.slots = ExactModulus::of(static_cast<uint64_t>(std::max<int64_t>(p.slots, 1)));
   return plan;
 }
 

@@ -144,6 +144,20 @@ struct Reached {
   }
 };
 
+// Like `skip`, for rows that need not be aligned.
+template <DType kType>
+__device__ __forceinline__ int skip_lanes(const ShortConvParams& p, const Plan& plan, int branch, int first, int last) {
+  const float zeros[kLanes<kType>] = {};
+#pragma unroll 1
+  for (int t = first; t < last; ++t) {
+#pragma unroll 1
+    for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) {
+      store_lanes<kType>(p, plan, zeros, output_row<kType>(p, p.out, branch, t), int64_t{vector} * kLanes<kType>);
+    }
+  }
+  return last;
+}
+
 template <DType kType>
 __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_plain_kernel(const ShortConvParams p, const Plan plan) {
   __shared__ PlainMemory memory;
@@ -153,6 +167,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) short_conv_plain_kernel(const 
   int parity = 0;
   while (tokens.next < tokens.last) {
     const Span s = span_of(p, plan, tokens.next);
+    if (s.ring < 0) {
+      tokens.next = skip_lanes<kType>(p, plan, branch, tokens.next, min(s.end, tokens.last));
+      continue;
+    }
     const bool mine = tokens.begins_in(p, s), owns = tokens.owns(p, s);
     const int end = mine ? tokens.end_in(p, s) : max(tokens.next, s.end);
 #pragma unroll 1

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from engram_kernels import _modes, _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels.layout import Layout
+from engram_kernels.modules.history import history_of_new_sequences
 from engram_kernels.modules.module_table import ModuleTable, as_table
 from engram_kernels.modules.published import published_tensors
 from engram_kernels.ops.gate import gate
@@ -147,7 +148,7 @@ class Engram(nn.Module):
     def forward(self, hidden: Tensor, token_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
                 row_ids: Tensor | None = None, rows: Tensor | None = None, history: Tensor | None = None,
                 dead_mask: Tensor | None = None, state: Tensor | None = None, positions: Tensor | None = None,
-                backend: str = "auto") -> Tensor:
+                state_indices: Tensor | None = None, state_ends: Tensor | None = None, backend: str = "auto") -> Tensor:
         """The new hidden state (`deepseek_v41`) or the update to add (`demo_v1`).
 
         Args:
@@ -156,11 +157,14 @@ class Engram(nn.Module):
             cu_seqlens: [B+1] int32; needed to hash and for the convolution.
             row_ids: [T, C] rows of this layer's table, gathered here.
             rows: [T, C, D] or [T, C*D] of the dtype of `hidden` (or autocast's), gathered before, as by `RowPrefetcher`.
-            history: [B, N-1], as `ngram_hash` takes it; only with `token_ids`.
+            history: [B, N-1], as `ngram_hash` takes it; only with `token_ids`. None: every sequence starts here, which
+                `positions` above 0 contradict.
             dead_mask: [T] bool, True = the memory leaves the token alone: its hidden state stays, its update is 0, and what its
                 rows hold reaches no gradient.
-            state: [B, (W-1)*dilation, M, H], convolution state, as `short_conv` takes it; only for `demo_v1`.
+            state: [B, (W-1)*dilation + K, M, H], convolution state, as `short_conv` takes it; only for `demo_v1`.
             positions: [B], as `short_conv` takes it; given with `state` and only then.
+            state_indices: [B], as `short_conv` takes it: the ring of each sequence in a pool of rings.
+            state_ends: [R, 2], as `short_conv` takes it, so that positions which a ring cannot follow are refused.
             backend: of every op.
 
         Returns:
@@ -173,9 +177,12 @@ class Engram(nn.Module):
 
         Source: docs/ops.md, "The module".
         """
-        self._check_hidden(hidden, state, positions)
+        carried = {"state": state, "positions": positions, "state_indices": state_indices, "state_ends": state_ends}
+        self._check_hidden(hidden, carried)
         if dead_mask is not None:
             expect_tensor("Engram", "dead_mask", dead_mask, (torch.bool,), hidden.shape[:1], hidden.device, dense_dims=1)
+        if history is None and token_ids is not None and state is not None and positions is not None and cu_seqlens is not None:
+            history = history_of_new_sequences(token_ids, positions, cu_seqlens.shape[0] - 1, self.layout.max_order)
         rows = self._rows(hidden, token_ids, cu_seqlens, row_ids, rows, history, dead_mask, backend)
         spec = self.spec
         if dead_mask is not None and (_transforms.active() or wants_grad(rows, *self.wkv.parameters())):
@@ -190,7 +197,7 @@ class Engram(nn.Module):
             raise ValueError("Engram: cu_seqlens is None, but the short convolution needs it")
         assert spec.conv_dilation is not None
         conv_weight, conv_norm = self._weights_for(hidden, self.conv_weight, self.conv_norm)
-        out = short_conv(out, conv_weight, conv_norm, cu_seqlens, spec.conv_dilation, spec.conv_eps, state, positions,
+        out = short_conv(out, conv_weight, conv_norm, cu_seqlens, spec.conv_dilation, spec.conv_eps, **carried,
                          backend=backend)
         return out if dead_mask is None else out.masked_fill(dead_mask[:, None, None], 0)
 
@@ -255,13 +262,13 @@ class Engram(nn.Module):
         dtype = _autocast_dtype(hidden)
         return hidden.dtype if dtype is None or not isinstance(self.wkv, nn.Linear) else dtype
 
-    def _check_hidden(self, hidden: Tensor, state: Tensor | None, positions: Tensor | None) -> None:
+    def _check_hidden(self, hidden: Tensor, carried: Mapping[str, Tensor | None]) -> None:
         if isinstance(hidden, Tensor) and hidden.dtype == torch.float64:
             raise ValueError("Engram: hidden is torch.float64, but no backend computes in float64; expected torch.float32, "
                              "torch.bfloat16 or torch.float16, and a module of that dtype")
         expect_tensor("Engram", "hidden", hidden, FLOAT_DTYPES, ("T", self.branches, self.hidden_size), self.w_hidden.device)
-        if self.spec.variant == "deepseek_v41" and (state is not None or positions is not None):
-            name = "positions" if state is None else "state"
+        name = next((name for name, x in carried.items() if x is not None), None)
+        if self.spec.variant == "deepseek_v41" and name is not None:
             raise ValueError(f"Engram: {name} is given, but variant 'deepseek_v41' has no convolution")
 
     def _apply(self, fn, recurse=True):

@@ -46,7 +46,7 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout, token_map:
         layout: constants of the hash, from `EngramSpec.layout()`.
         token_map: compression of token ids; None: `token_ids` and `history` are canonical already.
         history: [B, N-1], dtype of `token_ids`, the ids before each sequence's chunk, column 0 the nearest;
-            -1 before the sequence start, -2 a dead token. None: every sequence starts here.
+            -1 before the sequence start, -2 a dead token. Once -1, every older entry is -1. None: every sequence starts here.
         dead_mask: [T] bool, True where the token must not be hashed; its id is not looked at.
         out: [L, T, C] int32, contiguous, written instead of a new tensor.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
@@ -58,7 +58,9 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout, token_map:
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or stride is wrong, `cu_seqlens` is no partition of [0, T], or `token_map` does
             not belong to `layout`.
-        IndexError: a token id or history entry is out of range; names the position and the value, nothing is written.
+        IndexError: a token id or history entry is out of range, or a history entry is older than a -1 and is not -1; names the
+            position and the value, nothing is written. On a GPU it is counted, `check_errors` raises, and the entry and what
+            is older hash as dead.
         RuntimeError: the named backend is not available.
 
     Source: arXiv 2601.07372 section 2 and its public demo; families and boundary rules: `EngramSpec`.
@@ -126,6 +128,10 @@ def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, 
             raise IndexError(f"{op}: {name}{where} is {ids[tuple(where)].item()}, expected [0, {vocab_size})"
                              + ("; unresolved placeholders must not be hashed" if name == "token_ids"
                                 else ", -1 (before the start) or -2 (dead)"))
+    if history is not None and (older := ((history == -1).cumsum(1) > 0) & (history != -1)).any():
+        b, column = older.nonzero()[0].tolist()
+        raise IndexError(f"{op}: history[{b}, {column}] is {history[b, column].item()}, older than a -1 (before the start), "
+                         "expected -1; unresolved placeholders must not be hashed")
 
 
 backends.register_op("ngram_hash", _checked_reference, _compiled, check_data=_check_data)

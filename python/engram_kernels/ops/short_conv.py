@@ -20,11 +20,12 @@ from engram_kernels.reference.short_conv import short_conv_update as _reference_
 from engram_kernels.triton_runtime.dispatch import libraries_of, register_autograd
 
 _INPUTS = "Tensor x, Tensor weight, Tensor norm_weight, Tensor cu_seqlens"
-_UPDATE = f"{_INPUTS}, Tensor positions, int dilation, float eps, Tensor(a!) state"
+_UPDATE = (f"{_INPUTS}, Tensor positions, int dilation, float eps, Tensor(a!) state, Tensor? state_indices=None, "
+           "Tensor(b!)? state_ends=None")
 LIB.define(f"short_conv({_INPUTS}, int dilation, float eps) -> Tensor")
 LIB.define(f"short_conv.out({_INPUTS}, int dilation, float eps, *, Tensor(a!) out) -> ()")
 LIB.define(f"short_conv_update({_UPDATE}) -> Tensor")
-LIB.define(f"short_conv_update.out({_UPDATE}, *, Tensor(b!) out) -> ()")
+LIB.define(f"short_conv_update.out({_UPDATE}, *, Tensor(c!) out) -> ()")
 LIB.define(f"short_conv_bwd(Tensor grad_out, {_INPUTS}, int dilation, float eps) -> (Tensor, Tensor, Tensor)")
 
 MAX_WIDTH = 8
@@ -42,13 +43,14 @@ def _fake_out(x, weight, norm_weight, cu_seqlens, dilation, eps, *, out):
 
 
 @torch.library.register_fake("engram_kernels::short_conv_update", lib=LIB)
-def _fake_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state):
-    expect_one_device("short_conv", x, weight, norm_weight, cu_seqlens, positions, state)
+def _fake_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices=None, state_ends=None):
+    expect_one_device("short_conv", x, weight, norm_weight, cu_seqlens, positions, state, state_indices, state_ends)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("engram_kernels::short_conv_update.out", lib=LIB)
-def _fake_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, *, out):
+def _fake_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices=None, state_ends=None, *,
+                     out):
     return None
 
 
@@ -58,18 +60,23 @@ def _fake_bwd(grad_out, x, weight, norm_weight, cu_seqlens, dilation, eps):
 
 
 def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float = 1e-5,
-               state: Tensor | None = None, positions: Tensor | None = None, *, out: Tensor | None = None,
-               backend: str = "auto") -> Tensor:
+               state: Tensor | None = None, positions: Tensor | None = None, state_indices: Tensor | None = None,
+               state_ends: Tensor | None = None, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Adds to each input a convolution over its predecessors in the same sequence.
 
     ``out[t] = x[t] + silu(sum over j of weight[:, :, j] * n[t - (W-1-j) * dilation])`` with
     ``n = x * rsqrt(mean(x^2) + eps) * norm_weight`` per branch; nothing before the sequence start. In float32 from inputs to
     output, rounded once.
 
-    With `state`, a sequence may come in chunks (one token a chunk when decoding), and any chunking gives the bits of the
-    whole. `state` is a ring of the last S = (W-1) * dilation raw inputs: that at absolute position q lies in slot q mod S, so
-    that a step writes one slot and moves nothing. Slots before a sequence's first token are never read: a new sequence
-    (position 0) may take over a state as it is.
+    With `state`, a sequence may come in chunks (one token per chunk when decoding), and any chunking gives the bits of the
+    whole. A ring of `state` holds the last S + K raw inputs of a sequence, S = (W-1) * dilation: the input at absolute
+    position q lies in slot q mod (S + K), so that a step writes one slot and moves nothing. Slots before a sequence's first
+    token are never read: a new sequence (position 0) may take over a ring as it is.
+
+    K, the number of slots beyond S, is how many draft tokens can be rejected: set `positions` back, and the call gives what
+    the sequence gives without them, whatever they were. Positions may go back by at most K from the furthest input that the
+    ring has had; what lies further back has been overwritten. Neither ring nor positions show that. With `state_ends` the
+    op remembers it, and refuses positions that go back too far or that skip inputs. Without `state_ends` it believes them.
 
     Args:
         x: [T, M, H] bfloat16, float16 or float32, sequences packed back to back; the last dimension dense, strides of the
@@ -80,17 +87,24 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
         cu_seqlens: [B+1] int32, first 0, last T, non-decreasing; empty sequences are allowed.
         dilation: tokens between taps, at least 1.
         eps: added to the mean square, >= 0.
-        state: [B, S, M, H], dtype of `x`, the last three dimensions dense; updated in place. Not with inputs that require grad.
-        positions: [B] int32 or int64, inputs of each sequence before this chunk; given with `state` and only then.
+        state: [B, S+K, M, H], K >= 0, dtype of `x`, the last three dimensions dense; updated in place. With `state_indices` a
+            pool of any number of rings, [R, S+K, M, H]. Not with inputs that require grad.
+        positions: [B] int32 or int64, any stride, inputs of each sequence before this chunk; given with `state` and only then.
+        state_indices: [B], dtype of `positions`, any stride, the ring of each sequence. -1 skips the sequence: its outputs are
+            zeros, nothing of it is read, and every ring stays as it is. None: sequence b has ring b.
+        state_ends: [R, 2] int64, contiguous, how many inputs the sequence of each ring has, and the most that it has had, with
+            rejected ones; updated in place. Zeros at first; for rings that are taken over at position p, both are p.
         out: [T, M, H] of the dtype of `x`, contiguous, apart from `x` and `state`; written instead of a new tensor.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        [T, M, H] contiguous, dtype and device of `x`; `out` when given. T = 0 gives an empty tensor and leaves `state` as it is.
+        [T, M, H] contiguous, dtype and device of `x`; `out` when given. A sequence without tokens leaves its ring as it is.
 
     Raises:
         TypeError: an argument is no tensor.
-        ValueError: a shape, dtype, device, stride or value is wrong; nothing is written.
+        ValueError: a shape, dtype, device, stride or value is wrong, two sequences have one ring, or `positions` go where the
+            ring cannot follow; nothing is written. On a GPU such a sequence is skipped and counted: `check_errors` raises.
+        IndexError: a state index is out of range; nothing is written. On a GPU as above.
         RuntimeError: the named backend is not available.
         NotImplementedError: forward-mode or second derivatives of a compiled backend; the reference has both.
 
@@ -103,16 +117,12 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
                          "leave it away or use torch.no_grad()")
     run = backends.select("short_conv", x.device, backend)
     if state is None:
-        if positions is not None:
-            raise ValueError("short_conv: positions is given without state")
+        for name, given in (("positions", positions), ("state_indices", state_indices), ("state_ends", state_ends)):
+            if given is not None:
+                raise ValueError(f"short_conv: {name} is given without state")
         return run(x, weight, norm_weight, cu_seqlens, dilation, eps, out=out)
-    slots = (weight.shape[2] - 1) * dilation
-    shape = (cu_seqlens.shape[0] - 1, slots, x.shape[1], x.shape[2])
-    expect_tensor("short_conv", "state", state, (x.dtype,), shape, x.device, dense_dims=3)
-    if positions is None:
-        raise ValueError("short_conv: positions is None, expected a tensor with state")
-    expect_tensor("short_conv", "positions", positions, (torch.int32, torch.int64), shape[:1], x.device, dense_dims=1)
-    return run(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, out=out)
+    _check_state(x, weight, cu_seqlens, dilation, state, positions, state_indices, state_ends)
+    return run(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, state_indices, state_ends, out=out)
 
 
 def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
@@ -134,13 +144,30 @@ def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
         expect_tensor(op, "out", out, (x.dtype,), (tokens, branches, size), x.device, dense_dims=3)
 
 
-def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
+def _check_state(x, weight, cu_seqlens, dilation, state, positions, state_indices, state_ends):
+    op, sequences, reach = "short_conv", cu_seqlens.shape[0] - 1, (weight.shape[2] - 1) * dilation
+    rings = sequences if state_indices is None else "R"
+    expect_tensor(op, "state", state, (x.dtype,), (rings, f"{reach}+K", *x.shape[1:]), x.device, dense_dims=3)
+    if state.shape[1] < reach:
+        raise ValueError(f"{op}: state has {state.shape[1]} slots, expected at least {reach}, (W-1) * dilation")
+    if positions is None:
+        raise ValueError(f"{op}: positions is None, expected a tensor with state")
+    expect_tensor(op, "positions", positions, (torch.int32, torch.int64), (sequences,), x.device)
+    if state_indices is not None:
+        expect_tensor(op, "state_indices", state_indices, (positions.dtype,), (sequences,), x.device)
+    if state_ends is not None:
+        expect_tensor(op, "state_ends", state_ends, (torch.int64,), (state.shape[0], 2), x.device, dense_dims=2)
+
+
+def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, state_indices=None, state_ends=None,
+              out=None):
     refuse_forward_ad("short_conv")
     args = (x, weight, norm_weight, cu_seqlens)
     if state is None:
         op, args = torch.ops.engram_kernels.short_conv, (*args, dilation, eps)
     else:
-        op, args = torch.ops.engram_kernels.short_conv_update, (*args, positions, dilation, eps, state)
+        op = torch.ops.engram_kernels.short_conv_update
+        args = (*args, positions, dilation, eps, state, state_indices, state_ends)
     if _transforms.active() and out is None and state is None:
         return _transforms.call(op.default, *args)
     if is_compiling() or (out is None and wants_grad(x, weight, norm_weight)):
@@ -154,29 +181,59 @@ def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None,
         else:
             op.out(*args, out=out)
             result = out
-    mark_written(out, state)
+    mark_written(out, state, state_ends)
     return result
 
 
-def _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None):
+def _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, state_indices=None,
+                state_ends=None):
     steps = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or (steps < 0).any() or cu_seqlens[-1] != x.shape[0]:
         raise ValueError(f"short_conv: cu_seqlens must start at 0, not decrease and end at the number of tokens, {x.shape[0]}; "
                          f"got {cu_seqlens.tolist()}")
-    if positions is not None and (positions < 0).any():
-        raise ValueError(f"short_conv: positions must be at least 0, got {positions.tolist()}")
+    if positions is None:
+        return
+    indices = list(range(len(steps))) if state_indices is None else state_indices.tolist()
+    spare, users = state.shape[1] - (weight.shape[2] - 1) * dilation, {}
+    for b, (ring, position, chunk) in enumerate(zip(indices, positions.tolist(), steps.tolist(), strict=True)):
+        if not -1 <= ring < state.shape[0]:
+            raise IndexError(f"short_conv: state_indices[{b}] is {ring}, expected [0, {state.shape[0]}) or -1 (skip the "
+                             "sequence)")
+        if ring == -1:
+            continue
+        if not 0 <= position < 2**63 - chunk:
+            raise ValueError(f"short_conv: positions[{b}] is {position}, expected at least 0, and room for the {chunk} tokens of "
+                             "the chunk")
+        if chunk == 0:
+            continue
+        if ring in users:
+            raise ValueError(f"short_conv: state_indices[{users[ring]}] and state_indices[{b}] are both {ring}, expected a ring "
+                             "for each sequence")
+        users[ring] = b
+        if state_ends is not None and position > 0:
+            _check_ends(b, position, ring, *state_ends[ring].tolist(), spare)
 
 
-def _as_update(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None):
-    return None if state is None else (x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state)
+def _check_ends(b, position, ring, end, furthest, spare):
+    if position > end:
+        raise ValueError(f"short_conv: positions[{b}] is {position}, expected at most {end}, the inputs that state_ends[{ring}] "
+                         "says the ring has")
+    if furthest - position > spare:
+        raise ValueError(f"short_conv: positions[{b}] is {position}, {furthest - position} before the furthest input, expected "
+                         f"at most {spare} (the slots of state beyond (W-1) * dilation), or 0 for a new sequence")
 
 
-def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, out=None):
-    _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state)
+def _as_update(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, *state_options):
+    return None if state is None else (x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, *state_options)
+
+
+def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, state_indices=None,
+                       state_ends=None, out=None):
+    _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, state_indices, state_ends)
     if state is None:
         result = _reference(x, weight, norm_weight, cu_seqlens, dilation, eps)
     else:
-        result = _reference_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state)
+        result = _reference_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends)
     return result if out is None else out.copy_(result)
 
 

@@ -13,17 +13,27 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
 
 
 def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, positions: Tensor, dilation: int,
-                      eps: float, state: Tensor) -> Tensor:
-    """x + silu(conv(norm(x))) [T, M, H] for chunks that continue sequences; writes the last inputs into the ring `state`."""
-    slots = state.shape[1]
+                      eps: float, state: Tensor, state_indices: Tensor | None = None,
+                      state_ends: Tensor | None = None) -> Tensor:
+    """x + silu(conv(norm(x))) [T, M, H] for chunks that continue sequences; writes their last inputs into the rings."""
+    reach, slots = (weight.shape[2] - 1) * dilation, state.shape[1]
+    rings = list(range(len(positions))) if state_indices is None else state_indices.tolist()
+    chunks = list(zip(rings, positions.tolist(), itertools.pairwise(cu_seqlens.tolist()), strict=True))
     before = []
-    for sequence, position in enumerate(positions.tolist()):
-        ring = [state[sequence, q % slots] for q in range(max(0, position - slots), position)]
-        before.append(torch.stack(ring) if ring else x[:0])
+    for ring, position, _ in chunks:
+        inputs = [] if ring == -1 else [state[ring, q % slots] for q in range(max(0, position - reach), position)]
+        before.append(torch.stack(inputs) if inputs else x[:0])
     out = _convolve(x, weight, norm_weight, cu_seqlens, before, dilation, eps)
-    for sequence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        for t in range(max(begin, end - slots), end):
-            state[sequence, (int(positions[sequence]) + t - begin) % slots] = x[t]
+    for ring, position, (begin, end) in chunks:
+        if ring == -1:
+            out[begin:end] = 0
+        elif end > begin:
+            for t in range(max(begin, end - slots), end):
+                state[ring, (position + t - begin) % slots] = x[t]
+            if state_ends is not None:
+                furthest = 0 if position == 0 else int(state_ends[ring, 1])
+                length = position + end - begin
+                state_ends[ring] = torch.tensor([length, max(length, furthest)])
     return out
 
 

@@ -67,7 +67,7 @@ def implementation(op: str, check_data: Callable[..., None] | None, in_place: st
         op: op name.
         check_data: raises for bad data; called in the interpreter, where the data can be looked at, before anything is written.
         in_place: name of the argument that `out` may be; None: `out` shares memory with no argument.
-        as_update: the arguments of a call that is one of the op `<op>_update`, of which the last is written; None for others.
+        as_update: the arguments of a call that is one of the op `<op>_update`; None for other calls.
     """
     def run(*args, out=None):
         refuse_forward_ad(op)
@@ -89,7 +89,7 @@ def implementation(op: str, check_data: Callable[..., None] | None, in_place: st
         if INTERPRETED and check_data is not None:
             check_data(*args)
         out = launch_function(op)(*args, out=out)
-        mark_written(out, None if update is None else update[-1])
+        mark_written(out, *() if update is None else (update[i] for i in written_arguments(f"{op}_update")))
         return out
     return run
 
@@ -109,6 +109,13 @@ def stem(op: str) -> str:
 def argument_names(op: str) -> tuple[str, ...]:
     """Names of the launch function's arguments, in order."""
     return tuple(inspect.signature(launch_function(op)).parameters)
+
+
+@functools.cache
+def written_arguments(op: str) -> tuple[int, ...]:
+    """Places of the arguments that the op writes."""
+    arguments = getattr(torch.ops.engram_kernels, op).default._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
 def define_twin(op: str) -> None:

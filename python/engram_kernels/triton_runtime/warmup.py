@@ -109,7 +109,10 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
         state = make(1, (spec.conv_width - 1) * spec.conv_dilation, spec.branches, spec.hidden_size, dtype=dtype)
         taps = make(*weight.shape, spec.conv_width, dtype=weight_dtype)
         conv = (hidden, taps, weight, bounds, spec.conv_dilation, spec.conv_eps)
-        for carried in ((), *((make(1, dtype=id_dtype), state) for id_dtype in id_dtypes)):
-            yield functools.partial(short_conv, *conv, *carried)
+        yield functools.partial(short_conv, *conv)
+        ends = make(1, 2, dtype=torch.int64)
+        for id_dtype, pooled, kept in itertools.product(id_dtypes, (False, True), (None, ends)):
+            positions = make(1, dtype=id_dtype)
+            yield functools.partial(short_conv, *conv, positions, state, positions if pooled else None, kept)
         if backward:
             yield functools.partial(short_conv_bwd, hidden, *conv)

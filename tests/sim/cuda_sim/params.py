@@ -73,9 +73,10 @@ class GatherGateBwdParams(Structure):
 
 
 class ShortConvParams(Structure):
-    _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state", "out")] + [
-        (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "state_sequence_stride",
-                                     "branches", "hidden_size")] + [
+    _fields_ = [(name, c_void_p) for name in ("x", "weight", "norm_weight", "cu_seqlens", "positions", "state_indices", "state",
+                                              "state_ends", "out")] + [
+        (name, c_int64) for name in ("num_tokens", "num_sequences", "x_token_stride", "x_branch_stride", "position_stride",
+                                     "index_stride", "state_ring_stride", "num_rings", "slots", "branches", "hidden_size")] + [
         ("width", c_int), ("dilation", c_int), ("eps", c_float), ("dtype", c_int), ("weight_dtype", c_int),
         ("positions_are_64", c_bool), ("error_count", c_void_p)]
 
