@@ -6,7 +6,7 @@ Mapping  a program takes whole tokens, one after another, and all branches of ea
          sm_80 and sm_90), else in a kernel of their own, part of the tokens by part; another kernel adds the programs' or parts'
          sums in order.
 Traffic  forward: hidden, key, value and out once. Backward: grad_out, hidden, key, value and three gradients once (where the
-         sums do not fit, hidden and key twice, and a float32 a token and branch); the weights for each token, from a cache.
+         sums do not fit, hidden and key twice, and a float32 per token and branch); the weights for each token, from a cache.
 Limits   hidden_size and branches are constants, so a model compiles once.
 """
 import math
@@ -22,7 +22,7 @@ from engram_kernels.triton_runtime.launch import ceil_div, empty_like, launch, p
 from engram_kernels.triton_runtime.tuning import parameters, shape_class
 
 ELEMENTS_A_THREAD = 8  # of a chunk: 16 bytes of bfloat16
-MAX_HELD = 96  # registers a thread for what stays from token to token
+MAX_HELD = 96  # registers per thread for what stays from token to token
 ELEMENTS_A_THREAD_BWD = 4  # 5120 in five chunks, none in vain
 SUM_CHUNK = 256
 

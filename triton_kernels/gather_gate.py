@@ -219,7 +219,7 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def tiles_of(columns: int, row_dim: int, num_warps: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> Tiles:
-    """Tiles of so many elements a thread; a block of 32 elements is never cut."""
+    """Tiles of so many elements per thread; a block of 32 elements is never cut."""
     most = elements_a_thread * 32 * num_warps
     width = min(max(power_of_two_from(row_dim), BLOCK.value if row_dim % BLOCK.value == 0 else 1), most)
     count = min(max(most // width, 1), power_of_two_from(columns))

@@ -2,8 +2,8 @@
 
 Mapping  a program takes up to LAYERS layers and walks chunks of CHUNK tokens. Constants of its columns stay in registers; the
          window of a token is read and mixed once for all of them.
-Modulus  no division: a reciprocal of each modulus, once a program, then one multiply-high an id.
-Traffic  4 or 8 B a token (and 4 B of token map) once per LAYERS layers, lookbacks from L1; writes 4 B * columns * layers.
+Modulus  no division: a reciprocal of each modulus, once per program, then one multiply-high per id.
+Traffic  4 or 8 B per token (and 4 B of token map) once per LAYERS layers, lookbacks from L1; writes 4 B * columns * layers.
 Limits   fewer than 2^31 tokens; orders up to 8.
 """
 import torch

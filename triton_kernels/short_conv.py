@@ -337,7 +337,7 @@ def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens
 
 def short_conv_bwd(grad_out: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int,
                    eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and norm_weight; the same bits every run. Scratch: a float32 an element of x."""
+    """Gradients of x, weight and norm_weight; the same bits every run. Scratch: a float32 per element of x."""
     num_tokens, branches, size = x.shape
     num_sequences, width = cu_seqlens.shape[0] - 1, weight.shape[2]
     grad_x, grad_weight, grad_norm_weight = (empty_like(a) for a in (x, weight, norm_weight))

@@ -23,10 +23,10 @@ struct RowIds {
 // in an array of `dims` sizes.
 void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const int64_t* sizes, int dims);
 
-// Positions of a batch in the order of their rows, and of themselves within a row; kNoRow left out. Owns 8 bytes an id.
+// Positions of a batch in the order of their rows, and of themselves within a row; kNoRow left out. Owns 8 bytes per id.
 class RowOrder {
  public:
-  RowOrder(const RowIds& ids, int64_t num_rows);  // ids checked; holds another 8 bytes an id while it sorts
+  RowOrder(const RowIds& ids, int64_t num_rows);  // ids checked; holds another 8 bytes per id while it sorts
   ~RowOrder();
   RowOrder(const RowOrder&) = delete;
   RowOrder& operator=(const RowOrder&) = delete;

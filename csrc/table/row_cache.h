@@ -7,7 +7,7 @@
 //             since (CLOCK, 0..3). A sketch of small counters remembers rows that left: one that comes back is resident at once.
 //             So rows that are asked for once pass through half of the cache and do not wash out the others.
 // Threads     none of its own, and no lock: the caller has one.
-// Cost        kBytesPerSlot bytes a slot; find and admit look at one bucket.
+// Cost        kBytesPerSlot bytes per slot; find and admit look at one bucket.
 #pragma once
 
 #include <cstddef>
@@ -73,7 +73,7 @@ class RowCacheDirectory {
 
   std::vector<Bucket, HugeAllocator<Bucket>> buckets_;
   std::vector<uint8_t, HugeAllocator<uint8_t>> uses_;      // by slot: hits that count, and kResident
-  std::vector<uint64_t, HugeAllocator<uint64_t>> sketch_;  // 16 counters of 4 bits a word, a word a slot
+  std::vector<uint64_t, HugeAllocator<uint64_t>> sketch_;  // 16 counters of 4 bits per word, a word per slot
   int64_t num_buckets_ = 0, ways_ = 0, trial_ways_ = 0, num_rows_ = 0, uses_until_aging_ = 0;
   uint32_t batch_ = 0;
   uint32_t turn_ = 0;

@@ -213,7 +213,7 @@ class EngramSpec:
     def longcat(cls, **overrides: Any) -> EngramSpec:
         """LongCat-Flash-Lite n-gram embedding: raw ids, the sum stops at EOS; 122,683,536 rows.
 
-        Published as 12 tables, one a column; here they lie one behind the other as the table of "layer" 0, the input
+        Published as 12 tables, one per column; here they lie one behind the other as the table of "layer" 0, the input
         embedding. There is no gate: the mean of the projected rows and the word embedding is taken.
 
         Source: LongCat-Flash-Lite config.json and `modeling_longcat_ngram.py` (`NgramEmbedding`), and its port to vLLM.

@@ -16,7 +16,7 @@ EK_LANE void prefetch_rest(const std::byte* begin, int64_t bytes) {
 }
 
 // Asks for all rows of token t at once, first one line of each: a prefetch waits for its page to be found, and the
-// searches of many rows overlap (measured: 40 ns a row so, 95 where the prefetches are spread over the arithmetic of a
+// searches of many rows overlap (measured: 40 ns per row so, 95 where the prefetches are spread over the arithmetic of a
 // token). t < 0: nothing.
 EK_LANE void prefetch_rows(const GatherGateParams& p, int64_t t) {
   if (t < 0) return;

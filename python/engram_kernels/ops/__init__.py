@@ -1,1 +1,1 @@
-"""One file an op: schema, fake, public function, checks, registration."""
+"""One file per op: schema, fake, public function, checks, registration."""

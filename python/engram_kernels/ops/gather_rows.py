@@ -57,7 +57,7 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
             for a table in pinned host memory, which the kernel then reads over the bus.
         out_dtype: float32, bfloat16 or float16.
         out: [*row_ids.shape, D] of `out_dtype`, contiguous, written instead of a new tensor. Not with gradients.
-        sparse_grad: the gradient of ``table.rows`` is a sparse COO tensor with one entry a position, not a dense one of the
+        sparse_grad: the gradient of ``table.rows`` is a sparse COO tensor with one entry per position, not a dense one of the
             table's size.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 

@@ -62,7 +62,7 @@ class RowPrefetcher:
         staging_bytes: memory for rows and ids on their way (registered host memory, and as much on a GPU). None: 32 MiB, or
             2 MiB where ids alone are staged.
         cache_bytes: memory on the device for hot rows, as stored, where rows cross a link to it: policies staged and file on a
-            GPU. Trimmed to the size of the table. Takes 29 bytes of host memory a row besides. 0: no cache.
+            GPU. Trimmed to the size of the table. Takes 29 bytes of host memory per row besides. 0: no cache.
         threads: CPU threads that gather; None: as many as torch uses.
         background: leave the machine to others: one CPU thread (unless `threads` says more), few blocks of a GPU.
         surface: JSON of `engram-kernels profile`, for "auto".
@@ -214,7 +214,7 @@ class RowPrefetcher:
                 "policy_reason": self._policy.reason, "provenance": "measured"}
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the last `trace_spans` spans as a Chrome trace (Perfetto opens it): a track a tier, and one of the caller."""
+        """Writes the last `trace_spans` spans as a Chrome trace (Perfetto opens it): a track per tier, and one of the caller."""
         Path(path).write_text(self._runtime.chrome_trace())
 
     def clear_cache(self) -> None:

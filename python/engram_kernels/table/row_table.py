@@ -34,7 +34,7 @@ class RowTable:
         rows: [R, D], or [R, stride] uint8 for the packed format: float32, bfloat16, float16, uint8 (fp8) or int8. The rows
             of a file table are a tensor on the meta device: shape and dtype, no data.
         scales: uint8 [R, D/32] (fp8_e4m3_block32), float32 [R, D/32] (int8_group32), float32 [1] (fp8_e4m3_tensor), or None;
-            on the meta device for a file table where there is one a row.
+            on the meta device for a file table where there is one per row.
         row_format: how a row is stored; a name of docs/ops.md, "Row formats".
         row_dim: D.
         zero_scale_is_zero: a scale byte of 0 means 0.0, not 2^-127.
@@ -81,7 +81,7 @@ class RowTable:
         where = f", path={str(self.path)!r}" if self.path else ""
         if isinstance(self._memory, shared_table.SharedMemory):
             where = f", shared as {self._memory.name!r}"
-        return (f"RowTable({self.num_rows} rows of {self.row_dim}, {self.row_format}, {self.row_bytes} bytes a row, "
+        return (f"RowTable({self.num_rows} rows of {self.row_dim}, {self.row_format}, {self.row_bytes} bytes per row, "
                 f"tier={self.tier!r}{where})")
 
     @classmethod

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "gather_rows": {"small": {"tile": 1024, "num_warps": 4}, "large": {"tile": 4096, "num_warps": 4}},
     # ids: of one order and layer at a time; layers: of a program
     "ngram_hash": {"small": {"ids": 256, "layers": 1, "num_warps": 4}, "large": {"ids": 1024, "layers": 2, "num_warps": 4}},
-    # programs: at most; held: registers a thread for what the backward keeps from token to token; where more is needed, the
+    # programs: at most; held: registers per thread for what the backward keeps from token to token; where more is needed, the
     # weights' gradients are summed by a kernel of their own
     "gate": {"small": {"programs": 64, "num_warps": 8}, "large": {"programs": 256, "num_warps": 8}},
     "gate_bwd": {"small": {"programs": 64, "parts": 4, "held": 80, "num_warps": 8},

@@ -1,4 +1,4 @@
-"""Compiles, before serving, every variant that a model needs. `calls` has one entry an op."""
+"""Compiles, before serving, every variant that a model needs. `calls` has one entry per op."""
 import functools
 import itertools
 from collections.abc import Callable, Iterator
