@@ -3,22 +3,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import operator
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engram_kernels.layout import Layout, check_float, check_hash_fields, check_int, derive_layout, require
-from engram_kernels.token_map import write_atomic
+from engram_kernels import presets
+from engram_kernels._files import parse_json, shorten, write_atomic
+from engram_kernels.layout import Layout, derive_layout
+from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
 
 HASH_FAMILIES = ("xor_prime", "xor_splitmix", "polynomial")
 BOUNDARIES = ("pad", "eos_reset", "stop")
-ROW_FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
 VARIANTS = ("deepseek_v41", "demo_v1", "none")
 ZERO_SIGNS = ("copysign", "sign")
-_BLOCK = 32  # row elements that share a scale
 _INT32_MAX = 2**31 - 1
-_DEEPSEEK_CLASSES = 99_092  # of the 129,280 token ids of the DeepSeek V4 tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,36 +86,35 @@ class EngramSpec:
     branches: int = 1
 
     def __post_init__(self) -> None:
-        require(self, "name", isinstance(self.name, str), "a string")
-        for field, choices in (("hash_family", HASH_FAMILIES), ("boundary", BOUNDARIES), ("row_format", ROW_FORMATS),
+        _require(self, "name", isinstance(self.name, str), "a string")
+        for field, choices in (("hash_family", HASH_FAMILIES), ("boundary", BOUNDARIES), ("row_format", tuple(ROW_FORMATS)),
                                ("variant", VARIANTS), ("zero_sign", ZERO_SIGNS)):
-            require(self, field, getattr(self, field) in choices, " or ".join(map(repr, choices)))
+            _require(self, field, getattr(self, field) in choices, " or ".join(map(repr, choices)))
         for field in ("zero_scale_is_zero", "add_residual"):
-            require(self, field, isinstance(getattr(self, field), bool), "True or False")
+            _require(self, field, isinstance(getattr(self, field), bool), "True or False")
         for field in ("gate_eps", "gate_clamp", "conv_eps"):
-            check_float(self, field)
-        check_hash_fields(self)
+            _check_float(self, field)
+        _check_hash_fields(self)
         self._check_rows_and_module()
 
     def _check_rows_and_module(self) -> None:
-        check_int(self, "head_dim", 1, 2**20)
-        with_format = f"with row_format {self.row_format!r}"
-        if self.row_format in ("fp8_e4m3_block32", "fp8_e4m3_block32_packed", "int8_group32"):
-            require(self, "head_dim", self.head_dim % _BLOCK == 0, f"a multiple of {_BLOCK} {with_format}")
-        if self.row_format == "fp8_e4m3_block32_packed":
-            packed = self.head_dim + self.head_dim // _BLOCK
-            check_int(self, "row_stride_bytes", packed, _INT32_MAX, none=True)
+        _check_int(self, "head_dim", 1, 2**20)
+        with_format, row_format = f"with row_format {self.row_format!r}", ROW_FORMATS[self.row_format]
+        if row_format.has_blocks:
+            _require(self, "head_dim", self.head_dim % SCALE_BLOCK == 0, f"a multiple of {SCALE_BLOCK} {with_format}")
+        if row_format.is_packed:
+            _check_int(self, "row_stride_bytes", row_format.row_bytes(self.head_dim), _INT32_MAX, none=True)
         else:
-            require(self, "row_stride_bytes", self.row_stride_bytes is None, f"None {with_format}")
-        check_int(self, "hidden_size", 1, 2**24)
-        check_int(self, "branches", 1, 64)
-        check_int(self, "conv_width", 1, 64, none=True)
-        check_int(self, "conv_dilation", 1, 4096, none=self.conv_width is None)
+            _require(self, "row_stride_bytes", self.row_stride_bytes is None, f"None {with_format}")
+        _check_int(self, "hidden_size", 1, 2**24)
+        _check_int(self, "branches", 1, 64)
+        _check_int(self, "conv_width", 1, 64, none=True)
+        _check_int(self, "conv_dilation", 1, 4096, none=self.conv_width is None)
         if self.conv_width is None:
-            require(self, "conv_dilation", self.conv_dilation is None, "None where conv_width is None")
+            _require(self, "conv_dilation", self.conv_dilation is None, "None where conv_width is None")
         wants_conv = {"deepseek_v41": False, "demo_v1": True}.get(self.variant)
         if wants_conv is not None:
-            require(self, "conv_width", (self.conv_width is not None) == wants_conv,
+            _require(self, "conv_width", (self.conv_width is not None) == wants_conv,
                      f"{'a width' if wants_conv else 'None'} with variant {self.variant!r}")
 
     @property
@@ -136,10 +135,7 @@ class EngramSpec:
     @property
     def bytes_per_row(self) -> int:
         """Bytes that a row takes, its scales and padding included."""
-        d = self.head_dim
-        return {"f32": 4 * d, "bf16": 2 * d, "f16": 2 * d, "fp8_e4m3_block32": d + d // _BLOCK,
-                "fp8_e4m3_block32_packed": self.row_stride_bytes or d + d // _BLOCK, "fp8_e4m3_tensor": d,
-                "int8_group32": d + d // _BLOCK * 4}[self.row_format]
+        return self.row_stride_bytes or ROW_FORMATS[self.row_format].row_bytes(self.head_dim)
 
     @property
     def num_ids(self) -> int:
@@ -172,11 +168,7 @@ class EngramSpec:
         Source: its config.json; huggingface/transformers `models/deepseek_v41/modular_deepseek_v41.py` (gate_eps is the
         model's rms_norm_eps; rows and scales are separate tensors).
         """
-        return cls(**{**dict(
-            name="deepseek_v41", hash_family="xor_prime", boundary="pad", vocab_size=129_280, pad_token_id=2,
-            num_classes=_DEEPSEEK_CLASSES, pad_class=2, max_order=4, heads=8, head_dim=256, layer_ids=(1, 14), seed=0,
-            table_sizes=(16_000_000,) * 3, row_format="fp8_e4m3_block32", variant="deepseek_v41", zero_sign="copysign",
-            add_residual=True, gate_eps=1e-20, gate_clamp=1e-6, hidden_size=5120, branches=4), **overrides})
+        return cls(**presets.DEEPSEEK_V41 | overrides)
 
     @classmethod
     def demo_v1(cls, **overrides: Any) -> EngramSpec:
@@ -186,12 +178,7 @@ class EngramSpec:
 
         Source: deepseek-ai/Engram `engram_demo_v1.py` (gate_eps is torch's default for a float32 RMSNorm).
         """
-        return cls(**{**dict(
-            name="demo_v1", hash_family="xor_prime", boundary="pad", vocab_size=129_280, pad_token_id=2,
-            num_classes=_DEEPSEEK_CLASSES, pad_class=2, max_order=3, heads=8, head_dim=64, layer_ids=(1, 15), seed=0,
-            table_sizes=(646_400,) * 2, row_format="f32", variant="demo_v1", zero_sign="sign", add_residual=False,
-            gate_eps=2.0**-23, gate_clamp=1e-6, conv_width=4, conv_dilation=3, conv_eps=1e-5, hidden_size=1024,
-            branches=4), **overrides})
+        return cls(**presets.DEMO_V1 | overrides)
 
     @classmethod
     def qwen4_ple(cls, **overrides: Any) -> EngramSpec:
@@ -202,12 +189,7 @@ class EngramSpec:
 
         Source: huggingface/transformers `models/qwen4_exp/modular_qwen4_exp.py`; Qwen/Qwen3.8-Flash-Next config.json.
         """
-        return cls(**{**dict(
-            name="qwen4_ple", hash_family="xor_splitmix", boundary="eos_reset", vocab_size=248_320,
-            pad_token_id=248_044, eos_token_id=248_044, max_order=3, heads=8, head_dim=160, layer_ids=(1,),
-            table_sizes=(20_000_000,) * 2, seed=1234, row_format="bf16", variant="none", zero_sign="sign",
-            add_residual=False, gate_eps=1e-6, gate_clamp=1e-6, conv_width=4, conv_dilation=3, conv_eps=1e-6,
-            hidden_size=2560, branches=4), **overrides})
+        return cls(**presets.QWEN4_PLE | overrides)
 
     @classmethod
     def longcat(cls, **overrides: Any) -> EngramSpec:
@@ -218,11 +200,7 @@ class EngramSpec:
 
         Source: LongCat-Flash-Lite config.json and `modeling_longcat_ngram.py` (`NgramEmbedding`), and its port to vLLM.
         """
-        return cls(**{**dict(
-            name="longcat", hash_family="polynomial", boundary="stop", vocab_size=131_072, pad_token_id=0,
-            eos_token_id=2, max_order=4, heads=4, head_dim=256, layer_ids=(0,),
-            table_sizes=(78 * 131_072,) * 3, row_format="bf16", variant="none", hidden_size=3072,
-            branches=1), **overrides})
+        return cls(**presets.LONGCAT | overrides)
 
     @classmethod
     def from_hf_config(cls, config: Any, **overrides: Any) -> EngramSpec:
@@ -236,29 +214,14 @@ class EngramSpec:
             overrides: fields of the spec that replace what was read.
 
         Raises:
-            ValueError: no n-gram memory in it; a field missing, contradicted or invalid; `engram_num_embeddings` is not
-                what the other fields give.
+            ValueError: no n-gram memory in it; a field of it is missing, contradicted, invalid or not understood;
+                `engram_num_embeddings` is not what the other fields give.
             OSError: the file cannot be read.
         """
-        get = _hf_getter(config)
-        found = [family for family in _HF_FAMILIES if get(*family[0], default=None)]
-        if not found:
-            raise ValueError("EngramSpec: the configuration has no n-gram memory: none of "
-                             f"{', '.join(name for marks, _, _ in _HF_FAMILIES for name in marks)} is set")
-        _, preset, read = found[0]
-        shared = dict(vocab_size=get("vocab_size", default=None), hidden_size=get("hidden_size", default=None),
-                      branches=get("hc_mult", "hc_count", default=None))
-        try:
-            read_fields = shared | read(get)
-        except TypeError as error:
-            raise ValueError(f"EngramSpec: the configuration has a field of the wrong type: {error}") from error
-        fields = {k: v for k, v in read_fields.items() if v is not None} | overrides
-        if read in (_read_v41, _read_demo) and "pad_class" not in fields:
-            fields["pad_class"] = _known_pad_class(fields)
-        spec: EngramSpec = getattr(cls, preset)(**fields)
-        declared = get("engram_num_embeddings", default=None)
-        if declared is not None and tuple(declared) != spec.layout().num_rows:
-            raise ValueError(f"EngramSpec: engram_num_embeddings is {list(declared)}, but the other fields give "
+        fields, declared = presets.read_hf_config(config, overrides)
+        spec = cls(**fields)
+        if declared is not None and declared != spec.layout().num_rows:
+            raise ValueError(f"EngramSpec: engram_num_embeddings is {shorten(repr(list(declared)))}, but the other fields give "
                              f"{list(spec.layout().num_rows)} rows for layers {list(spec.layer_ids)}")
         return spec
 
@@ -266,7 +229,7 @@ class EngramSpec:
         """The spec as JSON text, every field named; also written to `path`, atomically, when given."""
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
         if path is not None:
-            write_atomic(path, text.encode())
+            write_atomic("EngramSpec.to_json", path, text.encode())
         return text
 
     @classmethod
@@ -282,110 +245,79 @@ class EngramSpec:
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         where = "the text" if is_text else os.fspath(source)
-        data = _parse_json(str(source) if is_text else Path(source).read_bytes(), where)
+        try:
+            data = parse_json(str(source) if is_text else Path(source).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"EngramSpec: {where} is not JSON: {shorten(str(error))}") from error
         if not isinstance(data, dict):
             raise ValueError(f"EngramSpec: {where} holds a {type(data).__name__}, expected an object")
         fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}  # name -> required
         if unknown := sorted(set(data) - set(fields)):
-            raise ValueError(f"EngramSpec: unknown field {', '.join(unknown)} in {where}")
+            raise ValueError(f"EngramSpec: unknown field {shorten(', '.join(unknown))} in {where}")
         if missing := [name for name, required in fields.items() if required and name not in data]:
             raise ValueError(f"EngramSpec: missing field {', '.join(missing)} in {where}")
         return cls(**data)
 
 
-def _parse_json(text: str | bytes, where: str) -> Any:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
-        return dict(pairs)
+def _check_hash_fields(spec: EngramSpec) -> None:
+    """Checks the fields of a spec that its layout derives from; ValueError names the first that is wrong."""
+    _check_int(spec, "vocab_size", 1, _INT32_MAX)
+    _check_int(spec, "num_classes", 1, spec.vocab_size, none=True)
+    _check_int(spec, "max_order", 2, 8)
+    _check_int(spec, "heads", 1, 1024)
+    _check_int(spec, "seed", 0, 2**62)
+    _check_ints(spec, "layer_ids", 0, 100_000)
+    _require(spec, "layer_ids", len(set(spec.layer_ids)) == len(spec.layer_ids) > 0, "distinct layers, at least one")
+    _check_ints(spec, "table_sizes", 1, _INT32_MAX)
+    _require(spec, "table_sizes", len(spec.table_sizes) == spec.max_order - 1,
+            f"{spec.max_order - 1} sizes, for orders 2..{spec.max_order}")
+    _check_int(spec, "pad_token_id", 0, spec.vocab_size - 1)
+    if spec.num_classes is None:
+        _require(spec, "pad_class", spec.pad_class is None, "None where num_classes is None")
+    else:
+        _check_int(spec, "pad_class", 0, spec.num_classes - 1)
+    _check_int(spec, "eos_token_id", 0, spec.vocab_size - 1, none=spec.boundary != "eos_reset")
+    if spec.eos_token_id is not None:
+        _require(spec, "eos_token_id", spec.boundary != "pad", "None with boundary 'pad', where EOS means nothing")
+        _require(spec, "num_classes", spec.num_classes is None, "None where EOS counts: it is found among raw ids")
 
+
+def _require(spec: EngramSpec, field: str, holds: bool, expected: str) -> None:
+    """Raises ValueError with the field's name, its value and what was expected, unless `holds`."""
+    if not holds:
+        raise ValueError(f"EngramSpec: {field} is {shorten(repr(getattr(spec, field)))}, expected {expected}")
+
+
+def _check_int(spec: EngramSpec, field: str, low: int, high: int, none: bool = False) -> None:
+    """Checks that the field is an integer in [low, high] (with `none`: or None), and stores it as a plain int."""
+    value = getattr(spec, field)
+    if none and value is None:
+        return
+    number = _as_int(value)
+    _require(spec, field, number is not None and low <= number <= high,
+            f"an integer in [{low}, {high}]" + (" or None" if none else ""))
+    object.__setattr__(spec, field, number)
+
+
+def _check_ints(spec: EngramSpec, field: str, low: int, high: int) -> None:
+    """Checks that the field is a tuple or list of integers in [low, high], and stores it as a tuple of plain ints."""
+    value = getattr(spec, field)
+    numbers = [_as_int(v) for v in value] if isinstance(value, tuple | list) else [None]
+    _require(spec, field, all(n is not None and low <= n <= high for n in numbers), f"integers in [{low}, {high}]")
+    object.__setattr__(spec, field, tuple(numbers))
+
+
+def _check_float(spec: EngramSpec, field: str) -> None:
+    """Checks that the field is a finite number >= 0, and stores it as a float."""
+    value = getattr(spec, field)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(spec, field, is_number and math.isfinite(value) and value >= 0, "a finite number >= 0")
+    object.__setattr__(spec, field, float(value))
+
+
+def _as_int(value: Any) -> int | None:
+    """`value` as an int (numpy's integers too); None for anything else, bools included."""
     try:
-        return json.loads(text, object_pairs_hook=without_duplicates)
-    except ValueError as error:  # bad syntax, bad UTF-8, a name twice
-        raise ValueError(f"EngramSpec: {where} is not JSON: {error}") from error
-
-
-def _hf_getter(config: Any) -> Callable[..., Any]:
-    """Returns get(*names, default): the value of a field under any of its names, from `text_config` first."""
-    if isinstance(config, str | os.PathLike):
-        path = Path(config, "config.json") if Path(config).is_dir() else Path(config)
-        config = _parse_json(path.read_bytes(), str(path))
-
-    def field(part: Any, name: str) -> Any:
-        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
-
-    def get(*names: str, default: Any = ...) -> Any:
-        parts = (config, field(config, "text_config"))
-        found = {name: v for part in parts for name in names if (v := field(part, name)) is not None}
-        if any(v != next(iter(found.values())) for v in found.values()):
-            raise ValueError("EngramSpec: the configuration contradicts itself: "
-                             + ", ".join(f"{name} is {v!r}" for name, v in found.items()))
-        if not found and default is ...:
-            raise ValueError(f"EngramSpec: the configuration has no field {' or '.join(names)}")
-        return next(iter(found.values()), default)
-
-    return get
-
-
-def _known_pad_class(fields: dict[str, Any]) -> int | None:
-    """Class of the pad where it follows from the numbers, classes being numbered as first seen."""
-    pad, num_classes = fields["pad_token_id"], fields.get("num_classes", _DEEPSEEK_CLASSES)
-    if num_classes is None:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
         return None
-    if pad == 0 or num_classes == fields.get("vocab_size") or (pad, num_classes) == (2, _DEEPSEEK_CLASSES):
-        return pad
-    raise ValueError(f"EngramSpec: pad_class is not in the configuration (pad {pad}, {num_classes} classes), expected "
-                     "as an argument: pad_class=int(token_map.map[pad])")
-
-
-def _repeat(size: int, order: int) -> tuple[int, ...]:
-    return (size,) * min(order - 1, 8)  # an absurd order is refused later, but not multiplied out
-
-
-def _split(name: str, total: int, parts: int) -> int:
-    if parts < 1 or total % parts:
-        raise ValueError(f"EngramSpec: {name} is {total}, expected a multiple of the {parts} columns or heads")
-    return total // parts
-
-
-def _read_v41(get: Callable[..., Any]) -> dict[str, Any]:
-    order = get("engram_max_ngram_size")
-    return dict(layer_ids=get("engram_layer_ids"), max_order=order, heads=get("engram_n_heads"),
-                head_dim=get("engram_head_dim"), table_sizes=_repeat(get("engram_vocab_size"), order),
-                num_classes=get("engram_compressed_vocab_size"), gate_eps=get("rms_norm_eps", default=None),
-                pad_token_id=get("engram_pad_id", "engram_pad_token_id"))
-
-
-def _read_demo(get: Callable[..., Any]) -> dict[str, Any]:
-    order, heads = get("max_ngram_size"), get("n_head_per_ngram")
-    return dict(layer_ids=get("layer_ids"), max_order=order, heads=heads, table_sizes=get("engram_vocab_size"),
-                head_dim=_split("n_embed_per_ngram", get("n_embed_per_ngram"), heads), pad_token_id=get("pad_id"),
-                seed=get("seed"), conv_width=get("kernel_size", default=None), conv_dilation=order)
-
-
-def _read_qwen4(get: Callable[..., Any]) -> dict[str, Any]:
-    order, heads, eos = get("ngram_size", default=3), get("heads_per_ngram", default=8), get("eos_token_id")
-    eos, eps = eos[0] if isinstance(eos, list | tuple) else eos, get("rms_norm_eps", default=None)
-    width = get("ple_embed_dim", default=None) or get("hidden_size")
-    return dict(layer_ids=[i - 1 for i in sorted(set(get("ple_layer_ids")))], max_order=order, heads=heads,
-                head_dim=_split("ple_embed_dim", width, (order - 1) * heads), seed=get("seed", default=1234),
-                table_sizes=_repeat(get("ngram_vocab_size_base", default=20_000_000), order), pad_token_id=eos,
-                eos_token_id=eos, conv_width=get("ple_conv_kernel_size", default=4), conv_dilation=order, gate_eps=eps,
-                conv_eps=eps)
-
-
-def _read_longcat(get: Callable[..., Any]) -> dict[str, Any]:
-    if get("oe_ignored_token_ids", "text_vocab_size", default=None):
-        raise ValueError("EngramSpec: oe_ignored_token_ids or text_vocab_size is set (LongCat-Next), expected neither: "
-                         "its hash skips token ids, which no field describes")
-    order, heads = get("emb_neighbor_num", "oe_neighbor_num"), get("emb_split_num", "oe_split_num")
-    base = int(get("ngram_vocab_size_ratio", "oe_vocab_size_ratio") * get("vocab_size"))
-    return dict(max_order=order, heads=heads, table_sizes=_repeat(base, order), eos_token_id=get("eos_token_id"),
-                head_dim=_split("hidden_size", get("hidden_size"), heads * (order - 1)))
-
-
-# fields that mark a family, its preset, its reader
-_HF_FAMILIES: tuple[tuple[tuple[str, ...], str, Callable[..., dict[str, Any]]], ...] = (
-    (("engram_layer_ids",), "deepseek_v41", _read_v41), (("n_head_per_ngram",), "demo_v1", _read_demo),
-    (("ple_layer_ids",), "qwen4_ple", _read_qwen4), (("emb_neighbor_num", "oe_neighbor_num"), "longcat", _read_longcat))

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from engram_kernels import _modes
+from engram_kernels._files import shorten, write_atomic
 
 _FORMAT = 1  # of the saved file
+_MAX_UNPACKED_BYTES = 2**27  # of a saved map: 33 million token ids
 _SPACE_MARK = "\ue000"  # private use: holds the place of a lone space while the rest is stripped
 
 
@@ -114,7 +117,7 @@ class TokenMap:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, format=np.int64(_FORMAT), map=self.map.cpu().numpy(),
                             num_classes=np.int64(self.num_classes), fingerprint=np.array(self.fingerprint))
-        write_atomic(path, buffer.getvalue())
+        write_atomic("TokenMap.save", path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], tokenizer: Any = None,
@@ -139,7 +142,7 @@ class TokenMap:
             token_map = cls._parse(data)
         except Exception as error:  # zip, zlib and npy parsers each raise their own kinds on damaged bytes
             raise ValueError(f"TokenMap: {os.fspath(path)} is no token map, or a damaged one ({len(data)} bytes): "
-                             f"{error}") from error
+                             f"{shorten(str(error))}") from error
         wanted = [] if expected_fingerprint is None else [("expected_fingerprint", expected_fingerprint)]
         if tokenizer is not None:
             wanted.append(("the tokenizer", tokenizer_fingerprint(tokenizer)))
@@ -153,6 +156,10 @@ class TokenMap:
     def _parse(cls, data: bytes) -> TokenMap:
         if not data.startswith(b"PK"):
             raise ValueError("expected an npz archive")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # a few bytes can unpack to gigabytes
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > _MAX_UNPACKED_BYTES:
+            raise ValueError(f"it unpacks to {unpacked} bytes, expected at most {_MAX_UNPACKED_BYTES}")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             missing = {"format", "map", "num_classes", "fingerprint"} - set(arrays.files)
             if missing:
@@ -172,22 +179,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 (hex) of a tokenizer file, or of `to_str()` of one in memory; takes what `from_tokenizer` takes."""
     if isinstance(tokenizer, str | os.PathLike):
         return hashlib.sha256(_tokenizer_file(tokenizer).read_bytes()).hexdigest()
-    return hashlib.sha256(_backend(tokenizer).to_str().encode()).hexdigest()
+    return hashlib.sha256(_text_of(_backend(tokenizer)).encode()).hexdigest()
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` so that a reader of `path` sees the old file or the whole new one: temporary, fsync, rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # of its own, whatever other writers do
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _text_of(backend: Any) -> str:
+    """`backend` as JSON, without padding and truncation: they are set by who uses a tokenizer, and name no token."""
+    text: str = backend.to_str()
+    if getattr(backend, "padding", None) is None and getattr(backend, "truncation", None) is None:
+        return text
+    plain = _import_tokenizers().Tokenizer.from_str(text)
+    plain.no_padding()
+    plain.no_truncation()
+    plain_text: str = plain.to_str()
+    return plain_text
 
 
 def _tokenizer_file(path: str | os.PathLike[str]) -> Path:

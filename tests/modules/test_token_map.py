@@ -1,8 +1,10 @@
 """TokenMap: the real tokenizer against published numbers, the rules on hand-made tokens, files and their damage."""
 import hashlib
 import json
+import resource
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +216,23 @@ def test_token_map_moves_to_a_device():
     moved = token_map.to("meta")
     assert moved.map.device.type == "meta" and (moved.num_classes, moved.fingerprint) == (2, "f")
     assert token_map.map.device.type == "cpu"
+
+
+def test_token_map_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    path = tmp_path / "map.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("map.npy", "w") as member:
+        for _ in range(200):
+            member.write(bytes(2**20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="it unpacks to 209715200 bytes, expected at most 134217728"):
+        TokenMap.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_token_map_fingerprint_in_memory_ignores_padding_and_truncation():
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    plain = tokenizer_fingerprint(tokenizer)
+    tokenizer.enable_padding(pad_id=1, length=8)
+    tokenizer.enable_truncation(5)
+    assert tokenizer_fingerprint(tokenizer) == plain
+    assert tokenizer.padding is not None  # the caller's tokenizer is as it was

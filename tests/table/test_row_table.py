@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.ops.gather_rows import gather_rows
-from engram_kernels.spec import ROW_FORMATS as SPEC_ROW_FORMATS
 from engram_kernels.table import file_reader, row_table
 from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
@@ -49,10 +48,6 @@ def same(a, b):
 
 
 IDS = torch.tensor([[5, 0, -1], [R - 1, 5, 6], [7, 8, 0]], dtype=torch.int32)
-
-
-def test_row_table_formats_are_those_of_the_spec():
-    assert set(ROW_FORMATS) == set(SPEC_ROW_FORMATS)
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)

@@ -151,6 +151,24 @@ def test_shared_table_by_a_name_in_use(memory, shm):
     assert RowTable.attach("t", fingerprint=shared.fingerprint(), directory=shm).num_rows == R
 
 
+def test_shared_table_by_a_name_in_use_with_another_revision_of_the_file(compiled, shm, tmp_path):
+    """The fingerprint looks at 1,024 rows of 3,001: here it is the same, and row 1 is not."""
+    rows = torch.zeros(R, D, dtype=torch.bfloat16)
+    table = RowTable.create(tmp_path / "t", rows)
+    shared = table.share("t", directory=shm)
+    assert same_rows(RowTable.open(tmp_path / "t").share("t", directory=shm), shared)
+    copy = RowTable.create(tmp_path / "copy", rows)  # of another path, nothing but the rows is known
+    assert same_rows(copy.share("t", directory=shm), shared)
+    rows[1] = 1
+    revised = RowTable.create(tmp_path / "t", rows)
+    assert revised.fingerprint() == table.fingerprint()
+    with pytest.raises(FileExistsError, match="the file is .*/t .*, expected .*/t .*another table is in use by this name"):
+        revised.share("t", directory=shm)
+    with pytest.raises(ValueError, match="holds another table: the file is"):
+        RowTable.attach("t", like=revised, directory=shm)
+    del shared
+
+
 @pytest.mark.parametrize("name", ["", "a/b", ".", "..", ".hidden", "a b", "ä", "x" * 129, "a.tmp", None, "a\0"])
 def test_shared_table_names(name, shm):
     for call in (lambda: table_of().share(name, directory=shm), lambda: RowTable.attach(name, directory=shm)):

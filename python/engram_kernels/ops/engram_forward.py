@@ -1,32 +1,13 @@
 """The whole memory layer in one op: rows of a table, projected to keys and a value, gated into the hidden state."""
-import torch
 from torch import Tensor
 
-from engram_kernels import backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad, wants_grad
-from engram_kernels._library import LIB
-from engram_kernels.ops.gate import check_options, check_out
-from engram_kernels.ops.gather_rows import readable_only_on
+from engram_kernels._checks import expect_tensor
+from engram_kernels.ops._op import Op, refuse_table
+from engram_kernels.ops.gate import check_options, empty_like_hidden, expect_hidden, expect_weights_mask_out
+from engram_kernels.ops.gather_gate import dense, expect_ids_of_tokens
 from engram_kernels.reference.engram_forward import engram_forward as _reference
+from engram_kernels.table.row_ids import check_row_ids
 from engram_kernels.table.row_table import RowTable
-from engram_kernels.triton_runtime.dispatch import register_autograd
-
-_INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, Tensor w_key, "
-           "Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, str zero_sign, "
-           "bool add_residual")
-LIB.define(f"engram_forward({_INPUTS}) -> Tensor")
-LIB.define(f"engram_forward.out({_INPUTS}, *, Tensor(a!) out) -> ()")
-
-
-@torch.library.register_fake("engram_kernels::engram_forward", lib=LIB)
-def _fake(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask, *options):
-    expect_one_device("engram_forward", hidden, row_ids, w_kv, w_hidden, w_key, mask, *readable_only_on(hidden, rows))
-    return hidden.new_empty(hidden.shape)
-
-
-@torch.library.register_fake("engram_kernels::engram_forward.out", lib=LIB)
-def _fake_out(*args, out):
-    return None
 
 
 def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tensor, w_hidden: Tensor, w_key: Tensor,
@@ -69,75 +50,31 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
     Source: arXiv 2601.07372 section 2; the published DeepSeek-V4.1 model code (wkv without bias).
     """
     if not isinstance(table, RowTable):
-        raise TypeError(f"engram_forward: table must be a RowTable, got {type(table).__name__}")
-    _check(hidden, table, row_ids, w_kv, w_hidden, w_key, mask, out)
-    check_options("engram_forward", eps, clamp, zero_sign)
-    run = backends.select("engram_forward", hidden.device, backend)
-    if run is not _checked_reference and wants_grad(hidden, table.rows, w_kv, w_hidden, w_key):
-        raise NotImplementedError(_NO_GRADIENT)
-    if table.tier == "file" and mask is not None:
-        row_ids = row_ids.masked_fill(mask[:, None], -1)
-    table, row_ids = table.stage(row_ids.contiguous())
-    return run(hidden, table.rows, table.scales, row_ids, w_kv, w_hidden, w_key, mask, table.row_format, table.row_dim,
-               table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual, out=out)
+        refuse_table("engram_forward", table)
+    args = (hidden, table.rows, table.scales, dense(row_ids), w_kv, w_hidden, w_key, mask, table.row_format, table.row_dim,
+            table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual)
+    return _OP.call(backend, args, out, table)
 
 
-_NO_GRADIENT = ("engram_forward: the op is for inference and has no derivative; use torch.no_grad(), backend='reference', or "
-                "gather_rows, a Linear and gate")
-
-
-def _check(hidden, table, row_ids, w_kv, w_hidden, w_key, mask, out):
+def _check(args, out, table):
     op = "engram_forward"
-    expect_tensor(op, "hidden", hidden, FLOAT_DTYPES, ("T", "M", "H"), dense_dims=1)
-    tokens, branches, size = hidden.shape
-    device, dtype = hidden.device, hidden.dtype
-    if branches == 0 or size == 0:
-        raise ValueError(f"{op}: hidden must have at least one branch of at least one element, got {list(hidden.shape)}")
-    if table.device_for(hidden) != device:
-        raise ValueError(f"{op}: table must be on {device}, got {table.device}")
-    expect_tensor(op, "row_ids", row_ids, (torch.int32, torch.int64), (tokens, "C"), device)
-    if row_ids.shape[1] == 0:
+    hidden, _, _, row_ids, w_kv, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual = args
+    _, branches, size = expect_hidden(op, hidden)
+    columns = expect_ids_of_tokens(op, hidden, table, row_ids)
+    if columns == 0:
         raise ValueError(f"{op}: row_ids has no column")
-    shape = ((branches + 1) * size, row_ids.shape[1] * table.row_dim)
-    expect_tensor(op, "w_kv", w_kv, (dtype,), shape, device, dense_dims=2)
-    expect_tensor(op, "w_hidden", w_hidden, (dtype, torch.float32), (branches, size), device, dense_dims=2)
-    expect_tensor(op, "w_key", w_key, (w_hidden.dtype,), (branches, size), device, dense_dims=2)
-    if mask is not None:
-        expect_tensor(op, "mask", mask, (torch.bool,), (tokens,), device, dense_dims=1)
-    if out is not None:
-        expect_tensor(op, "out", out, (dtype,), (tokens, branches, size), device, dense_dims=3)
+    expect_tensor(op, "w_kv", w_kv, (hidden.dtype,), ((branches + 1) * size, columns * row_dim), hidden.device, dense_dims=2)
+    expect_weights_mask_out(op, hidden, w_hidden, w_key, mask, out)
+    check_options(op, eps, clamp, zero_sign, add_residual)
 
 
-def _compiled(*args, out=None):
-    refuse_forward_ad("engram_forward")
-    op = torch.ops.engram_kernels.engram_forward
-    if out is None:
-        return op.default(*args)
-    op.out(*args, out=out)
-    mark_written(out)
-    return out
+def _check_data(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask, *options):
+    check_row_ids("engram_forward", row_ids, rows.shape[0], mask=mask)
 
 
-def _check_data(*args):
-    _, rows, _, row_ids, _, _, _, mask, *_ = args
-    wrong = (row_ids < -1) | (row_ids >= rows.shape[0])
-    wrong = wrong if mask is None else wrong & ~mask[:, None]
-    if wrong.any():
-        t, c = wrong.nonzero()[0].tolist()
-        raise IndexError(f"engram_forward: row_ids[{t}, {c}] is {row_ids[t, c].item()}, expected [0, {rows.shape[0]}) or -1 "
-                         "(no row)")
-
-
-def _checked_reference(*args, out=None):
-    check_out("engram_forward", out, (args[0], args[1], *args[4:7]))
-    _check_data(*args)
-    result = _reference(*args)
-    return result if out is None else out.copy_(result)
-
-
-def _backward(ops, ctx, grad_out):
-    raise NotImplementedError(_NO_GRADIENT)
-
-
-register_autograd("engram_forward", _backward, None, LIB)
-backends.register_op("engram_forward", _checked_reference, _compiled, check_data=_check_data, in_place="hidden")
+_OP = Op("engram_forward", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, "
+         "Tensor w_key, Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, "
+         "str zero_sign, bool add_residual", empty=empty_like_hidden, reference=_reference, check=_check, check_data=_check_data,
+         differentiable=("hidden", "rows", "w_kv", "w_hidden", "w_key"), in_place="hidden",
+         no_gradient="engram_forward: the op is for inference and has no derivative; use torch.no_grad(), backend='reference', "
+         "or gather_rows, a Linear and gate")

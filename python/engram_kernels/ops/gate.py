@@ -1,47 +1,15 @@
 """Gate: how much of the memory's value enters each branch of the hidden state."""
+import ctypes
+
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from engram_kernels import _transforms, backends
-from engram_kernels._checks import (
-    FLOAT_DTYPES,
-    expect_choice,
-    expect_one_device,
-    expect_tensor,
-    mark_written,
-    no_second_derivative,
-    refuse_forward_ad,
-    wants_grad,
-)
-from engram_kernels._library import COMPILE_ERROR, LIB
+from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_tensor
+from engram_kernels.ops._op import Op
 from engram_kernels.reference.gate import gate as _reference
-from engram_kernels.triton_runtime.dispatch import register_autograd
-
-_INPUTS = "Tensor hidden, Tensor key, Tensor value, Tensor w_hidden, Tensor w_key, Tensor? mask"
-_OPTIONS = "float eps, float clamp, str zero_sign, bool add_residual"
-LIB.define(f"gate({_INPUTS}, {_OPTIONS}) -> Tensor")
-LIB.define(f"gate.out({_INPUTS}, {_OPTIONS}, *, Tensor(a!) out) -> ()")
-LIB.define(f"gate_bwd(Tensor grad_out, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 ZERO_SIGNS = ("copysign", "sign")
 _FLOAT_TINY, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels take float32
-
-
-@torch.library.register_fake("engram_kernels::gate", lib=LIB)
-def _fake(hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual):
-    expect_one_device("gate", hidden, key, value, w_hidden, w_key, mask)
-    return hidden.new_empty(hidden.shape)
-
-
-@torch.library.register_fake("engram_kernels::gate.out", lib=LIB)
-def _fake_out(hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual, *, out):
-    return None
-
-
-@torch.library.register_fake("engram_kernels::gate_bwd", lib=LIB)
-def _fake_bwd(grad_out, hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual):
-    return tuple(x.new_empty(x.shape) for x in (hidden, key, value, w_hidden, w_key))
 
 
 def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None = None, *,
@@ -81,90 +49,62 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
 
     Source: arXiv 2601.07372 section 2; the copysign rule: the TileKernels library.
     """
-    args = (hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual)
-    if backend in ("auto", "cpu") and runs_compiled(*args[:6], out):
-        try:  # the binding checks all that _check does: at the size of one token, checking twice costs as much as the op
-            return _compiled(*args, out=out)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            pass  # below, in better words
-    _check(hidden, key, value, w_hidden, w_key, mask, out)
-    check_options("gate", eps, clamp, zero_sign)
-    run = backends.select("gate", hidden.device, backend)
-    return run(*args, out=out)
+    return _OP.call(backend, (hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual), out)
 
 
-def runs_compiled(*tensors: object) -> bool:
-    """Whether the compiled CPU op can take this call as it is: every tensor there is on the CPU, nothing is traced."""
-    if COMPILE_ERROR is not None or is_compiling():
-        return False
-    return all(x is None or getattr(x, "is_cpu", False) for x in tensors)
-
-
-def check_options(op: str, eps: float, clamp: float, zero_sign: str) -> None:
-    """Raises ValueError unless the options of gate and gather_gate are in range."""
-    if not 0 <= eps <= _FLOAT_MAX:
+def check_options(op: str, eps: float, clamp: float, zero_sign: str, add_residual: bool) -> None:
+    """Raises TypeError or ValueError unless the options of gate, gather_gate and engram_forward are in range."""
+    for name, value in (("eps", eps), ("clamp", clamp)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not isinstance(add_residual, bool | int | None):  # what torch's parser takes for a bool
+        raise TypeError(f"{op}: add_residual must be True or False, got {type(add_residual).__name__}")
+    if not 0 <= ctypes.c_float(eps).value <= _FLOAT_MAX:
         raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
-    if not _FLOAT_TINY <= clamp <= _FLOAT_MAX:
+    if not _FLOAT_TINY <= ctypes.c_float(clamp).value <= _FLOAT_MAX:
         raise ValueError(f"{op}: clamp is {clamp}, expected a number from {_FLOAT_TINY} to {_FLOAT_MAX}")
     expect_choice(op, "zero_sign", zero_sign, ZERO_SIGNS)
 
 
-def check_out(op: str, out: Tensor | None, inputs: tuple[Tensor, ...]) -> None:
-    """Raises ValueError where `out` is given for a call that autograd would have to follow."""
-    if out is not None and wants_grad(*inputs, out):
-        raise ValueError(f"{op}: out cannot be given while an input requires grad; leave it away or use torch.no_grad()")
-
-
-def _check(hidden, key, value, w_hidden, w_key, mask, out):
-    op = "gate"
+def expect_hidden(op: str, hidden: Tensor) -> torch.Size:
+    """The shape of `hidden`; raises unless it is [T, M, H] with at least one branch of at least one element."""
     expect_tensor(op, "hidden", hidden, FLOAT_DTYPES, ("T", "M", "H"), dense_dims=1)
-    tokens, branches, size = hidden.shape
-    device, dtype = hidden.device, hidden.dtype
-    if branches == 0 or size == 0:
+    if hidden.shape[1] == 0 or hidden.shape[2] == 0:
         raise ValueError(f"{op}: hidden must have at least one branch of at least one element, got {list(hidden.shape)}")
-    expect_tensor(op, "key", key, (dtype,), (tokens, branches, size), device, dense_dims=1)
-    expect_tensor(op, "value", value, (dtype,), (tokens, size), device, dense_dims=1)
-    expect_tensor(op, "w_hidden", w_hidden, (dtype, torch.float32), (branches, size), device, dense_dims=2)
+    return hidden.shape
+
+
+def expect_weights_mask_out(op: str, hidden: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None,
+                            out: Tensor | None) -> None:
+    """Raises unless these fit `hidden`."""
+    (tokens, branches, size), device = hidden.shape, hidden.device
+    expect_tensor(op, "w_hidden", w_hidden, (hidden.dtype, torch.float32), (branches, size), device, dense_dims=2)
     expect_tensor(op, "w_key", w_key, (w_hidden.dtype,), (branches, size), device, dense_dims=2)
     if mask is not None:
         expect_tensor(op, "mask", mask, (torch.bool,), (tokens,), device, dense_dims=1)
     if out is not None:
-        expect_tensor(op, "out", out, (dtype,), (tokens, branches, size), device, dense_dims=3)
+        expect_tensor(op, "out", out, (hidden.dtype,), (tokens, branches, size), device, dense_dims=3)
 
 
-def _compiled(*args, out=None):
-    refuse_forward_ad("gate")
-    if out is not None:
-        check_out("gate", out, args[:5])
-        torch.ops.engram_kernels.gate.out(*args, out=out)
-        mark_written(out)
-        return out
-    if _transforms.active():
-        return _transforms.call(torch.ops.engram_kernels.gate.default, *args)
-    if is_compiling() or wants_grad(*args[:5]):
-        return torch.ops.engram_kernels.gate.default(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
-        return torch.ops.engram_kernels.gate.default(*args)
+def empty_like_hidden(hidden: Tensor, *args: object) -> Tensor:
+    """The output of an op on `hidden`: contiguous, whatever the strides of `hidden`."""
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _reference_into(*args, out=None):
-    check_out("gate", out, args[:5])
-    result = _reference(*args)
-    return result if out is None else out.copy_(result)
+def _check(args, out):
+    hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual = args
+    tokens, branches, size = expect_hidden("gate", hidden)
+    expect_tensor("gate", "key", key, (hidden.dtype,), (tokens, branches, size), hidden.device, dense_dims=1)
+    expect_tensor("gate", "value", value, (hidden.dtype,), (tokens, size), hidden.device, dense_dims=1)
+    expect_weights_mask_out("gate", hidden, w_hidden, w_key, mask, out)
+    check_options("gate", eps, clamp, zero_sign, add_residual)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+def _fake_bwd(grad_out, hidden, key, value, w_hidden, w_key, *options):
+    return tuple(x.new_empty(x.shape) for x in (hidden, key, value, w_hidden, w_key))
 
 
-def _backward(ops, ctx, grad_out):
-    if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
-        grad_out = grad_out.contiguous()
-    grads = ops.gate_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None
-
-
-register_autograd("gate", _backward, _setup_context, LIB)
-register_autograd("gate_bwd", no_second_derivative("gate"), None, LIB)
-backends.register_op("gate", _reference_into, _compiled, in_place="hidden")
+_OP = Op("gate", "Tensor hidden, Tensor key, Tensor value, Tensor w_hidden, Tensor w_key, Tensor? mask, float eps, float clamp, "
+         "str zero_sign, bool add_residual", empty=empty_like_hidden, reference=_reference, check=_check,
+         differentiable=("hidden", "key", "value", "w_hidden", "w_key"), in_place="hidden")
+_OP.derive("(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_bwd)

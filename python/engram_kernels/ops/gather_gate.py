@@ -1,45 +1,12 @@
 """Gather and gate in one pass: rows of a table straight into the hidden state."""
-import torch
 from torch import Tensor
 
-from engram_kernels import _transforms, backends
-from engram_kernels._checks import (
-    FLOAT_DTYPES,
-    expect_one_device,
-    expect_tensor,
-    mark_written,
-    no_second_derivative,
-    refuse_forward_ad,
-    wants_grad,
-)
-from engram_kernels._library import LIB
-from engram_kernels.ops.gate import check_options, check_out, is_compiling, runs_compiled
-from engram_kernels.ops.gather_rows import readable_only_on
+from engram_kernels._checks import expect_tensor
+from engram_kernels.ops._op import Op, refuse_table
+from engram_kernels.ops.gate import check_options, empty_like_hidden, expect_hidden, expect_weights_mask_out
 from engram_kernels.reference.gather_gate import gather_gate as _reference
-from engram_kernels.table.row_table import FLOAT_FORMATS, RowTable
-from engram_kernels.triton_runtime.dispatch import register_autograd
-
-_INPUTS = ("Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_hidden, Tensor w_key, Tensor? mask, "
-           "str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, str zero_sign, bool add_residual")
-LIB.define(f"gather_gate({_INPUTS}) -> Tensor")
-LIB.define(f"gather_gate.out({_INPUTS}, *, Tensor(a!) out) -> ()")
-LIB.define(f"gather_gate_bwd(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-
-@torch.library.register_fake("engram_kernels::gather_gate", lib=LIB)
-def _fake(hidden, rows, scales, row_ids, w_hidden, w_key, mask, *options):
-    expect_one_device("gather_gate", hidden, row_ids, w_hidden, w_key, mask, *readable_only_on(hidden, rows))
-    return hidden.new_empty(hidden.shape)
-
-
-@torch.library.register_fake("engram_kernels::gather_gate.out", lib=LIB)
-def _fake_out(*args, out):
-    return None
-
-
-@torch.library.register_fake("engram_kernels::gather_gate_bwd", lib=LIB)
-def _fake_bwd(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, row_format, row_dim, *options):
-    return (hidden.new_empty(hidden.shape), hidden.new_empty((*row_ids.shape, row_dim)), w_hidden.new_empty(w_hidden.shape),
-            w_key.new_empty(w_key.shape))
+from engram_kernels.table.row_ids import ROW_ID_DTYPES, check_row_ids
+from engram_kernels.table.row_table import RowTable
 
 
 def gather_gate(hidden: Tensor, table: RowTable, row_ids: Tensor, w_hidden: Tensor, w_key: Tensor,
@@ -82,101 +49,58 @@ def gather_gate(hidden: Tensor, table: RowTable, row_ids: Tensor, w_hidden: Tens
     Source: arXiv 2601.07372 section 2.
     """
     if not isinstance(table, RowTable):
-        raise TypeError(f"gather_gate: table must be a RowTable, got {type(table).__name__}")
-    options = (eps, clamp, zero_sign, add_residual)
-    if backend in ("auto", "cpu") and table.tier != "file" and runs_compiled(hidden, table.rows, row_ids, w_hidden, w_key, mask):
-        try:  # the binding checks all that _check does
-            return _compiled(*_op_args(hidden, table, row_ids, w_hidden, w_key, mask), *options, out=out)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            pass  # below, in better words
-    _check(hidden, table, row_ids, w_hidden, w_key, mask, out)
-    check_options("gather_gate", eps, clamp, zero_sign)
-    run = backends.select("gather_gate", hidden.device, backend)
-    if table.tier == "file" and mask is not None:
-        row_ids = row_ids.masked_fill(mask[:, None], -1)
-    table, row_ids = table.stage(row_ids.contiguous())
-    return run(*_op_args(hidden, table, row_ids, w_hidden, w_key, mask), *options, out=out)
+        refuse_table("gather_gate", table)
+    args = (hidden, table.rows, table.scales, dense(row_ids), w_hidden, w_key, mask, table.row_format, table.row_dim,
+            table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual)
+    return _OP.call(backend, args, out, table)
 
 
-def _op_args(hidden, table, row_ids, w_hidden, w_key, mask):
-    rows = table.rows
-    if rows.requires_grad and table.row_format not in FLOAT_FORMATS:
-        raise ValueError(f"gather_gate: rows of format {table.row_format} have no gradient, but table.rows requires it")
-    return (hidden, rows, table.scales, row_ids, w_hidden, w_key, mask, table.row_format, table.row_dim,
-            table.zero_scale_is_zero)
+def dense(row_ids: Tensor) -> Tensor:
+    """`row_ids`, contiguous as the kernels read them; what is no tensor as it is, for `check` to refuse."""
+    return row_ids.contiguous() if isinstance(row_ids, Tensor) and not row_ids.is_contiguous() else row_ids
 
 
-def _check(hidden, table, row_ids, w_hidden, w_key, mask, out):
+def expect_ids_of_tokens(op: str, hidden: Tensor, table: RowTable, row_ids: Tensor) -> int:
+    """C; raises unless `row_ids` is [T, C] on the device of `hidden`, which can read `table`."""
+    if table.device_for(hidden) != hidden.device:
+        raise ValueError(f"{op}: table must be on {hidden.device}, got {table.device}")
+    expect_tensor(op, "row_ids", row_ids, ROW_ID_DTYPES, (hidden.shape[0], "C"), hidden.device)
+    return row_ids.shape[1]
+
+
+def _check(args, out, table):
     op = "gather_gate"
-    expect_tensor(op, "hidden", hidden, FLOAT_DTYPES, ("T", "M", "H"), dense_dims=1)
-    tokens, branches, size = hidden.shape
-    device, dtype = hidden.device, hidden.dtype
-    if branches == 0 or size == 0:
-        raise ValueError(f"{op}: hidden must have at least one branch of at least one element, got {list(hidden.shape)}")
-    if table.device_for(hidden) != device:
-        raise ValueError(f"{op}: table must be on {device}, got {table.device}")
-    expect_tensor(op, "row_ids", row_ids, (torch.int32, torch.int64), (tokens, "C"), device)
-    if row_ids.shape[1] * table.row_dim != size:
-        raise ValueError(f"{op}: row_ids has {row_ids.shape[1]} columns of rows of {table.row_dim} elements, which do not make "
-                         f"the hidden size, {size}")
-    expect_tensor(op, "w_hidden", w_hidden, (dtype, torch.float32), (branches, size), device, dense_dims=2)
-    expect_tensor(op, "w_key", w_key, (w_hidden.dtype,), (branches, size), device, dense_dims=2)
-    if mask is not None:
-        expect_tensor(op, "mask", mask, (torch.bool,), (tokens,), device, dense_dims=1)
-    if out is not None:
-        expect_tensor(op, "out", out, (dtype,), (tokens, branches, size), device, dense_dims=3)
+    hidden, _, _, row_ids, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual = args
+    size = expect_hidden(op, hidden)[2]
+    columns = expect_ids_of_tokens(op, hidden, table, row_ids)
+    if columns * row_dim != size:
+        raise ValueError(f"{op}: row_ids has {columns} columns of rows of {row_dim} elements, which do not make the hidden size, "
+                         f"{size}")
+    expect_weights_mask_out(op, hidden, w_hidden, w_key, mask, out)
+    check_options(op, eps, clamp, zero_sign, add_residual)
 
 
-def _compiled(*args, out=None):
-    inputs = (args[0], args[1], args[4], args[5])
-    refuse_forward_ad("gather_gate")
-    if out is not None:
-        check_out("gather_gate", out, inputs)
-        torch.ops.engram_kernels.gather_gate.out(*args, out=out)
-        mark_written(out)
-        return out
-    if _transforms.active():
-        return _transforms.call(torch.ops.engram_kernels.gather_gate.default, *args)
-    if is_compiling() or wants_grad(*inputs):
-        return torch.ops.engram_kernels.gather_gate.default(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
-        return torch.ops.engram_kernels.gather_gate.default(*args)
+def _check_data(hidden, rows, scales, row_ids, w_hidden, w_key, mask, *options):
+    check_row_ids("gather_gate", row_ids, rows.shape[0], mask=mask)
 
 
-def _check_data(*args):
-    _, rows, _, row_ids, _, _, mask, *_ = args
-    wrong = (row_ids < -1) | (row_ids >= rows.shape[0])
-    wrong = wrong if mask is None else wrong & ~mask[:, None]
-    if wrong.any():
-        t, c = wrong.nonzero()[0].tolist()
-        raise IndexError(f"gather_gate: row_ids[{t}, {c}] is {row_ids[t, c].item()}, expected [0, {rows.shape[0]}) or -1 "
-                         "(no row)")
+def _fake_bwd(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, row_format, row_dim, *options):
+    return (hidden.new_empty(hidden.shape), hidden.new_empty((*row_ids.shape, row_dim)), w_hidden.new_empty(w_hidden.shape),
+            w_key.new_empty(w_key.shape))
 
 
-def _checked_reference(*args, out=None):
-    check_out("gather_gate", out, (args[0], args[1], args[4], args[5]))
-    _check_data(*args)
-    result = _reference(*args)
-    return result if out is None else out.copy_(result)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
-
-
-def _backward(ops, ctx, grad_out):
-    if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
-        grad_out = grad_out.contiguous()
+def _finish_gradients(ops, ctx, grad_hidden, grad_rows, grad_w_hidden, grad_w_key):
     _, rows, _, row_ids, _, _, mask = ctx.saved_tensors
-    grad_hidden, grad_rows, grad_w_hidden, grad_w_key = ops.gather_gate_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
     grad_table = None
     if ctx.needs_input_grad[1]:
         ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
         grad_table = ops.gather_rows_bwd.default(grad_rows, ids.contiguous(), rows.shape[0], rows.dtype)
-    return (grad_hidden, grad_table, None, None, grad_w_hidden, grad_w_key, *(None,) * 8)
+    return grad_hidden, grad_table, grad_w_hidden, grad_w_key
 
 
-register_autograd("gather_gate", _backward, _setup_context, LIB)
-register_autograd("gather_gate_bwd", no_second_derivative("gather_gate"), None, LIB)
-backends.register_op("gather_gate", _checked_reference, _compiled, check_data=_check_data, in_place="hidden")
+_OP = Op("gather_gate", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_hidden, Tensor w_key, "
+         "Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, str zero_sign, "
+         "bool add_residual",
+         empty=empty_like_hidden, reference=_reference, check=_check, check_data=_check_data,
+         differentiable=("hidden", "rows", "w_hidden", "w_key"), in_place="hidden")
+_OP.derive("(Tensor, Tensor, Tensor, Tensor)", _fake_bwd, finish=_finish_gradients)

@@ -4,39 +4,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram_kernels import _transforms, backends
-from engram_kernels._checks import FLOAT_DTYPES, expect_one_device, expect_tensor, mark_written, refuse_forward_ad
+from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels._library import LIB
+from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.reference.gather_rows import gather_rows as _reference
-from engram_kernels.table.row_table import FLOAT_FORMATS, RowTable, expect_row_ids
+from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
+from engram_kernels.table.row_table import RowTable
 from engram_kernels.triton_runtime.dispatch import register_autograd
-
-_ARGS = ("Tensor rows, Tensor? scales, Tensor row_ids, str row_format, int row_dim, bool zero_scale_is_zero, "
-         "ScalarType out_dtype")
-LIB.define(f"gather_rows({_ARGS}) -> Tensor")
-LIB.define(f"gather_rows.out({_ARGS}, *, Tensor(a!) out) -> ()")
-LIB.define("gather_rows_bwd(Tensor grad, Tensor row_ids, int num_rows, ScalarType dtype) -> Tensor")
-
-
-def readable_only_on(like, rows):
-    """(rows,) unless a GPU may read them from host memory: what a fake compares devices of."""
-    return () if like.is_cuda and rows.is_cpu else (rows,)
-
-
-@torch.library.register_fake("engram_kernels::gather_rows", lib=LIB)
-def _fake(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype):
-    expect_one_device("gather_rows", row_ids, *readable_only_on(row_ids, rows))
-    return row_ids.new_empty((*row_ids.shape, row_dim), dtype=out_dtype)
-
-
-@torch.library.register_fake("engram_kernels::gather_rows.out", lib=LIB)
-def _fake_out(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, *, out):
-    return None
-
-
-@torch.library.register_fake("engram_kernels::gather_rows_bwd", lib=LIB)
-def _fake_bwd(grad, row_ids, num_rows, dtype):
-    return grad.new_empty((num_rows, grad.shape[-1]), dtype=dtype)
 
 
 def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None,
@@ -74,73 +49,52 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
 
     Source: docs/ops.md, "gather_rows" and "Row formats".
     """
-    op = "gather_rows"
     if not isinstance(table, RowTable):
-        raise TypeError(f"{op}: table must be a RowTable, got {type(table).__name__}")
-    device = table.device_for(row_ids)
-    expect_row_ids(op, row_ids, device)
-    if out_dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{op}: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
-    if out is not None:
-        expect_tensor(op, "out", out, (out_dtype,), (*row_ids.shape, table.row_dim), device,
-                      dense_dims=row_ids.dim() + 1)
-    run = backends.select(op, device, backend)
-    table, row_ids = table.stage(row_ids)
+        refuse_table("gather_rows", table)
     rows = table.rows
     args = (rows, table.scales, row_ids, table.row_format, table.row_dim, table.zero_scale_is_zero, out_dtype)
-    if not (torch.is_grad_enabled() and (rows.requires_grad or (out is not None and out.requires_grad))):
-        return run(*args, out=out)
-    if out is not None:
-        raise ValueError(f"{op}: out= has no gradient, but table.rows or out requires one")
-    if sparse_grad:
-        return _SparseGrad.apply(rows, table, row_ids, out_dtype, run)
-    return run(*args)
+    if sparse_grad and torch.is_grad_enabled() and rows.requires_grad:
+        return _SparseGrad.apply(rows, row_ids, args, _OP.selected(backend, args, out, table))
+    return _OP.call(backend, args, out, table)
 
 
 class _SparseGrad(torch.autograd.Function):
     """gather_rows of a table too large for a gradient of its own size."""
 
     @staticmethod
-    def forward(ctx, rows, table, row_ids, out_dtype, run):
+    def forward(ctx, rows, row_ids, args, run):
         ctx.save_for_backward(row_ids)
         ctx.rows_like = (rows.shape, rows.dtype)
-        return run(rows.detach(), table.scales, row_ids, table.row_format, table.row_dim, table.zero_scale_is_zero, out_dtype)
+        return run(None)
 
     @staticmethod
     def backward(ctx, *grads: Any):
         (row_ids,), (shape, dtype) = ctx.saved_tensors, ctx.rows_like
         present = row_ids != -1
         return (torch.sparse_coo_tensor(row_ids[present].long()[None], grads[0][present].to(dtype), shape,
-                                        check_invariants=False), None, None, None, None)
+                                        check_invariants=False), None, None, None)
 
 
-def _compiled(*args, out=None):
-    rows, _, row_ids, _, row_dim, _, out_dtype = args
-    refuse_forward_ad("gather_rows")
-    if out is None:
-        if _transforms.active():
-            return _transforms.call(torch.ops.engram_kernels.gather_rows.default, *args)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and rows.requires_grad):
-            return torch.ops.engram_kernels.gather_rows.default(*args)
-        # the Python autograd layer and an allocation through the stable ABI cost more than a decode step's rows
-        out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=row_ids.device)
-    torch.ops.engram_kernels.gather_rows.out(*args, out=out)
-    mark_written(out)
-    return out
+def _empty(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype):
+    return row_ids.new_empty((*row_ids.shape, row_dim), dtype=out_dtype)
+
+
+def _check(args, out, table):
+    _, _, row_ids, _, row_dim, _, out_dtype = args
+    device = table.device_for(row_ids)
+    expect_row_ids("gather_rows", row_ids, device)
+    if out_dtype not in FLOAT_DTYPES:
+        raise ValueError(f"gather_rows: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+    if out is not None:
+        expect_tensor("gather_rows", "out", out, (out_dtype,), (*row_ids.shape, row_dim), device, dense_dims=row_ids.dim() + 1)
 
 
 def _check_data(rows, scales, row_ids, *options):
-    wrong = (row_ids < -1) | (row_ids >= rows.shape[0])
-    if wrong.any():
-        where = wrong.nonzero()[0].tolist()
-        raise IndexError(f"gather_rows: row_ids{where} is {row_ids[tuple(where)].item()}, expected [0, {rows.shape[0]}) "
-                         "or -1 (no row)")
+    check_row_ids("gather_rows", row_ids, rows.shape[0])
 
 
-def _checked_reference(*args, out=None):
-    _check_data(*args)
-    values = _reference(*args)
-    return values if out is None else out.copy_(values)
+def _fake_bwd(grad, row_ids, num_rows, dtype):
+    return grad.new_empty((num_rows, grad.shape[-1]), dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -172,6 +126,10 @@ def _double_backward(ops, ctx, grad_rows):
     return rows, None, None, None
 
 
+_OP = Op("gather_rows", "Tensor rows, Tensor? scales, Tensor row_ids, str row_format, int row_dim, bool zero_scale_is_zero, "
+         "ScalarType out_dtype", empty=_empty, reference=_reference, check=_check, check_data=_check_data,
+         differentiable=("rows",))
+LIB.define("gather_rows_bwd(Tensor grad, Tensor row_ids, int num_rows, ScalarType dtype) -> Tensor")
+torch.library.register_fake("engram_kernels::gather_rows_bwd", _fake_bwd, lib=LIB)
 register_autograd("gather_rows", _backward, _setup_context, LIB)
 register_autograd("gather_rows_bwd", _double_backward, _setup_bwd_context, LIB)
-backends.register_op("gather_rows", _checked_reference, _compiled, check_data=_check_data)

@@ -2,29 +2,11 @@
 import torch
 from torch import Tensor
 
-from engram_kernels import backends
-from engram_kernels._checks import expect_bounds, expect_one_device, expect_tensor, mark_written
-from engram_kernels._library import LIB
+from engram_kernels._checks import expect_bounds, expect_tensor
 from engram_kernels.layout import Layout
+from engram_kernels.ops._op import Op
 from engram_kernels.reference.ngram_hash import ngram_hash as _reference
 from engram_kernels.token_map import TokenMap
-
-_ARGS = ("Tensor token_ids, Tensor cu_seqlens, Tensor moduli, Tensor offsets, Tensor multipliers, Tensor? token_map, "
-         "Tensor? history, Tensor? dead_mask, int num_ids, int boundary_id, int eos_id")
-LIB.define(f"ngram_hash({_ARGS}) -> Tensor")
-LIB.define(f"ngram_hash.out({_ARGS}, *, Tensor(a!) out) -> ()")
-
-
-@torch.library.register_fake("engram_kernels::ngram_hash", lib=LIB)
-def _fake(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id):
-    expect_one_device("ngram_hash", token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask)
-    return token_ids.new_empty((moduli.shape[0], token_ids.shape[0], moduli.shape[1]), dtype=torch.int32)
-
-
-@torch.library.register_fake("engram_kernels::ngram_hash.out", lib=LIB)
-def _fake_out(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id,
-              eos_id, *, out):
-    return None
 
 
 def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout, token_map: TokenMap | None = None,
@@ -65,53 +47,45 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout, token_map:
 
     Source: arXiv 2601.07372 section 2 and its public demo; families and boundary rules: `EngramSpec`.
     """
-    args = _check(token_ids, cu_seqlens, layout, token_map, history, dead_mask, out)
-    run = backends.select("ngram_hash", token_ids.device, backend)
-    return run(*args, out=out)
-
-
-def _check(token_ids, cu_seqlens, layout, token_map, history, dead_mask, out):
-    op = "ngram_hash"
-    expect_tensor(op, "token_ids", token_ids, (torch.int32, torch.int64), ("T",))
-    device = token_ids.device
-    expect_bounds(op, cu_seqlens, token_ids.shape[0], device)
     if not isinstance(layout, Layout):
-        raise TypeError(f"{op}: layout must be a Layout (EngramSpec.layout()), got {type(layout).__name__}")
-    expect_tensor(op, "layout.moduli", layout.moduli, (torch.int64,), ("L", "C"), device, dense_dims=2)
+        raise TypeError(f"ngram_hash: layout must be a Layout (EngramSpec.layout()), got {type(layout).__name__}")
     if token_map is not None:
-        if not isinstance(token_map, TokenMap):
-            raise TypeError(f"{op}: token_map must be a TokenMap, got {type(token_map).__name__}")
-        expect_tensor(op, "token_map.map", token_map.map, (torch.int32,), ("vocab",), device, dense_dims=1)
-        if token_map.num_classes != layout.num_ids:
-            raise ValueError(f"{op}: token_map has {token_map.num_classes} classes, the layout was made for {layout.num_ids}")
-        if token_map.map.shape[0] != layout.spec.vocab_size:
-            raise ValueError(f"{op}: token_map has {token_map.map.shape[0]} token ids, the layout was made for "
-                             f"{layout.spec.vocab_size}")
+        _check_token_map(token_map, layout)
+    return _OP.call(backend, (token_ids, cu_seqlens, layout.moduli, layout.offsets, layout.multipliers,
+                              None if token_map is None else token_map.map, history, dead_mask, layout.num_ids,
+                              layout.boundary_id, layout.eos_id), out)
+
+
+def _check_token_map(token_map, layout):
+    if not isinstance(token_map, TokenMap):
+        raise TypeError(f"ngram_hash: token_map must be a TokenMap, got {type(token_map).__name__}")
+    if token_map.num_classes != layout.num_ids:
+        raise ValueError(f"ngram_hash: token_map has {token_map.num_classes} classes, the layout was made for {layout.num_ids}")
+    if token_map.map.shape[0] != layout.spec.vocab_size:
+        raise ValueError(f"ngram_hash: token_map has {token_map.map.shape[0]} token ids, the layout was made for "
+                         f"{layout.spec.vocab_size}")
+
+
+def _check(args, out):
+    op = "ngram_hash"
+    token_ids, cu_seqlens, moduli, _, multipliers, token_map, history, dead_mask, *_ = args
+    expect_tensor(op, "token_ids", token_ids, (torch.int32, torch.int64), ("T",))
+    tokens, device = token_ids.shape[0], token_ids.device
+    expect_bounds(op, cu_seqlens, tokens, device)
+    expect_tensor(op, "layout.moduli", moduli, (torch.int64,), ("L", "C"), device, dense_dims=2)
+    if token_map is not None:
+        expect_tensor(op, "token_map.map", token_map, (torch.int32,), ("vocab",), device, dense_dims=1)
     if history is not None:
-        shape = (cu_seqlens.shape[0] - 1, layout.max_order - 1)
+        shape = (cu_seqlens.shape[0] - 1, multipliers.shape[-1] - 1)
         expect_tensor(op, "history", history, (token_ids.dtype,), shape, device, dense_dims=2)
     if dead_mask is not None:
-        expect_tensor(op, "dead_mask", dead_mask, (torch.bool,), (token_ids.shape[0],), device, dense_dims=1)
+        expect_tensor(op, "dead_mask", dead_mask, (torch.bool,), (tokens,), device, dense_dims=1)
     if out is not None:
-        shape = (layout.moduli.shape[0], token_ids.shape[0], layout.moduli.shape[1])
-        expect_tensor(op, "out", out, (torch.int32,), shape, device, dense_dims=3)
-    return (token_ids, cu_seqlens, layout.moduli, layout.offsets, layout.multipliers,
-            None if token_map is None else token_map.map, history, dead_mask, layout.num_ids, layout.boundary_id,
-            layout.eos_id)
+        expect_tensor(op, "out", out, (torch.int32,), (moduli.shape[0], tokens, moduli.shape[1]), device, dense_dims=3)
 
 
-def _compiled(*args, out=None):
-    if out is None:
-        return torch.ops.engram_kernels.ngram_hash.default(*args)
-    torch.ops.engram_kernels.ngram_hash.out(*args, out=out)
-    mark_written(out)
-    return out
-
-
-def _checked_reference(*args, out=None):
-    _check_data(*args)
-    rows = _reference(*args)
-    return rows if out is None else out.copy_(rows)
+def _empty(token_ids, cu_seqlens, moduli, *args):
+    return token_ids.new_empty((moduli.shape[0], token_ids.shape[0], moduli.shape[1]), dtype=torch.int32)
 
 
 def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id):
@@ -134,4 +108,6 @@ def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, 
                          "expected -1; unresolved placeholders must not be hashed")
 
 
-backends.register_op("ngram_hash", _checked_reference, _compiled, check_data=_check_data)
+_OP = Op("ngram_hash", "Tensor token_ids, Tensor cu_seqlens, Tensor moduli, Tensor offsets, Tensor multipliers, "
+         "Tensor? token_map, Tensor? history, Tensor? dead_mask, int num_ids, int boundary_id, int eos_id",
+         empty=_empty, reference=_reference, check=_check, check_data=_check_data)

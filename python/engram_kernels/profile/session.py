@@ -4,13 +4,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engram_kernels._files import write_atomic
 from engram_kernels._terminal import is_stream
 from engram_kernels.profile.cells import (
     JsonCell,
@@ -212,12 +212,7 @@ def write_whole(path: Path, text: str) -> None:
         return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomic("profile", path, text.encode())
 
 
 def _reason(err: Exception) -> tuple[str, str]:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from engram_kernels import capacity
+from engram_kernels._files import write_all
 from engram_kernels._terminal import Progress, no_progress
 from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.table.row_table import RowTable
-from engram_kernels.table.safetensors_file import Extent, lay_out, write_all
+from engram_kernels.table.safetensors_file import Extent, lay_out
 
 try:
     import fcntl

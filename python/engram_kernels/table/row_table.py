@@ -16,7 +16,7 @@ from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
 from engram_kernels.table import reopen, shared_table, staging
 from engram_kernels.table.file_reader import make_reader
 from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, memory_stats, pin_host_memory
-from engram_kernels.table.row_ids import expect_in_range, expect_row_ids
+from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.safetensors_file import open_regular, read_header
 from engram_kernels.table.table_file import TableFile, find_tensor, metadata_int
 from engram_kernels.table.table_writer import Chunk, write_table
@@ -196,6 +196,8 @@ class RowTable:
         path = Path(path)
         fd = open_regular(path)
         try:
+            # first the reader, which notes the file's size and times: a change while the header is read is seen later
+            reader = make_reader(fd, str(path), queue_depth, io)
             header = read_header(fd, path)
             described = header.metadata if tensor is None else {}
             if scales is None and tensor is None and "scales" in header.extents:
@@ -207,7 +209,8 @@ class RowTable:
                                             row_dim or metadata_int(described, "row_dim"))
             except ValueError as err:
                 raise ValueError(f"RowTable.open: {path}: {err}") from None
-            reader = make_reader(fd, str(path), queue_depth, io)
+            noted = os.fstat(fd)
+            file.source = (str(path.resolve()), f"{noted.st_dev}:{noted.st_ino}", noted.st_mtime_ns)
             file.attach(reader, cache_bytes)
         finally:
             os.close(fd)
@@ -238,7 +241,7 @@ class RowTable:
         """
         op = "RowTable.read_rows"
         expect_row_ids(op, row_ids, self.device)
-        expect_in_range(op, row_ids, self.num_rows, lowest=0)
+        check_row_ids(op, row_ids, self.num_rows, may_be_absent=False)
         ids = row_ids.reshape(-1).to(torch.int64)
         per_row = self.scales is not None and self.scales.dim() == 2
         out_rows = staging.output(op, "out_rows", self.rows, ids, out_rows)

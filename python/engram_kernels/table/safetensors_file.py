@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engram_kernels import capacity
+from engram_kernels._files import naming_path, parse_json, replacing, shorten, write_all
 
-MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
+MAX_HEADER_BYTES = 16 * 2**20  # of some 150,000 tensors; Python's objects of a header take up to 30 times its bytes
+_MAX_DIMS = 64  # as torch
 _ALIGN_BYTES = 4096  # data of files that we write starts on a page, which direct reads want
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
                 "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
@@ -48,9 +49,23 @@ def open_regular(path: Path) -> int:
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-        raise ValueError(f"RowTable.open: {path} is {kind}, expected a safetensors file")
+        kind = "no regular file, expected a safetensors file"
+        if stat.S_ISDIR(mode):
+            inside = sorted(x.name for x in path.iterdir() if x.suffix == ".safetensors")
+            kind = ("a directory, expected a safetensors file"
+                    + (f"; name one that is in it: {shorten(', '.join(inside))}" if inside else ""))
+        raise ValueError(f"RowTable.open: {path} is {kind}")
     return fd
+
+
+def _other_kind(first: bytes) -> str | None:
+    """What a file is that begins so, where that is a known kind and no safetensors file."""
+    if first.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, which stands for the file: fetch the file itself with `git lfs pull`"
+    if first.lstrip().startswith(b"{"):
+        return ("it is JSON; a model.safetensors.index.json only says in which file each tensor lies: open that file, which its "
+                "weight_map names")
+    return None
 
 
 def read_header(fd: int, path: Path) -> Header:
@@ -66,6 +81,8 @@ def read_header(fd: int, path: Path) -> Header:
         return ValueError(f"RowTable.open: {path} is no whole safetensors file: {why}")
 
     try:
+        if (kind := _other_kind(_read(fd, 0, 64))) is not None:
+            raise refuse(kind)
         if file_bytes < 8:
             raise refuse(f"it has {file_bytes} bytes, the header length alone takes 8")
         header_bytes = int.from_bytes(_read(fd, 0, 8), "little")
@@ -78,12 +95,12 @@ def read_header(fd: int, path: Path) -> Header:
     if len(text) != header_bytes:
         raise refuse(f"its header should have {header_bytes} bytes, {len(text)} could be read")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as err:
-        raise refuse(f"its header of {header_bytes} bytes is not valid: {err}") from None
+        entries = parse_json(text.decode("utf-8"))
+    except ValueError as err:
+        raise refuse(f"its header of {header_bytes} bytes is not valid: {shorten(str(err))}") from None
     if not isinstance(entries, dict):
         raise refuse("its header is no JSON object")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise refuse("its __metadata__ is no map of strings")
     data_start = 8 + header_bytes
@@ -92,18 +109,9 @@ def read_header(fd: int, path: Path) -> Header:
         try:
             extents[name] = _extent(entry, data_start)
         except ValueError as err:
-            raise refuse(f"tensor {name!r} {err}") from None
+            raise refuse(f"tensor {shorten(name)!r} {shorten(str(err))}") from None
     _check_cover(extents, data_start, file_bytes, refuse)
     return Header(extents, metadata)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} appears twice")
-    return result
 
 
 def _is_size(x: Any) -> bool:
@@ -114,7 +122,7 @@ def _extent(entry: Any, data_start: int) -> Extent:
     if not isinstance(entry, dict):
         raise ValueError(f"is described by {entry!r}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not (isinstance(shape, list) and all(_is_size(s) for s in shape)):
+    if not (isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(_is_size(s) for s in shape)):
         raise ValueError(f"has shape {shape!r}")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(_is_size(o) for o in offsets) and offsets[0] <= offsets[1]):
         raise ValueError(f"has data_offsets {offsets!r}, expected [begin, end]")
@@ -131,9 +139,9 @@ def _check_cover(extents: dict[str, Extent], data_start: int, file_bytes: int, r
     end, before = data_start, "the header"
     for name, extent in sorted(extents.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if extent.offset != end:
-            raise refuse(f"tensor {name!r} begins at byte {extent.offset}, {before} ends at {end}: they "
+            raise refuse(f"tensor {shorten(name)!r} begins at byte {extent.offset}, {before} ends at {end}: they "
                          f"{'overlap' if extent.offset < end else 'leave a hole'}")
-        end, before = extent.offset + extent.num_bytes, f"tensor {name!r}"
+        end, before = extent.offset + extent.num_bytes, f"tensor {shorten(name)!r}"
     if end != file_bytes:
         raise refuse(f"its tensors end at byte {end}, the file has {file_bytes} bytes" +
                      (" (truncated)" if end > file_bytes else ""))
@@ -145,13 +153,6 @@ def _read(fd: int, at: int, num_bytes: int) -> bytes:
         pieces.append(piece)
         at, num_bytes = at + len(piece), num_bytes - len(piece)
     return b"".join(pieces)
-
-
-def write_all(fd: int, view: memoryview, at: int) -> None:
-    """Writes a vector of bytes at byte `at` of a file, however many calls that takes."""
-    while len(view) > 0:
-        written = os.pwrite(fd, view, at)
-        at, view = at + written, view[written:]
 
 
 class Writer:
@@ -204,42 +205,14 @@ def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], m
         OSError: a step failed, or there is no room (`CapacityError`); names the path and the step. Nothing is left behind.
     """
     header, extents, file_bytes = lay_out(tensors, metadata)
-    capacity.check_directory("RowTable.create", f"the file {path}", file_bytes, path.parent, capacity.DISK_REMEDY)
-    with _naming_path(path, "cannot be created in its directory"):
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            with _naming_path(path, f"{file_bytes} bytes cannot be reserved"):
-                os.posix_fallocate(fd, 0, file_bytes)
-            writer = Writer(fd, extents)
-            with _naming_path(path, "cannot be written"):
-                write_all(fd, memoryview(header), 0)
-            yield writer
-            with _naming_path(path, "cannot be synced"):
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        with _naming_path(path, "cannot be put in place"):
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path)
+    op = "RowTable.create"
+    capacity.check_directory(op, f"the file {path}", file_bytes, path.parent, capacity.DISK_REMEDY)
 
+    def reserve(fd: int) -> None:
+        with naming_path(op, path, f"{file_bytes} bytes cannot be reserved"):
+            os.posix_fallocate(fd, 0, file_bytes)
 
-def _sync_directory(path: Path) -> None:
-    with _naming_path(path, "is in place and whole, but its directory cannot be synced"):
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-@contextmanager
-def _naming_path(path: Path, step: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise OSError(err.errno, f"RowTable.create: {step}: {err.strerror}", str(path)) from err
+    with replacing(op, path, reserve) as fd:
+        with naming_path(op, path, "cannot be written"):
+            write_all(fd, header)
+        yield Writer(fd, extents)

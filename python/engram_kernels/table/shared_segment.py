@@ -31,7 +31,7 @@ except ImportError:  # Windows
 
 PREFIX = "engram-"
 DATA_OFFSET = 2 << 20
-VERSION = 1
+VERSION = 2
 _MAGIC = b"EKSHARE\0"
 _HEADER = struct.Struct("<8sIIII")  # magic, version, state, bytes of JSON, crc32 of what is before it here and of the JSON
 HEADER_BYTES = 4096
@@ -59,6 +59,9 @@ class Manifest:
     zero_scale_is_zero: bool
     num_bytes: int  # of the data
     fingerprint: str
+    source_path: str = ""  # of the file that it was filled from; empty: from memory
+    source_file: str = ""  # its device and inode
+    source_changed_ns: int = 0  # when it was last written to
     owner_pid: int = dataclasses.field(default_factory=os.getpid)
     owner_start: int = dataclasses.field(default_factory=lambda: start_time(os.getpid()) or 0)
 

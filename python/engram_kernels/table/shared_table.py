@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from engram_kernels import capacity
+from engram_kernels._files import write_all
 from engram_kernels._terminal import Progress, no_progress
 from engram_kernels.table import shared_segment
 from engram_kernels.table.host_memory import HUGE_PAGE_BYTES, TableLayout, make_host_memory
-from engram_kernels.table.safetensors_file import write_all
 from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def describe(table: RowTable) -> Manifest:
     """The manifest of a table."""
     layout = TableLayout.of(table.row_format, table.num_rows, table.rows.shape[1], table.row_dim)
     return Manifest(table.row_format, table.row_dim, table.num_rows, table.rows.shape[1], bool(table.zero_scale_is_zero),
-                    layout.num_bytes, fingerprint(table))
+                    layout.num_bytes, fingerprint(table), *(table._file.source if table._file is not None else ()))
 
 
 def share(table: RowTable, name: str, timeout_s: float, placed: tuple[int | None, str], progress: Progress | None) -> RowTable:
@@ -227,12 +227,27 @@ def _expect_same(op: str, path: Path, manifest: Manifest, wanted: Manifest | str
             name: (getattr(manifest, name), getattr(wanted, name))
             for name in ("row_format", "row_dim", "num_rows", "width", "zero_scale_is_zero", "fingerprint")
             if getattr(manifest, name) != getattr(wanted, name)}
+        if wanted is not None and not different and _is_other_revision(manifest, wanted):
+            different = {"the file": (_source_of(manifest), _source_of(wanted))}
     if different:
         if len(different) > 1:
             different.pop("fingerprint", None)  # follows from the others
         raise ValueError(f"{op}: {path} holds another table: "
                          + ", ".join(f"{name} is {got}, expected {want}" for name, (got, want) in different.items())
                          + f" (shared by {manifest.owner()})")
+
+
+def _is_other_revision(a: Manifest, b: Manifest) -> bool:
+    """Whether both come from one path, or one file, at different times: rows that the fingerprint does not see may differ."""
+    if not (a.source_path and b.source_path):
+        return False
+    is_same = a.source_path == b.source_path or a.source_file == b.source_file
+    return is_same and (a.source_file, a.source_changed_ns) != (b.source_file, b.source_changed_ns)
+
+
+def _source_of(manifest: Manifest) -> str:
+    return (f"{manifest.source_path} (device and inode {manifest.source_file}, changed at "
+            f"{manifest.source_changed_ns / 1e9:.6f})")
 
 
 def _map(op: str, cls: type[RowTable], fd: int, path: Path, manifest: Manifest) -> RowTable:

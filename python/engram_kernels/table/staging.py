@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels._checks import expect_tensor
 from engram_kernels._library import LIB
-from engram_kernels.table.row_ids import expect_in_range, expect_row_ids
+from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 
 if TYPE_CHECKING:
     from engram_kernels.table.row_table import RowTable
@@ -93,7 +93,7 @@ def stage(table: RowTable, row_ids: Tensor) -> tuple[RowTable, Tensor]:
         return _stage_traced(table, row_ids)
     op = "gather_rows"
     expect_row_ids(op, row_ids, table.device)
-    expect_in_range(op, row_ids, table.num_rows, lowest=-1)
+    check_row_ids(op, row_ids, table.num_rows)
     present = row_ids != -1
     distinct, where = torch.unique(row_ids[present], return_inverse=True)
     rows, scales = table.read_rows(distinct)

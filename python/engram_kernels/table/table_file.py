@@ -23,6 +23,7 @@ class TableFile:
     scales: Extent | None
     row_format: str
     row_dim: int
+    source: tuple[str, str, int] = ("", "", 0)  # when it was opened: path, device and inode, time of change in nanoseconds
     tier: Any = None  # a FileTier
     reader: Any = None  # its FileReader
     opened: dict[str, Any] = dataclasses.field(default_factory=dict)  # the arguments of `RowTable.open` that open it again
@@ -91,7 +92,7 @@ class TableFile:
 
 def _file_extent(extent: Extent | None) -> FileExtent:
     if extent is None or len(extent.shape) != 2 or extent.shape[0] == 0:
-        return (0, 0, 0, 0 if extent is None else extent.shape[0])
+        return (0, 0, 0, 0 if extent is None else extent.shape[0] if extent.shape else 1)
     row_bytes = extent.num_bytes // extent.shape[0]
     return (extent.offset, row_bytes, row_bytes, extent.shape[0])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
+from engram_kernels._files import naming_path
 from engram_kernels.row_format import RowFormat, check_shape, row_format_of
 from engram_kernels.table.safetensors_file import Writer, atomic_writer
 
@@ -49,7 +50,8 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
                 "zero_scale_is_zero": "true" if zero_scale_is_zero else "false"}
     with atomic_writer(path, tensors, metadata) as writer:
         if scale_shape == (1,) and scales is not None:
-            writer.write("scales", 0, _bytes(scales))
+            with naming_path(_OP, path, "the scale cannot be written"):
+                writer.write("scales", 0, _bytes(scales))
         _write_pieces(writer, path, remaining, fmt, (num_rows, width, row_dim), scales)
 
 

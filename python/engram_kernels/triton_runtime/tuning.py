@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from engram_kernels._files import write_atomic
+
 VERSION = 1
 SMALL_BATCH = 64  # tokens: up to here a batch is "small" (decode), above it "large" (prefill, training)
 
@@ -207,8 +209,6 @@ def _write(op, target, size, chosen):
     path, table = user_file(), json.loads(json.dumps(user_table()))
     table.setdefault(op, {}).setdefault(target, {})[size] = chosen
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps({"version": VERSION, "parameters": table}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomic("tune", path, (json.dumps({"version": VERSION, "parameters": table}, indent=1) + "\n").encode())
     user_table.cache_clear()
     _parameters.cache_clear()

@@ -1,0 +1,205 @@
+"""One op: its schema, fakes and derivative, and the one way in which a call reaches a backend."""
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from engram_kernels import _transforms, backends
+from engram_kernels._checks import expect_apart, expect_one_device, no_second_derivative
+from engram_kernels._library import COMPILE_ERROR, LIB
+from engram_kernels.table.row_table import RowTable
+from engram_kernels.triton_runtime.dispatch import register_autograd
+
+is_grad_enabled, increment_version = torch.is_grad_enabled, torch.autograd.graph.increment_version
+are_transforms_active = torch._C._are_functorch_transforms_active
+
+_COMPILED_FIRST = frozenset() if COMPILE_ERROR else frozenset({"auto", "cpu"})
+_DTYPE_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # of c10::ScalarType, part of torch's stable ABI
+
+
+class Op:
+    """Schema `<name>(arguments) -> Tensor` with an `out` overload, fakes, backends and, with `derive`, a derivative.
+
+    A call on the CPU runs the compiled op at once: its binding checks all that `check` does, and at the size of a decode step
+    checking twice costs as much as the work. Only when it raises does `check` look for better words; if it finds none, the
+    op's own error goes on. The op never runs twice. On every other way, `check` comes first.
+    """
+
+    def __init__(self, name: str, arguments: str, *, empty: Callable[..., Tensor], reference: Callable[..., Tensor],
+                 check: Callable[..., None], check_data: Callable[..., None] | None = None,
+                 differentiable: Sequence[str] = (), in_place: str | None = None, no_gradient: str | None = None):
+        """Defines the op and registers its backends.
+
+        Args:
+            name: op name.
+            arguments: of the schema, each "Type name"; tensors come first. Those called rows, scales and row_ids are a table's.
+            empty: the output for these arguments, uninitialised: also what the fake returns.
+            reference: computes the output from them.
+            check: takes the arguments as a tuple, `out` and the table where there is one; raises TypeError or ValueError.
+            check_data: raises where the data is wrong, for the backends whose kernels do not look.
+            differentiable: names of the arguments that may require grad.
+            in_place: name of the argument that `out` may be.
+            no_gradient: why there is no derivative, where only the reference has one.
+        """
+        self.name, self.arguments = name, arguments
+        self.names = tuple(argument.split()[-1] for argument in arguments.split(", "))
+        self.num_tensors = sum(argument.startswith("Tensor") for argument in arguments.split(", "))
+        self._empty, self._compute, self._check, self._check_data = empty, reference, check, check_data
+        self._differentiable = tuple(self.names.index(x) for x in differentiable)
+        self._in_place, self._no_gradient = in_place, no_gradient
+        self._rows = self.names.index("rows") if "rows" in self.names else None
+        LIB.define(f"{name}({arguments}) -> Tensor")
+        LIB.define(f"{name}.out({arguments}, *, Tensor(a!) out) -> ()")
+        torch.library.register_fake(f"engram_kernels::{name}", self._fake, lib=LIB)
+        torch.library.register_fake(f"engram_kernels::{name}.out", self._fake_out, lib=LIB)
+        packet = getattr(torch.ops.engram_kernels, name)
+        self._default, self._out = packet.default, packet.out
+        self._eager_out = packet.out._op  # what packet.out calls, for half a microsecond less
+        self._dtype_at = self.names.index("out_dtype") if "out_dtype" in self.names else None
+        if no_gradient is not None:
+            register_autograd(name, self._refuse_backward, None, LIB)
+        backends.register_op(name, self.reference, self.compiled, check_data=check_data, in_place=in_place)
+
+    def call(self, backend: str, args: tuple[Any, ...], out: Tensor | None = None, table: RowTable | None = None) -> Tensor:
+        """The output for `args`, from `backend`; `out` when given. `table`: whose rows are among `args`."""
+        if (backend in _COMPILED_FIRST and getattr(args[0], "is_cpu", False) and (table is None or table.tier != "file")
+                and not is_compiling()):
+            try:
+                return self._run(args, out)
+            except Exception:
+                self.check(args, out, table)
+                raise
+        return self.selected(backend, args, out, table)(out)
+
+    def selected(self, backend: str, args: tuple[Any, ...], out: Tensor | None,
+                 table: RowTable | None = None) -> Callable[..., Tensor]:
+        """Checks, chooses a backend and reads the rows of a file: a function of `out` that is ready to run."""
+        self.check(args, out, table)
+        like = args[2] if self._rows == 0 else args[0]  # the ids say where rows are gathered
+        run = backends.select(self.name, like.device, backend)
+        if self._no_gradient is not None and run != self.reference and self._wants_grad(args):
+            raise NotImplementedError(self._no_gradient)
+        if table is not None and table.tier == "file":
+            args = self._staged(args, table)
+        return lambda out: run(*args, out=out)
+
+    def check(self, args: tuple[Any, ...], out: Tensor | None, table: RowTable | None = None) -> None:
+        """Raises TypeError or ValueError where an argument is wrong, whatever the backend."""
+        self._check(args, out, *(() if table is None else (table,)))
+        if out is None:
+            return
+        if self._wants_grad((*args, out)):
+            raise ValueError(f"{self.name}: out cannot be given while an input requires grad; leave it away or use "
+                             "torch.no_grad()")
+        for name, x in zip(self.names, args, strict=False):
+            if isinstance(x, Tensor):
+                expect_apart(self.name, name, x, out, may_be_same=name == self._in_place)
+
+    def compiled(self, *args: Any, out: Tensor | None = None) -> Tensor:
+        """Runs the compiled op, on the CPU or a GPU, or its fake."""
+        if not is_compiling():
+            return self._run(args, out)
+        if out is None:
+            return self._default(*args)
+        self._out(*args, out=out)
+        return out
+
+    def _run(self, args: tuple[Any, ...], out: Tensor | None) -> Tensor:
+        # every line here counts: a decode step's rows take less time than the call around them
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{self.name}: the compiled op has no forward-mode derivative; use backend='reference'")
+        if out is None and are_transforms_active():  # of torch.func, which take no `out` that is made here
+            return _transforms.call(self._default, *args)
+        if is_grad_enabled():
+            for index in self._differentiable:
+                if args[index].requires_grad:
+                    return self._differentiated(args, out)
+            if out is not None and out.requires_grad:
+                return self._differentiated(args, out)
+        written = out
+        if out is None:
+            # an allocation through the stable ABI and the Python layer of autograd cost more than the rows of a decode step
+            out = self._empty(*args)
+        if self._dtype_at is not None:  # torch's parser takes a microsecond for a dtype, and none for its number
+            args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
+        self._eager_out(*args, out=out)
+        if written is not None:
+            increment_version(written)  # autograd does not know of the write: a backward pass that saved `out` must raise
+        return out
+
+    def reference(self, *args: Any, out: Tensor | None = None) -> Tensor:
+        """Checks the data and runs the reference."""
+        if self._check_data is not None:
+            self._check_data(*args)
+        result = self._compute(*args)
+        return result if out is None else out.copy_(result)
+
+    def derive(self, returns: str, fake: Callable[..., Any], *, finish: Callable[..., Any] | None = None) -> None:
+        """Defines `<name>_bwd(Tensor grad_out, arguments) -> returns` and makes it the derivative of the op.
+
+        Args:
+            returns: of the schema: one gradient per differentiable argument, in their order.
+            fake: the gradients for grad_out and the arguments.
+            finish: takes the namespace of the ops, ctx and the gradients; returns them changed. None: they are as they should be.
+        """
+        bwd = f"{self.name}_bwd"
+        LIB.define(f"{bwd}(Tensor grad_out, {self.arguments}) -> {returns}")
+        torch.library.register_fake(f"engram_kernels::{bwd}", fake, lib=LIB)
+
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs[:self.num_tensors])
+            ctx.options = inputs[self.num_tensors:]
+
+        def backward(ops, ctx, grad_out):
+            if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
+                grad_out = grad_out.contiguous()
+            grads = getattr(ops, bwd).default(grad_out, *ctx.saved_tensors, *ctx.options)
+            grads = grads if finish is None else finish(ops, ctx, *grads)
+            result = [None] * len(self.names)
+            for index, grad in zip(self._differentiable, grads, strict=True):
+                result[index] = grad
+            return tuple(result)
+
+        register_autograd(self.name, backward, setup_context, LIB)
+        register_autograd(bwd, no_second_derivative(self.name), None, LIB)
+
+    def _differentiated(self, args: tuple[Any, ...], out: Tensor | None) -> Tensor:
+        if self._no_gradient is not None:
+            raise NotImplementedError(self._no_gradient)
+        if out is not None:
+            raise ValueError(f"{self.name}: out was given while an input requires grad")  # `check` has better words
+        return self._default(*args)
+
+    def _refuse_backward(self, ops, ctx, grad_out):
+        raise NotImplementedError(self._no_gradient)
+
+    def _wants_grad(self, tensors: tuple[Any, ...]) -> bool:
+        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+    def _staged(self, args: tuple[Any, ...], table: RowTable) -> tuple[Any, ...]:
+        """`args` with the rows of a file in memory, and ids into them."""
+        assert self._rows is not None
+        row_ids = args[self._rows + 2]
+        if "mask" in self.names and (mask := args[self.names.index("mask")]) is not None:
+            row_ids = row_ids.masked_fill(mask[:, None], -1)  # rows of masked tokens are not read
+        staged, row_ids = table.stage(row_ids.contiguous())
+        return (*args[:self._rows], staged.rows, staged.scales, row_ids, *args[self._rows + 3:])
+
+    def _fake(self, *args: Any) -> Tensor:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if self._rows is not None and args[self._rows].is_cpu and args[2 if self._rows == 0 else 0].is_cuda:
+            tensors = [x for x in tensors if x is not args[self._rows] and x is not args[self._rows + 1]]  # pinned host memory
+        expect_one_device(self.name, *tensors)
+        return self._empty(*args)
+
+    def _fake_out(self, *args: Any, out: Tensor) -> None:
+        expect_one_device(self.name, self._fake(*args), out)
+
+
+def refuse_table(op: str, table: object) -> NoReturn:
+    """Raises TypeError: `table` is no RowTable."""
+    raise TypeError(f"{op}: table must be a RowTable, got {type(table).__name__}"
+                    + ("; RowTable.from_tensor makes one of a tensor" if isinstance(table, Tensor) else ""))

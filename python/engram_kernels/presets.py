@@ -1,0 +1,190 @@
+"""The published memories: their specs, and the readers of their Hugging Face configurations."""
+import operator
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engram_kernels._files import parse_json, shorten
+
+_DEEPSEEK_CLASSES = 99_092  # of the 129,280 token ids of the DeepSeek V4 tokenizer
+
+DEEPSEEK_V41: dict[str, Any] = dict(
+    name="deepseek_v41", hash_family="xor_prime", boundary="pad", vocab_size=129_280, pad_token_id=2,
+    num_classes=_DEEPSEEK_CLASSES, pad_class=2, max_order=4, heads=8, head_dim=256, layer_ids=(1, 14), seed=0,
+    table_sizes=(16_000_000,) * 3, row_format="fp8_e4m3_block32", variant="deepseek_v41", zero_sign="copysign",
+    add_residual=True, gate_eps=1e-20, gate_clamp=1e-6, hidden_size=5120, branches=4)
+
+DEMO_V1: dict[str, Any] = dict(
+    name="demo_v1", hash_family="xor_prime", boundary="pad", vocab_size=129_280, pad_token_id=2,
+    num_classes=_DEEPSEEK_CLASSES, pad_class=2, max_order=3, heads=8, head_dim=64, layer_ids=(1, 15), seed=0,
+    table_sizes=(646_400,) * 2, row_format="f32", variant="demo_v1", zero_sign="sign", add_residual=False,
+    gate_eps=2.0**-23, gate_clamp=1e-6, conv_width=4, conv_dilation=3, conv_eps=1e-5, hidden_size=1024,
+    branches=4)
+
+QWEN4_PLE: dict[str, Any] = dict(
+    name="qwen4_ple", hash_family="xor_splitmix", boundary="eos_reset", vocab_size=248_320,
+    pad_token_id=248_044, eos_token_id=248_044, max_order=3, heads=8, head_dim=160, layer_ids=(1,),
+    table_sizes=(20_000_000,) * 2, seed=1234, row_format="bf16", variant="none", zero_sign="sign",
+    add_residual=False, gate_eps=1e-6, gate_clamp=1e-6, conv_width=4, conv_dilation=3, conv_eps=1e-6,
+    hidden_size=2560, branches=4)
+
+LONGCAT: dict[str, Any] = dict(
+    name="longcat", hash_family="polynomial", boundary="stop", vocab_size=131_072, pad_token_id=0,
+    eos_token_id=2, max_order=4, heads=4, head_dim=256, layer_ids=(0,),
+    table_sizes=(78 * 131_072,) * 3, row_format="bf16", variant="none", hidden_size=3072,
+    branches=1)
+
+# a configuration's field that says something of an n-gram memory, whichever family it belongs to
+_MEMORY_FIELD = re.compile(r"(engram|ple|oe|emb)_|.*ngram|.*n_gram|special_token_scope|.*ignored_token_ids|text_vocab_size|"
+                           r"vocab_size_text")
+# what these say of the checkpoint's files changes no row id
+_OF_FILES = frozenset({"make_ngram_vocab_size_divisible_by", "split_ngram_parts"})
+_PLE_ROW_FORMATS = {"float32": "f32", "bfloat16": "bf16", "bf16": "bf16", "float16": "f16", "float8_e4m3fn": "fp8_e4m3_tensor",
+                    "fp8": "fp8_e4m3_tensor"}
+_NEXT_FIELDS = ("oe_ignored_token_ids", "ignored_token_ids", "text_vocab_size", "vocab_size_text")
+
+
+def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """The fields of the spec that a configuration describes, and the rows of each table where it states them.
+
+    Args:
+        config: dict, object with attributes, path of a config.json or of its directory; `text_config` comes first.
+        overrides: fields of the spec that replace what was read.
+
+    Raises:
+        ValueError: no n-gram memory in it; a field is missing, of the wrong type, contradicted, or not understood.
+        OSError: the file cannot be read.
+    """
+    get = _Fields(config)
+    found = [family for family in _FAMILIES if get(*family[0], default=None) not in (None, [], ())]
+    if not found:
+        raise ValueError("EngramSpec: the configuration has no n-gram memory: none of "
+                         f"{', '.join(name for marks, _, _ in _FAMILIES for name in marks)} is set")
+    _, preset, read = found[0]
+    try:
+        shared = dict(vocab_size=get("vocab_size", default=None), branches=get("hc_mult", "hc_count", default=None),
+                      hidden_size=get("hidden_size", default=None))
+        fields = preset | {k: v for k, v in (shared | read(get)).items() if v is not None} | overrides
+        declared = get("engram_num_embeddings", default=None)
+        declared = None if declared is None else tuple(declared)
+        if preset is DEEPSEEK_V41 or preset is DEMO_V1:
+            fields["pad_class"] = overrides["pad_class"] if "pad_class" in overrides else _known_pad_class(fields)
+    except (TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"EngramSpec: the configuration has a field of the wrong type: {shorten(str(error))}") from error
+    get.refuse_unread()
+    return fields, declared
+
+
+class _Fields:
+    """get(*names, default): the value of a field of a configuration under any of its names, from `text_config` first."""
+
+    def __init__(self, config: Any):
+        if isinstance(config, str | os.PathLike):
+            path = Path(config, "config.json") if Path(config).is_dir() else Path(config)
+            try:
+                config = parse_json(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"EngramSpec: {path} is not JSON: {shorten(str(error))}") from error
+        self._parts = (config, self._field(config, "text_config"))
+        self._read: set[str] = set()
+
+    @staticmethod
+    def _field(part: Any, name: str) -> Any:
+        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+    def __call__(self, *names: str, default: Any = ...) -> Any:
+        self._read.update(names)
+        found = {name: v for part in self._parts for name in names if (v := self._field(part, name)) is not None}
+        if any(v != next(iter(found.values())) for v in found.values()):
+            raise ValueError("EngramSpec: the configuration contradicts itself: "
+                             + shorten(", ".join(f"{name} is {v!r}" for name, v in found.items())))
+        if not found and default is ...:
+            raise ValueError(f"EngramSpec: the configuration has no field {' or '.join(names)}")
+        return next(iter(found.values()), default)
+
+    def _set(self) -> Iterator[str]:
+        for part in self._parts:
+            for name, value in (part if isinstance(part, Mapping) else getattr(part, "__dict__", {})).items():
+                if isinstance(name, str) and value is not None:
+                    yield name
+
+    def refuse_unread(self) -> None:
+        """Raises ValueError where a field that belongs to an n-gram memory is set and no reader asked for it."""
+        unread = sorted({name for name in self._set() if _MEMORY_FIELD.match(name)} - self._read - _OF_FILES)
+        if unread:
+            raise ValueError(f"EngramSpec: the configuration sets {shorten(', '.join(unread))}, which this reader does not "
+                             "understand; where it changes neither the hash nor the rows, leave it out of the configuration")
+
+
+def _known_pad_class(fields: dict[str, Any]) -> int | None:
+    """Class of the pad where it follows from the numbers, classes being numbered as first seen."""
+    pad, num_classes = fields["pad_token_id"], fields["num_classes"]
+    if num_classes is None:
+        return None
+    if pad == 0 or num_classes == fields["vocab_size"] or (pad, num_classes) == (2, _DEEPSEEK_CLASSES):
+        return pad
+    raise ValueError(f"EngramSpec: pad_class is not in the configuration (pad {shorten(repr(pad))}, {shorten(repr(num_classes))} "
+                     "classes), expected as an argument: pad_class=int(token_map.map[pad])")
+
+
+def _repeat(size: int, order: int) -> tuple[int, ...]:
+    return (size,) * min(order - 1, 8)  # an absurd order is refused later, but not multiplied out
+
+
+def _split(name: str, total: int, parts: int) -> int:
+    if parts < 1 or total % parts:
+        raise ValueError(f"EngramSpec: {name} is {shorten(repr(total))}, expected a multiple of the {parts} columns or heads")
+    return total // parts
+
+
+def _read_v41(get: Callable[..., Any]) -> dict[str, Any]:
+    order = get("engram_max_ngram_size")
+    return dict(layer_ids=get("engram_layer_ids"), max_order=order, heads=get("engram_n_heads"),
+                head_dim=get("engram_head_dim"), table_sizes=_repeat(get("engram_vocab_size"), order),
+                num_classes=get("engram_compressed_vocab_size"), gate_eps=get("rms_norm_eps", "norm_eps", default=None),
+                hidden_size=get("hidden_size", "dim", default=None),
+                pad_token_id=get("engram_pad_id", "engram_pad_token_id"))
+
+
+def _read_demo(get: Callable[..., Any]) -> dict[str, Any]:
+    order, heads = get("max_ngram_size"), get("n_head_per_ngram")
+    return dict(layer_ids=get("layer_ids"), max_order=order, heads=heads, table_sizes=get("engram_vocab_size"),
+                head_dim=_split("n_embed_per_ngram", get("n_embed_per_ngram"), heads), pad_token_id=get("pad_id"),
+                seed=get("seed"), conv_width=get("kernel_size", default=None), conv_dilation=order)
+
+
+def _read_qwen4(get: Callable[..., Any]) -> dict[str, Any]:
+    order, heads, eos = get("ngram_size", default=3), get("heads_per_ngram", default=8), get("eos_token_id")
+    if isinstance(eos, list | tuple):
+        if not eos:
+            raise ValueError("EngramSpec: eos_token_id is [], expected a token id or several")
+        eos = eos[0]
+    eps, dtype = get("rms_norm_eps", default=None), get("ple_embedding_dtype", default=None)
+    if dtype is not None and str(dtype).removeprefix("torch.") not in _PLE_ROW_FORMATS:
+        raise ValueError(f"EngramSpec: ple_embedding_dtype is {shorten(repr(dtype))}, expected one of "
+                         f"{', '.join(_PLE_ROW_FORMATS)}: there is no row format for others")
+    width = get("ple_embed_dim", default=None) or get("hidden_size")
+    return dict(layer_ids=[i - 1 for i in sorted(set(get("ple_layer_ids")))], max_order=order, heads=heads,
+                head_dim=_split("ple_embed_dim", width, (order - 1) * heads), seed=get("seed", default=1234),
+                table_sizes=_repeat(get("ngram_vocab_size_base", default=20_000_000), order), pad_token_id=eos,
+                eos_token_id=eos, conv_width=get("ple_conv_kernel_size", default=4), conv_dilation=order, gate_eps=eps,
+                conv_eps=eps, row_format=None if dtype is None else _PLE_ROW_FORMATS[str(dtype).removeprefix("torch.")])
+
+
+def _read_longcat(get: Callable[..., Any]) -> dict[str, Any]:
+    if any(get(name, default=None) not in (None, []) for name in _NEXT_FIELDS):
+        raise ValueError(f"EngramSpec: one of {', '.join(_NEXT_FIELDS)} is set, as in LongCat-Next, where ignored ids, id 0 and "
+                         "ids that are no text end an n-gram: leave the field out of the configuration, pass these tokens to "
+                         "ngram_hash as dead_mask, and give no row to a token whose own id is 0")
+    order, heads = get("emb_neighbor_num", "oe_neighbor_num"), get("emb_split_num", "oe_split_num")
+    base = int(get("ngram_vocab_size_ratio", "oe_vocab_size_ratio") * operator.index(get("vocab_size")))
+    return dict(max_order=order, heads=heads, table_sizes=_repeat(base, order), eos_token_id=get("eos_token_id"),
+                head_dim=_split("hidden_size", get("hidden_size"), heads * (order - 1)))
+
+
+# fields that mark a family, its preset, its reader
+_FAMILIES: tuple[tuple[tuple[str, ...], dict[str, Any], Callable[..., dict[str, Any]]], ...] = (
+    (("engram_layer_ids",), DEEPSEEK_V41, _read_v41), (("n_head_per_ngram",), DEMO_V1, _read_demo),
+    (("ple_layer_ids",), QWEN4_PLE, _read_qwen4), (("emb_neighbor_num", "oe_neighbor_num"), LONGCAT, _read_longcat))
