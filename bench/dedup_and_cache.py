@@ -7,6 +7,7 @@ the package's own RowCacheDirectory; LRU and the ideal (Belady's MIN, which know
 on a device is counted by a RowPrefetcher that runs on an engine of CPU threads with memory of its own.
 """
 import argparse
+import json
 import platform
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from native import peers
 from texts import KINDS, token_ids
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+REPEATS = DOCS.parent / "python/engram_kernels/data/repeats.json"
 NUM_TOKENS = 200_000
 ROW_BYTES = 264
 SLOT_BYTES = ROW_BYTES + 25  # a row and its share of the directory
@@ -187,6 +189,10 @@ def main():
         device[kind] = device_cache(rows)
     args.out.mkdir(exist_ok=True)
     plot(unique, sequences, hits, args.out / "dedup_and_cache.png")
+    counts = {"unique_prefill": {kind: {b: round(unique[kind, b], 3) for b in BATCHES} for kind in KINDS},
+              "unique_decode": {kind: {b: round(sequences[kind, b], 3) for b in SEQUENCES} for kind in KINDS},
+              "hit_rates": {kind: {s: round(hits[kind]["ours", s], 3) for s in SLOTS} for kind in KINDS}}
+    REPEATS.write_text(json.dumps(counts, indent=1) + "\n")  # what `engram-kernels plan` reads
     (args.out / "dedup_and_cache.md").write_text(report(unique, sequences, hits, device, sizes, tokens))
 
 

@@ -85,3 +85,59 @@ def test_layout_compiled_code_uses_no_iostreams():
     """iostreams crash with two C++ libraries in a process (csrc/common/text.h). STABLE_ macros are newer than torch 2.10."""
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         assert not re.search(r"#include <(sstream|fstream|iostream|iomanip)>|STABLE_TORCH_ERROR", path.read_text()), path
+
+
+# the floors of the package: a module imports from its own floor and from those below. What is in no list is the ground floor
+FLOORS = (("table",), ("ops",), ("prefetch",), ("modules",), ("profile", "plan", "demo", "info"), ("cli",))
+COMPILED = {"engram_kernels._C", "engram_kernels._C_cuda"}
+
+
+def floor_of(module):
+    _, _, part = module.partition(".")
+    return next((i for i, names in enumerate(FLOORS, 1) if part.split(".")[0] in names), len(FLOORS) if not part else 0)
+
+
+def imports_of(path, modules):
+    """Modules of ours that a file imports, at its head or in a function; those for type checkers alone do not count."""
+    tree = ast.parse(path.read_text())
+    typing = {id(node) for branch in ast.walk(tree) if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+              for node in ast.walk(branch)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules or name in COMPILED else node.module for name in names}
+    return found & set(modules)
+
+
+def package_imports():
+    package = ROOT / "python/engram_kernels"
+    paths = {*package.rglob("*.py"), *(package / "triton_kernels" / p.name for p in (ROOT / "triton_kernels").glob("*.py"))}
+    modules = {".".join(p.relative_to(ROOT / "python").with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+    return {name: imports_of(path, modules) - {name} for name, path in modules.items()}
+
+
+def test_layout_imports_go_down_the_floors():
+    upward = [f"{name} imports {other}" for name, others in package_imports().items() for other in others
+              if floor_of(other) > floor_of(name)]
+    assert upward == []
+
+
+def test_layout_imports_make_no_circle():
+    graph, done, circles = package_imports(), set(), []
+
+    def visit(name, trail):
+        if name in trail:
+            circles.append(" -> ".join([*trail[trail.index(name):], name]))
+        elif name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    assert circles == []

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,18 @@ from engram_kernels._terminal import no_progress
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, interpolate, measured
 from engram_kernels.spec import EngramSpec
 
-BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536)
 CACHE_BATCH = 256
 SLOT_BYTES = 25  # of a cache's directory, beside the row: RowCacheDirectory::kBytesPerSlot
 _PAGE = "docs/dedup_and_cache.md"
 
-# the tables of docs/dedup_and_cache.md, which bench/dedup_and_cache.py writes: layer 1 of DeepSeek-V4.1, 200,000 tokens a kind
-UNIQUE_PREFILL = {
-    "prose": (1.000, 0.999, 0.988, 0.951, 0.909, 0.861, 0.815, 0.764, 0.702),
-    "code": (1.000, 1.000, 0.978, 0.875, 0.757, 0.648, 0.568, 0.503, 0.458),
-    "non-English": (1.000, 0.999, 0.991, 0.949, 0.899, 0.845, 0.769, 0.651, 0.550)}
-SEQUENCES = (4, 16, 64, 256)
-UNIQUE_DECODE = {"prose": (1.000, 0.999, 0.997, 0.990), "code": (0.999, 0.996, 0.985, 0.956),
-                 "non-English": (1.000, 0.999, 0.997, 0.991)}
-SLOTS = tuple(1 << n for n in range(10, 22))
-HIT_RATES = {
-    "prose": (0.009, 0.012, 0.035, 0.063, 0.102, 0.134, 0.164, 0.194, 0.222, 0.249, 0.273, 0.294),
-    "code": (0.017, 0.034, 0.091, 0.171, 0.244, 0.295, 0.336, 0.371, 0.400, 0.423, 0.438, 0.447),
-    "non-English": (0.005, 0.010, 0.035, 0.066, 0.110, 0.150, 0.202, 0.269, 0.340, 0.399, 0.427, 0.445)}
+# what bench/dedup_and_cache.py counted on real text and writes beside its page: layer 1 of DeepSeek-V4.1, 200,000 tokens
+# per kind
+_COUNTS = json.loads((Path(__file__).parents[1] / "data" / "repeats.json").read_text())
+UNIQUE_PREFILL, UNIQUE_DECODE, HIT_RATES = (
+    {kind: {int(size): ratio for size, ratio in curve.items()} for kind, curve in _COUNTS[name].items()}
+    for name in ("unique_prefill", "unique_decode", "hit_rates"))
+SEQUENCES = tuple(UNIQUE_DECODE[KINDS[0]])
+BATCHES, SLOTS = tuple(UNIQUE_PREFILL[KINDS[0]]), tuple(HIT_RATES[KINDS[0]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +68,10 @@ def published_repeats(spec: EngramSpec, kind: str, phase: str) -> Repeats:
     same_hash = _hash_of(spec) == _hash_of(EngramSpec.deepseek_v41())
     quantity = measured if same_hash else assumed
     source = f"{_PAGE}, {kind}, {phase}" + ("" if same_hash else ", of DeepSeek-V4.1's hash")
-    at, ratios = (BATCHES, UNIQUE_PREFILL[kind]) if phase == "prefill" else ((1, *SEQUENCES), (1.0, *UNIQUE_DECODE[kind]))
+    ratios = UNIQUE_PREFILL[kind] if phase == "prefill" else {1: 1.0} | UNIQUE_DECODE[kind]
     hits = f"{_PAGE}, {kind}, batches of {CACHE_BATCH}" + ("" if same_hash else ", of DeepSeek-V4.1's hash")
-    return Repeats(tuple((float(t), quantity(r, "1", source)) for t, r in zip(at, ratios, strict=True)),
-                   tuple((float(s), quantity(h, "1", hits)) for s, h in zip(SLOTS, HIT_RATES[kind], strict=True)))
+    return Repeats(tuple((float(t), quantity(r, "1", source)) for t, r in ratios.items()),
+                   tuple((float(s), quantity(h, "1", hits)) for s, h in HIT_RATES[kind].items()))
 
 
 def constant_repeats(unique_ratio: float | None, hit_rate: float | None, otherwise: Repeats) -> Repeats:

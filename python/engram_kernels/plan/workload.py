@@ -6,10 +6,12 @@ import math
 
 from engram_kernels.plan.quantity import Quantity, derived, given
 from engram_kernels.plan.repeats import SLOT_BYTES, Repeats
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 
 SECTOR_BYTES = 32  # the least that a GPU asks of the link
-SPLIT_FORMATS = ("fp8_e4m3_block32", "int8_group32")  # scales apart from the values: two reads per row
+# scales apart from the values: two reads per row
+SPLIT_FORMATS = tuple(name for name, stored in ROW_FORMATS.items() if stored.has_blocks and not stored.is_packed)
 OUT_BYTES = 2  # rows come out as bf16
 
 

@@ -15,7 +15,7 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
     rh = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     rk = torch.rsqrt(k.square().mean(-1, keepdim=True) + eps)
     x = dot * rh * rk / hidden.shape[-1] ** 0.5
-    magnitude = x.abs().clamp_min(clamp).sqrt()
+    magnitude = x.abs().clamp_min(min(clamp, torch.finfo(torch.float32).max)).sqrt()  # the kernels take a float32
     score = torch.copysign(magnitude, x) if zero_sign == "copysign" else magnitude * x.sign()
     update = torch.sigmoid(score) * v
     out = (h + update if add_residual else update).to(hidden.dtype)

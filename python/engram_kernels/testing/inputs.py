@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-FLOAT_ROW_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+from engram_kernels.row_format import SCALE_BLOCK, row_format_of
 
 
 def random_rows(row_format: str, num_rows: int, row_dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -20,16 +20,16 @@ def random_rows(row_format: str, num_rows: int, row_dim: int, generator: torch.G
     Raises:
         ValueError: no such row format.
     """
-    if row_format in FLOAT_ROW_DTYPES:
-        return torch.randn(num_rows, row_dim, generator=generator).to(FLOAT_ROW_DTYPES[row_format]), None
-    if row_format == "int8_group32":
+    stored = row_format_of("random_rows", row_format)
+    scale_shape = stored.scale_shape(num_rows, row_dim)
+    if stored.is_float:
+        return torch.randn(num_rows, row_dim, generator=generator).to(stored.dtype), None
+    if stored.dtype == torch.int8:
         rows = torch.randint(-127, 128, (num_rows, row_dim), generator=generator, dtype=torch.int8)
-        return rows, torch.rand(num_rows, row_dim // 32, generator=generator) / 64
-    if not row_format.startswith("fp8_e4m3"):
-        raise ValueError(f"random_rows: row_format is {row_format!r}, which is no row format")
+        return rows, None if scale_shape is None else torch.rand(scale_shape, generator=generator) / 64
     magnitude = torch.randint(0, 0x60, (num_rows, row_dim), generator=generator, dtype=torch.uint8)  # up to 32, no NaN
     rows = magnitude | (torch.randint(0, 2, (num_rows, row_dim), generator=generator, dtype=torch.uint8) << 7)
-    if row_format == "fp8_e4m3_tensor":
-        return rows, torch.rand(1, generator=generator)
-    scales = torch.randint(120, 126, (num_rows, row_dim // 32), generator=generator, dtype=torch.uint8)
-    return (torch.cat([rows, scales], dim=1), None) if row_format.endswith("packed") else (rows, scales)
+    if stored.scale_dtype == torch.float32 and scale_shape is not None:
+        return rows, torch.rand(scale_shape, generator=generator)
+    scales = torch.randint(120, 126, (num_rows, row_dim // SCALE_BLOCK), generator=generator, dtype=torch.uint8)
+    return (torch.cat([rows, scales], dim=1), None) if stored.is_packed else (rows, scales)
