@@ -32,7 +32,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("op", CALLS)
-@pytest.mark.parametrize("how", ["torch.ops, inference mode", "torch.ops, grad mode", "public function, inference mode"])
+@pytest.mark.parametrize("how", ["torch.ops, inference mode", "torch.ops, grad mode", "public function, inference mode",
+                                 "public function, grad mode"])
 def test_dispatch(benchmark, op, how):
     direct, public = CALLS[op]
     with torch.inference_mode("inference" in how):
@@ -44,3 +45,15 @@ def test_dispatch(benchmark, op, how):
 def test_empty(benchmark, op):
     measure(benchmark, lambda: HIDDEN.new_empty(0, 2, 64), group=f"dispatch of {op}, zero tokens", contender="new_empty",
             role="bound", units=1, unit="call", rounds=2000)
+
+
+DECODE_TABLE, DECODE_IDS = torch.randn(10_000, 320), torch.randint(0, 10_000, (24,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("contender", ["gather_rows(out=)", "torch.index_select(out=)"])
+def test_a_decode_step_of_24_rows(benchmark, contender):
+    table, out = ek.RowTable.from_tensor(DECODE_TABLE, row_format="f32"), torch.empty(24, 320)
+    run = {"gather_rows(out=)": lambda: ek.gather_rows(table, DECODE_IDS, torch.float32, out=out),
+           "torch.index_select(out=)": lambda: torch.index_select(DECODE_TABLE, 0, DECODE_IDS, out=out)}[contender]
+    measure(benchmark, run, group="gather of 24 rows of 1,280 bytes into a given tensor", contender=contender,
+            role="ours" if "gather" in contender else "peer", units=1, unit="call", rounds=2000)

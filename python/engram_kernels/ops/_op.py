@@ -121,7 +121,9 @@ class Op:
                 return self._differentiated(args, out)
         written = out
         if out is None:
-            # an allocation through the stable ABI and the Python layer of autograd cost more than the rows of a decode step
+            if not self._differentiable:
+                return self._default(*args)
+            # the Python layer of autograd, which torch.library puts before the op, costs more than the rows of a decode step
             out = self._empty(*args)
         if self._dtype_at is not None:  # torch's parser takes a microsecond for a dtype, and none for its number
             args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
