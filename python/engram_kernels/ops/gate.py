@@ -1,6 +1,4 @@
 """Gate: how much of the memory's value enters each branch of the hidden state."""
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -10,6 +8,7 @@ from engram_kernels.reference.gate import gate as _reference
 
 ZERO_SIGNS = ("copysign", "sign")
 _FLOAT_TINY, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels take float32
+_ROUNDS_TO_TINY, _ROUNDS_TO_INFINITY = _FLOAT_TINY * (1 - 2.0**-24), 2.0**128 - 2.0**103
 
 
 def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None = None, *,
@@ -59,9 +58,9 @@ def check_options(op: str, eps: float, clamp: float, zero_sign: str, add_residua
             raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not isinstance(add_residual, bool | int | None):  # what torch's parser takes for a bool
         raise TypeError(f"{op}: add_residual must be True or False, got {type(add_residual).__name__}")
-    if not 0 <= ctypes.c_float(eps).value <= _FLOAT_MAX:
+    if not 0 <= eps < _ROUNDS_TO_INFINITY:
         raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
-    if not _FLOAT_TINY <= ctypes.c_float(clamp).value <= _FLOAT_MAX:
+    if not _ROUNDS_TO_TINY <= clamp < _ROUNDS_TO_INFINITY:
         raise ValueError(f"{op}: clamp is {clamp}, expected a number from {_FLOAT_TINY} to {_FLOAT_MAX}")
     expect_choice(op, "zero_sign", zero_sign, ZERO_SIGNS)
 
