@@ -37,7 +37,7 @@ CORRUPT = {
     "a_list": (file_of([1]), "its header is no JSON object"),
     "a_pickle": (b"\x80\x04\x95" + bytes(200), "its header should have"),
     "metadata": (file_of({"__metadata__": {"a": 1}}), "its __metadata__ is no map of strings"),
-    "duplicate": (file_of(b'{"rows":{},"rows":{}}'), "'rows' appears twice"),
+    "duplicate": (file_of(b'{"rows":{},"rows":{}}'), "names 'rows' twice"),
     "entry": (file_of({"rows": 3}), "tensor 'rows' is described by 3"),
     "no_shape": (file_of({"rows": {"dtype": "F32", "data_offsets": [0, 0]}}), "tensor 'rows' has shape None"),
     "negative_shape": (file_of({"rows": entry(shape=(-4, -8))}, bytes(64)), r"tensor 'rows' has shape \[-4, -8\]"),
