@@ -1,7 +1,7 @@
 """Triton kernels of engram_forward. Contract: `engram_kernels.engram_forward`, csrc/kernels/engram_forward/engram_forward.h.
 
 Mapping  two launches. Scores: a program has TOKENS tokens and a part of one branch's key, COLUMNS_OF elements at a time; it
-         gathers and decodes the rows piece by piece as it multiplies them with w_kv, and of the product keeps three sums per token:
+         gathers and decodes the rows piece by piece as it multiplies with w_kv, and keeps three sums per token of the product:
          of the squares of the key and of hidden, and of their weighted product. Values: a program adds the sums of a token's
          parts in order, then has the same product for the value, whose epilogue is the gate and the residual of every branch.
          Programs go through w_kv in groups of GROUP blocks of tokens, so that a block of w_kv is read from memory once a group
