@@ -41,6 +41,26 @@ rows = ek.ngram_hash(torch.tensor([5, 6, 7]), torch.tensor([0, 3], dtype=torch.i
 assert rows.shape == (2, 3, 24)
 table = ek.RowTable.from_tensor(torch.randn(10, 8), row_format="f32")
 assert torch.equal(ek.gather_rows(table, torch.tensor([3]), torch.float32)[0], table.rows[3])
+header = b'{"rows":{"dtype":"F32","shape":[1,4],"data_offsets":[0,16]},"__metadata__":{"row_format":"f32","row_dim":"4"}}'
+open("t.safetensors", "wb").write(len(header).to_bytes(8, "little") + header + bytes(16))
+for what, call in {
+        "a RowPrefetcher": lambda: ek.RowPrefetcher(table),
+        "a table in a file": lambda: ek.RowTable.open("t.safetensors"),
+        "memory for a copied or shared table": lambda: ek.RowTable.from_tensor(table.rows, row_format="f32", copy=True),
+}.items():
+    try:
+        call()
+    except RuntimeError as err:
+        sentence = what + " needs the compiled module: install a C++ compiler, CMake and ninja, and install engram-kernels again"
+        assert str(err).startswith(sentence) and chr(10) not in str(err), err
+    else:
+        raise AssertionError(what + " was made without the compiled module")
+try:
+    table.share("packaging-test")
+except RuntimeError as err:
+    assert "memory for a copied or shared table needs the compiled module" in str(err), err
+else:
+    raise AssertionError("a table was shared without the compiled module")
 try:
     ek.ngram_hash(torch.tensor([5]), torch.tensor([0, 1], dtype=torch.int32), layout, backend="cpu")
 except RuntimeError as err:

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/table_binding.h"
+#include "bindings/module.h"
 #include "table/host_memory.h"
 
 namespace py = pybind11;
@@ -25,10 +25,11 @@ void translate_host_memory_error(std::exception_ptr error) {
   }
 }
 
-std::unique_ptr<HostMemory> make_host_memory(int64_t bytes, std::vector<int> numa_nodes, int fd, int64_t fd_offset,
-                                             bool read_only) {
+using HostMemoryPtr = std::unique_ptr<HostMemory, DeleteUnlocked>;
+
+HostMemoryPtr make_host_memory(int64_t bytes, std::vector<int> numa_nodes, int fd, int64_t fd_offset, bool read_only) {
   const py::gil_scoped_release release;
-  return std::make_unique<HostMemory>(bytes, HostMemoryOptions{std::move(numa_nodes), fd, fd_offset, read_only});
+  return HostMemoryPtr(new HostMemory(bytes, HostMemoryOptions{std::move(numa_nodes), fd, fd_offset, read_only}));
 }
 
 // Addresses of functions as in HostRegistrar, error_text 0: none.
@@ -46,7 +47,8 @@ void bind_host_memory(py::module_& m) {
       .def(py::init(&registrar_at), py::arg("register_host"), py::arg("unregister_host"), py::arg("error_text"),
            py::arg("counts_memlock") = false)
       .def_readonly("counts_memlock", &HostRegistrar::counts_memlock);
-  py::class_<HostMemory>(m, "HostMemory", py::buffer_protocol(), "Memory for one table. See csrc/table/host_memory.h.")
+  py::class_<HostMemory, HostMemoryPtr>(m, "HostMemory", py::buffer_protocol(),
+                                        "Memory for one table. See csrc/table/host_memory.h.")
       .def(py::init(&make_host_memory), py::arg("num_bytes"), py::arg("numa_nodes") = std::vector<int>{}, py::arg("fd") = -1,
            py::arg("fd_offset") = 0, py::arg("read_only") = false)
       // writable even where the mapping is not: torch has no read-only tensors, and would warn about each
@@ -66,8 +68,8 @@ void bind_host_memory(py::module_& m) {
            "Takes the pages of a range now.")
       .def("pages_by_node", &HostMemory::pages_by_node, py::arg("samples") = 256, "[(node, pages of the sample)].")
       .def("pin", &HostMemory::pin, py::arg("registrar"), py::arg("chunk_bytes") = HostRegistration::kChunkBytes,
-           "Registers the memory for a device, chunk by chunk.")
-      .def("unpin", &HostMemory::unpin);
+           py::call_guard<py::gil_scoped_release>(), "Registers the memory for a device, chunk by chunk.")
+      .def("unpin", &HostMemory::unpin, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace engram_kernels

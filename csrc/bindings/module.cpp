@@ -1,9 +1,7 @@
 // The pybind11 module: importing it registers the CPU ops with torch; it holds what is no tensor op.
 #include <pybind11/pybind11.h>
 
-#include "bindings/table_binding.h"
-#include "bindings/prefetcher_binding.h"
-#include "bindings/probes_binding.h"
+#include "bindings/module.h"
 #include "common/cpu_isa.h"
 
 namespace ek = engram_kernels;

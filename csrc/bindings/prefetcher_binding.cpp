@@ -1,17 +1,20 @@
 // pybind11 face of the prefetcher: addresses and sizes in, numbers of slots out; no call keeps the interpreter lock. Who owns the
 // memory behind the addresses is prefetch/runtime.py.
-#include "bindings/prefetcher_binding.h"
-
 #include <pybind11/stl.h>
 
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "bindings/module.h"
 #include "common/error.h"
 #include "prefetch/deadline.h"
-#include "prefetch/process_owned.h"
 #include "prefetch/row_prefetcher.h"
 
 namespace py = pybind11;
@@ -42,12 +45,38 @@ RowSource table_of(const py::dict& o) {
   return table;
 }
 
-std::shared_ptr<RowPrefetcher> make_prefetcher(const py::dict& o, std::shared_ptr<CopyEngine> engine) {
+// Of Python: how many of its calls are inside, with or without the interpreter lock.
+struct PythonPrefetcher {
+  PythonPrefetcher(const PrefetcherOptions& options, std::shared_ptr<CopyEngine> engine)
+      : prefetcher(options, std::move(engine)) {}
+  RowPrefetcher prefetcher;
+  std::atomic<int> calls{0};
+  const pid_t process = getpid();
+};
+
+class Inside {
+ public:
+  explicit Inside(PythonPrefetcher& owner) : owner_(owner) { ++owner_.calls; }
+  ~Inside() { --owner_.calls; }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+
+ private:
+  PythonPrefetcher& owner_;
+};
+
+struct DeleteInItsProcess {
+  void operator()(PythonPrefetcher* object) const {
+    if (getpid() == process) DeleteUnlocked()(object);  // a child after a fork has neither threads nor locks of it
+  }
+  pid_t process = getpid();
+};
+
+std::shared_ptr<PythonPrefetcher> make_prefetcher(const py::dict& o, std::shared_ptr<CopyEngine> engine) {
   PrefetcherOptions options;
   options.stager.table = table_of(o);
   if (!o["file"].is_none()) options.stager.file = option<std::shared_ptr<FileTier>>(o, "file");
-  options.stager.direct = option<bool>(o, "direct");
-  options.stager.on_device = option<bool>(o, "on_device");
+  options.stager.way = fetch_way_from_name(option<std::string>(o, "way"));
   options.stager.staging_bytes = option<int64_t>(o, "staging_bytes");
   options.stager.cache_bytes = option<int64_t>(o, "cache_bytes");
   options.stager.num_threads = option<int>(o, "num_threads");
@@ -59,13 +88,15 @@ std::shared_ptr<RowPrefetcher> make_prefetcher(const py::dict& o, std::shared_pt
   options.max_blocks = option<int>(o, "max_blocks");
   options.trace_spans = option<int>(o, "trace_spans");
   const py::gil_scoped_release release;
-  return make_process_owned<RowPrefetcher>(options, std::move(engine));
+  return {new PythonPrefetcher(options, std::move(engine)), DeleteInItsProcess()};
 }
 
 constexpr double kSliceS = 0.1;
 
-[[noreturn]] void say_again(const PrefetchTimeout& err, double timeout_s) { throw PrefetchTimeout(err.ticket, timeout_s); }
-[[noreturn]] void say_again(const PrefetchQueueFull& err, double) { throw err; }
+[[noreturn]] void throw_with_timeout(const PrefetchTimeout& err, double timeout_s) {
+  throw PrefetchTimeout(err.ticket, timeout_s);
+}
+[[noreturn]] void throw_with_timeout(const PrefetchQueueFull& err, double) { throw err; }
 
 // A call that blocks at most as long as it is told, and then throws TimedOut: in slices, so that a signal (Ctrl-C) is heeded
 // while nothing arrives.
@@ -79,30 +110,68 @@ auto in_slices(double timeout_s, const Call& call) {
       const py::gil_scoped_release release;
       return call(is_last ? left : kSliceS);
     } catch (const TimedOut& err) {
-      if (is_last) say_again(err, timeout_s);
+      if (is_last) throw_with_timeout(err, timeout_s);
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
 }
 
-int wait(RowPrefetcher& prefetcher, int64_t ticket, double timeout_s, uintptr_t stream, bool keep) {
-  return in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { return prefetcher.wait(ticket, slice_s, stream, keep); });
+int wait(PythonPrefetcher& p, int64_t ticket, double timeout_s, uintptr_t stream, bool keep) {
+  const Inside inside(p);
+  return in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { return p.prefetcher.wait(ticket, slice_s, stream, keep); });
 }
 
-void drain(RowPrefetcher& prefetcher, double timeout_s) {
-  in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { prefetcher.drain(slice_s); });
+void drain(PythonPrefetcher& p, double timeout_s) {
+  const Inside inside(p);
+  in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { p.prefetcher.drain(slice_s); });
 }
 
-// ids: (address, count, are_int64, on_device, stream)
-int64_t submit(RowPrefetcher& prefetcher, const py::tuple& ids, std::vector<int64_t> sizes, double timeout_s) {
-  const PrefetchIds wanted{{reinterpret_cast<const void*>(ids[0].cast<uintptr_t>()), ids[1].cast<int64_t>(), ids[2].cast<bool>()},
+// ids: (ticket, address, count, are_int64, on_device, stream)
+void submit(PythonPrefetcher& p, const py::tuple& ids, std::vector<int64_t> sizes, double timeout_s) {
+  const Inside inside(p);
+  const PrefetchIds wanted{{reinterpret_cast<const void*>(ids[1].cast<uintptr_t>()), ids[2].cast<int64_t>(), ids[3].cast<bool>()},
                            std::move(sizes),
-                           ids[3].cast<bool>(),
-                           ids[4].cast<uintptr_t>()};
-  return in_slices<PrefetchQueueFull>(timeout_s, [&](double slice_s) { return prefetcher.submit(wanted, slice_s); });
+                           ids[4].cast<bool>(),
+                           ids[5].cast<uintptr_t>(),
+                           ids[0].cast<int64_t>()};
+  in_slices<PrefetchQueueFull>(timeout_s, [&](double slice_s) { p.prefetcher.submit(wanted, slice_s); });
 }
 
-py::dict counters(const RowPrefetcher& prefetcher) {
+// A call that the prefetcher has itself, without the interpreter lock.
+template <class Result, class... Args>
+auto unlocked(Result (RowPrefetcher::*call)(Args...)) {
+  return [call](PythonPrefetcher& p, Args... args) {
+    const Inside inside(p);
+    const py::gil_scoped_release release;
+    return (p.prefetcher.*call)(args...);
+  };
+}
+
+template <class Result, class... Args>
+auto unlocked(Result (RowPrefetcher::*call)(Args...) const) {
+  return [call](PythonPrefetcher& p, Args... args) {
+    const Inside inside(p);
+    const py::gil_scoped_release release;
+    return (p.prefetcher.*call)(args...);
+  };
+}
+
+// At most so long, until every other call has left and its thread has the interpreter lock again, so that none of them meets
+// the end of the interpreter in here.
+bool others_left(PythonPrefetcher& p, double timeout_s) {
+  if (getpid() != p.process) return true;  // a child after a fork has none of the threads that were inside
+  const py::gil_scoped_release release;
+  const Deadline deadline(timeout_s);
+  while (p.calls > 0) {
+    if (deadline.left_s() == 0) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
+py::dict counters(PythonPrefetcher& p) {
+  const Inside inside(p);
+  const RowPrefetcher& prefetcher = p.prefetcher;
   PrefetchCounters c;
   {
     const py::gil_scoped_release release;
@@ -162,36 +231,32 @@ void translate_prefetch_error(std::exception_ptr error) {
 }  // namespace
 
 void bind_prefetcher(py::module_& m) {
-  using Released = py::call_guard<py::gil_scoped_release>;
   py::register_exception_translator(&translate_prefetch_error);
   py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(m, "CopyEngine",
                                                       "What a prefetcher runs on. See csrc/prefetch/copy_engine.h.")
       .def_property_readonly("name", &CopyEngine::name)
       .def_property_readonly("reads_host_memory", &CopyEngine::reads_host_memory)
       .def(
-          "register_host",
-          [](CopyEngine& e, uintptr_t at, int64_t bytes) {
-            return e.register_host(reinterpret_cast<const std::byte*>(at), bytes);
-          },
-          py::arg("address"), py::arg("bytes"), "Lets gathers read this memory; False: they can already.")
-      .def(
-          "unregister_host", [](CopyEngine& e, uintptr_t at) { e.unregister_host(reinterpret_cast<const std::byte*>(at)); },
-          py::arg("address"));
+          "can_read",
+          [](CopyEngine& e, uintptr_t at, int64_t bytes) { return e.can_read(reinterpret_cast<const std::byte*>(at), bytes); },
+          py::arg("address"), py::arg("bytes"), "Whether gathers can read this memory where it is.");
   m.def("host_engine", &host_engine, py::arg("num_threads"), py::arg("has_device_memory") = false, py::arg("seed") = 0,
         py::arg("error") = 0.0, py::arg("max_delay_us") = 0, py::arg("reorder") = false,
         "An engine of CPU threads. All but the first argument are for tests; see HostEngineOptions.");
-  py::class_<RowPrefetcher, std::shared_ptr<RowPrefetcher>>(m, "RowPrefetcher", "See csrc/prefetch/row_prefetcher.h.")
+  py::class_<PythonPrefetcher, std::shared_ptr<PythonPrefetcher>>(m, "RowPrefetcher", "See csrc/prefetch/row_prefetcher.h.")
       .def(py::init(&make_prefetcher), py::arg("options"), py::arg("engine"))
       .def("submit", &submit, py::arg("ids"), py::arg("sizes"), py::arg("timeout_s"))
       .def("wait", &wait, py::arg("ticket"), py::arg("timeout_s"), py::arg("stream"), py::arg("keep"))
-      .def("release", &RowPrefetcher::release, py::arg("slot"), py::arg("stream"), Released())
-      .def("knows", &RowPrefetcher::knows, py::arg("ticket"), Released())
-      .def("cancel", &RowPrefetcher::cancel, py::arg("ticket"), Released())
+      .def("release", unlocked(&RowPrefetcher::release), py::arg("slot"), py::arg("stream"))
+      .def("restore", unlocked(&RowPrefetcher::restore), py::arg("ticket"))
+      .def("knows", unlocked(&RowPrefetcher::knows), py::arg("ticket"))
+      .def("cancel", unlocked(&RowPrefetcher::cancel), py::arg("ticket"))
       .def("drain", &drain, py::arg("timeout_s"))
-      .def("close", &RowPrefetcher::close, Released())
-      .def("clear_cache", &RowPrefetcher::clear_cache)
+      .def("close", unlocked(&RowPrefetcher::close))
+      .def("others_left", &others_left, py::arg("timeout_s"))
+      .def("clear_cache", unlocked(&RowPrefetcher::clear_cache))
       .def("counters", &counters)
-      .def("chrome_trace", &RowPrefetcher::chrome_trace, Released());
+      .def("chrome_trace", unlocked(&RowPrefetcher::chrome_trace));
 }
 
 }  // namespace engram_kernels

@@ -1,10 +1,9 @@
 // pybind11 faces of csrc/probes: buffers in, seconds out, without the interpreter lock.
-#include "bindings/probes_binding.h"
-
 #include <pybind11/stl.h>
 
 #include <string>
 
+#include "bindings/module.h"
 #include "common/error.h"
 #include "probes/memory_loops.h"
 

@@ -1,12 +1,11 @@
 // pybind11 faces of csrc/table: buffers in, buffers out, without the interpreter lock while a disk is waited for.
-#include "bindings/table_binding.h"
-
 #include <atomic>
 #include <cerrno>
 #include <memory>
 #include <string>
 #include <tuple>
 
+#include "bindings/module.h"
 #include "common/error.h"
 #include "table/file_reader.h"
 #include "table/file_tier.h"
@@ -42,10 +41,19 @@ std::byte* dense_bytes(const py::buffer& out, const char* name, int64_t wanted_b
   return static_cast<std::byte*>(target.ptr);
 }
 
+// An output that shares memory with another buffer would be overwritten while that is still read.
+void expect_apart(const char* name, const std::byte* a, int64_t a_bytes, const char* other, const void* b, int64_t b_bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(a), to = reinterpret_cast<uintptr_t>(b);
+  EK_CHECK(a_bytes == 0 || b_bytes == 0 || from + static_cast<uintptr_t>(a_bytes) <= to ||
+               to + static_cast<uintptr_t>(b_bytes) <= from,
+           "FileReader: " << name << " shares memory with " << other);
+}
+
 void read_rows(FileReader& reader, int64_t offset, int64_t stride_bytes, int64_t row_bytes, int64_t num_rows,
                const py::buffer& row_ids, const py::buffer& out) {
   const py::buffer_info ids = ids_of(row_ids);
   const RowsWanted wanted{{offset, stride_bytes, row_bytes, num_rows}, dense_bytes(out, "out", ids.size * row_bytes)};
+  expect_apart("out", wanted.out, ids.size * row_bytes, "row_ids", ids.ptr, ids.size * 8);
   const py::gil_scoped_release release;
   reader.read(&wanted, 1, {static_cast<const int64_t*>(ids.ptr), ids.size});
 }
@@ -60,6 +68,9 @@ void fetch(FileTier& tier, const py::buffer& row_ids, const py::buffer& rows_out
   std::byte* rows = dense_bytes(rows_out, "rows_out", ids.size * tier.row_bytes());
   std::byte* scales =
       tier.scale_bytes() == 0 ? nullptr : dense_bytes(scales_out.cast<py::buffer>(), "scales_out", ids.size * tier.scale_bytes());
+  expect_apart("rows_out", rows, ids.size * tier.row_bytes(), "row_ids", ids.ptr, ids.size * 8);
+  expect_apart("scales_out", scales, ids.size * tier.scale_bytes(), "row_ids", ids.ptr, ids.size * 8);
+  expect_apart("rows_out", rows, ids.size * tier.row_bytes(), "scales_out", scales, ids.size * tier.scale_bytes());
   const py::gil_scoped_release release;
   tier.fetch(static_cast<const int64_t*>(ids.ptr), ids.size, rows, scales, nullptr,
              cancelled == nullptr ? nullptr : &cancelled->set);
@@ -80,11 +91,6 @@ py::dict stats(const FileTier& tier) {
   result["direct"] = tier.reader().direct();
   result["queue_depth"] = tier.reader().queue_depth();
   return result;
-}
-
-void inject_faults(FileReader& reader, uint64_t seed, double eio, double shorter, bool reorder, int max_delay_us,
-                   int64_t bad_begin, int64_t bad_end, bool refuse_direct) {
-  reader.inject({seed, eio, shorter, reorder, max_delay_us, bad_begin, bad_end, -1}, refuse_direct);
 }
 
 py::tuple admit(RowCacheDirectory& directory, int64_t row) {
@@ -129,8 +135,10 @@ void bind_table(py::module_& m) {
       .def("set", [](CancelFlag& flag) { flag.set = true; });
   py::class_<FileReader, std::shared_ptr<FileReader>>(m, "FileReader",
                                                       "Reads rows of an open file by index. See csrc/table/file_reader.h.")
-      .def(py::init<int, std::string, int, std::string>(), py::arg("fd"), py::arg("path"), py::arg("queue_depth") = 64,
-           py::arg("io") = "auto")
+      .def(py::init([](int fd, const std::string& path, int queue_depth, const std::string& io) {
+             return make_unlocked<FileReader>(fd, path, queue_depth, io);
+           }),
+           py::arg("fd"), py::arg("path"), py::arg("queue_depth") = 64, py::arg("io") = "auto")
       .def("read_rows", &read_rows, py::arg("offset"), py::arg("stride_bytes"), py::arg("row_bytes"), py::arg("num_rows"),
            py::arg("row_ids"), py::arg("out"),
            "Fills `out` with the rows at `row_ids` (int64). OSError names the path and the row; IndexError a bad id.")
@@ -146,13 +154,17 @@ void bind_table(py::module_& m) {
       .def(
           "tier",
           [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes) {
-            return std::make_shared<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes);
+            return make_unlocked<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes);
           },
           py::arg("rows"), py::arg("scales"), py::arg("cache_bytes"),
           "A FileTier of two extents (offset, stride_bytes, row_bytes, num_rows); row_bytes 0: no scales per row.")
-      .def("inject_faults", &inject_faults, py::arg("seed") = 0, py::arg("eio") = 0.0, py::arg("shorter") = 0.0,
-           py::arg("reorder") = false, py::arg("max_delay_us") = 0, py::arg("bad_begin") = 0, py::arg("bad_end") = 0,
-           py::arg("refuse_direct") = false, "For tests: what goes wrong from the next call on. See IoFaults.");
+      .def(
+          "wrap_queues",
+          [](FileReader& reader, uintptr_t wrapper, uintptr_t context) {
+            reader.wrap_queues(reinterpret_cast<IoQueueWrapper>(wrapper), reinterpret_cast<void*>(context));
+          },
+          py::arg("wrapper"), py::arg("context"),
+          "From the next call on, reads go through what a C function makes of each queue (IoQueueWrapper).");
   py::class_<FileTier, std::shared_ptr<FileTier>>(m, "FileTier", "Rows of one table in a file. See csrc/table/file_tier.h.")
       .def("fetch", &fetch, py::arg("row_ids"), py::arg("rows_out"), py::arg("scales_out") = py::none(),
            py::arg("cancelled") = nullptr, "Fills the outputs with the rows at distinct `row_ids` (int64).")

@@ -36,11 +36,11 @@ struct EngineCopy {
   int64_t bytes = 0;
 };
 
-// In this order: wait for both events, copy, gather, place. A gather whose params have an error_count has ids that nobody has
+// In this order: wait for the events, copy, gather, place. A gather whose params have an error_count has ids that nobody has
 // checked. All of it is done or, where one of it fails, failed.
 struct EngineLaunch {
-  Event after = {};  // what used the memory before
-  Event ready = {};  // recorded for this launch, where its inputs are made
+  Event after = {}, also_after = {};  // what used the memory before
+  Event ready = {};                   // recorded for this launch, where its inputs are made
   EngineCopy copies[2] = {};
   const GatherRowsParams* gather = nullptr;  // copied by the call
   const PlaceRowsParams* place = nullptr;    // copied by the call; rows that later launches may read where they are put
@@ -64,9 +64,8 @@ class CopyEngine {
   virtual void free_host(std::byte* memory) noexcept = 0;
   virtual std::byte* allocate_device(int64_t bytes) = 0;
   virtual void free_device(std::byte* memory) noexcept = 0;
-  // Lets gathers read host memory of the caller. False: the device can do so already, and nothing is to be unregistered.
-  virtual bool register_host(const std::byte* begin, int64_t bytes) = 0;
-  virtual void unregister_host(const std::byte* begin) noexcept = 0;
+  // Whether gathers can read all of this host memory of the caller where it is: a device wants it pinned.
+  virtual bool can_read(const std::byte* begin, int64_t bytes) const = 0;
 
   // By a thread that is not the caller's and works with this engine alone.
   virtual void adopt_thread() noexcept = 0;
@@ -80,6 +79,7 @@ class CopyEngine {
   virtual bool wait_on(const Event& event, uintptr_t stream, double timeout_s) = 0;
   virtual bool wait_host(const Event& event, double timeout_s) = 0;      // blocks
   virtual bool times(const Event& event, EngineTimes* times) const = 0;  // false: unknown
+  virtual bool is_captured(const Event& event) const = 0;                // into a graph, whose replays repeat the work
 };
 
 // What a test wants to go wrong on the stream of CPU threads. Draws come from the seed.

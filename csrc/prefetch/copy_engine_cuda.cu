@@ -1,19 +1,19 @@
 // The device seam on a CUDA device: thin calls of the runtime API, one stream that does not block, events without timing.
 //
 // Graphs      work that depends on a stream under capture is captured with it. An event of another time is then waited for by
-//             the host, since a graph cannot; and one that was captured means nothing outside of its graph.
+//             the host, since a graph cannot; and one that was captured means nothing outside of its graph. Every call that
+//             another thread's capture in global mode would refuse (allocations, waits, the first launch of a kernel, which
+//             loads its module) is made in relaxed mode.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <chrono>
-#include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "prefetch/copy_engine.h"
-#include "table/host_registrar.h"
 #include "prefetch/process_owned.h"
 
 #define EK_ENGINE_CHECK(expr)                                                                             \
@@ -26,7 +26,22 @@ namespace engram_kernels {
 namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(20);
+constexpr int64_t kProbeBytes = int64_t{64} << 20;
 
+// Lets this thread allocate, wait and query while some stream is under capture.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { EK_ENGINE_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Going back to a device where the thread had no context would make one there: a caller that cares makes this device current
+// first, as prefetch/runtime.py does with torch's guard.
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device) {
@@ -42,18 +57,7 @@ class OnDevice {
  private:
   const int device_;
   int before_ = 0;
-};
-
-// Lets this thread wait and query while some stream is under capture.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { EK_ENGINE_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  const RelaxedCapture relaxed_;
 };
 
 // The number of the capture that the stream is under; 0: none.
@@ -126,13 +130,12 @@ class CudaEngine final : public CopyEngine {
   }
 
   ~CudaEngine() override {
-    int before = device_;
-    cudaGetDevice(&before);
-    cudaSetDevice(device_);
-    cudaStreamSynchronize(stream_);
-    cudaStreamDestroy(stream_);
-    for (const auto& [begin, pieces] : registered_) cuda_host_registry().give_back(pieces);
-    if (before != device_) cudaSetDevice(before);
+    try {
+      const OnDevice on(device_);
+      cudaStreamSynchronize(stream_);
+      cudaStreamDestroy(stream_);
+    } catch (const EngineError&) {  // the runtime is gone, and the stream with it
+    }
   }
 
   std::string name() const override { return "cuda:" + std::to_string(device_); }
@@ -144,7 +147,9 @@ class CudaEngine final : public CopyEngine {
     EK_ENGINE_CHECK(cudaHostAlloc(&memory, static_cast<size_t>(bytes), cudaHostAllocPortable | cudaHostAllocMapped));
     return static_cast<std::byte*>(memory);
   }
-  void free_host(std::byte* memory) noexcept override { cudaFreeHost(memory); }
+  void free_host(std::byte* memory) noexcept override {
+    free([memory] { cudaFreeHost(memory); });
+  }
 
   std::byte* allocate_device(int64_t bytes) override {
     const OnDevice on(device_);
@@ -152,31 +157,23 @@ class CudaEngine final : public CopyEngine {
     EK_ENGINE_CHECK(cudaMalloc(&memory, static_cast<size_t>(bytes)));
     return static_cast<std::byte*>(memory);
   }
-  void free_device(std::byte* memory) noexcept override { cudaFree(memory); }
-
-  bool register_host(const std::byte* begin, int64_t bytes) override {
-    const OnDevice on(device_);
-    cudaPointerAttributes attributes{};
-    const cudaError_t known = cudaPointerGetAttributes(&attributes, begin);
-    if (known != cudaSuccess) cudaGetLastError();  // clears it
-    // by somebody else, who made the whole table so; of what prefetchers registered, some may be of another table
-    if (known == cudaSuccess && attributes.devicePointer == begin && !cuda_host_registry().holds(begin)) return false;
-    try {
-      HostRegistry::Pieces pieces = cuda_host_registry().take(begin, bytes);
-      const std::lock_guard lock(mutex_);
-      registered_[begin] = std::move(pieces);
-    } catch (const HostRegistrationError& err) {
-      EK_THROW_AS(EngineError, "tier host: " << bytes << " bytes of a table: " << err.what());
-    }
-    return true;
+  void free_device(std::byte* memory) noexcept override {
+    free([memory] { cudaFree(memory); });
   }
 
-  void unregister_host(const std::byte* begin) noexcept override {
-    const std::lock_guard lock(mutex_);
-    const auto found = registered_.find(begin);
-    if (found == registered_.end()) return;
-    cuda_host_registry().give_back(found->second);
-    registered_.erase(found);
+  // A registration is asked for at each of its chunks and at the end: memory that two owners pinned may have a gap.
+  bool can_read(const std::byte* begin, int64_t bytes) const override {
+    const OnDevice on(device_);
+    const auto readable = [](const std::byte* at) {
+      cudaPointerAttributes attributes{};
+      const cudaError_t known = cudaPointerGetAttributes(&attributes, at);
+      if (known != cudaSuccess) cudaGetLastError();  // clears it
+      return known == cudaSuccess && attributes.devicePointer == at;
+    };
+    for (int64_t at = 0; at < bytes; at += kProbeBytes) {
+      if (!readable(begin + at)) return false;
+    }
+    return bytes == 0 || readable(begin + bytes - 1);
   }
 
   // for good: to go back to the first device, where a thread begins, would make a context there
@@ -184,10 +181,12 @@ class CudaEngine final : public CopyEngine {
 
   Event launch(const EngineLaunch& launch) override {
     const OnDevice on(device_);
-    const std::lock_guard lock(mutex_);  // a launch is one place in the stream
     const unsigned long long capture = launch.ready == nullptr ? 0 : of(launch.ready).capture();
+    for (const Event& event : {launch.after, launch.also_after}) wait_outside(event, capture);  // not under the lock
+    const std::lock_guard lock(mutex_);      // a launch is one place in the stream
     follow(stream_, launch.ready, capture);  // first: it brings the stream into the graph that is captured
     follow(stream_, launch.after, capture);
+    follow(stream_, launch.also_after, capture);
     try {
       queue(launch);
       return std::make_shared<CudaEvent>(events_, stream_);
@@ -205,14 +204,15 @@ class CudaEngine final : public CopyEngine {
 
   bool wait_on(const Event& event, uintptr_t stream, double) override {
     const OnDevice on(device_);
-    follow(reinterpret_cast<cudaStream_t>(stream), event, capture_of(reinterpret_cast<cudaStream_t>(stream)));
+    const unsigned long long capture = capture_of(reinterpret_cast<cudaStream_t>(stream));
+    wait_outside(event, capture);
+    follow(reinterpret_cast<cudaStream_t>(stream), event, capture);
     return true;
   }
 
   bool wait_host(const Event& event, double timeout_s) override {
     if (event == nullptr || of(event).capture() != 0) return true;
     const OnDevice on(device_);
-    const RelaxedCapture relaxed;
     if (timeout_s < 0) {
       EK_ENGINE_CHECK(cudaEventSynchronize(of(event).get()));
       return true;
@@ -229,8 +229,18 @@ class CudaEngine final : public CopyEngine {
   }
 
   bool times(const Event&, EngineTimes*) const override { return false; }
+  bool is_captured(const Event& event) const override { return event != nullptr && of(event).capture() != 0; }
 
  private:
+  template <class Free>
+  void free(const Free& call) const noexcept {
+    try {
+      const OnDevice on(device_);
+      call();
+    } catch (const EngineError&) {  // the runtime is gone, and the memory with it
+    }
+  }
+
   void queue(const EngineLaunch& launch) {
     for (const EngineCopy& copy : launch.copies) {
       if (copy.bytes == 0) continue;
@@ -240,22 +250,22 @@ class CudaEngine final : public CopyEngine {
     if (launch.place != nullptr) place_rows_cuda(*launch.place, stream_);
   }
 
+  // Blocks until the event is done where a graph that is being captured cannot wait for it.
+  void wait_outside(const Event& event, unsigned long long capture) {
+    if (event != nullptr && capture != 0 && of(event).capture() == 0) wait_host(event, -1);
+  }
+
   // `capture`: that the stream is under, or is brought under by the event.
-  void follow(cudaStream_t stream, const Event& event, unsigned long long capture) {
-    if (event == nullptr) return;
-    const unsigned long long of_event = of(event).capture();
-    if (of_event == capture) {
-      EK_ENGINE_CHECK(cudaStreamWaitEvent(stream, of(event).get(), 0));
-    } else if (of_event == 0) {
-      wait_host(event, -1);
-    }  // else of a graph that is captured no longer: whoever replays it orders it
+  static void follow(cudaStream_t stream, const Event& event, unsigned long long capture) {
+    // one of another capture means nothing here: whoever replays that graph orders it
+    if (event == nullptr || of(event).capture() != capture) return;
+    EK_ENGINE_CHECK(cudaStreamWaitEvent(stream, of(event).get(), 0));
   }
 
   const int device_;
   std::shared_ptr<EventPool> events_;
   cudaStream_t stream_ = nullptr;
   std::mutex mutex_;
-  std::map<const std::byte*, HostRegistry::Pieces> registered_;
 };
 
 }  // namespace

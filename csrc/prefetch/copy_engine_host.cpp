@@ -102,8 +102,7 @@ class HostEngine final : public CopyEngine {
   void free_host(std::byte* memory) noexcept override { std::free(memory); }
   std::byte* allocate_device(int64_t bytes) override { return allocate_host(bytes); }
   void free_device(std::byte* memory) noexcept override { free_host(memory); }
-  bool register_host(const std::byte*, int64_t) override { return false; }
-  void unregister_host(const std::byte*) noexcept override {}
+  bool can_read(const std::byte*, int64_t) const override { return true; }
   void adopt_thread() noexcept override {}
 
   Event launch(const EngineLaunch& launch) override {
@@ -124,6 +123,7 @@ class HostEngine final : public CopyEngine {
   bool wait_on(const Event& event, uintptr_t, double timeout_s) override { return wait_host(event, timeout_s); }
   bool wait_host(const Event& event, double timeout_s) override { return event == nullptr || of(event).wait(timeout_s); }
   bool times(const Event& event, EngineTimes* times) const override { return event != nullptr && of(event).times(times); }
+  bool is_captured(const Event&) const override { return false; }
 
  private:
   struct Task {

@@ -8,46 +8,89 @@
 
 #include "common/error.h"
 #include "prefetch/deadline.h"
-#include "prefetch/prefetch_request.h"
 
 namespace engram_kernels {
 namespace {
 
 constexpr const char* kName = "RowPrefetcher";
 
-std::string in_vain(int64_t ticket, double timeout_s) {
+std::string timeout_text(int64_t ticket, double timeout_s) {
   Text text;
   text << kName << ": ticket " << ticket << " did not arrive in " << timeout_s << " s";
   return text.str();
 }
 
+constexpr int kCellsPerSlot = 4;  // of launches whose count is not read yet
+
 }  // namespace
 
+// What is known of a ticket.
+struct RowPrefetcher::Request {
+  int64_t number = 0, count = 0;
+  RowIds ids{};  // in `kept_ids`, or on the device
+  std::vector<int64_t> sizes;
+  std::vector<std::byte> kept_ids;
+  Event ready, slot_free, slot_also_free;
+  int slot = -1;
+  bool ids_on_device = false;
+  std::atomic<bool> cancelled{false};
+  int64_t submitted_ns = 0, fetch_begin_ns = 0, fetch_end_ns = 0;
+  StageCounters staged;
+
+  // of the prefetcher's lock
+  bool counted = false;  // in the counters
+  bool settled = false;  // launched or failed: what is above does not change any more
+  bool gone = false;     // cancelled: its slot is free once it is settled
+  std::exception_ptr error;
+  std::vector<Event> events;
+  std::condition_variable changed;
+};
+
+// A call that uses the engine: `close` waits until it has left.
+class RowPrefetcher::Call {
+ public:
+  explicit Call(RowPrefetcher& owner) : owner_(owner) {
+    owner_.check_process();
+    const std::lock_guard lock(owner_.mutex_);
+    ++owner_.calls_;
+  }
+  ~Call() {
+    const std::lock_guard lock(owner_.mutex_);
+    if (--owner_.calls_ == 0 && owner_.closed_) owner_.left_.notify_all();
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+ private:
+  RowPrefetcher& owner_;
+};
+
 PrefetchTimeout::PrefetchTimeout(int64_t ticket, double timeout_s)
-    : std::runtime_error(in_vain(ticket, timeout_s)), ticket(ticket) {}
+    : std::runtime_error(timeout_text(ticket, timeout_s)), ticket(ticket) {}
 
 RowPrefetcher::RowPrefetcher(const PrefetcherOptions& options, std::shared_ptr<CopyEngine> engine)
     : options_(options),
+      way_(traits_of(options.stager.way)),
       out_row_bytes_(int64_t{options.stager.table.row_dim} * dtype_bytes(options.out_dtype)),
       engine_(std::move(engine)),
       stager_(std::make_unique<RowStager>(options.stager, engine_)),
+      memory_bytes_((options.depth + 1) * options.slot_bytes + stager_->memory_bytes()),
+      cache_slots_(stager_->cache_slots()),
       trace_(options.trace_spans),
       process_(getpid()),
-      slots_(options.depth + 1),
-      ticket_of_slot_(static_cast<size_t>(options.depth) + 1, -1) {
+      results_(options.depth + 1),
+      lent_(static_cast<size_t>(options.depth) + 1) {
   EK_CHECK(options.depth >= 1, kName << ": depth is " << options.depth << ", expected at least 1");
   EK_CHECK(options.slots != nullptr && options.slot_bytes >= 0, kName << ": there are no slots");
-  if (options.stager.direct) {
-    const size_t bytes = ticket_of_slot_.size() * sizeof(uint32_t);
-    bad_ids_ = reinterpret_cast<uint32_t*>(engine_->allocate_host(static_cast<int64_t>(bytes)));
-    std::memset(bad_ids_, 0, bytes);
+  if (way_.gathers_table && way_.to_device) {
+    const int cells = kCellsPerSlot * (options.depth + 1) + 1;
+    cells_ = reinterpret_cast<uint32_t*>(engine_->allocate_host(cells * static_cast<int64_t>(sizeof(uint32_t))));
+    std::fill_n(cells_, cells, 0U);
+    for (int cell = cells; --cell > 0;) free_cells_.push_back(cell);
   }
 }
 
-RowPrefetcher::~RowPrefetcher() {
-  close();
-  if (bad_ids_ != nullptr) engine_->free_host(reinterpret_cast<std::byte*>(bad_ids_));
-}
+RowPrefetcher::~RowPrefetcher() { close(); }
 
 void RowPrefetcher::check_process() const {
   if (getpid() != process_) {
@@ -65,27 +108,26 @@ RowPrefetcher::RequestPtr RowPrefetcher::admit(const PrefetchIds& ids, double ti
   request->sizes = ids.sizes;
   request->ids_on_device = ids.on_device;
   std::unique_lock lock(mutex_);
-  const auto ready = [this] { return closed_ || (counters_.in_flight < options_.depth && !slots_.empty()); };
+  const auto ready = [this] { return closed_ || (counters_.in_flight < options_.depth && !results_.empty()); };
   const bool room = timeout_s == 0 ? ready() : Deadline(timeout_s).wait(room_, lock, ready);
   if (closed_) EK_THROW_AS(std::runtime_error, kName << ": submit after close");
   if (!room) {
     EK_THROW_AS(PrefetchQueueFull, kName << ": " << counters_.in_flight << " requests are in flight, as many as depth allows ("
                                          << options_.depth << "); wait for one first");
   }
-  RingSlot slot = slots_.take();
-  request->number = next_ticket_++;
+  request->number = ids.ticket >= 0 ? ids.ticket : next_ticket_++;
+  EK_CHECK(tickets_.emplace(request->number, request).second, kName << ": ticket " << request->number << " exists already");
+  RingSlot slot = results_.take();
   request->slot = slot.number;
   request->slot_free = std::move(slot.after);
+  request->slot_also_free = std::move(slot.also_after);
   request->submitted_ns = steady_ns();
-  ticket_of_slot_[static_cast<size_t>(slot.number)] = request->number;
-  tickets_.emplace(request->number, request);
-  ++submitting_;
   counters_.max_in_flight = std::max(counters_.max_in_flight, ++counters_.in_flight);
   return request;
 }
 
 int64_t RowPrefetcher::submit(const PrefetchIds& ids, double timeout_s) {
-  check_process();
+  const Call call(*this);
   const RequestPtr request = admit(ids, timeout_s);
   const int64_t number = request->number;  // another thread may wait for it, and forget it, from here on
   std::exception_ptr error;
@@ -96,27 +138,30 @@ int64_t RowPrefetcher::submit(const PrefetchIds& ids, double timeout_s) {
     error = std::current_exception();
   }
   if (launched) arrived(request, std::move(error));
-  const std::lock_guard lock(mutex_);
-  if (--submitting_ == 0 && closed_) submitted_.notify_all();
   return number;
 }
 
 // Launches the request, or leaves it to the worker (false).
 bool RowPrefetcher::begin(const RequestPtr& request, const PrefetchIds& ids) {
-  if (ids.on_device) {
-    request->ids_ready = engine_->record_on(ids.stream);
-  } else {
+  if (ids.on_device || way_.gathers_table) request->ready = engine_->record_on(ids.stream);
+  if (!ids.on_device) {
     const auto* from = static_cast<const std::byte*>(ids.ids.data);
     request->kept_ids.assign(from, from + ids.ids.count * (ids.ids.are_int64 ? 8 : 4));
     request->ids.data = request->kept_ids.data();
     check_ids(*request);
   }
-  if (options_.stager.direct && (ids.on_device || !stager_->is_needed())) {
-    GatherRowsParams gather = gather_into(*request);
-    if (ids.on_device) gather.error_count = bad_ids_ + request->slot;
+  if (way_.gathers_table && ids.on_device) {
+    launch_unseen(request);
+    return true;
+  }
+  if (!way_.stages()) {
+    const GatherRowsParams gather = gather_into(*request);
     request->staged.unique = request->count;
-    request->events.push_back(
-        engine_->launch({.after = request->slot_free, .ready = request->ids_ready, .gather = &gather, .keeps = request}));
+    request->events.push_back(engine_->launch({.after = request->slot_free,
+                                               .also_after = request->slot_also_free,
+                                               .ready = request->ready,
+                                               .gather = &gather,
+                                               .keeps = request}));
     return true;
   }
   const std::lock_guard lock(mutex_);
@@ -125,6 +170,31 @@ bool RowPrefetcher::begin(const RequestPtr& request, const PrefetchIds& ids) {
   queue_.push_back(request);
   work_.notify_one();
   return false;
+}
+
+// A gather by ids that only the device sees, which counts those that name no row.
+void RowPrefetcher::launch_unseen(const RequestPtr& request) {
+  const bool captured = engine_->is_captured(request->ready);
+  const int cell = captured ? 0 : take_cell();
+  GatherRowsParams gather = gather_into(*request);
+  gather.error_count = cells_ + cell;
+  request->staged.unique = request->count;
+  request->events.reserve(1);
+  Event launched;
+  try {
+    launched = engine_->launch({.after = request->slot_free,
+                                .also_after = request->slot_also_free,
+                                .ready = request->ready,
+                                .gather = &gather,
+                                .keeps = request});
+  } catch (...) {  // nothing of it is left on the stream
+    const std::lock_guard lock(mutex_);
+    if (!captured) free_cells_.push_back(cell);
+    throw;
+  }
+  request->events.push_back(launched);
+  const std::lock_guard lock(mutex_);
+  if (!captured) counting_.push_back({request->number, cell, std::move(launched)});
 }
 
 void RowPrefetcher::check_ids(const Request& request) const {
@@ -166,11 +236,13 @@ void RowPrefetcher::work() {
 void RowPrefetcher::process(Request& request) {
   if (request.cancelled) throw PrefetchCancelled("RowPrefetcher: cancelled before it began");
   if (request.ids_on_device) {
-    request.kept_ids = stager_->fetch_ids(request.ids, request.ids_ready);
+    request.kept_ids = stager_->fetch_ids(request.ids, request.ready);
     request.ids.data = request.kept_ids.data();
     check_ids(request);
   }
-  stager_->stage(gather_into(request), request.slot_free, request.cancelled, &request.events, &request.staged);
+  const EngineLaunch first{
+      .after = request.slot_free, .also_after = request.slot_also_free, .ready = way_.gathers_table ? request.ready : nullptr};
+  stager_->stage(gather_into(request), first, request.cancelled, &request.events, &request.staged);
 }
 
 // The request is launched, or has failed: its waiters may look at it.
@@ -192,7 +264,7 @@ bool RowPrefetcher::wait_events(const Request& request, double timeout_s, uintpt
 }
 
 int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool keep) {
-  check_process();
+  const Call call(*this);
   const Deadline deadline(timeout_s);
   const int64_t begin_ns = steady_ns();
   RequestPtr request;
@@ -223,23 +295,14 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
     EK_THROW_AS(UnknownTicket, kName << ": ticket " << ticket << " was waited for by another thread");
   }
   if (!ready) throw PrefetchTimeout(ticket, timeout_s);
+  if (request->error != nullptr) error = std::move(request->error);  // no thread holds it but this one
+  const bool takes_place = error == nullptr && !keep;
+  if (takes_place && reading_ >= 0) take_back(reading_, stream);  // may throw, and then the ticket stays valid
   tickets_.erase(ticket);
   count(*request, begin_ns);
-  if (request->error != nullptr) error = std::move(request->error);  // no thread holds it but this one
-  if (error != nullptr) {
-    ++counters_.failed;
-    free_slot(*request);
-    try {
-      std::rethrow_exception(error);
-    } catch (const EngineError& err) {
-      EK_THROW_AS(EngineError, "tier " << (options_.stager.on_device ? "device" : "host") << ": ticket " << ticket << " of "
-                                       << request->count << " ids, its first row "
-                                       << (request->count > 0 && !request->kept_ids.empty() ? request->ids[0] : kNoRow)
-                                       << ", on engine " << engine_->name() << ": " << err.what());
-    }
-  }
-  if (!keep) {
-    if (reading_ >= 0) slots_.give(reading_, engine_->record_on(stream));
+  if (error != nullptr) fail(*request, std::move(error));
+  lent_[static_cast<size_t>(request->slot)] = {request, stream};
+  if (takes_place) {
     reading_ = request->slot;
     --counters_.in_flight;
     room_.notify_one();
@@ -247,33 +310,131 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
   return request->slot;
 }
 
+// Under the lock: the request's rows are nobody's.
+void RowPrefetcher::fail(const Request& request, std::exception_ptr error) {
+  ++counters_.failed;
+  free_slot(request);
+  try {
+    std::rethrow_exception(std::move(error));
+  } catch (const EngineError& err) {
+    EK_THROW_AS(EngineError, "tier " << (way_.tier == TraceTrack::kDevice ? "device" : "host") << ": ticket " << request.number
+                                     << " of " << request.count << " ids, its first row "
+                                     << (request.count > 0 && !request.kept_ids.empty() ? request.ids[0] : kNoRow)
+                                     << ", on engine " << engine_->name() << ": " << err.what());
+  }
+}
+
+// Under the lock: a slot that was out is free behind what its own stream, and the caller's, hold now.
+void RowPrefetcher::take_back(int slot, uintptr_t stream) {
+  Lent& lent = lent_[static_cast<size_t>(slot)];
+  if (lent.request == nullptr) return;
+  Event after = engine_->record_on(lent.stream);
+  Event also_after = stream == lent.stream ? nullptr : engine_->record_on(stream);
+  results_.give(slot, std::move(after), std::move(also_after));
+  lent = {};
+  if (slot == reading_) reading_ = -1;
+}
+
 void RowPrefetcher::release(int slot, uintptr_t stream) {
-  check_process();
+  const Call call(*this);
   const std::lock_guard lock(mutex_);
-  slots_.give(slot, engine_->record_on(stream));
-  --counters_.in_flight;
+  if (closed_ || lent_[static_cast<size_t>(slot)].request == nullptr) return;
+  const bool was_in_flight = slot != reading_;
+  take_back(slot, stream);
+  if (was_in_flight) --counters_.in_flight;
   room_.notify_one();
 }
 
-// Ids that only a device sees are counted there. What is known by now: of `ticket`, returned; of another, thrown.
-std::exception_ptr RowPrefetcher::bad_ids_of(int64_t ticket) {
-  if (bad_ids_ == nullptr) return nullptr;
+bool RowPrefetcher::restore(int64_t ticket) {
+  const Call call(*this);
   const std::lock_guard lock(mutex_);
-  for (size_t slot = 0; slot < ticket_of_slot_.size(); ++slot) {
-    const uint32_t bad = std::atomic_ref(bad_ids_[slot]).exchange(0);
-    if (bad == 0) continue;
-    Text message;
-    message << kName << ": " << bad << " ids of ticket " << ticket_of_slot_[slot] << " are outside [0, "
-            << options_.stager.table.num_rows << "); their rows are zeros";
-    if (ticket_of_slot_[slot] == ticket) return std::make_exception_ptr(std::out_of_range(message.str()));
-    throw std::out_of_range(message.str());
+  if (closed_) return false;
+  for (size_t slot = 0; slot < lent_.size(); ++slot) {
+    Lent& lent = lent_[slot];
+    if (lent.request == nullptr || lent.request->number != ticket) continue;
+    try {  // the caller may have queued a use of it
+      lent.request->events.push_back(engine_->record_on(lent.stream));
+    } catch (const EngineError&) {  // then nothing that it queues later runs either
+    }
+    if (static_cast<int>(slot) == reading_) {
+      reading_ = -1;
+      ++counters_.in_flight;
+    }
+    tickets_.emplace(ticket, std::move(lent.request));
+    lent = {};
+    return true;
   }
-  return nullptr;
+  return false;
+}
+
+// A cell for a launch whose count nobody waits for.
+int RowPrefetcher::take_cell() {
+  for (;;) {
+    Event oldest;
+    {
+      const std::lock_guard lock(mutex_);
+      if (free_cells_.empty()) collect_bad_ids();
+      if (!free_cells_.empty()) {
+        const int cell = free_cells_.back();
+        free_cells_.pop_back();
+        return cell;
+      }
+      if (!counting_.empty()) oldest = counting_.front().launched;
+    }
+    try {
+      engine_->wait_host(oldest, -1);
+    } catch (const EngineError&) {  // its ticket says so
+    }
+  }
+}
+
+// Under the lock: reads the cells of launches that are done.
+void RowPrefetcher::collect_bad_ids() {
+  for (; !counting_.empty(); counting_.pop_front()) {
+    const Counting& oldest = counting_.front();
+    try {
+      if (!engine_->wait_host(oldest.launched, 0)) break;
+    } catch (const EngineError&) {  // its ticket says so
+    }
+    const uint32_t bad = std::atomic_ref(cells_[oldest.cell]).exchange(0);
+    if (bad != 0) bad_ids_.emplace_back(oldest.ticket, bad);
+    free_cells_.push_back(oldest.cell);
+  }
+  // replays may count at any time, so this cell is never written by the host
+  const uint32_t of_graphs = std::atomic_ref(cells_[0]).load();
+  if (of_graphs != seen_of_graphs_) bad_ids_.emplace_back(-1, of_graphs - seen_of_graphs_);
+  seen_of_graphs_ = of_graphs;
+}
+
+// What is known by now of ids that only a device saw: of `ticket`, returned; of another, thrown.
+std::exception_ptr RowPrefetcher::bad_ids_of(int64_t ticket) {
+  if (cells_ == nullptr) return nullptr;
+  const std::lock_guard lock(mutex_);
+  collect_bad_ids();
+  if (bad_ids_.empty()) return nullptr;
+  const auto own = std::find_if(bad_ids_.begin(), bad_ids_.end(), [=](const auto& found) { return found.first == ticket; });
+  const auto told = own == bad_ids_.end() ? bad_ids_.begin() : own;
+  const auto [number, bad] = *told;
+  bad_ids_.erase(told);
+  Text message;
+  message << kName << ": " << bad << " ids of ";
+  if (number < 0) {
+    message << "a captured graph's requests";
+  } else {
+    message << "ticket " << number;
+  }
+  message << " are outside [0, " << options_.stager.table.num_rows << "); their rows are zeros";
+  if (number == ticket) return std::make_exception_ptr(std::out_of_range(message.str()));
+  throw std::out_of_range(message.str());
 }
 
 // Under the lock: what still writes to the slot is before whatever writes to it next.
 void RowPrefetcher::free_slot(const Request& request) {
-  slots_.give(request.slot, request.events.empty() ? request.slot_free : request.events.back());
+  if (request.events.empty()) {
+    results_.give(request.slot, request.slot_free, request.slot_also_free);
+  } else {
+    results_.give(request.slot, request.events.back());
+  }
   --counters_.in_flight;
   room_.notify_one();
 }
@@ -299,7 +460,7 @@ bool RowPrefetcher::knows(int64_t ticket) const {
 }
 
 bool RowPrefetcher::cancel(int64_t ticket) {
-  check_process();
+  const Call call(*this);
   RequestPtr request;
   {
     std::unique_lock lock(mutex_);
@@ -320,7 +481,7 @@ bool RowPrefetcher::cancel(int64_t ticket) {
 }
 
 void RowPrefetcher::drain(double timeout_s) {
-  check_process();
+  const Call call(*this);
   const Deadline deadline(timeout_s);
   std::vector<RequestPtr> requests;
   {
@@ -353,13 +514,76 @@ void RowPrefetcher::close() {
     while (!tickets_.empty()) drop(RequestPtr(tickets_.begin()->second));
     room_.notify_all();
     work_.notify_all();
-    submitted_.wait(lock, [this] { return submitting_ == 0; });
+    left_.wait(lock, [this] { return calls_ == 0; });
   }
   if (worker_.joinable()) worker_.join();
   try {
     engine_->wait_host(engine_->launch({}), -1);  // what was launched writes to the slots
   } catch (...) {                                 // its tickets are gone
   }
+  const std::lock_guard lock(mutex_);
+  lent_.assign(lent_.size(), {});
+  counting_.clear();
+  if (cells_ != nullptr) engine_->free_host(reinterpret_cast<std::byte*>(cells_));
+  cells_ = nullptr;
+  stager_.reset();
+  engine_.reset();
+}
+
+// Under the lock: a request that was waited for.
+void RowPrefetcher::count(Request& request, int64_t waited_since_ns) {
+  PrefetchCounters& c = counters_;
+  const StageCounters& staged = request.staged;
+  if (request.counted) return;
+  request.counted = true;
+  ++c.requests;
+  c.requested += request.count;
+  c.unique += staged.unique;
+  c.device_cache_rows += staged.device_cached;
+  c.cached_rows += staged.cached_rows;
+  c.file_rows += staged.file_rows;
+  if (!way_.reads_file) {
+    (way_.tier == TraceTrack::kDevice ? c.device_rows : c.host_rows) += staged.unique - staged.device_cached;
+  }
+  const RowSource& table = options_.stager.table;
+  c.payload_bytes +=
+      request.count * (row_value_bytes(table.format, table.row_dim) + row_scale_bytes(table.format, table.row_dim));
+  c.moved_bytes += staged.moved_bytes;
+  const int64_t now = steady_ns();
+  const int64_t cached = staged.device_cached + staged.cached_rows;
+  const auto span = [&](TraceTrack track, const char* name, int64_t rows, int64_t begin, int64_t end) {
+    trace_.add({track, name, request.number, rows, cached, begin, end});
+  };
+  if (request.fetch_end_ns > 0) {
+    c.fetch_ns += request.fetch_end_ns - request.fetch_begin_ns;
+    span(way_.tier, "fetch", staged.unique, request.fetch_begin_ns, request.fetch_end_ns);
+  }
+  for (const Event& event : request.events) {
+    EngineTimes times;
+    if (!engine_->times(event, &times)) continue;
+    c.fetch_ns += times.end_ns - times.begin_ns;
+    span(way_.gather, "gather", request.count, times.begin_ns, times.end_ns);
+  }
+  span(TraceTrack::kCaller, "wait", request.count, waited_since_ns, now);
+}
+
+PrefetchCounters RowPrefetcher::counters() const {
+  check_process();
+  const std::lock_guard lock(mutex_);
+  PrefetchCounters counters = counters_;
+  counters.queued = static_cast<int64_t>(queue_.size());
+  return counters;
+}
+
+std::string RowPrefetcher::chrome_trace() const {
+  check_process();
+  return trace_.json();
+}
+
+void RowPrefetcher::clear_cache() {
+  check_process();
+  const std::lock_guard lock(mutex_);
+  if (!closed_) stager_->clear_cache();
 }
 
 }  // namespace engram_kernels

@@ -4,7 +4,8 @@
 //             memory, memory to a device of its own) each distinct row of a request does so once, through a staging ring.
 // Ownership   the ring's slots, the table's memory and the ids on a device are the caller's and live until `close`; ids in host
 //             memory are copied by `submit`. A slot that `wait` gave is the caller's until `release`, or until the next wait
-//             that keeps its slot in the reading place.
+//             that keeps its slot in the reading place; it is written again behind what the stream of that wait, and the one
+//             of its release, hold by then. `close` frees all else: threads, staging memory, the engine.
 // Threads     every call may be made from several threads at once. One thread fetches, one stream copies and gathers, in the
 //             order of submission. After a fork the child may only destroy it.
 // Failure     of a request: thrown by the wait of its ticket, and by no other. A wait that timed out leaves its ticket valid.
@@ -21,10 +22,10 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "prefetch/copy_engine.h"
-#include "table/file_tier.h"
 #include "prefetch/prefetch_trace.h"
 #include "prefetch/row_stager.h"
 #include "prefetch/slot_ring.h"
@@ -60,7 +61,8 @@ struct PrefetchIds {
   RowIds ids;
   std::vector<int64_t> sizes;
   bool on_device = false;
-  uintptr_t stream = 0;  // where they were made
+  uintptr_t stream = 0;  // the caller's: ids on a device, and a table that gathers read, are what its work makes of them
+  int64_t ticket = -1;   // a number that no request had yet, so that the caller knows it whatever happens; -1: the next one
 };
 
 struct PrefetchCounters {
@@ -89,6 +91,9 @@ class RowPrefetcher {
   // went wrong with the request.
   int wait(int64_t ticket, double timeout_s, uintptr_t stream, bool keep);
   void release(int slot, uintptr_t stream);  // the caller has queued its last use on the stream
+  // The caller did not get the slot of this ticket after all (a signal, an output that cannot be written): it can be waited for
+  // again. False: no slot of it is out.
+  bool restore(int64_t ticket);
 
   bool knows(int64_t ticket) const;  // it can be waited for
   // False: there is no such ticket any more. Where the ids are on a device: blocks until nothing reads them.
@@ -99,45 +104,70 @@ class RowPrefetcher {
 
   PrefetchCounters counters() const;
   std::string chrome_trace() const;
-  int64_t memory_bytes() const;  // of the rings, the slots included, and the device's cache
-  int64_t cache_slots() const;   // rows that it has room for
+  int64_t memory_bytes() const { return memory_bytes_; }  // of the rings, the slots included, and the device's cache
+  int64_t cache_slots() const { return cache_slots_; }    // rows that it has room for
 
  private:
   struct Request;
   using RequestPtr = std::shared_ptr<Request>;
+  class Call;
+  // A slot that `wait` gave out: its request, and the stream that reads it.
+  struct Lent {
+    RequestPtr request;
+    uintptr_t stream = 0;
+  };
+  // A launch that counts the ids that only the device sees.
+  struct Counting {
+    int64_t ticket = -1;
+    int cell = -1;
+    Event launched;
+  };
 
   void check_process() const;
   RequestPtr admit(const PrefetchIds& ids, double timeout_s);
   bool begin(const RequestPtr& request, const PrefetchIds& ids);
+  void launch_unseen(const RequestPtr& request);
   void check_ids(const Request& request) const;
   void work();
   void process(Request& request);
   void arrived(const RequestPtr& request, std::exception_ptr error);
   bool wait_events(const Request& request, double timeout_s, uintptr_t stream, bool on_host) const;
+  [[noreturn]] void fail(const Request& request, std::exception_ptr error);
+  int take_cell();
+  void collect_bad_ids();
   std::exception_ptr bad_ids_of(int64_t ticket);
+  void take_back(int slot, uintptr_t stream);
   void free_slot(const Request& request);
   void drop(const RequestPtr& request);
-  void count(const Request& request, int64_t waited_since_ns);
+  void count(Request& request, int64_t waited_since_ns);
   GatherRowsParams gather_into(const Request& request) const;
 
   const PrefetcherOptions options_;
+  const FetchWayTraits& way_;
   const int64_t out_row_bytes_;
-  std::shared_ptr<CopyEngine> engine_;
+  std::shared_ptr<CopyEngine> engine_;  // null once closed
   std::unique_ptr<RowStager> stager_;
+  int64_t memory_bytes_ = 0, cache_slots_ = 0;
   PrefetchTrace trace_;
   const int process_;
 
   std::mutex closing_;  // before the other
   mutable std::mutex mutex_;
-  std::condition_variable work_, room_, submitted_;
-  SlotRing slots_;
+  std::condition_variable work_, room_, left_;
+  SlotRing results_;
   std::unordered_map<int64_t, RequestPtr> tickets_;
   std::deque<RequestPtr> queue_;
-  std::vector<int64_t> ticket_of_slot_;
-  uint32_t* bad_ids_ = nullptr;  // by slot; written by gathers of ids that only the device sees
+  std::vector<Lent> lent_;  // by slot
+  // ids that only a device sees: its gathers count what is out of range in cells that it can write to, the first one of them
+  // those of captured graphs; a cell is read when its launch is done
+  uint32_t* cells_ = nullptr;
+  uint32_t seen_of_graphs_ = 0;
+  std::vector<int> free_cells_;
+  std::deque<Counting> counting_;
+  std::vector<std::pair<int64_t, uint32_t>> bad_ids_;  // ticket (-1: a graph), count: found, and not yet told
   int64_t next_ticket_ = 0;
   int reading_ = -1;
-  int submitting_ = 0;  // calls of submit that have a ticket
+  int calls_ = 0;  // that use the engine
   bool closed_ = false;
   PrefetchCounters counters_;
   std::thread worker_;

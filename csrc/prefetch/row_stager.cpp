@@ -35,14 +35,17 @@ struct RowStager::Block {
 RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine> engine)
     : options_(options),
       engine_(std::move(engine)),
+      way_(traits_of(options.way)),
       row_bytes_(std::max(row_value_bytes(options.table.format, options.table.row_dim),
                           options.file == nullptr ? int64_t{0} : options.file->row_bytes())),  // with padding
       scale_bytes_(row_scale_bytes(options.table.format, options.table.row_dim)),
-      needed_(!options.direct || !engine_->reads_host_memory()),
       threads_(options.num_threads) {
+  EK_CHECK(way_.to_device != engine_->reads_host_memory() && way_.reads_file == (options_.file != nullptr),
+           "RowPrefetcher: way '" << way_.name << "' on engine " << engine_->name() << " with"
+                                  << (options_.file == nullptr ? "out" : "") << " a file");
   if (options_.file != nullptr) {
     const FileTier& file = *options_.file;
-    EK_CHECK(!options_.direct && file.num_rows() == options_.table.num_rows &&
+    EK_CHECK(file.num_rows() == options_.table.num_rows &&
                  (file.num_rows() == 0 || (file.row_bytes() == row_bytes_ && file.scale_bytes() == scale_bytes_)),
              "RowPrefetcher: the file has " << file.num_rows() << " rows of " << file.row_bytes() << " and " << file.scale_bytes()
                                             << " bytes, expected " << options_.table.num_rows << " of " << row_bytes_ << " and "
@@ -50,22 +53,22 @@ RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine
   } else {
     check_row_source("RowPrefetcher", options_.table);
   }
-  EK_CHECK(options_.cache_bytes == 0 || (!options_.direct && !engine_->reads_host_memory()),
+  EK_CHECK(options_.cache_bytes == 0 || way_.can_cache(),
            "RowPrefetcher: cache_bytes is " << options_.cache_bytes << ", but no row is copied to a device");
-  if (needed_) make_ring();
+  if (way_.stages()) make_ring();
 }
 
 void RowStager::make_ring() {
   const bool caches = options_.cache_bytes > 0;
   int64_t slot_bytes = options_.staging_bytes / kNumSlots / kAlign * kAlign;
-  int64_t id_bytes = options_.direct ? 8 : row_bytes_ + scale_bytes_ + 4, room = slot_bytes - 3 * kAlign;
+  int64_t id_bytes = way_.gathers_table ? 8 : row_bytes_ + scale_bytes_ + 4, room = slot_bytes - 3 * kAlign;
   int64_t least = id_bytes + 4 * kAlign;
   if (caches) {  // on the device rows and scales of all slots are one array each, which a cache continues
     const int64_t step = aligned_rows(row_bytes_);
-    rows_a_slot_ = slot_bytes / (row_bytes_ + scale_bytes_) / step * step;
-    slot_bytes = rows_a_slot_ * (row_bytes_ + scale_bytes_);
+    rows_per_slot_ = slot_bytes / (row_bytes_ + scale_bytes_) / step * step;
+    slot_bytes = rows_per_slot_ * (row_bytes_ + scale_bytes_);
     id_bytes = row_bytes_ + 4 + static_cast<int64_t>(sizeof(RowPlace));
-    room = rows_a_slot_ * row_bytes_ - 2 * kAlign;
+    room = rows_per_slot_ * row_bytes_ - 2 * kAlign;
     least = (ceil_div(id_bytes + 2 * kAlign, step * row_bytes_) * step) * (row_bytes_ + scale_bytes_) + kAlign;
   }
   block_ids_ = std::min(room / id_bytes, int64_t{1} << 30);
@@ -74,15 +77,15 @@ void RowStager::make_ring() {
                                                                << row_bytes_ + scale_bytes_ << " bytes");
   if (caches) {
     cache_ = std::make_unique<DeviceRowCache>(
-        DeviceRowCacheOptions{options_.cache_bytes, row_bytes_, scale_bytes_, options_.table.num_rows, kNumSlots, rows_a_slot_},
+        DeviceRowCacheOptions{options_.cache_bytes, row_bytes_, scale_bytes_, options_.table.num_rows, kNumSlots, rows_per_slot_},
         engine_);
   }
-  ring_ = std::make_unique<SlotRing>(kNumSlots, slot_bytes, engine_, !caches);
+  staging_ = std::make_unique<SlotRing>(kNumSlots, slot_bytes, engine_, !caches);
 }
 
 int64_t RowStager::memory_bytes() const {
-  if (!needed_) return 0;
-  return options_.staging_bytes * (engine_->reads_host_memory() ? 1 : 2) + (cache_ == nullptr ? 0 : cache_->cache_bytes());
+  if (!way_.stages()) return 0;
+  return options_.staging_bytes * (way_.to_device ? 2 : 1) + (cache_ == nullptr ? 0 : cache_->cache_bytes());
 }
 
 void RowStager::clear_cache() {
@@ -90,10 +93,10 @@ void RowStager::clear_cache() {
 }
 
 RingSlot RowStager::take_slot() {
-  RingSlot slot = ring_->take();
+  RingSlot slot = staging_->take();
   try {
-    engine_->wait_host(slot.after, -1);
-  } catch (...) {  // that launch failed, and its own ticket says so
+    engine_->wait_host(slot.after, -1);  // which is the only one: no caller reads this ring
+  } catch (...) {                        // that launch failed, and its own ticket says so
   }
   if (cache_ != nullptr) cache_->settle(slot.number);
   return slot;
@@ -111,18 +114,18 @@ std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& read
       copied = engine_->launch({.ready = ready, .copies = {{slot.host, from + begin, bytes}}});
       engine_->wait_host(copied, -1);
     } catch (...) {
-      ring_->give(slot.number, copied);
+      staging_->give(slot.number, copied);
       throw;
     }
     std::memcpy(fetched.data() + begin, slot.host, static_cast<size_t>(bytes));
-    ring_->give(slot.number, nullptr);
+    staging_->give(slot.number, nullptr);
   }
   return fetched;
 }
 
-void RowStager::stage(const GatherRowsParams& gather, const Event& after, const std::atomic<bool>& cancelled,
+void RowStager::stage(const GatherRowsParams& gather, const EngineLaunch& first, const std::atomic<bool>& cancelled,
                       std::vector<Event>* events, StageCounters* counters) {
-  if (gather.row_ids.count == 0) events->push_back(engine_->launch({.after = after}));
+  if (gather.row_ids.count == 0) events->push_back(engine_->launch(first));
   const int64_t id_bytes = gather.row_ids.are_int64 ? 8 : 4;
   const int64_t out_bytes = int64_t{gather.source.row_dim} * dtype_bytes(gather.out_dtype);
   for (int64_t begin = 0; begin < gather.row_ids.count; begin += block_ids_) {
@@ -133,21 +136,21 @@ void RowStager::stage(const GatherRowsParams& gather, const Event& after, const 
     const RingSlot slot = take_slot();
     try {
       events->reserve(events->size() + 1);  // nothing may fail between a launch and its event's place
-      events->push_back(launch_block(&part, slot, events->empty() ? after : nullptr, cancelled, counters));
+      events->push_back(launch_block(&part, slot, events->empty() ? first : EngineLaunch{}, cancelled, counters));
     } catch (...) {
       if (cache_ != nullptr) cache_->abandon();
-      ring_->give(slot.number, nullptr);
+      staging_->give(slot.number, nullptr);
       throw;
     }
     if (cache_ != nullptr) cache_->launched(events->back());
-    ring_->give(slot.number, events->back());
+    staging_->give(slot.number, events->back());
   }
 }
 
-Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, const Event& after,
+Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, EngineLaunch launch,
                               const std::atomic<bool>& cancelled, StageCounters* counters) {
   Block block{options_.table, nullptr, {}, {}};
-  if (options_.direct) {
+  if (way_.gathers_table) {
     fill_with_ids(gather->row_ids, slot, &block, counters);
   } else {
     fill_with_rows(gather->row_ids, slot, cancelled, &block, counters);
@@ -156,8 +159,9 @@ Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, co
   gather->source = block.source;
   gather->row_ids.data = block.ids;
   block.place.max_blocks = gather->max_blocks;
-  EngineLaunch launch{.after = after, .gather = gather, .place = block.place.count > 0 ? &block.place : nullptr};
-  if (!engine_->reads_host_memory()) {
+  launch.gather = gather;
+  if (block.place.count > 0) launch.place = &block.place;
+  if (way_.to_device) {
     std::copy_n(block.copies, 2, launch.copies);
     counters->moved_bytes += launch.copies[0].bytes + launch.copies[1].bytes;
   }
@@ -191,7 +195,7 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
     count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
   }
   const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
-  const int64_t scales_at = cache_ == nullptr ? places_at : rows_a_slot_ * row_bytes_;
+  const int64_t scales_at = cache_ == nullptr ? places_at : rows_per_slot_ * row_bytes_;
   auto* local_ids = reinterpret_cast<int32_t*>(slot.host + ids_at);
   std::fill_n(local_ids, ids.count, static_cast<int32_t>(kNoRow));
   int64_t local = -1;

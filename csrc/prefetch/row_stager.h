@@ -16,20 +16,20 @@
 
 #include "prefetch/copy_engine.h"
 #include "prefetch/device_row_cache.h"
-#include "table/file_tier.h"
+#include "prefetch/fetch_way.h"
 #include "prefetch/slot_ring.h"
 #include "prefetch/thread_pool.h"
+#include "table/file_tier.h"
 
 namespace engram_kernels {
 
 struct RowStagerOptions {
   RowSource table{};               // `rows` is null for a file
   std::shared_ptr<FileTier> file;  // null: the table is in memory
-  bool direct = false;             // gathers read the table itself: ids alone are staged
-  bool on_device = false;          // the table is in the device's memory
-  int64_t staging_bytes = 0;       // of all slots
-  int64_t cache_bytes = 0;         // of rows on a device that rows are copied to; 0: no cache
-  int num_threads = 1;             // that copy rows of a table in memory
+  FetchWay way = FetchWay::kInPlace;
+  int64_t staging_bytes = 0;  // of all slots
+  int64_t cache_bytes = 0;    // of rows on a device that rows are copied to; 0: no cache
+  int num_threads = 1;        // that copy rows of a table in memory
 };
 
 struct StageCounters {
@@ -46,14 +46,13 @@ class RowStager {
   // The ids of a device in host memory; waits for `ready`, where they are made.
   std::vector<std::byte> fetch_ids(const RowIds& ids, const Event& ready);
 
-  // Launches what fills `gather.out` with the rows of gather.row_ids, which are in host memory and in range; an event a block.
-  // `after`: before the first block writes.
-  void stage(const GatherRowsParams& gather, const Event& after, const std::atomic<bool>& cancelled, std::vector<Event>* events,
-             StageCounters* counters);
+  // Launches what fills `gather.out` with the rows of gather.row_ids, which are in host memory and in range; an event per block.
+  // `first`: the events that come before the first block.
+  void stage(const GatherRowsParams& gather, const EngineLaunch& first, const std::atomic<bool>& cancelled,
+             std::vector<Event>* events, StageCounters* counters);
 
   void clear_cache();  // any thread: what is staged from here on finds nothing that was cached before
 
-  bool is_needed() const { return needed_; }  // false: gathers of ids in host memory can be launched as they are
   int64_t memory_bytes() const;
   int64_t cache_slots() const { return cache_ == nullptr ? 0 : cache_->cache_slots(); }
 
@@ -61,7 +60,7 @@ class RowStager {
   struct Block;
   void make_ring();
   RingSlot take_slot();
-  Event launch_block(GatherRowsParams* gather, const RingSlot& slot, const Event& after, const std::atomic<bool>& cancelled,
+  Event launch_block(GatherRowsParams* gather, const RingSlot& slot, EngineLaunch launch, const std::atomic<bool>& cancelled,
                      StageCounters* counters);
   void fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters);
   void fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
@@ -71,13 +70,13 @@ class RowStager {
 
   const RowStagerOptions options_;
   std::shared_ptr<CopyEngine> engine_;
+  const FetchWayTraits& way_;
   const int64_t row_bytes_, scale_bytes_;
-  const bool needed_;
   int64_t block_ids_ = 0;
-  int64_t rows_a_slot_ = 0;  // with a cache: the room of a slot in rows, ids included
+  int64_t rows_per_slot_ = 0;  // with a cache: the room of a slot in rows, ids included
   ThreadPool threads_;
   std::unique_ptr<DeviceRowCache> cache_;
-  std::unique_ptr<SlotRing> ring_;
+  std::unique_ptr<SlotRing> staging_;
   std::vector<int64_t> distinct_;  // rows of the block; then, at its front, those that are staged
   std::vector<int32_t> indices_;   // of its distinct rows, where the gather finds them
 };

@@ -5,7 +5,7 @@
 namespace engram_kernels {
 
 SlotRing::SlotRing(int num_slots) {
-  for (int i = 0; i < num_slots; ++i) free_.push_back({i, nullptr, nullptr, nullptr});
+  for (int i = 0; i < num_slots; ++i) free_.push_back({i, nullptr, nullptr, nullptr, nullptr});
 }
 
 SlotRing::SlotRing(int num_slots, int64_t slot_bytes, std::shared_ptr<CopyEngine> engine, bool on_device)
@@ -36,10 +36,10 @@ RingSlot SlotRing::take() {
   return slot;
 }
 
-void SlotRing::give(int number, Event after) {
+void SlotRing::give(int number, Event after, Event also_after) {
   const int64_t at = number * slot_bytes_;
-  free_.push_back(
-      {number, std::move(after), host_ == nullptr ? nullptr : host_ + at, device_ == nullptr ? nullptr : device_ + at});
+  free_.push_back({number, std::move(after), std::move(also_after), host_ == nullptr ? nullptr : host_ + at,
+                   device_ == nullptr ? nullptr : device_ + at});
 }
 
 }  // namespace engram_kernels

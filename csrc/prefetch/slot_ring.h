@@ -1,4 +1,4 @@
-// A ring of buffers of one size, taken in turn: each comes with the event that must be done before it is written again.
+// A ring of buffers of one size, taken in turn: each comes with the events that must be done before it is written again.
 //
 // Scope       numbers and events; and, where it is made with an engine, the memory: registered host memory, and as much on a
 //             device that has its own, unless the owner has it.
@@ -17,7 +17,7 @@ namespace engram_kernels {
 
 struct RingSlot {
   int number = -1;
-  Event after;  // what still uses it
+  Event after, also_after;  // what still uses it: two where it was read on two streams
   std::byte* host = nullptr;
   std::byte* device = nullptr;  // as `host` where the engine reads host memory, null where the owner has it
 };
@@ -32,7 +32,7 @@ class SlotRing {
 
   bool empty() const { return free_.empty(); }
   RingSlot take();  // the one that was given back first; not while empty
-  void give(int number, Event after);
+  void give(int number, Event after, Event also_after = nullptr);
 
  private:
   std::shared_ptr<CopyEngine> engine_;

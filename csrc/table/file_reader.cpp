@@ -1,7 +1,9 @@
 #include "table/file_reader.h"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,7 +17,6 @@
 #include <vector>
 
 #include "common/error.h"
-#include "table/file_state.h"
 #include "table/proc_file.h"
 #include "table/read_plan.h"
 
@@ -23,9 +24,9 @@ namespace engram_kernels {
 namespace {
 
 constexpr int kMaxQueueDepth = 4096;
-constexpr int kMaxThreads = 64;
-constexpr int kMaxStalls = 64;  // results of a read in a row that bring nothing
-constexpr int kEndOfFile = 0;   // as an error number
+constexpr int kMaxStalls = 64;             // results of a read in a row that bring nothing
+constexpr int kEndOfFile = 0;              // as an error number
+constexpr int64_t kPieceBytes = 16 << 20;  // of a read of a whole range
 
 #define EK_THROW_READ(error, msg)                \
   do {                                           \
@@ -33,6 +34,40 @@ constexpr int kEndOfFile = 0;   // as an error number
     ek_text << "tier file: " << msg;             \
     throw FileReadError((error), ek_text.str()); \
   } while (0)
+
+// What a file looks like from outside, to see later whether it was written to.
+struct FileState {
+  int64_t size, changed_ns;
+};
+
+constexpr int kMaxLooks = 50;  // a millisecond apart
+constexpr int64_t kNsPerS = 1'000'000'000;
+
+int64_t nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * kNsPerS + time.tv_nsec; }
+
+// 0, or errno.
+int file_state(int fd, FileState* state) {
+  struct stat info;
+  if (fstat(fd, &info) != 0) return errno;
+  *state = {info.st_size, nanoseconds(info.st_mtim)};
+  return 0;
+}
+
+// The same, such that every later write shows. Most kernels stamp writes with the time of the last clock tick (up to 10 ms ago),
+// so two writes within a tick look alike: a file that was changed in this tick is looked at again when the tick is over. A stamp
+// of the future, as of another machine's clock, is taken as it is.
+int settled_file_state(int fd, FileState* state) {
+  for (int look = 0; look < kMaxLooks; ++look) {
+    const int error = file_state(fd, state);
+    if (error != 0) return error;
+    timespec tick;  // what a write would be stamped with
+    clock_gettime(CLOCK_REALTIME_COARSE, &tick);
+    if (state->changed_ns < nanoseconds(tick) || state->changed_ns > nanoseconds(tick) + kNsPerS) return 0;
+    const timespec pause{0, 1'000'000};
+    nanosleep(&pause, nullptr);
+  }
+  return 0;
+}
 
 FileState state_of(int fd, const std::string& path, int (*look)(int, FileState*) = file_state) {
   FileState state;
@@ -48,12 +83,23 @@ int64_t available_memory_bytes() {
   return int64_t{kib} << 10;
 }
 
+// CPUs that this process may use: of its affinity and, where a control group has one, its quota.
+int usable_cpus() {
+  cpu_set_t allowed;
+  int cpus = sched_getaffinity(0, sizeof(allowed), &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
+  long quota = 0, period = 0;
+  for_each_line("/sys/fs/cgroup/cpu.max", [&](const char* line) { return std::sscanf(line, "%ld %ld", &quota, &period) != 2; });
+  if (quota > 0 && period > 0) cpus = std::min(cpus, static_cast<int>((quota + period - 1) / period));
+  return std::max(cpus, 1);
+}
+
 }  // namespace
 
 // What one call has to itself.
 struct FileReader::Queue {
   std::unique_ptr<std::byte, decltype(&std::free)> buffers{nullptr, &std::free};
   std::unique_ptr<IoQueue> io;  // destroyed first
+  bool io_uring = false;
 };
 
 // The queues of one process: a child after a fork has neither the threads nor the rings of its parent.
@@ -64,6 +110,7 @@ struct FileReader::Queues {
   std::condition_variable given_back;
   std::vector<std::unique_ptr<Queue>> free;
   int taken = 0;
+  int limit = kMaxQueues;  // fewer where the system had no more of them
   uint64_t made = 0;
 };
 
@@ -98,7 +145,7 @@ FileReader::~FileReader() {
 void FileReader::choose_backend(const std::string& wanted) {
   const char* forced = std::getenv("EK_FILE_IO");
   const std::string io = wanted == "auto" && forced != nullptr && *forced != '\0' ? forced : wanted;
-  const bool any = io == "auto", buffered = io.ends_with("_buffered");
+  const bool any = any_io_ = io == "auto", buffered = io.ends_with("_buffered");
   const std::string backend = buffered ? io.substr(0, io.size() - 9) : io;
   EK_CHECK(any || backend == "io_uring" || backend == "preadv",
            "FileReader: io is '" << io << "', expected auto, io_uring, preadv, io_uring_buffered or preadv_buffered");
@@ -106,7 +153,7 @@ void FileReader::choose_backend(const std::string& wanted) {
   use_io_uring_ = backend != "preadv";
   if (use_io_uring_) {
     std::string why;
-    std::unique_ptr<Queue> first = make_queue(0, &why);
+    std::unique_ptr<Queue> first = make_queue(0, true, &why);
     EK_CHECK(first != nullptr || any, "FileReader: io is '" << io << "', but " << why);
     use_io_uring_ = first != nullptr;
     if (first != nullptr) {
@@ -141,68 +188,87 @@ FileReader::Queues& FileReader::queues() {
   return *queues;
 }
 
-std::unique_ptr<FileReader::Queue> FileReader::make_queue(uint64_t number, std::string* why) const {
+std::unique_ptr<FileReader::Queue> FileReader::make_queue(uint64_t number, bool io_uring, std::string* why) {
   auto queue = std::make_unique<Queue>();
   const int64_t bytes = queue_depth_ * kMaxReadBytes;
   queue->buffers.reset(static_cast<std::byte*>(std::aligned_alloc(ReadPlan::kPageBytes, static_cast<size_t>(bytes))));
   if (queue->buffers == nullptr) throw std::bad_alloc();
-  if (use_io_uring_) {
+  queue->io_uring = io_uring;
+  if (io_uring) {
     queue->io = make_io_uring_queue(queue_depth_, queue->buffers.get(), bytes, why);
     if (queue->io == nullptr) return nullptr;
   } else {
-    queue->io = make_pread_queue(queues_.load()->threads);
+    Queues& queues = this->queues();
+    const std::lock_guard lock(queues.mutex);
+    if (queues.threads == nullptr) queues.threads = make_pread_pool(std::min(queue_depth_, usable_cpus()));
+    queue->io = make_pread_queue(queues.threads);
   }
-  if (faulty_) {
-    queue->io = make_faulty_queue(std::move(queue->io), faults_, number);
-  }
+  if (wrapper_ != nullptr) queue->io.reset(wrapper_(queue->io.release(), number, direct_fd_, wrapper_context_));
   return queue;
+}
+
+// From here on preadv reads; FileReadError where io_uring was named.
+void FileReader::give_up_io_uring(const std::string& why) {
+  if (!any_io_) EK_THROW_READ(EIO, path_ << ": io_uring was named, and " << why);
+  Queues& queues = this->queues();
+  const std::lock_guard lock(queues.mutex);
+  if (use_io_uring_.exchange(false)) queues.free.clear();
+  queues.limit = kMaxQueues;
 }
 
 std::unique_ptr<FileReader::Queue> FileReader::take_queue(const std::atomic<bool>* cancelled) {
   Queues& queues = this->queues();
-  uint64_t number = 0;
-  {
-    std::unique_lock lock(queues.mutex);
-    while (queues.taken == kMaxQueues) {
-      queues.given_back.wait_for(lock, std::chrono::milliseconds(10));
-      if (cancelled != nullptr && cancelled->load()) throw FetchCancelled("tier file: " + path_ + ": the fetch was cancelled");
+  for (;;) {
+    uint64_t number = 0;
+    bool io_uring = false;
+    {
+      std::unique_lock lock(queues.mutex);
+      while (queues.taken >= queues.limit) {
+        queues.given_back.wait_for(lock, std::chrono::milliseconds(10));
+        if (cancelled != nullptr && cancelled->load()) throw FetchCancelled("tier file: " + path_ + ": the fetch was cancelled");
+      }
+      ++queues.taken;
+      if (!queues.free.empty()) {
+        std::unique_ptr<Queue> queue = std::move(queues.free.back());
+        queues.free.pop_back();
+        return queue;
+      }
+      number = queues.made++;
+      io_uring = use_io_uring_;
     }
-    ++queues.taken;
-    if (!queues.free.empty()) {
-      std::unique_ptr<Queue> queue = std::move(queues.free.back());
-      queues.free.pop_back();
-      return queue;
+    std::string why;
+    std::unique_ptr<Queue> queue;
+    try {
+      queue = make_queue(number, io_uring, &why);
+    } catch (...) {
+      give_queue(nullptr);
+      throw;
     }
-    number = queues.made++;
-    if (!use_io_uring_ && queues.threads == nullptr) queues.threads = make_pread_pool(std::min(queue_depth_, kMaxThreads));
-  }
-  std::string why;
-  std::unique_ptr<Queue> queue;
-  try {
-    queue = make_queue(number, &why);
-  } catch (...) {
+    if (queue != nullptr) return queue;
     give_queue(nullptr);
-    throw;
+    {
+      const std::lock_guard lock(queues.mutex);
+      const int others = queues.taken + static_cast<int>(queues.free.size());
+      queues.limit = std::max(others, 1);
+      if (others > 0) continue;  // one of them will do
+    }
+    give_up_io_uring(why);
   }
-  if (queue != nullptr) return queue;
-  give_queue(nullptr);
-  EK_THROW_READ(EMFILE, path_ << ": no further queue: " << why);
 }
 
 void FileReader::give_queue(std::unique_ptr<Queue> queue) {
   Queues& queues = this->queues();
   const std::lock_guard lock(queues.mutex);
   --queues.taken;
-  if (queue != nullptr) queues.free.push_back(std::move(queue));
+  if (queue != nullptr && queue->io_uring == use_io_uring_) queues.free.push_back(std::move(queue));
   queues.given_back.notify_one();
 }
 
-void FileReader::inject(const IoFaults& faults, bool refuse_direct) {
+void FileReader::wrap_queues(IoQueueWrapper wrapper, void* context) {
   Queues& queues = this->queues();
   const std::lock_guard lock(queues.mutex);
-  faults_ = faults;
-  faults_.refused_fd = refuse_direct ? direct_fd_ : -1;
-  faulty_ = true;
+  wrapper_ = wrapper;
+  wrapper_context_ = context;
   queues.free.clear();
   queues.made = 0;
 }
@@ -352,6 +418,17 @@ void FileReader::read(const RowsWanted* wanted, int num_wanted, const RowRequest
     }
   }
   if (request.count == 0) return;
+  for (;;) {
+    try {
+      return read_once(wanted, num_wanted, request, counters, cancelled);
+    } catch (const IoQueueBroken& err) {
+      give_up_io_uring(err.what());
+    }
+  }
+}
+
+void FileReader::read_once(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters,
+                           const std::atomic<bool>* cancelled) {
   ReadPlan plan(wanted, num_wanted, request, direct() ? ReadPlan::kPageBytes : 1, kMaxReadBytes);
   ReadCounters counted;
   std::unique_ptr<Queue> queue = take_queue(cancelled);
@@ -364,11 +441,29 @@ void FileReader::read(const RowsWanted* wanted, int num_wanted, const RowRequest
     throw;
   }
   give_queue(std::move(queue));
+  plan.copy_duplicates();
   check_unchanged(request.ids[0]);
   if (counters != nullptr) {
     counters->reads += counted.reads;
     counters->moved_bytes += counted.moved_bytes;
   }
+}
+
+void FileReader::read_range(int64_t offset, int64_t bytes, std::byte* out) const {
+  EK_CHECK(offset >= 0 && bytes >= 0 && bytes <= size_ - offset,
+           "FileReader: bytes " << offset << " + " << bytes << " are not inside " << path_ << " of " << size_ << " bytes");
+  for (int64_t done = 0; done < bytes;) {
+    const auto want = static_cast<size_t>(std::min(kPieceBytes, bytes - done));
+    const ssize_t got = pread(fd_, out + done, want, offset + done);
+    if (got > 0) {
+      done += got;
+    } else if (got == 0 || errno != EINTR) {
+      const int error = got == 0 ? EIO : errno;
+      EK_THROW_READ(error, path_ << ": bytes from " << offset + done
+                                 << " on cannot be read: " << (got == 0 ? "the file was cut short" : std::strerror(error)));
+    }
+  }
+  check_unchanged(0);
 }
 
 void FileReader::check_unchanged(int64_t row) const {

@@ -3,15 +3,16 @@
 //
 // Scope       positions in a file that holds rows at a fixed stride; no cache, no knowledge of formats. Each page is read once a
 //             request, neighbouring pages in one read of at most kMaxReadBytes.
-// Backends    io_uring, or threads that call pread where io_uring is absent or refused; past the page cache (O_DIRECT) into
-//             page-aligned buffers, or through it where the file system refuses that.
+// Backends    io_uring, or threads that call pread where io_uring is absent or refused, whenever that shows; past the page cache
+//             (O_DIRECT) into page-aligned buffers, or through it where the file system refuses that. Where there is no
+//             descriptor for one more io_uring, a read waits for a queue of another.
 // Ownership   descriptors of its own; the file may be renamed or deleted meanwhile: what was opened is read.
 // Threads     `read` may be called from several threads at once; kMaxQueues calls read at a time, others wait. A queue has
 //             queue_depth * kMaxReadBytes of buffers. After a fork the child makes queues and threads of its own.
 // Failure     FileReadError; the output is then unspecified. Short reads are continued. A read of several rows that fails is
 //             repeated row by row, so that the error names the row that cannot be read. A file whose size or time of change is
 //             not what it was when it was opened is such a failure, found after the read and before it counts as a success;
-//             opening a file that was written to in the same clock tick waits for the next (file_state.h).
+//             opening a file that was written to in the same clock tick waits for the next.
 #pragma once
 
 #include <atomic>
@@ -91,7 +92,8 @@ class FileReader {
   int queue_depth() const { return queue_depth_; }
   const std::string& path() const { return path_; }
 
-  void inject(const IoFaults& faults, bool refuse_direct);  // tests: from the next call on; not while another call reads
+  // From the next call on, reads go through what `wrapper` makes of each queue. Not while another call reads.
+  void wrap_queues(IoQueueWrapper wrapper, void* context);
 
  private:
   struct Queue;
@@ -100,7 +102,10 @@ class FileReader {
   Queues& queues();
   std::unique_ptr<Queue> take_queue(const std::atomic<bool>* cancelled);
   void give_queue(std::unique_ptr<Queue> queue);
-  std::unique_ptr<Queue> make_queue(uint64_t number, std::string* why) const;
+  std::unique_ptr<Queue> make_queue(uint64_t number, bool io_uring, std::string* why);
+  void give_up_io_uring(const std::string& why);
+  void read_once(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters,
+                 const std::atomic<bool>* cancelled);
   void open_direct();
   void choose_backend(const std::string& io);
 
@@ -108,10 +113,11 @@ class FileReader {
   std::string path_;
   int queue_depth_;
   int64_t size_ = 0, changed_ns_ = 0, sector_bytes_ = 4096;
-  bool use_io_uring_ = true;
+  std::atomic<bool> use_io_uring_{true};
+  bool any_io_ = false;  // no backend was named: preadv may take over
   std::atomic<bool> direct_{false};
-  IoFaults faults_;
-  bool faulty_ = false;
+  IoQueueWrapper wrapper_ = nullptr;
+  void* wrapper_context_ = nullptr;
   std::atomic<Queues*> queues_{nullptr};
 };
 

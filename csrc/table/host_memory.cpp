@@ -203,12 +203,10 @@ void HostMemory::pin(const HostRegistrar& registrar, int64_t chunk_bytes) {
     if (read_only_) forbid_writes();
     EK_THROW_MEMORY(ENOMEM, err.what());
   }
-}
-
-void HostMemory::unpin() noexcept {
-  if (registration_.bytes() == 0) return;
-  registration_ = {};
+  // pages that are locked stay where they are, whatever the processor may do with them
   if (read_only_) forbid_writes();
 }
+
+void HostMemory::unpin() noexcept { registration_ = {}; }
 
 }  // namespace engram_kernels

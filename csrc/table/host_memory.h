@@ -64,8 +64,8 @@ class HostMemory {
   // (node, pages) of about `samples` pages spread over the memory; those that were never touched are on no node.
   std::vector<std::pair<int, int64_t>> pages_by_node(int samples) const;
 
-  // Registers the memory chunk by chunk; on failure none of it stays registered. Pinned memory may be written to by the driver,
-  // so protection is lifted.
+  // Registers the memory chunk by chunk; on failure none of it stays registered. A read-only mapping is writable only while the
+  // driver locks its pages.
   void pin(const HostRegistrar& registrar, int64_t chunk_bytes = HostRegistration::kChunkBytes);
   void unpin() noexcept;
 

@@ -1,15 +1,12 @@
 // The seam between host memory and whatever device wants to read it: three functions, so that memory made in one library can be
-// registered by another; and what they have registered.
+// registered by another.
 #pragma once
 
 #include <sys/types.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
-#include <mutex>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 namespace engram_kernels {
@@ -41,8 +38,8 @@ class HostRegistration {
   static constexpr int64_t kChunkBytes = int64_t{1} << 30;
 
   HostRegistration() = default;  // of nothing
-  // The whole pages that [begin, begin + bytes) touches. HostRegistrationError: none of them stays registered.
-  HostRegistration(const HostRegistrar& registrar, const std::byte* begin, int64_t bytes, int64_t chunk_bytes = kChunkBytes);
+  // [begin, begin + bytes), whole pages. HostRegistrationError: none of them stays registered.
+  HostRegistration(const HostRegistrar& registrar, std::byte* begin, int64_t bytes, int64_t chunk_bytes = kChunkBytes);
   ~HostRegistration() { undo(); }
   HostRegistration(HostRegistration&& other) noexcept { *this = std::move(other); }
   HostRegistration& operator=(HostRegistration&& other) noexcept;
@@ -57,32 +54,5 @@ class HostRegistration {
   std::vector<void*> chunks_;
   int64_t bytes_ = 0;
 };
-
-// Memory of callers that stays registered for as long as any of them uses it: prefetchers of one table share its pages, and
-// tables may meet in one. So the pages at the ends are pieces of their own.
-class HostRegistry {
- public:
-  using Pieces = std::vector<uintptr_t>;  // where each begins
-
-  explicit HostRegistry(const HostRegistrar& registrar) : registrar_(registrar) {}
-  Pieces take(const std::byte* begin, int64_t bytes);  // HostRegistrationError: nothing is taken
-  void give_back(const Pieces& pieces);
-  bool holds(const std::byte* at) const;  // the page
-
- private:
-  struct Piece {
-    uintptr_t end;
-    HostRegistration registration;
-    int users;
-  };
-  void drop(const Pieces& pieces);
-
-  const HostRegistrar registrar_;
-  mutable std::mutex mutex_;
-  std::map<uintptr_t, Piece> pieces_;  // by where they begin; none overlaps another
-};
-
-// Of this process, with cuda_host_registrar; in the CUDA library only.
-HostRegistry& cuda_host_registry();
 
 }  // namespace engram_kernels

@@ -24,9 +24,4 @@ const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaEr
 
 HostRegistrar cuda_host_registrar() { return {register_host, unregister_host, error_text, false}; }
 
-HostRegistry& cuda_host_registry() {
-  static auto* const registry = new HostRegistry(cuda_host_registrar());  // never destroyed: the runtime may be gone before
-  return *registry;
-}
-
 }  // namespace engram_kernels

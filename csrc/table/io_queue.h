@@ -1,15 +1,15 @@
-// Reads of a file that are in flight at the same time: one interface, two backends (io_uring, threads that call pread),
-// and a decorator that injects faults for tests.
+// Reads of a file that are in flight at the same time: one interface, two backends (io_uring, threads that call pread).
 //
 // Scope       bytes at positions; no rows, no retries, no meaning of an error.
 // Ownership   a queue borrows descriptors and buffers until every read of it was returned by `wait`.
 // Threads     a queue is used by one thread at a time, which may be another one once nothing is in flight.
-// Failure     per read, as a negative errno in its result.
+// Failure     of a read, as a negative errno in its result; of the queue as such, IoQueueBroken.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 namespace engram_kernels {
@@ -37,6 +37,11 @@ class IoQueue {
 // Whether the build found liburing.
 bool io_uring_compiled_in();
 
+// The system takes no more reads of this queue; what was submitted may still be written to its buffers.
+struct IoQueueBroken : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Null where io_uring is not compiled in or the system refuses it; `why` then says so. `buffers` (`bytes` of them) are
 // registered where that is allowed, which saves pinning them at each read.
 std::unique_ptr<IoQueue> make_io_uring_queue(int depth, std::byte* buffers, int64_t bytes, std::string* why);
@@ -46,17 +51,8 @@ class PreadPool;
 std::shared_ptr<PreadPool> make_pread_pool(int max_threads);
 std::unique_ptr<IoQueue> make_pread_queue(std::shared_ptr<PreadPool> pool);
 
-// What a test wants to go wrong. Draws come from the seed and the number of the queue.
-struct IoFaults {
-  uint64_t seed = 0;
-  double eio = 0;         // share of reads that fail
-  double shorter = 0;     // share of reads that return fewer bytes, at least one
-  bool reorder = false;   // results come back in another order
-  int max_delay_us = 0;   // before results are returned
-  int64_t bad_begin = 0;  // reads that touch bytes [bad_begin, bad_end) always fail
-  int64_t bad_end = 0;
-  int refused_fd = -1;  // reads of this descriptor fail with EINVAL, as where O_DIRECT is refused
-};
-std::unique_ptr<IoQueue> make_faulty_queue(std::unique_ptr<IoQueue> queue, const IoFaults& faults, uint64_t number);
+// Makes another queue of one that it takes over: how tests put faults between a reader and the system. `number` counts the queues
+// of a reader, `direct_fd` is its descriptor that reads past the page cache, or -1.
+using IoQueueWrapper = IoQueue* (*)(IoQueue* queue, uint64_t number, int direct_fd, void* context);
 
 }  // namespace engram_kernels

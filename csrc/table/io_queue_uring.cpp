@@ -26,6 +26,7 @@ class UringQueue final : public IoQueue {
     if (error == -EINVAL) error = io_uring_queue_init(static_cast<unsigned>(depth), &ring_, 0);
     if (error != 0) return error;
     open_ = true;
+    if ((error = try_out()) != 0) return error;
     const iovec all{buffers, static_cast<size_t>(bytes)};
     registered_ = io_uring_register_buffers(&ring_, &all, 1) == 0;  // refused beyond RLIMIT_MEMLOCK: slower, not wrong
     return 0;
@@ -55,13 +56,27 @@ class UringQueue final : public IoQueue {
       }
       if (count > 0) return count;
       if (error < 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) {
-        throw std::runtime_error(std::string("UringQueue: io_uring_enter failed: ") + std::strerror(-error));
+        throw IoQueueBroken(std::string("io_uring_enter failed: ") + std::strerror(-error));
       }
       std::this_thread::yield();  // the kernel is short of memory for requests: what is in flight will free some
     }
   }
 
  private:
+  // A filter of system calls may allow the setup of a ring and refuse its use. 0, or -errno
+  int try_out() {
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+    io_uring_prep_nop(sqe);
+    int error = -EINTR;
+    while (error == -EINTR) error = io_uring_submit_and_wait(&ring_, 1);
+    if (error < 0) return error;
+    io_uring_cqe* cqe = nullptr;
+    if (io_uring_peek_cqe(&ring_, &cqe) != 0) return -EIO;
+    error = cqe->res;
+    io_uring_cqe_seen(&ring_, cqe);
+    return error;
+  }
+
   io_uring ring_{};
   bool open_ = false, registered_ = false;
 };
@@ -73,7 +88,7 @@ bool io_uring_compiled_in() { return true; }
 std::unique_ptr<IoQueue> make_io_uring_queue(int depth, std::byte* buffers, int64_t bytes, std::string* why) {
   auto queue = std::make_unique<UringQueue>();
   if (const int error = queue->open(depth, buffers, bytes); error != 0) {
-    *why = std::string("io_uring_setup failed: ") + std::strerror(-error);
+    *why = std::string("io_uring is refused: ") + std::strerror(-error);
     return nullptr;
   }
   return queue;

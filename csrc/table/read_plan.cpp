@@ -2,34 +2,42 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <numeric>
 
 namespace engram_kernels {
 
 ReadPlan::ReadPlan(const RowsWanted* wanted, int num_wanted, const RowRequest& request, int64_t align_bytes, int64_t max_bytes)
-    : request_(request), align_bytes_(align_bytes), max_bytes_(max_bytes) {
+    : request_(request), align_bytes_(align_bytes), max_bytes_(max_bytes), count_(request.count) {
   for (int i = 0; i < num_wanted; ++i) {
     if (wanted[i].rows.row_bytes > 0) wanted_.push_back(wanted[i]);
   }
   std::sort(wanted_.begin(), wanted_.end(), [](const auto& a, const auto& b) { return a.rows.offset < b.rows.offset; });
   const int64_t* ids = request.ids;
-  if (!std::is_sorted(ids, ids + request.count)) {
-    order_.resize(static_cast<size_t>(request.count));
-    std::iota(order_.begin(), order_.end(), int64_t{0});
-    std::sort(order_.begin(), order_.end(), [ids](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+  if (std::adjacent_find(ids, ids + request.count, std::greater_equal<>()) == ids + request.count) return;
+  std::vector<int64_t> sorted(static_cast<size_t>(request.count));
+  std::iota(sorted.begin(), sorted.end(), int64_t{0});
+  std::sort(sorted.begin(), sorted.end(), [ids](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+  for (const int64_t at : sorted) {
+    if (!order_.empty() && ids[order_.back()] == ids[at]) {
+      duplicates_.emplace_back(at, order_.back());
+    } else {
+      order_.push_back(at);
+    }
   }
+  count_ = static_cast<int64_t>(order_.size());
 }
 
 Piece ReadPlan::piece(int64_t k) const {
-  const RowsWanted& wanted = wanted_[static_cast<size_t>(k / request_.count)];
-  const int64_t at = order_.empty() ? k % request_.count : order_[static_cast<size_t>(k % request_.count)];
-  const int64_t row = request_.ids[at], position = request_.positions == nullptr ? at : request_.positions[at];
+  const RowsWanted& wanted = wanted_[static_cast<size_t>(k / count_)];
+  const int64_t at = order_.empty() ? k % count_ : order_[static_cast<size_t>(k % count_)];
+  const int64_t row = request_.ids[at];
   const FileRows& rows = wanted.rows;
-  return {rows.offset + row * rows.stride_bytes, rows.row_bytes, wanted.out + position * rows.row_bytes, row};
+  return {rows.offset + row * rows.stride_bytes, rows.row_bytes, wanted.out + position(at) * rows.row_bytes, row};
 }
 
 bool ReadPlan::next(PlannedRead* read) {
-  const int64_t num_pieces = request_.count * static_cast<int64_t>(wanted_.size());
+  const int64_t num_pieces = count_ * static_cast<int64_t>(wanted_.size());
   if (piece_ >= num_pieces) return false;
   Piece piece = this->piece(piece_);
   const int64_t begin = down(piece.offset + done_bytes_), limit = begin + max_bytes_;
@@ -64,6 +72,15 @@ void ReadPlan::copy_out(const PlannedRead& read, const std::byte* bytes) const {
     const Piece piece = this->piece(k);
     const int64_t begin = std::max(piece.offset, read.begin), end = std::min(piece.offset + piece.bytes, read.needed);
     std::memcpy(piece.out + (begin - piece.offset), bytes + (begin - read.begin), static_cast<size_t>(end - begin));
+  }
+}
+
+void ReadPlan::copy_duplicates() const {
+  for (const RowsWanted& wanted : wanted_) {
+    const int64_t bytes = wanted.rows.row_bytes;
+    for (const auto& [to, from] : duplicates_) {
+      std::memcpy(wanted.out + position(to) * bytes, wanted.out + position(from) * bytes, static_cast<size_t>(bytes));
+    }
   }
 }
 

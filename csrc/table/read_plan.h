@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "table/file_reader.h"
@@ -33,17 +34,21 @@ class ReadPlan {
   Piece piece(int64_t k) const;                                // in file order
   PlannedRead only(const PlannedRead& read, int64_t k) const;  // the part of a read that piece k needs
   void copy_out(const PlannedRead& read, const std::byte* bytes) const;
+  void copy_duplicates() const;  // once all reads are copied out: rows that were asked for twice are read once
 
  private:
+  int64_t position(int64_t at) const { return request_.positions == nullptr ? at : request_.positions[at]; }
   int64_t down(int64_t at) const { return at / align_bytes_ * align_bytes_; }
   int64_t up(int64_t at) const { return down(at + align_bytes_ - 1); }
 
   std::vector<RowsWanted> wanted_;  // by place in the file
   RowRequest request_;
   int64_t align_bytes_, max_bytes_;
-  std::vector<int64_t> order_;  // indices of ids, ascending by id; empty: as given
-  int64_t piece_ = 0;           // the next one
-  int64_t done_bytes_ = 0;      // of that piece, covered by earlier reads
+  std::vector<int64_t> order_;                           // indices of distinct ids, ascending by id; empty: all, as given
+  std::vector<std::pair<int64_t, int64_t>> duplicates_;  // index of an id, and the one in `order_` of the same id
+  int64_t count_;                                        // of distinct ids
+  int64_t piece_ = 0;                                    // the next one
+  int64_t done_bytes_ = 0;                               // of that piece, covered by earlier reads
 };
 
 }  // namespace engram_kernels

@@ -31,3 +31,10 @@ else:
         CUDA_ERROR = f"the CUDA library is missing (build with ENGRAM_KERNELS_CUDA=1): {err}"
     else:
         CUDA_ERROR = None
+
+
+def need_compiled(what: str) -> None:
+    """Raises a RuntimeError that says what needs the compiled module, and how to get it, where there is none."""
+    if COMPILE_ERROR:
+        raise RuntimeError(f"{what} needs the compiled module: install a C++ compiler, CMake and ninja, and install "
+                           f"engram-kernels again without ENGRAM_KERNELS_NO_EXT ({COMPILE_ERROR})")

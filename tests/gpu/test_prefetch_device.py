@@ -13,7 +13,7 @@ from engram_kernels.testing import random_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 NUM_ROWS, ROW_DIM, TIMEOUT_S = 5000, 256, 60
-POLICIES = ("staged", "staged_cached", "uva_pageable", "uva_pinned", "device", "file", "file_cached")
+POLICIES = ("staged", "staged_cached", "uva_pinned", "device", "file", "file_cached")
 CACHE_BYTES = 1500 * ROW_DIM  # of the cached ones: a part of the table
 FORMATS = ("bf16", "f32", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
 
@@ -127,13 +127,13 @@ def test_prefetch_device_ring_is_no_memory_in_use(tmp_path):
     at = used.data_ptr()
     del used
     with prefetcher(table, "staged", ring_bytes=ring_bytes) as pf:
-        assert pf._runtime._ring.data_ptr() == at
+        assert pf._runtime._ring.address == at
         pf.submit(make_ids(9000))
         pf.drain(TIMEOUT_S)
     assert (copy == 7).all()
 
 
-@pytest.mark.parametrize("policy", ["uva_pageable", "uva_pinned", "device"])
+@pytest.mark.parametrize("policy", ["uva_pinned", "device"])
 def test_prefetch_device_graph_capture(policy, tmp_path):
     """Replays read the ids that are there at that time, into the same rows."""
     truth, table = make_table(policy, tmp_path / "t")
@@ -166,7 +166,7 @@ def test_prefetch_device_refuses_host_work_under_capture(tmp_path):
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("policy", ["uva_pageable", "device"])
+@pytest.mark.parametrize("policy", ["uva_pinned", "device"])
 def test_prefetch_device_bad_ids_are_raised_by_the_next_wait(policy, tmp_path):
     truth, table = make_table(policy, tmp_path / "t")
     good, bad = make_ids(10), make_ids(10)
@@ -276,3 +276,9 @@ def test_prefetch_device_auto_and_its_reason(tmp_path):
         with RowPrefetcher(table, "cuda", ring_bytes=1 << 20) as pf:
             assert pf.stats()["policy"] == chosen and pf.stats()["policy_reason"]
             pf.trace(tmp_path / "trace.json")
+
+
+def test_prefetch_device_uva_wants_pinned_memory(tmp_path):
+    _, table = make_table("staged", tmp_path / "t")
+    with pytest.raises(ValueError, match="policy 'uva' reads the table's rows where they are, and they are not pinned: call"):
+        prefetcher(table, "uva")

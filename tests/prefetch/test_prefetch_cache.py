@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from io_faults import inject_faults
 from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, make_ids, prefetcher
 
 from engram_kernels import EngramSpec, RowPrefetcher, RowTable, capacity, gather_rows, ngram_hash
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.capacity import CapacityError
-from engram_kernels.prefetch import row_prefetcher
 from engram_kernels.prefetch.policy import choose_policy
 from engram_kernels.prefetch.runtime import RuntimeOptions, check_room_of_cache
 from engram_kernels.row_format import ROW_FORMATS
@@ -61,7 +61,7 @@ def test_cache_is_exact_under_faults(seed, way, tables):
     tier = WAYS[way][0]
     truth, table = tables.make("host"), tables.make(tier)
     if tier == "file":
-        tables.reader.inject_faults(seed=seed, eio=0.002, shorter=0.1, reorder=True, max_delay_us=20)
+        inject_faults(tables.reader, seed=seed, eio=0.002, shorter=0.1, reorder=True, max_delay_us=20)
     rng = random.Random(seed)
     engine = dict(seed=seed, error=0.15, max_delay_us=rng.choice((0, 300)), reorder=seed % 2 == 1)
     outcomes = dict.fromkeys(("right", "failed", "cancelled"), 0)
@@ -203,18 +203,12 @@ def test_cache_hits_are_in_the_trace(way, tables, tmp_path):
     assert [(args["rows"], args["cached"]) for args in fetches] == [(3, 0), (3, 3)]
 
 
-def refused(runtime, monkeypatch, table, message, **options):
-    if runtime == "python":
-        monkeypatch.setattr(row_prefetcher, "COMPILE_ERROR", "the test wants the stand-in")
-    with pytest.raises(ValueError, match=message):
-        RowPrefetcher(table, **options)
-
-
-@pytest.mark.parametrize("runtime", ["compiled", "python"])
-def test_cache_is_refused_where_no_link_is_crossed(runtime, tables, monkeypatch):
+def test_cache_is_refused_where_no_link_is_crossed(tables):
     for table in (tables.make("host"), tables.make("file")):
-        refused(runtime, monkeypatch, table, "cache_bytes is 4096, expected 0: the CPU reads rows", cache_bytes=4096)
-        refused(runtime, monkeypatch, table, "cache_bytes is -1, expected at least 0", cache_bytes=-1)
+        for cache_bytes, message in ((4096, "cache_bytes is 4096, expected 0: the CPU reads rows"),
+                                     (-1, "cache_bytes is -1, expected at least 0")):
+            with pytest.raises(ValueError, match=message):
+                RowPrefetcher(table, cache_bytes=cache_bytes)
 
 
 def test_cache_is_refused_where_ids_are_the_devices(tables):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from io_faults import inject_faults
 from prefetch_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, WAYS, Tables, check, in_thread, make_ids, prefetcher
 
 from engram_kernels import gather_rows
@@ -38,7 +39,7 @@ def test_prefetch_eio_reaches_its_own_ticket(has_device_memory, tables):
     truth, table = tables.make("host"), tables.make("file")
     header = os.path.getsize(tables.path) - NUM_ROWS * (ROW_DIM + ROW_DIM // 32)
     bad_row = 1000
-    tables.reader.inject_faults(bad_begin=header + bad_row * ROW_BYTES, bad_end=header + bad_row * ROW_BYTES + 1)
+    inject_faults(tables.reader, bad_begin=header + bad_row * ROW_BYTES, bad_end=header + bad_row * ROW_BYTES + 1)
     good, bad = torch.tensor([[5, 7], [-1, 5]]), torch.tensor([3, bad_row, 2])
     with prefetcher(table, "file_to_a_device" if has_device_memory else "file") as pf:
         tickets = [pf.submit(ids) for ids in (good, bad, good)]
@@ -58,7 +59,7 @@ def test_prefetch_short_reads_reordering_and_delays(seed, way, tables):
     tier = WAYS[way][0]
     truth, table = tables.make("host"), tables.make(tier)
     if tier == "file":
-        tables.reader.inject_faults(seed=seed, shorter=0.4, reorder=True, max_delay_us=200)
+        inject_faults(tables.reader, seed=seed, shorter=0.4, reorder=True, max_delay_us=200)
     rng = random.Random(seed)
     with prefetcher(table, way, dict(seed=seed, max_delay_us=300, reorder=True), depth=3) as pf:
         pending = []
@@ -227,7 +228,7 @@ def test_prefetch_a_signal_is_heeded(call, tables):
     """Ctrl-C while nothing arrives: the call ends, its ticket is as it was."""
     table, slow = tables.make("file", io="preadv_buffered", queue_depth=1), torch.arange(0, NUM_ROWS, 3)
     with prefetcher(table, "file", ring_bytes=4 << 20, staging_bytes=4 << 20, depth=1) as pf:
-        tables.reader.inject_faults(max_delay_us=2_000_000)  # 10 s to its end
+        inject_faults(tables.reader, max_delay_us=2_000_000)  # 10 s to its end
         ticket = pf.submit(slow)
         calls = {"wait": lambda: pf.wait(ticket), "drain": pf.drain, "submit": lambda: pf.submit(slow, timeout_s=None)}
 
@@ -266,7 +267,7 @@ def test_prefetch_cancel_in_flight(way, tables):
 
 def test_prefetch_cancel_ends_a_read_and_a_wait(tables):
     table = tables.make("file", io="preadv_buffered", queue_depth=1)
-    tables.reader.inject_faults(max_delay_us=1_000_000)
+    inject_faults(tables.reader, max_delay_us=1_000_000)
     slow = torch.arange(0, NUM_ROWS, 3)  # some ten reads, one at a time: two of these take 10 s to their end
     with prefetcher(table, "file", ring_bytes=4 << 20, staging_bytes=4 << 20) as pf:
         ticket, queued = pf.submit(slow), pf.submit(slow)

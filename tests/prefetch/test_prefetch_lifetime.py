@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from io_faults import inject_faults
 from prefetch_cases import (
     NUM_ROWS,
     ROW_DIM,
@@ -45,7 +46,7 @@ def way(request):
 def test_prefetch_close_in_flight(tier, tables):
     table = tables.make(tier, **(dict(io="preadv_buffered", queue_depth=1) if tier == "file" else {}))
     if tier == "file":
-        tables.reader.inject_faults(max_delay_us=500_000)  # some ten reads per request: 10 s for all
+        inject_faults(tables.reader, max_delay_us=500_000)  # some ten reads per request: 10 s for all
     pf = prefetcher(table, "file" if tier == "file" else "host_staged", dict(max_delay_us=300_000), ring_bytes=4 << 20)
     ids = torch.arange(0, NUM_ROWS, 3)
     tickets = [pf.submit(ids) for _ in range(4)]
@@ -140,7 +141,7 @@ def test_prefetch_many_threads(way, tables):
     tier = WAYS[way][0]
     truth, table = tables.make("host"), tables.make(tier, **(dict(cache_bytes=1 << 15) if tier == "file" else {}))
     if tier == "file":
-        tables.reader.inject_faults(seed=5, eio=0.001, shorter=0.1, reorder=True, max_delay_us=50)
+        inject_faults(tables.reader, seed=5, eio=0.001, shorter=0.1, reorder=True, max_delay_us=50)
     wrong, outcomes, until = [], set(), time.monotonic() + 2
 
     def run(seed, pf):

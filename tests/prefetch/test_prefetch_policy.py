@@ -115,10 +115,11 @@ def test_prefetch_in_a_compiled_graph(way, tables):
     def step(x, ids, handle):
         ticket = torch.ops.engram_kernels.prefetch_submit(ids, handle)
         x = x @ x  # what the fetch hides behind
-        rows = torch.ops.engram_kernels.prefetch_wait(ticket, ids, handle)
+        rows = torch.ops.engram_kernels.prefetch_wait(ticket, ids, handle, *made_for)
         return rows.float().sum(-1) + x.sum()
 
     with prefetcher(table, way) as pf:
+        made_for = (pf.row_dim, pf.out_dtype, pf.device)
         x = torch.randn(4, 4)
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         for seed in range(3):
@@ -127,11 +128,11 @@ def test_prefetch_in_a_compiled_graph(way, tables):
             for run in (compiled, step):
                 torch.testing.assert_close(run(x, ids, pf.handle), want, equal_nan=True)
         torch.library.opcheck(torch.ops.engram_kernels.prefetch_wait,
-                              (torch.ops.engram_kernels.prefetch_submit(ids, pf.handle), ids, pf.handle),
+                              (torch.ops.engram_kernels.prefetch_submit(ids, pf.handle), ids, pf.handle, *made_for),
                               test_utils="test_schema")
         handle = pf.handle
     del pf, compiled
-    with pytest.raises(ValueError, match=f"there is no prefetcher {handle}"):
+    with pytest.raises(ValueError, match=f"there is no prefetcher {handle.item()}"):
         torch.ops.engram_kernels.prefetch_submit(ids, handle)
 
 
@@ -228,5 +229,5 @@ def test_prefetch_ring_on_a_gpu_is_free_of_its_former_use(monkeypatch):
     options = prefetch_runtime.RuntimeOptions(
         table=RowTable.from_tensor(torch.zeros(3, 8), row_format="f32"), policy="uva", device=device, out_dtype=torch.bfloat16,
         depth=1, threads=1, ring_bytes=1 << 19, staging_bytes=1 << 18, max_blocks=0, trace_spans=0)
-    assert prefetch_runtime._ring_memory(options).nbytes == 1 << 19
+    assert prefetch_runtime._device_memory(options).nbytes == 1 << 19
     assert calls == [("empty", device), ("synchronize", device)]

@@ -1,28 +1,19 @@
-"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs. The compiled runtime and its
-stand-in, which have the same contract; more of the compiled one in test_prefetch_{policy,faults,lifetime}.py."""
-import contextlib
+"""RowPrefetcher: rows equal gather_rows bit for bit, errors reach their own ticket, nothing hangs. More
+in test_prefetch_{policy,faults,lifetime,ownership}.py."""
 import threading
 
 import pytest
 import torch
-from prefetch_cases import exit_status, in_thread, num_threads
+from prefetch_cases import exit_status, num_threads
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
-from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.prefetch import row_prefetcher
 from engram_kernels.prefetch.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.testing import random_rows
 
 TIMEOUT_S = 30
 
 
-@pytest.fixture(autouse=True, params=["compiled", "python"])
-def runtime(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setattr(row_prefetcher, "COMPILE_ERROR", "the test wants the stand-in")
-    elif COMPILE_ERROR:
-        pytest.skip(COMPILE_ERROR)
-    return request.param
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -192,42 +183,25 @@ def test_row_prefetcher_verifies_rows(table):
                 prefetcher.wait(ticket, timeout_s=TIMEOUT_S)
 
 
-def test_row_prefetcher_trace(runtime, table, tmp_path):
+def test_row_prefetcher_trace(table, tmp_path):
     with RowPrefetcher(table) as prefetcher:
         prefetcher.wait(prefetcher.submit(make_ids(3)), timeout_s=TIMEOUT_S)
-        if runtime == "python":
-            with pytest.raises(RuntimeError, match="a trace needs the compiled module"):
-                prefetcher.trace(tmp_path / "trace.json")
-        else:
-            prefetcher.trace(tmp_path / "trace.json")
-            assert "tier host" in (tmp_path / "trace.json").read_text()
+        prefetcher.trace(tmp_path / "trace.json")
+    assert "tier host" in (tmp_path / "trace.json").read_text()
 
 
-def test_row_prefetcher_dropped_ends_its_threads(runtime, table):
-    count = threading.active_count if runtime == "python" else num_threads  # torch has some for each of Python's
+def test_row_prefetcher_dropped_ends_its_threads(table):
     for i in range(8):
         if i == 3:
-            before = count()
+            before = num_threads()
         prefetcher = RowPrefetcher(table)
         prefetcher.wait(prefetcher.submit(make_ids(30)), timeout_s=TIMEOUT_S)
         prefetcher.submit(make_ids(30))
         del prefetcher
-    assert count() <= before
+    assert num_threads() <= before
 
 
-def test_row_prefetcher_dropped_after_a_fork(runtime, table):
-    """In the child, whatever lock another thread held when it was made."""
-    kept, locked, forked = [RowPrefetcher(table)], threading.Event(), threading.Event()
-
-    def hold():
-        with kept[0]._runtime._changed if runtime == "python" else contextlib.nullcontext():
-            locked.set()
-            forked.wait(TIMEOUT_S)
-    thread, _ = in_thread(hold)
-    assert locked.wait(TIMEOUT_S)
-    try:
-        assert exit_status(kept.clear) == 0
-    finally:
-        forked.set()
-    thread.join(TIMEOUT_S)
+def test_row_prefetcher_dropped_after_a_fork(table):
+    kept = [RowPrefetcher(table)]
+    assert exit_status(kept.clear) == 0
     kept[0].close()

@@ -38,7 +38,7 @@ void check(const std::vector<int64_t>& ids, const float* rows, const std::string
 }
 
 struct Fixture {
-  explicit Fixture(bool direct, int64_t cached_rows = 0, int device = 0)
+  explicit Fixture(FetchWay way, int64_t cached_rows = 0, int device = 0)
       : table(kNumRows * kRowDim), slots((kDepth + 1) * kMaxIds * kRowDim), engine(make_cuda_engine(device)) {
     for (int64_t r = 0; r < kNumRows; ++r) {
       for (int j = 0; j < kRowDim; ++j) table[static_cast<size_t>(r * kRowDim + j)] = value(r, j);
@@ -49,7 +49,7 @@ struct Fixture {
     options.stager.table.row_dim = kRowDim;
     options.stager.table.format = RowFormat::kF32;
     options.stager.table.row_stride_bytes = kRowDim * 4;
-    options.stager.direct = direct;
+    options.stager.way = way;
     options.stager.staging_bytes = 1 << 13;  // a large request takes several blocks
     options.stager.cache_bytes = cached_rows * kRowDim * 4;
     options.out_dtype = DType::kF32;
@@ -57,13 +57,17 @@ struct Fixture {
     options.slots = reinterpret_cast<std::byte*>(slots.data());
     options.slot_bytes = kMaxIds * kRowDim * 4;
     prefetcher = std::make_unique<RowPrefetcher>(options, engine);
-    if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) fail("no stream");
+    for (cudaStream_t* each : {&stream, &other_stream}) {
+      if (cudaStreamCreateWithFlags(each, cudaStreamNonBlocking) != cudaSuccess) fail("no stream");
+    }
   }
 
   ~Fixture() {
     prefetcher->close();
-    cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
+    for (cudaStream_t each : {stream, other_stream}) {
+      cudaStreamSynchronize(each);
+      cudaStreamDestroy(each);
+    }
   }
   Fixture(const Fixture&) = delete;
   Fixture& operator=(const Fixture&) = delete;
@@ -74,7 +78,7 @@ struct Fixture {
   // ids in host memory, or in a buffer that the stream fills late
   int64_t submit(const std::vector<int64_t>& ids, std::vector<int64_t>* late) {
     const auto count = static_cast<int64_t>(ids.size());
-    if (late == nullptr) return prefetcher->submit({{ids.data(), count, true}, {count}, false, 0}, 10);
+    if (late == nullptr) return prefetcher->submit({{ids.data(), count, true}, {count}, false, handle()}, 10);
     late->assign(ids.size(), 7);
     cudaMemcpyAsync(late->data(), ids.data(), ids.size() * 8, cudaMemcpyDefault, stream);
     return prefetcher->submit({{late->data(), count, true}, {count}, true, handle()}, 10);
@@ -83,7 +87,7 @@ struct Fixture {
   std::vector<float> table, slots;
   std::shared_ptr<CopyEngine> engine;
   std::unique_ptr<RowPrefetcher> prefetcher;
-  cudaStream_t stream = nullptr;
+  cudaStream_t stream = nullptr, other_stream = nullptr;
 };
 
 std::vector<int64_t> draw_ids(std::mt19937_64& random, int64_t count) {
@@ -92,12 +96,15 @@ std::vector<int64_t> draw_ids(std::mt19937_64& random, int64_t count) {
   return ids;
 }
 
-// The consumer's stream is behind all the time: rows must be there when it reads them, and stay until it has.
-void order(bool direct, bool ids_on_device, uint64_t seed, int64_t cached_rows = 0) {
+const char* name_of(FetchWay way) { return traits_of(way).name; }
+
+// The consumers' streams are behind all the time: rows must be there when they read them, and stay until they have. With
+// `two_streams` each wait is made on either of two.
+void order(FetchWay way, bool ids_on_device, uint64_t seed, bool two_streams, int64_t cached_rows = 0) {
   std::mt19937_64 random(seed);
   std::vector<std::vector<int64_t>> ids, late(kRequests);
   std::vector<std::vector<float>> outs(kRequests);
-  Fixture f(direct, cached_rows);
+  Fixture f(way, cached_rows);
   for (int i = 0; i < kRequests; ++i) ids.push_back(draw_ids(random, static_cast<int64_t>(random() % kMaxIds)));
   std::deque<std::pair<int, int64_t>> pending;
   const auto finish = [&] {
@@ -105,10 +112,17 @@ void order(bool direct, bool ids_on_device, uint64_t seed, int64_t cached_rows =
     pending.pop_front();
     const auto at = static_cast<size_t>(i);
     const bool keep = random() % 2 == 0;
-    const int slot = f.prefetcher->wait(ticket, 10, f.handle(), keep);
+    cudaStream_t stream = two_streams && random() % 2 == 0 ? f.other_stream : f.stream;
+    const auto handle = reinterpret_cast<uintptr_t>(stream);
+    int slot = f.prefetcher->wait(ticket, 10, handle, keep);
     outs[at].resize(ids[at].size() * kRowDim);
-    cudaMemcpyAsync(outs[at].data(), f.slot(slot), outs[at].size() * 4, cudaMemcpyDefault, f.stream);
-    if (keep) f.prefetcher->release(slot, f.handle());
+    if (random() % 5 == 0) {  // an interrupted wait, whose consumer had begun
+      cudaMemcpyAsync(outs[at].data(), f.slot(slot), outs[at].size() * 4, cudaMemcpyDefault, stream);
+      if (!f.prefetcher->restore(ticket) || f.prefetcher->restore(ticket)) fail("a ticket cannot be restored, or twice");
+      slot = f.prefetcher->wait(ticket, 10, handle, keep);
+    }
+    cudaMemcpyAsync(outs[at].data(), f.slot(slot), outs[at].size() * 4, cudaMemcpyDefault, stream);
+    if (keep) f.prefetcher->release(slot, handle);
   };
   for (int i = 0; i < kRequests; ++i) {
     if (pending.size() == kDepth) finish();
@@ -120,12 +134,28 @@ void order(bool direct, bool ids_on_device, uint64_t seed, int64_t cached_rows =
   }
   while (!pending.empty()) finish();
   cudaStreamSynchronize(f.stream);
-  const std::string where = std::string(cached_rows > 0 ? "cached"
-                                        : direct        ? "direct"
-                                                        : "staged") +
-                            (ids_on_device ? ", ids on the device" : "");
+  cudaStreamSynchronize(f.other_stream);
+  const std::string where = std::string(name_of(way)) + (cached_rows > 0 ? ", cached" : "") +
+                            (ids_on_device ? ", ids on the device" : "") + (two_streams ? ", two streams" : "");
   for (size_t i = 0; i < outs.size(); ++i) {
     if (!outs[i].empty()) check(ids[i], outs[i].data(), where + ", request " + std::to_string(i));
+  }
+}
+
+// The caller's stream writes the table on the device right before it asks for rows of it by ids on the CPU.
+void table_written_late(FetchWay way, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Fixture f(way);
+  const std::vector<float> right = f.table;
+  for (int i = 0; i < kRequests; ++i) {
+    std::fill(f.table.begin(), f.table.end(), -1.0f);
+    cudaMemcpyAsync(f.table.data(), right.data(), right.size() * 4, cudaMemcpyDefault, f.stream);
+    const std::vector<int64_t> ids = draw_ids(random, 1 + static_cast<int64_t>(random() % kMaxIds));
+    std::vector<float> out(ids.size() * kRowDim);
+    const int slot = f.prefetcher->wait(f.submit(ids, nullptr), 10, f.handle(), false);
+    cudaMemcpyAsync(out.data(), f.slot(slot), out.size() * 4, cudaMemcpyDefault, f.stream);
+    cudaStreamSynchronize(f.stream);
+    check(ids, out.data(), std::string(name_of(way)) + ", table written late, request " + std::to_string(i));
   }
 }
 
@@ -133,7 +163,7 @@ void order(bool direct, bool ids_on_device, uint64_t seed, int64_t cached_rows =
 // there. How many hits and failures.
 std::pair<int64_t, int64_t> failing(uint64_t seed) {
   std::mt19937_64 random(seed);
-  Fixture f(false, 200);
+  Fixture f(FetchWay::kStaged, 200);
   int64_t failed = 0;
   for (int i = 0; i < kRequests; ++i) {
     const std::vector<int64_t> ids = draw_ids(random, static_cast<int64_t>(1 + random() % kMaxIds));
@@ -162,7 +192,7 @@ void graph(uint64_t seed) {
   std::mt19937_64 random(seed);
   std::vector<int64_t> ids = draw_ids(random, 50), late(50);
   std::vector<std::vector<float>> outs(kDepth + 2, std::vector<float>(50 * kRowDim));
-  Fixture f(true);
+  Fixture f(FetchWay::kUva);
   for (int i = 0; i < 3; ++i) f.prefetcher->wait(f.submit(ids, &late), 10, f.handle(), false);
   fake_cuda_begin_capture(f.stream);
   const PrefetchIds wanted{{ids.data(), 50, true}, {50}, true, f.handle()};
@@ -189,7 +219,7 @@ void graph(uint64_t seed) {
 
 void bad_ids() {
   std::vector<int64_t> ids{3, kNumRows, -2, 4}, late, good{1, 2};
-  Fixture f(true);
+  Fixture f(FetchWay::kUva);
   const int64_t doomed = f.submit(ids, &late);
   f.prefetcher->drain(10);
   try {
@@ -203,47 +233,119 @@ void bad_ids() {
   check(good, f.slot(slot), "after bad ids");
 }
 
-// Tables of several engines, which may meet in a page: each stays readable to the last byte until its own engine gives it up.
-void registers() {
+// Bad ids that are found out late, when their slot has another ticket: the ticket that had them is named, each once, and no
+// other fails.
+void late_bad_ids(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Fixture f(FetchWay::kDevice);
+  std::vector<std::vector<int64_t>> kept(kRequests), late(kRequests);
+  std::vector<int> told(kRequests);
+  const auto tell = [&](const std::out_of_range& err) {
+    int64_t ticket = -1;
+    if (std::sscanf(err.what(), "RowPrefetcher: 1 ids of ticket %ld are", &ticket) != 1) fail(err.what());
+    ++told[static_cast<size_t>(ticket)];
+    return ticket;
+  };
+  std::vector<bool> bad(kRequests);
+  for (int i = 0; i < kRequests; ++i) {
+    std::vector<int64_t>& ids = kept[static_cast<size_t>(i)] = draw_ids(random, 5);  // copied late
+    if ((bad[static_cast<size_t>(i)] = random() % 4 == 0)) ids[2] = kNumRows + 7;
+    const int64_t ticket = f.submit(ids, &late[static_cast<size_t>(i)]);
+    for (;;) {
+      try {
+        f.prefetcher->wait(ticket, 10, f.handle(), false);
+      } catch (const std::out_of_range& err) {
+        if (tell(err) != ticket) continue;  // another's: this one can still be waited for
+      }
+      break;
+    }
+  }
+  std::vector<int64_t> good{1, 2}, buffer;
+  for (int i = 0; i < kRequests; ++i) {
+    cudaStreamSynchronize(f.stream);
+    const int64_t ticket = f.submit(good, &buffer);
+    f.prefetcher->drain(10);
+    for (bool waited = false; !waited;) {
+      try {
+        f.prefetcher->wait(ticket, 10, f.handle(), false);
+        waited = true;
+      } catch (const std::out_of_range& err) {
+        if (tell(err) >= kRequests) fail("a good request was blamed");
+      }
+    }
+  }
+  for (size_t i = 0; i < told.size(); ++i) {
+    if (told[i] != bad[i]) fail("ticket " + std::to_string(i) + " was blamed " + std::to_string(told[i]) + " times");
+  }
+}
+
+// A recorded event that fails in the middle of a wait or a release: the ticket stays valid, the slot stays out.
+void failing_events(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Fixture f(FetchWay::kUva);
+  for (int i = 0; i < kRequests; ++i) {
+    const std::vector<int64_t> ids = draw_ids(random, 9);
+    const bool keep = random() % 2 == 0;
+    const int64_t ticket = f.submit(ids, nullptr);
+    f.prefetcher->drain(10);
+    int slot = -1;
+    for (int attempt = 0; slot < 0; ++attempt) {
+      fake_cuda_fail(attempt < 4 ? 0.7 : 0);
+      try {
+        slot = f.prefetcher->wait(ticket, 10, f.handle(), keep);
+      } catch (const EngineError&) {
+        if (!f.prefetcher->knows(ticket)) fail("an event that failed took the ticket");
+      }
+    }
+    fake_cuda_fail(0);
+    cudaStreamSynchronize(f.stream);
+    check(ids, f.slot(slot), "failing events");
+    while (keep) {
+      fake_cuda_fail(0.5);
+      try {
+        f.prefetcher->release(slot, f.handle());
+        break;
+      } catch (const EngineError&) {
+      }
+    }
+    fake_cuda_fail(0);
+  }
+  if (f.prefetcher->counters().in_flight != 0) fail("a slot was lost to an event that failed");
+}
+
+// Memory is readable where all of it is registered, not where its first byte is.
+void readable() {
   constexpr int64_t kPage = 4096;
   std::vector<std::byte> memory(static_cast<size_t>(40 * kPage));
-  const auto at = [&](int64_t offset) {
-    const auto first = (reinterpret_cast<uintptr_t>(memory.data()) + kPage - 1) / kPage * kPage;
-    return reinterpret_cast<const std::byte*>(first) + offset;
+  std::byte* const begin = memory.data() + (kPage - reinterpret_cast<uintptr_t>(memory.data()) % kPage);
+  const std::shared_ptr<CopyEngine> engine = make_cuda_engine(0);
+  const auto expect = [&](int64_t bytes, bool wanted) {
+    if (engine->can_read(begin, bytes) != wanted) fail("readable or not: " + std::to_string(bytes) + " bytes");
   };
-  const auto expect = [&](int64_t begin, int64_t end, bool readable) {
-    for (const int64_t offset : {begin, (begin + end) / 2, end - 1}) {
-      if (fake_cuda_is_registered(at(offset)) != readable) fail("registered or not: byte " + std::to_string(offset));
-    }
-  };
-  const auto take = [](CopyEngine& engine, const std::byte* begin, int64_t bytes) {
-    if (!engine.register_host(begin, bytes)) fail("host memory was not registered");
-  };
-  std::shared_ptr<CopyEngine> one = make_cuda_engine(0), other = make_cuda_engine(0), third = make_cuda_engine(0);
-  take(*one, at(100), 9 * kPage);                // pages 0..9
-  take(*other, at(9 * kPage + 200), 5 * kPage);  // pages 9..14
-  take(*third, at(100), 9 * kPage);              // the table of the first
-  take(*third, at(4 * kPage), 8 * kPage);        // inside of both
-  one->unregister_host(at(100));
-  expect(100, 9 * kPage + 100, true);
-  third.reset();  // as closed without unregistering
-  expect(kPage, 9 * kPage, false);
-  expect(9 * kPage + 200, 14 * kPage + 200, true);
-  other->unregister_host(at(9 * kPage + 200));
-  expect(0, 16 * kPage, false);
-  take(*one, at(100), 20);
-  expect(100, 120, true);
-  fake_cuda_refuse_registration(2);  // the second call from here on: the table's first page is given back
-  try {
-    one->register_host(at(20 * kPage), 5 * kPage);
-    fail("a registration that CUDA refused was taken for one");
-  } catch (const EngineError& err) {
-    if (std::string(err.what()).find("tier host: 20480 bytes of a table: bytes 0..12288 of 12288 cannot be pinned") != 0)
-      fail(err.what());
+  expect(100, false);
+  cudaHostRegister(begin, 4 * kPage, 0);
+  expect(0, true);
+  expect(4 * kPage, true);
+  expect(4 * kPage + 1, false);
+  cudaHostRegister(begin + 4 * kPage, 4 * kPage, 0);
+  expect(8 * kPage, true);
+  cudaHostUnregister(begin);
+  expect(8 * kPage, false);
+  cudaHostUnregister(begin + 4 * kPage);
+}
+
+// Another thread captures in global mode: prefetchers are made, used and closed beside it.
+void beside_a_capture() {
+  cudaStream_t captured = nullptr;
+  cudaStreamCreateWithFlags(&captured, cudaStreamNonBlocking);
+  fake_cuda_begin_capture(captured);
+  for (const FetchWay way : {FetchWay::kStaged, FetchWay::kUva}) {
+    Fixture f(way, way == FetchWay::kStaged ? 50 : 0);
+    const std::vector<int64_t> ids = {1, 2, 3};
+    for (int i = 0; i < 5; ++i) f.prefetcher->wait(f.submit(ids, nullptr), 10, f.handle(), false);
   }
-  expect(20 * kPage, 25 * kPage, false);
-  cudaHostRegister(const_cast<std::byte*>(at(30 * kPage)), 2 * kPage, 0);
-  if (other->register_host(at(30 * kPage), 2 * kPage)) fail("memory that somebody else has pinned was registered again");
+  fake_cuda_end_capture();
+  cudaStreamDestroy(captured);
 }
 
 // A thread of the prefetcher touches no device but its own, and the caller's current device stays.
@@ -252,7 +354,7 @@ void devices() {
     cudaSetDevice(current);
     const int64_t before = fake_cuda_first_device_calls();
     {
-      Fixture f(false, 100, 1);
+      Fixture f(FetchWay::kStaged, 100, 1);
       const std::vector<int64_t> ids = {1, 2, 3};
       for (int i = 0; i < 5; ++i) f.prefetcher->wait(f.submit(ids, nullptr), 10, f.handle(), false);
       if (current == 1 && fake_cuda_first_device_calls() != before) fail("a prefetcher on device 1 turned to device 0");
@@ -270,12 +372,17 @@ int main(int argc, char** argv) {
   int64_t hits = 0, failures = 0;
   for (uint64_t seed = 0; seed < rounds; ++seed) {
     fake_cuda_seed(seed);
-    order(false, false, seed);
-    order(false, true, seed);
-    order(true, false, seed);
-    order(true, true, seed);
-    order(false, false, seed, seed % 2 == 0 ? 20 : 1000);
-    order(false, true, seed, 200);
+    for (const bool two_streams : {false, true}) {
+      for (const FetchWay way : {FetchWay::kStaged, FetchWay::kUva, FetchWay::kDevice}) {
+        for (const bool ids_on_device : {false, true}) order(way, ids_on_device, seed, two_streams);
+      }
+      order(FetchWay::kStaged, false, seed, two_streams, seed % 2 == 0 ? 20 : 1000);
+      order(FetchWay::kStaged, true, seed, two_streams, 200);
+    }
+    table_written_late(FetchWay::kDevice, seed);
+    table_written_late(FetchWay::kUva, seed);
+    late_bad_ids(seed);
+    failing_events(seed);
     graph(seed);
     const auto [hit, failure] = failing(seed);
     hits += hit;
@@ -283,7 +390,8 @@ int main(int argc, char** argv) {
   }
   if (hits == 0 || failures == 0) fail("nothing was found in the cache, or nothing failed");
   bad_ids();
-  registers();
+  readable();
+  beside_a_capture();
   devices();
   if (fake_cuda_live_events() != 0) fail("events are left");
   std::printf("cuda_engine: %llu rounds, %lld rows found in the cache, %lld failures\n", static_cast<unsigned long long>(rounds),

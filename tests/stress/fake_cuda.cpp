@@ -48,7 +48,6 @@ std::mt19937_64 random_draw;
 double failing = 0;
 std::map<cudaStream_t, std::unique_ptr<FakeStream>> streams;  // the null stream among them
 std::map<const std::byte*, size_t> registered;                // none overlaps another
-int refused_registration = 0;                                 // 1: the next one
 std::vector<Op> graph;
 unsigned long long captures = 0, capturing = 0;
 int64_t live_events = 0;
@@ -139,7 +138,6 @@ bool fake_cuda_is_registered(const void* memory) {
   const auto next = registered.upper_bound(static_cast<const std::byte*>(memory));
   return next != registered.begin() && std::prev(next)->first + std::prev(next)->second > memory;
 }
-void fake_cuda_refuse_registration(int number) { refused_registration = number; }
 
 namespace engram_kernels {
 
@@ -283,14 +281,17 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  const std::lock_guard lock(mutex);
+  if (const cudaError_t allowed = blocking_call(); allowed != cudaSuccess) return allowed;
+  if (current_device == 0) ++first_device_calls;
   *memory = std::calloc(bytes, 1);
   return cudaSuccess;
 }
-cudaError_t cudaMalloc(void** memory, size_t bytes) {
-  *memory = std::calloc(bytes, 1);
-  return cudaSuccess;
-}
+cudaError_t cudaMalloc(void** memory, size_t bytes) { return cudaHostAlloc(memory, bytes, 0); }
 cudaError_t cudaFreeHost(void* memory) {
+  const std::lock_guard lock(mutex);
+  if (const cudaError_t allowed = blocking_call(); allowed != cudaSuccess) return allowed;
+  if (current_device == 0) ++first_device_calls;
   std::free(memory);
   return cudaSuccess;
 }
@@ -302,7 +303,6 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 }
 cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned) {
   const std::lock_guard lock(mutex);
-  if (refused_registration > 0 && --refused_registration == 0) return cudaErrorMemoryAllocation;
   const auto next = registered.lower_bound(static_cast<std::byte*>(memory) + bytes);  // the last one before it may overlap
   if (next != registered.begin() && std::prev(next)->first + std::prev(next)->second > memory)
     return cudaErrorHostMemoryAlreadyRegistered;

@@ -13,6 +13,5 @@ void fake_cuda_begin_capture(cudaStream_t stream);
 void fake_cuda_end_capture();
 void fake_cuda_replay();  // what was captured last
 int64_t fake_cuda_live_events();
-int64_t fake_cuda_first_device_calls();  // of cudaSetDevice(0): each would make a context there
+int64_t fake_cuda_first_device_calls();  // cudaSetDevice(0), and allocations there: each would make a context
 bool fake_cuda_is_registered(const void* memory);
-void fake_cuda_refuse_registration(int number);  // 1: the next one

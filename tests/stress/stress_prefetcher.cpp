@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "io_faults.h"
 #include "prefetch/row_prefetcher.h"
 
 namespace {
@@ -48,22 +49,22 @@ std::vector<float> make_rows() {
 
 struct Way {
   const char* name;
-  bool file, direct;
+  FetchWay fetch;
   const char* io;
-  bool has_device_memory;
   int64_t cached_rows;  // on the device
 };
 
 constexpr Way kWays[] = {
-    {"host table, gathered in place", false, true, "", false, 0},
-    {"host table, staged to a device", false, false, "", true, 0},
-    {"host table, few rows cached on a device", false, false, "", true, 40},
-    {"host table, many rows cached on a device", false, false, "", true, 4000},
-    {"host table, read by a device, ids staged", false, true, "", true, 0},
-    {"file, pread", true, false, "preadv", false, 0},
-    {"file, pread, to a device", true, false, "preadv_buffered", true, 0},
-    {"file, pread, cached on a device", true, false, "preadv", true, 400},
-    {"file, any io", true, false, "auto", false, 0},
+    {"host table, gathered in place", FetchWay::kInPlace, "", 0},
+    {"host table, staged to a device", FetchWay::kStaged, "", 0},
+    {"host table, few rows cached on a device", FetchWay::kStaged, "", 40},
+    {"host table, many rows cached on a device", FetchWay::kStaged, "", 4000},
+    {"host table, read by a device, ids staged", FetchWay::kUva, "", 0},
+    {"table on a device, ids staged", FetchWay::kDevice, "", 0},
+    {"file, pread", FetchWay::kFile, "preadv", 0},
+    {"file, pread, to a device", FetchWay::kFileStaged, "preadv_buffered", 0},
+    {"file, pread, cached on a device", FetchWay::kFileStaged, "preadv", 400},
+    {"file, any io", FetchWay::kFile, "auto", 0},
 };
 
 struct Outcomes {
@@ -188,21 +189,22 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
   const int depth = std::uniform_int_distribution<int>(1, 12)(random);
   const int64_t slot_floats = kMaxIds * kRowDim;
   std::vector<float> slots(static_cast<size_t>(depth + 1) * slot_floats);
+  IoFaults faults{.seed = seed, .eio = 0.001, .shorter = 0.1, .reorder = true, .max_delay_us = 50};
   PrefetcherOptions options;
   RowSource& source = options.stager.table;
   source.num_rows = kNumRows;
   source.row_dim = kRowDim;
   source.format = RowFormat::kF32;
   source.row_stride_bytes = kRowDim * 4;
-  if (way.file) {
+  if (traits_of(way.fetch).reads_file) {
     auto reader = std::make_shared<FileReader>(fd, "table", 16, way.io);
-    reader->inject({seed, 0.001, 0.1, true, 50, 0, 0, -1}, false);
+    reader->wrap_queues(&add_io_faults, &faults);
     const FileRows rows{0, kRowDim * 4, kRowDim * 4, kNumRows};
     options.stager.file = std::make_shared<FileTier>(reader, rows, FileRows{0, 0, 0, kNumRows}, 200'000);
   } else {
     source.rows = reinterpret_cast<const std::byte*>(table.data());
   }
-  options.stager.direct = way.direct;
+  options.stager.way = way.fetch;
   options.stager.staging_bytes = 1 << 16;  // large requests take several blocks
   options.stager.cache_bytes = way.cached_rows * kRowDim * 4;
   options.stager.num_threads = 2;
@@ -213,7 +215,7 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
   options.trace_spans = 100;
   Outcomes outcomes;
   {
-    RowPrefetcher prefetcher(options, make_host_engine({2, way.has_device_memory, {seed, 0.01, 100, true}}));
+    RowPrefetcher prefetcher(options, make_host_engine({2, traits_of(way.fetch).to_device, {seed, 0.01, 100, true}}));
     const auto until = Clock::now() + std::chrono::microseconds(static_cast<int64_t>(seconds * 1e6));
     std::vector<std::thread> threads;
     for (int i = 0; i < kThreads; ++i) {

@@ -2,6 +2,7 @@
 import os
 
 import numpy as np
+from io_faults import inject_faults
 
 from engram_kernels._library import COMPILE_ERROR
 
@@ -38,7 +39,7 @@ class File:
     def tier(self, io, queue_depth=64, cache_bytes=0, **faults):
         reader = open_reader(self.path, queue_depth, io)
         if faults:
-            reader.inject_faults(**faults)
+            inject_faults(reader, **faults)
         return reader.tier(self.extent, self.scale_extent, cache_bytes)
 
     def fetch(self, tier, ids, cancelled=None):

@@ -6,7 +6,6 @@ from row_files import PAGE, SHAPES, File, open_reader
 from safetensors.torch import save_file
 
 from engram_kernels.ops.gather_rows import gather_rows
-from engram_kernels.table import row_table
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing import random_rows
 
@@ -117,17 +116,3 @@ def test_file_tier_of_a_checkpoint_shard(io, tmp_path):
     table = RowTable.open(tmp_path / "shard", "w", "s", "fp8_e4m3_block32", io=io)
     got = table.read_rows(torch.arange(777).flip(0))
     assert torch.equal(got[0], rows.flip(0)) and torch.equal(got[1], scales.flip(0))
-
-
-def test_file_tier_stand_in_has_the_same_face(tmp_path, monkeypatch):
-    RowTable.create(tmp_path / "t", torch.arange(800.0).view(100, 8), row_format="f32")
-    compiled = RowTable.open(tmp_path / "t")
-    monkeypatch.setattr(row_table, "make_reader", row_table.make_reader.__globals__["PythonFileReader"])
-    python = RowTable.open(tmp_path / "t", cache_bytes=1000, queue_depth=3, io="preadv")
-    ids = torch.tensor([5, 5, 9])
-    assert torch.equal(python.read_rows(ids)[0], compiled.read_rows(ids)[0])
-    assert python.io_stats().keys() == compiled.io_stats().keys() and python.io_stats()["io"] == "python"
-    assert python.io_stats()["rows"] == compiled.io_stats()["rows"] == 2
-    for options in ({"queue_depth": 0}, {"io": "mmap"}, {"cache_bytes": -1}):
-        with pytest.raises(ValueError):
-            RowTable.open(tmp_path / "t", **options)

@@ -19,6 +19,7 @@ from engram_kernels.testing import random_rows
 if not COMPILE_ERROR:
     from engram_kernels import _C
 
+pytestmark = pytest.mark.usefixtures("compiled")
 MIB = 1 << 20
 HUGE = 2 * MIB
 HUGE_PAGES = capacity.SYSTEM.read("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -34,7 +35,7 @@ def run(script):
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_host_memory_copy_equals_tensor(row_format, memory):
+def test_host_memory_copy_equals_tensor(row_format):
     rows, scales = random_rows(row_format, 3001, 96, torch.Generator().manual_seed(0))
     wide = torch.cat([rows, rows], 1)[:, :rows.shape[1]]  # rows that lie apart
     table = RowTable.from_tensor(wide, scales, row_format, copy=True, row_dim=96)
@@ -50,7 +51,7 @@ def test_host_memory_copy_equals_tensor(row_format, memory):
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
-def test_host_memory_of_next_to_nothing(num_rows, memory):
+def test_host_memory_of_next_to_nothing(num_rows):
     table = RowTable.from_tensor(torch.ones(num_rows, 8), row_format="f32", copy=True)
     assert table.num_rows == num_rows and (gather_rows(table, torch.tensor([-1] + [0] * num_rows)) == torch.tensor(
         [[0.0]] + [[1.0]] * num_rows)).all()
@@ -85,7 +86,7 @@ def test_host_memory_in_explicit_huge_pages(compiled):
     assert _C.HostMemory(before + HUGE).pages == "transparent"  # more than there are
 
 
-def test_host_memory_gives_its_memory_back(memory):
+def test_host_memory_gives_its_memory_back():
     table = RowTable.from_tensor(torch.ones(100, 8), row_format="f32", copy=True)
     del table
     gc.collect()
@@ -96,7 +97,7 @@ def test_host_memory_gives_its_memory_back(memory):
     assert num_maps() < before + 20  # what an allocator may take meanwhile
 
 
-def test_host_memory_lives_as_long_as_its_rows(memory):
+def test_host_memory_lives_as_long_as_its_rows():
     rows = RowTable.from_tensor(torch.arange(800.0).view(100, 8), row_format="f32", copy=True).rows[50:]
     gc.collect()
     assert torch.equal(rows, torch.arange(400.0, 800.0).view(50, 8))
@@ -176,13 +177,6 @@ def test_host_memory_is_placed_on_a_node(compiled):
     spread = _C.HostMemory(8 * MIB, sorted(nodes))
     torch.frombuffer(spread, dtype=torch.uint8).fill_(1)
     assert set(dict(spread.pages_by_node())) == nodes
-
-
-def test_host_memory_placement_needs_the_compiled_module(monkeypatch):
-    monkeypatch.setattr(host_memory, "COMPILE_ERROR", "the compiled module is missing")
-    fake_nodes(monkeypatch, "0-1", "0-1")
-    with pytest.raises(RuntimeError, match="placement on a NUMA node needs the compiled module"):
-        RowTable.from_tensor(torch.ones(3, 8), row_format="f32", copy=True, numa=1)
 
 
 class Device:

@@ -8,23 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.ops.gather_rows import gather_rows
-from engram_kernels.table import file_reader, row_table
+from engram_kernels.table import file_reader
 from engram_kernels.table.row_table import ROW_FORMATS, RowTable
 from engram_kernels.testing import random_rows
 
 R, D = 300, 64
-
-
-@pytest.fixture(params=["compiled", "python"])
-def reader(request, monkeypatch):
-    """Both file readers."""
-    if request.param == "compiled" and COMPILE_ERROR:
-        pytest.skip(COMPILE_ERROR)
-    if request.param == "python":
-        monkeypatch.setattr(row_table, "make_reader", file_reader.PythonFileReader)
-    return request.param
 
 
 def stored(row_format, seed=0):
@@ -51,7 +40,7 @@ IDS = torch.tensor([[5, 0, -1], [R - 1, 5, 6], [7, 8, 0]], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_row_table_file_equals_memory(row_format, reader, tmp_path):
+def test_row_table_file_equals_memory(row_format, tmp_path):
     rows, scales = stored(row_format)
     memory = RowTable.from_tensor(rows, scales, row_format, row_dim=D)
     whole = RowTable.create(tmp_path / "whole.safetensors", rows, scales, row_format, row_dim=D, zero_scale_is_zero=True)
@@ -114,7 +103,7 @@ SHARDS = {  # dtypes as a checkpoint has them -> format found
 
 
 @pytest.mark.parametrize("row_format, dtype, scale_dtype", SHARDS.values(), ids=SHARDS.keys())
-def test_row_table_opens_a_checkpoint_shard(row_format, dtype, scale_dtype, reader, tmp_path):
+def test_row_table_opens_a_checkpoint_shard(row_format, dtype, scale_dtype, tmp_path):
     """Between other tensors, by name; the format follows from the dtypes."""
     rows, scales = stored(row_format)
     name, scale_name = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
@@ -150,7 +139,7 @@ def test_row_table_open_reads_no_data(tmp_path):
         gather_rows(table, torch.tensor([num_rows]))
 
 
-def test_row_table_of_no_rows(tmp_path, reader):
+def test_row_table_of_no_rows(tmp_path):
     table = RowTable.create(tmp_path / "t", [], num_rows=0, row_dim=64, row_format="fp8_e4m3_block32")
     assert table.num_rows == 0 and (gather_rows(table, torch.tensor([-1, -1])) == 0).all()
     assert gather_rows(table, torch.empty(0, 3, dtype=torch.int32)).shape == (0, 3, 64)
@@ -158,7 +147,7 @@ def test_row_table_of_no_rows(tmp_path, reader):
         gather_rows(table, torch.tensor([0]))
 
 
-def test_row_table_stage_reads_each_row_once(tmp_path, reader):
+def test_row_table_stage_reads_each_row_once(tmp_path):
     table = create(tmp_path / "t", "int8_group32")
     staged, local_ids = table.stage(IDS)
     assert staged.tier == "host" and staged.num_rows == len(set(IDS.flatten().tolist()) - {-1})
@@ -172,7 +161,7 @@ def test_row_table_stage_reads_each_row_once(tmp_path, reader):
 
 
 @pytest.mark.parametrize("tier", ["memory", "file"])
-def test_row_table_read_rows_into_outputs(tier, tmp_path, reader):
+def test_row_table_read_rows_into_outputs(tier, tmp_path):
     rows, scales = stored("fp8_e4m3_block32")
     table = create(tmp_path / "t", "fp8_e4m3_block32")
     if tier == "memory":
@@ -193,7 +182,7 @@ def test_row_table_read_rows_into_outputs(tier, tmp_path, reader):
         RowTable.from_tensor(torch.zeros(3, 4), row_format="f32").read_rows(torch.tensor([0]), None, torch.empty(1, 2))
 
 
-def test_row_table_large_requests_from_many_threads(tmp_path, reader):
+def test_row_table_large_requests_from_many_threads(tmp_path):
     """Requests of several reader threads each, from several callers at once."""
     table = create(tmp_path / "t", "f32")
     rows, _ = stored("f32")
@@ -212,7 +201,7 @@ def test_row_table_large_requests_from_many_threads(tmp_path, reader):
     assert failures == []
 
 
-def test_row_table_keeps_reading_the_file_that_it_opened(tmp_path, reader):
+def test_row_table_keeps_reading_the_file_that_it_opened(tmp_path):
     """Replaced by rename, or deleted: the open table is the old one, whole."""
     table, path = create(tmp_path / "t"), tmp_path / "t"
     want = gather_rows(table, IDS)
@@ -222,7 +211,7 @@ def test_row_table_keeps_reading_the_file_that_it_opened(tmp_path, reader):
     assert same(gather_rows(table, IDS), want)
 
 
-def test_row_table_file_cut_short_while_open(tmp_path, reader):
+def test_row_table_file_cut_short_while_open(tmp_path):
     table = create(tmp_path / "t")
     size = (tmp_path / "t").stat().st_size
     os.truncate(tmp_path / "t", size - 100)
@@ -238,7 +227,7 @@ def test_row_table_file_cut_short_while_open(tmp_path, reader):
     assert caught.value.errno == errno.EIO
 
 
-def test_row_table_file_written_to_while_open(tmp_path, reader):
+def test_row_table_file_written_to_while_open(tmp_path):
     table = create(tmp_path / "t")
     with (tmp_path / "t").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -249,7 +238,7 @@ def test_row_table_file_written_to_while_open(tmp_path, reader):
         gather_rows(table, torch.tensor([0]))
 
 
-def test_row_table_file_written_to_within_the_tick_of_its_opening(tmp_path, reader):
+def test_row_table_file_written_to_within_the_tick_of_its_opening(tmp_path):
     """A kernel that stamps writes with the last clock tick: the stamp of a write right after opening is not that of before."""
     path, coarse = tmp_path / "t", 5  # CLOCK_REALTIME_COARSE
     create(path)
@@ -269,11 +258,11 @@ def test_row_table_file_written_to_within_the_tick_of_its_opening(tmp_path, read
     RowTable.open(path).read_rows(torch.tensor([0]))  # nothing to wait for
 
 
-def test_file_readers_check_their_arguments(tmp_path, reader):
+def test_file_readers_check_their_arguments(tmp_path):
     (tmp_path / "f").write_bytes(bytes(range(100)))
     fd = os.open(tmp_path / "f", os.O_RDONLY)
     try:
-        handle = file_reader.PythonFileReader(fd, "f") if reader == "python" else file_reader.make_reader(fd, "f")
+        handle = file_reader.make_reader(fd, "f")
     finally:
         os.close(fd)
     ids = torch.tensor([3, 0]).numpy()

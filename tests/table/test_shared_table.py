@@ -20,6 +20,7 @@ if not COMPILE_ERROR:
     from engram_kernels import _C
 
 pytest_plugins = ("shared_worker",)
+pytestmark = pytest.mark.usefixtures("compiled")
 R, D = 3001, 64
 IDS = torch.randint(-1, R, (40, 7), generator=torch.Generator().manual_seed(1))
 
@@ -40,7 +41,7 @@ def segments(directory):
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_shared_table_equals_its_source(row_format, memory, shm, tmp_path):
+def test_shared_table_equals_its_source(row_format, shm, tmp_path):
     source = table_of(row_format, zero_scale_is_zero=True)
     file = RowTable.create(tmp_path / "t", source.rows, source.scales, row_format, row_dim=D, zero_scale_is_zero=True)
     for table in (source, file):
@@ -56,7 +57,7 @@ def test_shared_table_equals_its_source(row_format, memory, shm, tmp_path):
         assert segments(shm) == []
 
 
-def test_shared_table_of_padded_and_sliced_rows(memory, shm):
+def test_shared_table_of_padded_and_sliced_rows(shm):
     rows, _ = random_rows("fp8_e4m3_block32_packed", R, D, torch.Generator().manual_seed(0))
     wide = torch.cat([rows, rows, rows], 1)[:, :rows.shape[1] + 14]
     source = RowTable.from_tensor(wide, row_format="fp8_e4m3_block32_packed", row_dim=D)
@@ -66,7 +67,7 @@ def test_shared_table_of_padded_and_sliced_rows(memory, shm):
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 1024, 1025])
-def test_shared_table_of_few_rows(num_rows, memory, shm):
+def test_shared_table_of_few_rows(num_rows, shm):
     source = table_of("int8_group32", num_rows=num_rows)
     attached = [source.share("few", directory=shm), RowTable.attach("few", source, directory=shm)][1]
     assert torch.equal(attached.rows, source.rows) and torch.equal(attached.scales, source.scales)
@@ -131,7 +132,7 @@ def test_shared_table_of_all_processes_that_call_share(worker, shm, tmp_path):
     assert torch.equal(attached.rows, source.rows)
 
 
-def test_shared_table_by_a_name_in_use(memory, shm):
+def test_shared_table_by_a_name_in_use(shm):
     shared = table_of().share("t", directory=shm)
     again = table_of().share("t", directory=shm)  # the same table
     assert again.rows.data_ptr() != shared.rows.data_ptr() and shared.memory_stats()["users"] == 2
@@ -228,7 +229,7 @@ def test_shared_table_after_a_fork(worker, shm):
     parent.do("os.waitpid(pid, 0)")
 
 
-def test_shared_table_does_not_leak(memory, shm):
+def test_shared_table_does_not_leak(shm):
     """Hundreds of times shared and attached: no descriptor, no mapping, no file more."""
     source = table_of(num_rows=50)
 
@@ -251,7 +252,7 @@ def test_shared_table_does_not_leak(memory, shm):
     assert after[0] <= before[0] and after[1] < before[1] + allowed and after[2] == before[2] == []
 
 
-def test_shared_table_shows_how_far_it_is(memory, shm, monkeypatch):
+def test_shared_table_shows_how_far_it_is(shm, monkeypatch):
     shown, source = [], table_of("fp8_e4m3_block32")
     monkeypatch.setattr(shared_table, "_FILL_BYTES", 100 * source.row_bytes)
 
@@ -264,7 +265,7 @@ def test_shared_table_shows_how_far_it_is(memory, shm, monkeypatch):
     assert same_rows(shared, source)
 
 
-def test_shared_table_last_piece_is_copied_behind_the_end(memory, shm, monkeypatch):
+def test_shared_table_last_piece_is_copied_behind_the_end(shm, monkeypatch):
     """A thread that finds no piece left does not stop one that has taken the last and not begun."""
     class Late:
         def __init__(self, pieces):

@@ -13,6 +13,9 @@ import torch
 from engram_kernels.table.row_table import RowTable
 
 POLICIES = ("auto", "staged", "uva", "device", "file")
+# the way that rows take (csrc/prefetch/fetch_way.h) by policy: where gathers read host memory themselves, and where they do not
+_WAYS = {"staged": ("in_place", "staged"), "uva": ("in_place", "uva"), "device": ("in_place", "device"),
+         "file": ("file", "file_staged")}
 SURFACE_VERSION = 1
 
 
@@ -79,6 +82,11 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
                          f"{', '.join(sorted(rates)) or 'none'}")
     best = max(("staged", "uva"), key=lambda name: rates[name])
     return Policy(best, f"measured: staged {rates['staged']:.3g} rows/s, uva {rates['uva']:.3g} rows/s")
+
+
+def way_of(policy: str, reads_host_memory: bool) -> str:
+    """The way that rows take, a name of csrc/prefetch/fetch_way.h, by a policy that is not "auto" on an engine."""
+    return _WAYS[policy][0 if reads_host_memory else 1]
 
 
 def check_cache(cache_bytes: int, policy: Policy, crosses_link: bool) -> None:

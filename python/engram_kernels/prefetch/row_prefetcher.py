@@ -1,10 +1,13 @@
 """RowPrefetcher: rows of a table fetched behind the caller's compute."""
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,13 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
-from engram_kernels._library import COMPILE_ERROR
+from engram_kernels._library import need_compiled
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.prefetch.errors import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.prefetch.policy import check_cache, choose_policy
-from engram_kernels.prefetch.python_runtime import PythonRuntime
 from engram_kernels.prefetch.runtime import CompiledRuntime, RuntimeOptions
 from engram_kernels.prefetch.torch_ops import register_prefetcher
+from engram_kernels.row_format import check_tensors
 from engram_kernels.table.row_table import RowTable, expect_row_ids
 
 __all__ = ["PrefetchCancelled", "PrefetchQueueFull", "RowPrefetcher"]
@@ -28,12 +31,25 @@ _STAGING_BYTES = 32 << 20
 _IDS_STAGING_BYTES = 2 << 20  # where ids alone are staged
 _BACKGROUND_BLOCKS = 16     # of a gather on a GPU
 _LONGEST_S = 1e9
+_EXIT_S = 5.0
+
+_live: weakref.WeakSet[RowPrefetcher] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends what threads wait for: one that came back into the interpreter after its end would abort the process."""
+    for prefetcher in list(_live):
+        prefetcher.close()
+    for prefetcher in list(_live):
+        prefetcher._runtime.others_left(_EXIT_S)
 
 
 @dataclasses.dataclass
 class _Submitted:
     shape: torch.Size
     row_ids: Tensor | None  # held: a device reads them; or verify does
+    written: Tensor | None = None  # the `out` that has the rows
 
 
 class RowPrefetcher:
@@ -85,9 +101,12 @@ class RowPrefetcher:
                  _engine: Any = None):
         if not isinstance(table, RowTable):
             raise TypeError(f"RowPrefetcher: table must be a RowTable, got {type(table).__name__}")
+        need_compiled("a RowPrefetcher")
         device = torch.device(device)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
+        if table.tier != "file":  # what they are now: a module may have converted them since the table was made
+            check_tensors("RowPrefetcher: the table", table.rows, table.scales, table.row_format, table.row_dim)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"RowPrefetcher: device is {device}, expected cpu or cuda")
         if out_dtype not in FLOAT_DTYPES:
@@ -108,9 +127,13 @@ class RowPrefetcher:
                                        _BACKGROUND_BLOCKS if background else 0, trace_spans, cache_bytes, _engine)
         self._verify_rows, self._sampler = verify_rows, torch.Generator()  # not the caller's
         self._submitted: dict[int, _Submitted] = {}
-        self._runtime: Any = PythonRuntime(self._options) if COMPILE_ERROR else CompiledRuntime(self._options)
+        self._numbers = itertools.count()
+        self._reading: Tensor | None = None  # what `wait` returned last, in a slot of the ring
+        self._runtime: Any = CompiledRuntime(self._options)
+        self._options = dataclasses.replace(self._options, engine=None)  # whose threads end with the runtime
         self._marks = _NvtxMarks() if device.type == "cuda" else contextlib.nullcontext
-        self.handle = register_prefetcher(self)  # its number for the torch ops
+        self.handle = register_prefetcher(self)  # its number for the torch ops, [1] int64: no graph is made for a number
+        _live.add(self)
 
     def submit(self, row_ids: Tensor, timeout_s: float | None = 0.0) -> int:
         """Starts fetching the rows of `row_ids`; returns a ticket without waiting for data.
@@ -126,16 +149,22 @@ class RowPrefetcher:
             TypeError: `row_ids` is no tensor.
             ValueError: dtype, device or strides are wrong, or the rows do not fit into a slot.
             PrefetchQueueFull: `depth` requests are in flight, and none ended in time. A RuntimeError.
-            RuntimeError: the prefetcher is closed, or was made before a fork.
+            RuntimeError: the prefetcher is closed, or was made before a fork; or the table's tensors were moved or converted
+                since it was made.
 
         Source: docs/prefetch.md.
         """
         on_device = isinstance(row_ids, Tensor) and row_ids.device == self.device
         expect_row_ids("RowPrefetcher", row_ids, self.device if on_device else torch.device("cpu"))
-        with self._marks("prefetch submit"):
-            ticket: int = self._runtime.submit(row_ids, _seconds(timeout_s))
-        kept = row_ids if row_ids.device.type != "cpu" else row_ids.clone() if self._verify_rows else None
-        self._submitted[ticket] = _Submitted(row_ids.shape, kept)
+        ticket = next(self._numbers)  # known before anything is begun: a signal between two steps loses nothing
+        try:
+            kept = row_ids if row_ids.device.type != "cpu" else row_ids.clone() if self._verify_rows else None
+            self._submitted[ticket] = _Submitted(row_ids.shape, kept)
+            with self._marks("prefetch submit"):
+                self._runtime.submit(ticket, row_ids, _seconds(timeout_s))
+        except BaseException:
+            self.cancel(ticket)
+            raise
         return ticket
 
     def wait(self, ticket: int, out: Tensor | None = None, timeout_s: float | None = None) -> Tensor:
@@ -147,14 +176,16 @@ class RowPrefetcher:
             timeout_s: seconds to wait at most; None: no limit. Work that is queued on a GPU is not waited for.
 
         Returns:
-            [*row_ids.shape, D] rows; without `out`, valid until the next `wait`.
+            [*row_ids.shape, D] rows; without `out`, valid until the next `wait`, which counts as a change in place: autograd
+            refuses a backward through rows that were overwritten. Rows for several forwards before one backward want `out`.
 
         Raises:
             ValueError: `out` has another shape or dtype; the ticket stays valid.
             KeyError: no such ticket, or it was cancelled or waited for before.
             TimeoutError: the rows did not come in time; the ticket stays valid.
             PrefetchCancelled: the ticket was cancelled, or the prefetcher closed, meanwhile. A RuntimeError.
-            Exception: what went wrong with this request, such as IndexError for a bad id or OSError for a bad file.
+            Exception: what went wrong with this request, such as IndexError for a bad id or OSError for a bad file. After an
+                exception of another kind, such as KeyboardInterrupt or one of writing to `out`, the ticket stays valid.
         """
         request = self._submitted.get(ticket)
         if request is None:
@@ -162,24 +193,45 @@ class RowPrefetcher:
         shape = (*request.shape, self.row_dim)
         if out is not None:
             expect_tensor("RowPrefetcher.wait", "out", out, (self.out_dtype,), shape, self.device)
+        try:
+            rows = self._take(ticket, request, shape, out, _seconds(timeout_s))
+            del self._submitted[ticket]
+        except BaseException:
+            if self._runtime.restore(ticket):
+                request.written, self._submitted[ticket] = None, request
+                self._overwritten(out)
+            elif request.written is not None:  # the slot is free again, but `out` has the rows
+                self._submitted[ticket] = request
+            elif not self._runtime.knows(ticket):
+                self._submitted.pop(ticket, None)
+            raise
+        return rows
+
+    def _take(self, ticket: int, request: _Submitted, shape: tuple[int, ...], out: Tensor | None, timeout_s: float) -> Tensor:
+        """The rows of a ticket, and its slot given back where they are in `out`."""
+        if request.written is not None:  # by a wait that was interrupted when all was done
+            return request.written.clone() if out is None else out.copy_(request.written)
         with self._marks("prefetch wait"):
-            try:
-                slot = self._runtime.wait(ticket, _seconds(timeout_s), out is not None)
-            finally:
-                if not self._runtime.knows(ticket):
-                    self._submitted.pop(ticket, None)
+            slot = self._runtime.wait(ticket, timeout_s, out is not None)
         if request.row_ids is not None and request.row_ids.is_cuda:
             request.row_ids.record_stream(torch.cuda.current_stream(self.device))  # behind the gather that reads them
-        rows = self._runtime.rows(slot, request.shape.numel() * self.row_dim).view(shape)
+        self._overwritten(out)
+        rows = self._runtime.rows(slot, shape)
+        self._verify(request, rows)
         if out is None:
-            self._verify(request, rows)
+            self._reading = rows
             return rows
-        try:
-            self._verify(request, rows)
-            out.copy_(rows)
-        finally:
-            self._runtime.release(slot)  # only now: the next request may be written into it at once
+        out.copy_(rows)
+        request.written = out
+        self._runtime.release(slot)  # only now: the next request may be written into it at once
         return out
+
+    def _overwritten(self, out: Tensor | None) -> None:
+        """After a wait without `out`: the slot that was read before is free to be written, which autograd must know."""
+        if out is None and self._reading is not None:
+            if not self._reading.is_inference():  # those have no version, and no gradient either
+                torch.autograd.graph.increment_version(self._reading)
+            self._reading = None
 
     def cancel(self, ticket: int) -> bool:
         """Gives a ticket up. Its slot is free once nothing writes to it; a `wait` for it in another thread ends. Returns at once;
@@ -223,9 +275,11 @@ class RowPrefetcher:
         self._runtime.clear_cache()
 
     def close(self) -> None:
-        """Drops requests that are in flight, ends the threads. Rows that `wait` returned stay readable."""
+        """Drops requests that are in flight, ends the threads and gives the memory back. Rows that `wait` returned stay
+        readable."""
         self._runtime.close()
         self._submitted.clear()
+        self._reading = None
 
     def __del__(self) -> None:
         if hasattr(self, "_runtime"):  # else __init__ refused its arguments

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import mmap
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
 from engram_kernels.capacity import check_device_memory, check_memory
+from engram_kernels.prefetch.errors import PrefetchCancelled
+from engram_kernels.prefetch.policy import way_of
 from engram_kernels.table.row_table import RowTable
 
 if not COMPILE_ERROR:
@@ -50,65 +53,139 @@ class CompiledRuntime:
     """Tickets and slots. Holds what the C++ object only knows the addresses of: the ring, the table, ids on a device."""
 
     def __init__(self, options: RuntimeOptions):
-        self._table, self._device, self._policy = options.table, options.device, options.policy
-        self._engine = options.engine or _make_engine(options)  # first: it says why there is no such device
+        self._device = options.device
+        # makes the device current as torch does: the way back makes no context on a device that the thread never chose
+        self.on_device = (lambda: torch.cuda.device(options.device)) if options.device.type == "cuda" else contextlib.nullcontext
+        with self.on_device(), torch.inference_mode(False):
+            self._make(options)
+
+    def _make(self, options: RuntimeOptions) -> None:
+        table = options.table
+        engine = options.engine or _make_engine(options)  # first: it says why there is no such device
         check_room_of_cache(options)
-        self._ring = _ring_memory(options)
-        self._slots = self._ring.view(options.out_dtype).view(options.depth + 1, -1)
-        self._registered: list[int] = []
-        self._scales = options.table.scales
-        if self._scales is not None and self._scales.dim() == 1:
-            self._scales = self._scales.to(options.device)  # one number, which every gather reads
-        self._direct = options.policy in ("uva", "device") or (options.policy == "staged" and self._engine.reads_host_memory)
-        if options.policy == "uva":
-            for memory in (options.table.rows, self._scales):
-                if memory is not None and memory.device.type == "cpu":
-                    self._register(memory)
+        scales = table.scales
+        if scales is not None and scales.dim() == 1:
+            scales = scales.to(options.device)  # one number, which every gather reads
+        self._way = way_of(options.policy, engine.reads_host_memory)
+        if self._way == "uva":
+            _expect_readable(table, engine)
+        self._ring: _Ring | None = _Ring(options)
+        self._held: tuple[Tensor, ...] | None = tuple(x.detach() for x in (table.rows, scales) if x is not None)
+        self._table, self._places = table, _places_of(table)
         self._impl = _C.RowPrefetcher({
-            **_table_of(options.table, self._scales), "direct": self._direct, "on_device": options.table.tier == "device",
+            **_table_of(table, scales), "way": self._way,
             "staging_bytes": options.staging_bytes, "cache_bytes": min(options.cache_bytes, _ALL_BYTES),
             "num_threads": options.threads, "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
-            "slots": self._ring.data_ptr(), "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
-            "trace_spans": options.trace_spans}, self._engine)
+            "slots": self._ring.address, "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
+            "trace_spans": options.trace_spans}, engine)
         self.cancel, self.drain, self.clear_cache = self._impl.cancel, self._impl.drain, self._impl.clear_cache
         self.counters, self.chrome_trace, self.knows = self._impl.counters, self._impl.chrome_trace, self._impl.knows
+        self.restore = self._impl.restore
 
-    def submit(self, row_ids: Tensor, timeout_s: float) -> int:
-        """A ticket."""
+    def submit(self, ticket: int, row_ids: Tensor, timeout_s: float) -> None:
+        """Starts a request by the number `ticket`, which no request had before."""
         on_device = row_ids.device.type != "cpu"
-        if self._device.type != "cpu" and torch.cuda.is_current_stream_capturing() and not (self._direct and on_device):
+        if self._device.type != "cpu" and torch.cuda.is_current_stream_capturing() and not (
+                self._way in ("uva", "device") and on_device):
             raise RuntimeError(f"RowPrefetcher: under graph capture the policy must be uva or device and the ids on "
-                               f"{self._device}; got policy {self._policy!r} and ids on {row_ids.device}")
-        ids = (row_ids.data_ptr(), row_ids.numel(), row_ids.dtype == torch.int64, on_device, self._stream())
-        ticket: int = self._impl.submit(ids, row_ids.shape, timeout_s)
-        return ticket
+                               f"{self._device}; got rows on the way {self._way!r} and ids on {row_ids.device}")
+        self._expect_in_place()
+        ids = (ticket, row_ids.data_ptr(), row_ids.numel(), row_ids.dtype == torch.int64, on_device, self._stream())
+        with self.on_device():
+            self._impl.submit(ids, row_ids.shape, timeout_s)
 
     def wait(self, ticket: int, timeout_s: float, keep: bool) -> int:
         """The slot of a ticket."""
-        slot: int = self._impl.wait(ticket, timeout_s, self._stream(), keep)
+        with self.on_device():
+            slot: int = self._impl.wait(ticket, timeout_s, self._stream(), keep)
         return slot
 
     def release(self, slot: int) -> None:
         """The slot may be written again after what the current stream holds."""
-        self._impl.release(slot, self._stream())
+        with self.on_device():
+            self._impl.release(slot, self._stream())
 
-    def rows(self, slot: int, count: int) -> Tensor:
-        """The first `count` elements of a slot."""
-        return self._slots[slot, :count]
+    def rows(self, slot: int, shape: tuple[int, ...]) -> Tensor:
+        """The first elements of a slot that `wait` gave, as a tensor of that shape."""
+        if self._ring is None:  # closed since
+            raise PrefetchCancelled("RowPrefetcher: it was closed meanwhile")
+        return self._ring.rows(slot, shape)
 
     def close(self) -> None:
-        """Drops what is in flight; nothing touches the ring or the table afterwards."""
-        self._impl.close()
-        while self._registered:
-            self._engine.unregister_host(self._registered.pop())
+        """Drops what is in flight and gives all memory back but that of rows which somebody holds."""
+        with self.on_device():
+            self._impl.close()
+        self._ring = self._held = None
 
-    def _register(self, memory: Tensor) -> None:
-        num_bytes = (memory.shape[0] - 1) * memory.stride(0) * memory.element_size() + memory[0].nbytes if len(memory) else 0
-        if num_bytes and self._engine.register_host(memory.data_ptr(), num_bytes):
-            self._registered.append(memory.data_ptr())
+    def others_left(self, timeout_s: float) -> bool:
+        """Whether every other call has ended within the time-out."""
+        return bool(self._impl.others_left(timeout_s))
+
+    def _expect_in_place(self) -> None:
+        """Refuses a table whose tensors were moved or converted since this was made."""
+        now = _places_of(self._table)
+        if now == self._places or self._ring is None:  # closed, as the submit will say
+            return
+        name, then, at = next((name, a, b) for name, a, b in zip(("rows", "scales"), self._places, now, strict=False) if a != b)
+        moved = ", elsewhere in memory" if at[0] != then[0] else ""
+        raise RuntimeError(f"RowPrefetcher: the table is not where it was when this prefetcher was made: its {name} were "
+                           f"{then[1]} {list(then[2])}, and are {at[1]} {list(at[2])}{moved} (the module was moved or converted, or its "
+                           "data assigned); make a new RowPrefetcher")
 
     def _stream(self) -> int:
         return 0 if self._device.type == "cpu" else int(torch.cuda.current_stream(self._device).cuda_stream)
+
+
+class _Ring:
+    """Memory for rows, slot by slot, and the tensors that are given out of it."""
+
+    def __init__(self, options: RuntimeOptions):
+        self._slot_bytes, self._dtype, self._on_cpu = options.slot_bytes, options.out_dtype, options.device.type == "cpu"
+        num_slots = options.depth + 1
+        if self._on_cpu:
+            self._memory = _cpu_memory(options.slot_bytes * num_slots, options.slot_bytes)
+            self.address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        else:
+            self._tensor = _device_memory(options)
+            self.address = self._tensor.data_ptr()
+            self._streams: set[int] = set()
+
+    def rows(self, slot: int, shape: tuple[int, ...]) -> Tensor:
+        """The first elements of a slot."""
+        count = math.prod(shape)
+        if self._on_cpu:
+            if count == 0:
+                return torch.empty(shape, dtype=self._dtype)
+            # a storage of its own, exactly as large: torch may move it (share_memory_, a queue of processes) or save it
+            return torch.frombuffer(self._memory, dtype=self._dtype, count=count, offset=slot * self._slot_bytes).view(shape)
+        stream = torch.cuda.current_stream(self._tensor.device)
+        if stream.cuda_stream not in self._streams:
+            # the allocator knows the stream that the ring was made on; it asks each of the others once the ring goes
+            self._tensor.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        begin = slot * self._slot_bytes
+        return self._tensor[begin:begin + count * self._dtype.itemsize].view(self._dtype).view(shape)
+
+
+# address, dtype, shape and strides of a tensor
+_Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _places_of(table: RowTable) -> list[_Place]:
+    """Of the rows and of the scales, where the table is in memory."""
+    if table.tier == "file":
+        return []
+    return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (table.rows, table.scales) if x is not None]
+
+
+def _expect_readable(table: RowTable, engine: Any) -> None:
+    for name, x in (("rows", table.rows), ("scales", table.scales)):
+        if x is None or x.dim() != 2 or x.numel() == 0 or x.device.type != "cpu":
+            continue
+        num_bytes = ((x.shape[0] - 1) * x.stride(0) + x.shape[1]) * x.element_size()
+        if not engine.can_read(x.data_ptr(), num_bytes):
+            raise ValueError(f"RowPrefetcher: policy 'uva' reads the table's {name} where they are, and they are not pinned: "
+                             "call table.pin() first (from_tensor(copy=True) or share() gives a table that can be)")
 
 
 def _make_engine(options: RuntimeOptions) -> Any:
@@ -136,19 +213,20 @@ def check_room_of_cache(options: RuntimeOptions) -> None:
                             cache_bytes + options.ring_bytes + options.staging_bytes, options.device)
 
 
-def _ring_memory(options: RuntimeOptions) -> Tensor:
-    num_bytes = options.slot_bytes * (options.depth + 1)
-    if options.device.type != "cpu":
-        ring = torch.empty(num_bytes, dtype=torch.uint8, device=options.device)
-        # the engine has a stream of its own, and this one may still use what it was memory of before, or be filling the table
-        torch.cuda.current_stream(options.device).synchronize()
-        return ring
+def _device_memory(options: RuntimeOptions) -> Tensor:
+    ring = torch.empty(options.slot_bytes * (options.depth + 1), dtype=torch.uint8, device=options.device)
+    # the engine has a stream of its own, and this one may still use what it was memory of before, or be filling the table
+    torch.cuda.current_stream(options.device).synchronize()
+    return ring
+
+
+def _cpu_memory(num_bytes: int, slot_bytes: int) -> mmap.mmap:
     # pages of a slot cost memory once they are written
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and options.slot_bytes >= _HUGE_PAGE_BYTES:
+    if hasattr(mmap, "MADV_HUGEPAGE") and slot_bytes >= _HUGE_PAGE_BYTES:
         with contextlib.suppress(OSError):  # a kernel without them: small pages serve
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]  # keeps the memory alive
+    return memory
 
 
 def _table_of(table: RowTable, scales: Tensor | None) -> dict[str, Any]:

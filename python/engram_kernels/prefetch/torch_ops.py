@@ -13,26 +13,33 @@ from engram_kernels._library import LIB
 _PREFETCHERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
-# the ticket is data, so that a graph keeps the order of the two calls
-LIB.define("prefetch_submit(Tensor row_ids, int prefetcher) -> Tensor")
-LIB.define("prefetch_wait(Tensor ticket, Tensor row_ids, int prefetcher) -> Tensor")
+# The ticket is data, so that a graph keeps the order of the two calls. The prefetcher is data too: a number in the graph would
+# cost a graph for each prefetcher. What the shape and dtype of the rows follow from are arguments, since a graph that is cached
+# on disk knows nothing of the prefetcher of another process.
+# The tag says that a call has effects of its own: without it Inductor moves a submit down to its wait, and nothing is hidden.
+_TAGS = (torch.Tag.nondeterministic_seeded,)
+LIB.define("prefetch_submit(Tensor row_ids, Tensor prefetcher) -> Tensor", tags=_TAGS)
+LIB.define("prefetch_wait(Tensor ticket, Tensor row_ids, Tensor prefetcher, int row_dim, ScalarType out_dtype, Device device)"
+           " -> Tensor", tags=_TAGS)
 
 
-def register_prefetcher(prefetcher: Any) -> int:
-    """The number that the ops know `prefetcher` by, while it lives."""
+def register_prefetcher(prefetcher: Any) -> Tensor:
+    """The number that the ops know `prefetcher` by, while it lives: [1] int64 on the CPU."""
     number = next(_numbers)
     _PREFETCHERS[number] = prefetcher
-    return number
+    with torch.inference_mode(False):
+        return torch.tensor([number])
 
 
-def _prefetcher(number: int) -> Any:
+def _prefetcher(handle: Tensor) -> Any:
+    number = int(handle)
     if number not in _PREFETCHERS:
         raise ValueError(f"engram_kernels: there is no prefetcher {number} (any more)")
     return _PREFETCHERS[number]
 
 
 @torch.library.impl(LIB, "prefetch_submit", "CompositeExplicitAutograd")
-def prefetch_submit(row_ids: Tensor, prefetcher: int) -> Tensor:
+def prefetch_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
     """`RowPrefetcher.submit` as a torch op.
 
     Args:
@@ -49,28 +56,39 @@ def prefetch_submit(row_ids: Tensor, prefetcher: int) -> Tensor:
 
 
 @torch.library.impl(LIB, "prefetch_wait", "CompositeExplicitAutograd")
-def prefetch_wait(ticket: Tensor, row_ids: Tensor, prefetcher: int) -> Tensor:
+def prefetch_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: int, out_dtype: torch.dtype,
+                  device: torch.device) -> Tensor:
     """`RowPrefetcher.wait` as a torch op.
 
     Args:
         ticket: what `prefetch_submit` returned.
         row_ids: the same ids, for the shape.
         prefetcher: `RowPrefetcher.handle`.
+        row_dim: `RowPrefetcher.row_dim`.
+        out_dtype: `RowPrefetcher.out_dtype`.
+        device: `RowPrefetcher.device`.
 
     Returns:
-        [*row_ids.shape, D] rows, a tensor of their own.
+        [*row_ids.shape, row_dim] rows, a tensor of their own.
+
+    Raises:
+        ValueError: the prefetcher has another row_dim, out_dtype or device.
     """
     owner = _prefetcher(prefetcher)
-    out = torch.empty((*row_ids.shape, owner.row_dim), dtype=owner.out_dtype, device=owner.device)
-    return owner.wait(int(ticket), out=out)
+    for name, got in (("row_dim", row_dim), ("out_dtype", out_dtype), ("device", device)):
+        if got != getattr(owner, name):
+            raise ValueError(f"prefetch_wait: {name} is {got}, that of the prefetcher is {getattr(owner, name)}")
+    out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=device)
+    rows: Tensor = owner.wait(int(ticket), out=out)
+    return rows
 
 
 @torch.library.register_fake("engram_kernels::prefetch_submit", lib=LIB)
-def _fake_submit(row_ids: Tensor, prefetcher: int) -> Tensor:
+def _fake_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
     return torch.empty(1, dtype=torch.int64)
 
 
 @torch.library.register_fake("engram_kernels::prefetch_wait", lib=LIB)
-def _fake_wait(ticket: Tensor, row_ids: Tensor, prefetcher: int) -> Tensor:
-    owner = _prefetcher(prefetcher)
-    return torch.empty((*row_ids.shape, owner.row_dim), dtype=owner.out_dtype, device=owner.device)
+def _fake_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: int, out_dtype: torch.dtype,
+               device: torch.device) -> Tensor:
+    return torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=device)

@@ -1,23 +1,18 @@
 """Memory for the rows of a table: how they lie in it, where it comes from, and what was got."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import mmap
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram_kernels import capacity
-from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
-from engram_kernels.capacity import HUGE_PAGE_BYTES
+from engram_kernels._library import CUDA_ERROR, need_compiled
 from engram_kernels.row_format import ROW_FORMATS
 
 _SCALES_ALIGN_BYTES = 64
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,66 +55,9 @@ def _view(memory: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...
     return memory[offset:offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-class PythonHostMemory(mmap.mmap):
-    """The contract of csrc/table/host_memory.h without the compiled module: transparent huge pages, no placement, no pinning.
-
-    Args:
-        num_bytes: at least 1.
-        numa_nodes: must be empty.
-        fd: a file to map; -1: private memory.
-        fd_offset: where in the file.
-        read_only: a write is a fault.
-    """
-
-    num_bytes: int
-    mapped_bytes: int
-    pinned_bytes = 0
-    pages: str
-    start: int
-
-    def __new__(cls, num_bytes: int, numa_nodes: Any = (), fd: int = -1, fd_offset: int = 0,
-                read_only: bool = False) -> PythonHostMemory:
-        """Maps the memory."""
-        if list(numa_nodes):
-            raise RuntimeError(f"HostMemory: placement on a NUMA node needs the compiled module; {COMPILE_ERROR}")
-        if fd < 0:
-            # private: shared anonymous memory is a file to the kernel, and gets no huge pages
-            self = super().__new__(cls, -1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with memoryview(self) as view:
-                self.start = -torch.frombuffer(view, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
-        else:
-            access = mmap.PROT_READ | (0 if read_only else mmap.PROT_WRITE)
-            self = super().__new__(cls, fd, num_bytes, flags=mmap.MAP_SHARED, prot=access, offset=fd_offset)
-            self.start = 0
-        self.num_bytes, self.mapped_bytes, self.pages = num_bytes, len(self), "small"
-        if num_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them: small pages serve, slower
-                self.madvise(mmap.MADV_HUGEPAGE)
-                self.pages = "transparent"
-        return self
-
-    def populate(self, offset: int, num_bytes: int) -> None:
-        """Takes the pages of a range now. OSError where there are none; a kernel before 5.14 cannot."""
-        begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self.madvise(_MADV_POPULATE_WRITE, begin, offset + num_bytes - begin)
-
-    def usage(self) -> tuple[int, int]:
-        """Unknown."""
-        return -1, -1
-
-    def pages_by_node(self, samples: int = 256) -> list[tuple[int, int]]:
-        """Unknown."""
-        return []
-
-
 def whole(host: Any) -> Tensor:
     """All bytes of a piece of memory. The tensor keeps it alive."""
-    if not isinstance(host, PythonHostMemory):
-        return torch.frombuffer(host, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor shall it be written to
-        memory = torch.frombuffer(host, dtype=torch.uint8)
-    return memory[host.start:host.start + host.num_bytes]
+    return torch.frombuffer(host, dtype=torch.uint8)
 
 
 def make_host_memory(num_bytes: int, numa: int | None = None, fd: int = -1, fd_offset: int = 0, read_only: bool = False) -> Any:
@@ -135,11 +73,11 @@ def make_host_memory(num_bytes: int, numa: int | None = None, fd: int = -1, fd_o
 
     Raises:
         ValueError: there is no such node.
+        RuntimeError: the compiled module is missing.
         OSError: the memory cannot be had.
     """
     nodes = [] if read_only else nodes_for(numa)
-    if COMPILE_ERROR:
-        return PythonHostMemory(num_bytes, nodes if numa is not None else (), fd, fd_offset, read_only)
+    need_compiled("memory for a copied or shared table")
     from engram_kernels import _C
     return _C.HostMemory(num_bytes, nodes, fd, fd_offset, read_only)
 
@@ -181,8 +119,6 @@ def pin_host_memory(op: str, host: Any, registrar: Any = None) -> None:
     """Registers the memory with a device. Arguments and errors: `RowTable.pin`."""
     if host is None:
         raise ValueError(f"{op}: the table has no memory of its own: copy it (from_tensor(copy=True)) or share it")
-    if COMPILE_ERROR:
-        raise RuntimeError(f"{op}: {COMPILE_ERROR}")
     if registrar is None:
         reason = CUDA_ERROR or (None if torch.cuda.is_available() else "torch finds no GPU")
         if reason:

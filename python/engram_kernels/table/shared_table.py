@@ -20,7 +20,7 @@ from engram_kernels import capacity
 from engram_kernels._files import write_all
 from engram_kernels._terminal import Progress, no_progress
 from engram_kernels.table import shared_segment
-from engram_kernels.table.host_memory import HUGE_PAGE_BYTES, TableLayout, make_host_memory
+from engram_kernels.table.host_memory import TableLayout, make_host_memory
 from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class _Filler:
             self._host.populate(0, 1)
         except OSError:  # an old kernel; or no room at all, as the first write will say
             return False
-        return os.fstat(self._fd).st_blocks * 512 >= HUGE_PAGE_BYTES
+        return os.fstat(self._fd).st_blocks * 512 >= capacity.HUGE_PAGE_BYTES
 
 
 def _fill(op: str, table: RowTable, fd: int, path: Path, numa: int | None, progress: Progress) -> None:

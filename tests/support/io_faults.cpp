@@ -1,3 +1,5 @@
+#include "io_faults.h"
+
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -7,19 +9,20 @@
 #include <utility>
 #include <vector>
 
-#include "table/io_queue.h"
-
 namespace engram_kernels {
 namespace {
 
 class FaultyQueue final : public IoQueue {
  public:
-  FaultyQueue(std::unique_ptr<IoQueue> queue, const IoFaults& faults, uint64_t number)
-      : queue_(std::move(queue)), faults_(faults), random_(faults.seed * 1'000'003 + number) {}
+  FaultyQueue(IoQueue* queue, const IoFaults& faults, uint64_t number, int direct_fd)
+      : queue_(queue),
+        faults_(faults),
+        refused_fd_(faults.refuse_direct ? direct_fd : -1),
+        random_(faults.seed * 1'000'003 + number) {}
 
   void submit(const IoRead& read) override {
     const bool bad = read.offset < faults_.bad_end && read.offset + read.bytes > faults_.bad_begin;
-    if (read.fd == faults_.refused_fd) {
+    if (read.fd == refused_fd_) {
       ready_.push_back({read.slot, -EINVAL});
     } else if (bad || draw(faults_.eio)) {
       ready_.push_back({read.slot, -EIO});
@@ -68,6 +71,7 @@ class FaultyQueue final : public IoQueue {
 
   std::unique_ptr<IoQueue> queue_;
   IoFaults faults_;
+  int refused_fd_;
   std::mt19937_64 random_;
   std::vector<IoDone> ready_;
   std::vector<Cut> cuts_;  // by slot
@@ -76,8 +80,15 @@ class FaultyQueue final : public IoQueue {
 
 }  // namespace
 
-std::unique_ptr<IoQueue> make_faulty_queue(std::unique_ptr<IoQueue> queue, const IoFaults& faults, uint64_t number) {
-  return std::make_unique<FaultyQueue>(std::move(queue), faults, number);
+IoQueue* add_io_faults(IoQueue* queue, uint64_t number, int direct_fd, void* faults) {
+  return new FaultyQueue(queue, *static_cast<const IoFaults*>(faults), number, direct_fd);
 }
 
 }  // namespace engram_kernels
+
+// For ctypes: tests/support/io_faults.py.
+extern "C" engram_kernels::IoFaults* ek_io_faults(uint64_t seed, double eio, double shorter, bool reorder, int max_delay_us,
+                                                  int64_t bad_begin, int64_t bad_end, bool refuse_direct) {
+  return new engram_kernels::IoFaults{seed, eio, shorter, reorder, max_delay_us, bad_begin, bad_end, refuse_direct};
+}
+extern "C" uintptr_t ek_io_faults_wrapper() { return reinterpret_cast<uintptr_t>(&engram_kernels::add_io_faults); }

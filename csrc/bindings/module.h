@@ -1,0 +1,35 @@
+// What the files of the pybind11 module give each other.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+namespace engram_kernels {
+
+// Each adds the classes or functions of one folder of csrc to the module.
+void bind_table(pybind11::module_& m);
+void bind_host_memory(pybind11::module_& m);
+void bind_prefetcher(pybind11::module_& m);  // after bind_table: a file table is a FileTier
+void bind_probes(pybind11::module_& m);
+
+// Ends an object without the interpreter lock: its memory may be gigabytes, and its threads may wait for a disk.
+struct DeleteUnlocked {
+  template <class T>
+  void operator()(T* object) const {
+    if (PyGILState_Check() == 0) {
+      delete object;
+      return;
+    }
+    const pybind11::gil_scoped_release release;
+    delete object;
+  }
+};
+
+template <class T, class... Args>
+std::shared_ptr<T> make_unlocked(Args&&... args) {
+  const pybind11::gil_scoped_release release;
+  return std::shared_ptr<T>(new T(std::forward<Args>(args)...), DeleteUnlocked());
+}
+
+}  // namespace engram_kernels
