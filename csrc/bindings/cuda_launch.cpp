@@ -27,8 +27,15 @@ GetStream find_get_stream() {
 constexpr const char* kCountingOps[] = {"ngram_hash", "gather_rows", "gather_gate", "short_conv"};
 constexpr size_t kNumCountingOps = sizeof(kCountingOps) / sizeof(*kCountingOps);
 
+// Device memory [kNumCountingOps], kept for the life of the process. Kernels only ever add, and the host only reads, so that no
+// count is lost between a read and a clear; what was reported is remembered here.
+struct Counters {
+  uint32_t* memory = nullptr;
+  uint32_t reported[kNumCountingOps] = {};
+};
+
 std::mutex counters_mutex;
-std::map<int, uint32_t*> counters;  // by device; device memory [kNumCountingOps], kept for the life of the process
+std::map<int, Counters> counters;  // by device
 
 // Zeros, there when this returns: on a stream of its own, since no other stream waits for a memset of the default one.
 cudaError_t clear_counters(void* memory) {
@@ -63,10 +70,11 @@ CudaLaunch::CudaLaunch(const char* op, const Tensor& like)
 
 uint32_t* CudaLaunch::error_count() const {
   const std::lock_guard<std::mutex> lock(counters_mutex);
-  uint32_t*& of_device = counters[device_];
-  if (of_device == nullptr) of_device = make_counters();
+  auto of_device = counters.find(device_);
+  // only what was made is entered: an allocation that failed leaves nothing for take_cuda_errors to read
+  if (of_device == counters.end()) of_device = counters.emplace(device_, Counters{make_counters()}).first;
   for (size_t i = 0; i < kNumCountingOps; ++i) {
-    if (std::strcmp(kCountingOps[i], op_) == 0) return of_device + i;
+    if (std::strcmp(kCountingOps[i], op_) == 0) return of_device->second.memory + i;
   }
   EK_THROW_AS(std::logic_error, op_ << ": counts no errors");
 }
@@ -79,25 +87,30 @@ void expect_readable(const char* op, const char* name, const Tensor& x, int32_t 
   }
   if (x.numel() == 0) return;
   EK_CHECK(x.is_cpu(), op << ": " << name << " is neither on a CUDA device nor in host memory");
-  cudaPointerAttributes attributes{};
-  const cudaError_t found = cudaPointerGetAttributes(&attributes, x.const_data_ptr());
-  if (found != cudaSuccess) cudaGetLastError();  // clears it
-  EK_CHECK(
-      found == cudaSuccess && attributes.devicePointer == x.const_data_ptr(),
-      op << ": " << name << " is in host memory that cuda:" << device_index << " cannot read; pin it, or copy it to the device");
+  const auto readable = [](uintptr_t at) {
+    cudaPointerAttributes attributes{};
+    const cudaError_t found = cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(at));
+    if (found != cudaSuccess) cudaGetLastError();  // clears it
+    return found == cudaSuccess && reinterpret_cast<uintptr_t>(attributes.devicePointer) == at;
+  };
+  // its end too: a view may begin in memory that is pinned and go on in memory that is not
+  const ByteRange range = byte_range(x);
+  EK_CHECK(readable(range.begin) && readable(range.end - 1), op << ": " << name << " is in host memory that cuda:" << device_index
+                                                                << " cannot read; pin it, or copy it to the device");
 }
 
 std::vector<CudaErrors> take_cuda_errors() {
   const std::lock_guard<std::mutex> lock(counters_mutex);
   std::vector<CudaErrors> errors;
-  for (const auto& [device, memory] : counters) {
+  for (auto& [device, of_device] : counters) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     EK_CUDA_CHECK(cudaDeviceSynchronize());
     uint32_t counts[kNumCountingOps];
-    EK_CUDA_CHECK(cudaMemcpy(counts, memory, sizeof(counts), cudaMemcpyDeviceToHost));
-    EK_CUDA_CHECK(clear_counters(memory));
+    EK_CUDA_CHECK(cudaMemcpy(counts, of_device.memory, sizeof(counts), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < kNumCountingOps; ++i) {
-      if (counts[i] != 0) errors.push_back({kCountingOps[i], device, counts[i]});
+      const uint32_t fresh = counts[i] - of_device.reported[i];  // also where it has wrapped
+      of_device.reported[i] = counts[i];
+      if (fresh != 0) errors.push_back({kCountingOps[i], device, fresh});
     }
   }
   return errors;

@@ -39,7 +39,7 @@ struct CudaErrors {
   uint32_t count;
 };
 
-// What the kernels counted since the last call, on every device; waits for the devices and clears the counters.
+// What the kernels counted since the last call, on every device; waits for the devices.
 std::vector<CudaErrors> take_cuda_errors();
 
 }  // namespace engram_kernels

@@ -204,36 +204,118 @@ def test_file_tier_in_a_child_after_a_fork(io, tmp_path):
 
 
 REFUSE_IO_URING = """
-import ctypes, errno, struct, sys
-# seccomp: io_uring_setup (425) answers EPERM, as container runtimes have it
-rules = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))
-libc = ctypes.CDLL(None, use_errno=True)
-if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
-    sys.exit(77)
+import ctypes, errno, os, resource, struct, sys, threading
 import torch
 from engram_kernels import RowTable
-table = RowTable.open(sys.argv[1])
-assert table.io_stats()["io"] == "preadv", table.io_stats()
-assert torch.equal(table.read_rows(torch.arange(100))[0], torch.arange(800.0).view(100, 8))
-try:
-    RowTable.open(sys.argv[1], io="io_uring")
-except ValueError as err:
-    assert "io is 'io_uring', but " in str(err), err
-else:
-    sys.exit("a backend that was named was replaced in silence")
+path, when = sys.argv[1:]
+
+def refuse(number):  # by seccomp, as container runtimes do: the system call answers EPERM
+    rules = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+        sys.exit(77)
+
+def check(table, count=1):
+    got = []
+    def read():
+        got.append(torch.equal(table.read_rows(torch.arange(0, 100_000, 7))[0], torch.arange(800_000.0).view(-1, 8)[::7]))
+    threads = [threading.Thread(target=read) for _ in range(count)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert got == [True] * count, got
+
+if when in ("setup", "enter"):
+    refuse({"setup": 425, "enter": 426}[when])
+    table = RowTable.open(path)
+    assert table.io_stats()["io"] == "preadv", table.io_stats()
+    check(table)
+    try:
+        RowTable.open(path, io="io_uring")
+    except ValueError as err:
+        assert "io is 'io_uring', but " in str(err), err
+    else:
+        sys.exit("a backend that was named was replaced in silence")
+    sys.exit()
+table, named = RowTable.open(path), RowTable.open(path, io="io_uring")
+if table.io_stats()["io"] != "io_uring":
+    sys.exit(78)
+if when == "enter later":
+    check(table)
+    refuse(426)
+    check(table)
+    check(table, 4)
+    assert table.io_stats()["io"] == "preadv", table.io_stats()
+    try:
+        named.read_rows(torch.arange(9))
+    except OSError as err:
+        assert "io_uring was named, and io_uring_enter failed" in str(err), err
+    else:
+        sys.exit("a backend that was named was replaced in silence")
+elif when == "no descriptor":
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    check(table, 6)  # they wait for the one queue that there is
+    assert table.io_stats()["io"] == "io_uring", table.io_stats()
+    check(named, 3)
+    child = os.fork()  # which has no queue yet
+    if child == 0:
+        try:
+            check(table)
+            os._exit(0 if table.io_stats()["io"] == "preadv" else 3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-def test_file_tier_io_uring_refused(tmp_path):
-    RowTable.create(tmp_path / "t", torch.arange(800.0).view(100, 8), row_format="f32")
+@pytest.mark.parametrize("when", ["setup", "enter", "enter later", "no descriptor"])
+def test_file_tier_io_uring_refused(when, tmp_path):
+    """At its setup, at its first use, in the middle of it all, for want of a descriptor: preadv reads, or the read waits."""
+    RowTable.create(tmp_path / "t", torch.arange(800_000.0).view(-1, 8), row_format="f32")
     environment = {k: v for k, v in os.environ.items() if k != "EK_FILE_IO"}
-    run = subprocess.run([sys.executable, "-c", REFUSE_IO_URING, str(tmp_path / "t")], capture_output=True, text=True,
+    run = subprocess.run([sys.executable, "-c", REFUSE_IO_URING, str(tmp_path / "t"), when], capture_output=True, text=True,
                          timeout=120, env=environment)
-    if run.returncode == 77:
-        pytest.skip("no seccomp filter can be set here")
+    if run.returncode in (77, 78):
+        pytest.skip("no seccomp filter can be set here" if run.returncode == 77 else "io_uring is refused here")
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_file_reader_reads_rows_twice(shape, io, tmp_path):
+    """Also rows that straddle two reads, each time whole."""
+    file = File(tmp_path / "t", **SHAPES[shape])
+    reader = open_reader(file.path, io=io)
+    ids = np.random.default_rng(0).integers(0, file.num_rows, 90)
+    ids[::3] = ids[0]
+    out = np.full((90, file.rows.shape[1]), 0xA5, np.uint8)
+    for order in (ids, np.sort(ids)):
+        out[:] = 0xA5
+        reader.read_rows(*file.extent, order, out)
+        assert np.array_equal(out, file.rows[order])
+
+
+def test_file_reader_refuses_outputs_that_are_its_ids(tmp_path):
+    file = File(tmp_path / "t", row_bytes=8, offset=0)
+    reader, memory = open_reader(file.path), np.arange(200, dtype=np.int64)
+    for out in (memory[:100], memory[50:150], memory[99:199]):
+        with pytest.raises(ValueError, match="FileReader: out shares memory with row_ids"):
+            reader.read_rows(*file.extent, memory[:100], out)
+    reader.read_rows(*file.extent, memory[:100], memory[100:])
+    assert np.array_equal(memory[100:].view(np.uint8).reshape(100, 8), file.rows[:100])
+    RowTable.create(tmp_path / "table", torch.randn(100, 2), row_format="f32")
+    table, ids = RowTable.open(tmp_path / "table"), torch.arange(20)
+    with pytest.raises(ValueError, match="shares memory with row_ids"):
+        table.read_rows(ids, out_rows=ids.view(torch.float32).view(20, 2))
+    tier = reader.tier(file.extent, (0, 8, 8, 3000), 0)
+    with pytest.raises(ValueError, match="rows_out shares memory with scales_out"):
+        tier.fetch(memory[:5], memory[100:105], memory[104:109])
 
 
 def test_file_tier_failure_is_not_cached(io, tmp_path):

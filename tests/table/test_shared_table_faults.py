@@ -365,6 +365,26 @@ def test_shared_table_last_user_leaves_while_another_joins(shm, monkeypatch):
     assert segments(shm) == []
 
 
+@pytest.mark.parametrize("after", ["pin", "unpin", "refused"])
+def test_shared_table_that_is_pinned_is_not_written_to(after, worker, shm):
+    """The protection is lifted for no longer than the device locks the pages."""
+    shared, other = source().share("t", directory=shm), worker()
+    other.do(ATTACH)
+    other.do("from engram_kernels import _C")
+    if after == "refused":
+        other.do("import ctypes; refuse = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)(lambda p, n: 1)")
+        other.do("other = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda p: 0)")
+        other.do("r = _C.HostRegistrar(*(ctypes.cast(f, ctypes.c_void_p).value for f in (refuse, other)), 0)")
+        assert "cannot be pinned" in other.do("t.pin(r)")
+    else:
+        assert other.do("t.pin(_C.HostRegistrar())") == "None"
+    if after == "unpin":
+        assert other.do("t._memory.host.unpin()") == "None"
+    by_sanitizer = not COMPILE_ERROR and _C.sanitized
+    assert other.do("t.rows[5] = 1") == "" and other.exit_code() == (1 if by_sanitizer else -11)
+    assert intact(shared)
+
+
 @pytest.mark.skipif(COMPILE_ERROR is not None, reason=str(COMPILE_ERROR))
 def test_shared_table_is_pinned_where_it_is(shm):
     shared = source().share("t", directory=shm)

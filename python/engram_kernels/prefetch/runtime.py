@@ -129,8 +129,8 @@ class CompiledRuntime:
         name, then, at = next((name, a, b) for name, a, b in zip(("rows", "scales"), self._places, now, strict=False) if a != b)
         moved = ", elsewhere in memory" if at[0] != then[0] else ""
         raise RuntimeError(f"RowPrefetcher: the table is not where it was when this prefetcher was made: its {name} were "
-                           f"{then[1]} {list(then[2])}, and are {at[1]} {list(at[2])}{moved} (the module was moved or converted, or its "
-                           "data assigned); make a new RowPrefetcher")
+                           f"{then[1]} {list(then[2])}, and are {at[1]} {list(at[2])}{moved} (the module was moved or "
+                           "converted, or its data assigned); make a new RowPrefetcher")
 
     def _stream(self) -> int:
         return 0 if self._device.type == "cpu" else int(torch.cuda.current_stream(self._device).cuda_stream)

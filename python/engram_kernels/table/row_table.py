@@ -269,7 +269,7 @@ class RowTable:
 
         Returns:
             rows (distinct, asked for), cache_hits, file_rows, payload_bytes (of rows), moved_bytes (read from the file), reads
-            (submitted); cache_slots and cached_rows; io ("io_uring", "preadv" or "python"), direct (past the page cache) and
+            (submitted); cache_slots and cached_rows; io ("io_uring" or "preadv"), direct (past the page cache) and
             queue_depth; io_note, where the build has no io_uring, says what that costs. Empty where the table is in memory.
         """
         return {} if self._file is None else dict(self._file.tier.stats(), **({"io_note": IO_NOTE} if IO_NOTE else {}))

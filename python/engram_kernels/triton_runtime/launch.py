@@ -161,7 +161,10 @@ def error_counter(op: str, device: torch.device) -> Tensor:
     """int32 [1] on `device`, where the kernels of `op` count bad values; see `check_errors`."""
     counter = _errors.get((op, device))
     if counter is None:
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be cleared outside it
+        # under a graph capture it would be memory of the graph, and each replay would zero it; another stream is not captured
+        captured = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if captured else contextlib.nullcontext()
+        with torch.inference_mode(False), stream:
             counter = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":
             counter = _errors.setdefault((op, device), counter)  # another thread's, if that was first
@@ -169,11 +172,13 @@ def error_counter(op: str, device: torch.device) -> Tensor:
 
 
 def take_errors() -> list[tuple[str, int, int]]:
-    """(op, device index, bad values) of the counters that are not 0, which start again at 0."""
+    """(op, device index, bad values) of what was counted since the last call. Counters are only read, never cleared: what a
+    kernel counts in between would be lost."""
     taken = []
-    for (op, device), counter in _errors.items():
+    for (op, device), counter in list(_errors.items()):
         count = int(counter.item())
-        if count:
-            taken.append((op, device.index or 0, count))
-            counter.zero_()
+        fresh = (count - getattr(counter, "reported", 0)) % (1 << 32)  # also where it has wrapped
+        counter.reported = count  # type: ignore[attr-defined]
+        if fresh:
+            taken.append((op, device.index or 0, fresh))
     return taken

@@ -1,0 +1,107 @@
+"""The prefetcher's torch ops in compiled graphs: the fetch stays hidden, no graph knows a prefetcher or its dtype by heart."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from prefetch_cases import TIMEOUT_S, Tables, make_ids, prefetcher
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
+
+from engram_kernels import RowPrefetcher, gather_rows
+
+pytestmark = pytest.mark.usefixtures("compiled")
+OPS = torch.ops.engram_kernels
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    return Tables(tmp_path, monkeypatch)
+
+
+def made_for(pf):
+    return pf.row_dim, pf.out_dtype, pf.device
+
+
+def test_prefetch_inductor_leaves_the_submit_where_it_is(tables, tmp_path):
+    """It moved it down to its wait, where the fetch hid behind nothing."""
+    table, ids = tables.make("host"), make_ids(400)
+    with prefetcher(table, "host_staged_to_a_device", dict(max_delay_us=1, seed=1)) as pf:
+        row_dim, out_dtype, device = made_for(pf)
+
+        def step(x, ids, handle):
+            ticket = OPS.prefetch_submit(ids, handle)
+            for _ in range(6):
+                x = torch.sin(x @ x)
+            rows = OPS.prefetch_wait(ticket, ids, handle, row_dim, out_dtype, device)
+            return rows.float().sum() + x.sum()
+
+        x = torch.randn(1200, 1200)
+        want, (code,) = run_and_get_code(torch.compile(step, fullgraph=True, backend="inductor"), x, ids, pf.handle)
+        torch.testing.assert_close(want, step(x, ids, pf.handle))
+        lines = code[code.index("def call("):].splitlines()
+        names = ("prefetch_submit", "prefetch_wait", ".mm(")
+        at = {name: [i for i, line in enumerate(lines) if name in line] for name in names}
+        assert at["prefetch_submit"][0] < at[".mm("][0] < at[".mm("][-1] < at["prefetch_wait"][0], code
+        pf.trace(tmp_path / "trace.json")
+    spans = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    compiled, eager = ({e["name"]: e for e in spans if e["args"]["ticket"] == ticket} for ticket in (0, 1))
+    for of_ticket in (compiled, eager):  # begun before the compute, waited for after it
+        between_us = of_ticket["wait"]["ts"] - of_ticket["fetch"]["ts"]  # six products of 3.5 GFLOP
+        assert between_us > 10_000 > of_ticket["wait"]["dur"], of_ticket
+
+
+def test_prefetch_a_prefetcher_per_epoch_costs_no_graph(tables):
+    table, counter = tables.make("host"), CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(ids, handle):
+        return OPS.prefetch_wait(OPS.prefetch_submit(ids, handle), ids, handle, 64, torch.float32, torch.device("cpu")) * 2
+
+    for seed in range(12):
+        with RowPrefetcher(table, out_dtype=torch.float32) as pf:
+            ids = make_ids(30, seed=seed)
+            torch.testing.assert_close(step(ids, pf.handle), 2 * gather_rows(table, ids, torch.float32))
+    assert counter.frame_count == 1
+
+
+def test_prefetch_op_refuses_what_the_prefetcher_does_not_make(tables):
+    with RowPrefetcher(tables.make("host")) as pf:
+        ids = make_ids(5)
+        ticket = OPS.prefetch_submit(ids, pf.handle)
+        row_dim, out_dtype, device = made_for(pf)
+        for wrong, message in (((32, out_dtype, device), "row_dim is 32, that of the prefetcher is 64"),
+                               ((row_dim, torch.float32, device), "out_dtype is torch.float32, that of the prefetcher is torch"),
+                               ((row_dim, out_dtype, torch.device("meta")), "device is meta, that of the prefetcher is cpu")):
+            with pytest.raises(ValueError, match=f"prefetch_wait: {message}"):
+                OPS.prefetch_wait(ticket, ids, pf.handle, *wrong)
+        torch.testing.assert_close(pf.wait(int(ticket), timeout_s=TIMEOUT_S), gather_rows(pf.table, ids), rtol=0, atol=0)
+
+
+CACHED = """
+import sys; sys.path[:0] = [sys.argv[1]]
+import torch
+from prefetch_cases import make_ids
+from engram_kernels import RowPrefetcher, RowTable, gather_rows
+dtype, dim = getattr(torch, sys.argv[2]), int(sys.argv[3])
+table, ids = RowTable.from_tensor(torch.randn(3000, dim), row_format="f32"), make_ids(50)
+pf = RowPrefetcher(table, out_dtype=dtype)
+@torch.compile(fullgraph=True)
+def step(ids, handle):
+    rows = torch.ops.engram_kernels.prefetch_wait(torch.ops.engram_kernels.prefetch_submit(ids, handle), ids, handle, dim, dtype,
+                                                  torch.device("cpu"))
+    return rows.float() * 2
+assert torch.equal(step(ids, pf.handle), gather_rows(table, ids, dtype).float() * 2)
+"""
+
+
+def test_prefetch_cached_graphs_know_dtype_and_width(tmp_path):
+    """Inductor keeps compiled graphs on disk: the next run, with another dtype, got the old one."""
+    support = os.path.join(os.path.dirname(__file__), "../support")
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    for dtype, dim in (("float32", 64), ("bfloat16", 64), ("float32", 32)):
+        run = subprocess.run([sys.executable, "-c", CACHED, support, dtype, str(dim)], env=environment, capture_output=True,
+                             text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-2000:]
