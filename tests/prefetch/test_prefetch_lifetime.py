@@ -98,16 +98,6 @@ def test_prefetch_exception_in_the_consumer(way, tables):
     assert num_threads() <= before
 
 
-def test_prefetch_out_that_cannot_be_written(tables):
-    """The slot comes back when the copy into `out` fails."""
-    table = tables.make("host")
-    with prefetcher(table, "host_staged", depth=1) as pf:
-        for _ in range(5):
-            out = torch.zeros(1, ROW_DIM, dtype=torch.bfloat16).expand(4, ROW_DIM)  # elements that share memory
-            with pytest.raises(RuntimeError, match="single memory location"):
-                pf.wait(pf.submit(make_ids(4)), out=out, timeout_s=TIMEOUT_S)
-
-
 @pytest.mark.parametrize("has_threads", [False, True])
 def test_prefetch_after_a_fork(has_threads, way, tables):
     truth, table = tables.make("host"), tables.make(WAYS[way][0])
