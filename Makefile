@@ -131,11 +131,11 @@ bench-check: $(VENV)/.built $(VENV)/.bench
 lint: $(VENV)/.built $(VENV)/.lint
 	ruff check python triton_kernels tests bench setup.py
 	mypy
-	find csrc tests/sim/cuda_sim tests/simde tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
+	find csrc tests/sim/cuda_sim tests/simde tests/stress tests/support -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	ruff check --fix python triton_kernels tests bench setup.py
-	find csrc tests/sim/cuda_sim tests/simde tests/stress -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
+	find csrc tests/sim/cuda_sim tests/simde tests/stress tests/support -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs clang-format -i
 
 clean:
 	rm -rf dist build build-asan build-simde build-stress build-gpu python/*.egg-info python/engram_kernels/_C*.so
