@@ -16,7 +16,7 @@ ALLOWED_SKIPS = re.compile("|".join((
     r"no mount: .*",
     r"no seccomp filter can be set here",
     r"this file system refuses O_DIRECT at open",
-    r".*io_uring_setup failed: .*",  # the kernel or its sandbox; a build without liburing is no reason
+    r".*io_uring is refused: .*",  # the kernel or its sandbox; a build without liburing is no reason
     r"root may write everywhere",
     r"only root can .*",
     r"the sanitizer's shadow takes more addresses than a limit could spare",
