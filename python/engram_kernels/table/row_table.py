@@ -389,3 +389,4 @@ class RowTable:
 
 
 reopen.register(RowTable)
+staging._OPENERS.append(RowTable.open)

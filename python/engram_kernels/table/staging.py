@@ -28,6 +28,9 @@ _OPEN: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _HELD: collections.OrderedDict[str, Any] = collections.OrderedDict()  # opened here, for a graph that outlived its table
 
 
+_OPENERS: list[Any] = []  # RowTable.open; row_table, which imports this module, puts it here
+
+
 def remember(name: str, table: RowTable) -> None:
     """Graphs read this table by its name while it lives."""
     _OPEN[name] = table
@@ -36,8 +39,7 @@ def remember(name: str, table: RowTable) -> None:
 def _table(name: str) -> Any:
     table = _OPEN.get(name)
     if table is None:
-        from engram_kernels.table.row_table import RowTable
-        table = _HELD[name] = RowTable.open(**json.loads(name))
+        table = _HELD[name] = _OPENERS[0](**json.loads(name))
         while len(_HELD) > _MOST_HELD:
             _HELD.popitem(last=False)
     return table
