@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
 OP = "ngram_hash_cuda"
 
 
-def make_layout(**options):
-    return ngram_hash_spec(**options).layout()
+def make_layout(*args, **options):
+    return ngram_hash_spec(*args, **options).layout()
 
 
 def random_ids(count, vocab_size, seed=0, low=0):
