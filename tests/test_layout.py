@@ -15,7 +15,8 @@ OPS = sorted(p.stem for p in (ROOT / "python/engram_kernels/ops").glob("[!_]*.py
 SOURCES = sorted(p for folder in ("csrc", "python", "triton_kernels", "bench", "tests") for p in (ROOT / folder).rglob("*")
                  if p.suffix in {".py", ".h", ".cpp", ".cu"} and "__pycache__" not in p.parts)
 ISA_OBJECTS = sorted(p for isa in ("avx2", "avx512") for p in (ROOT / f"build/CMakeFiles/ek_kernels_{isa}.dir").rglob("*.o"))
-MAX_FILE_LINES, MAX_CSRC_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 400, 700, 80, 130
+CPP = [p for p in SOURCES if p.suffix in {".h", ".cpp", ".cu"} and ROOT / "tests/sim/ptxsim" not in p.parents]
+MAX_FILE_LINES, MAX_CSRC_LINES, MAX_FUNCTION_LINES, MAX_KERNEL_LINES, MAX_COLUMNS = 400, 700, 80, 120, 130
 # the PTX interpreter: one entry per instruction of the ISA manual, in one table; splitting it would only scatter the table
 UNLIMITED = ROOT / "tests/sim/ptxsim"
 
@@ -28,6 +29,28 @@ def code_lines(node):
     """Lines of a function without its docstring, which may be as long as the contract needs."""
     doc = node.body[0] if ast.get_docstring(node) else None
     return node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
+def cpp_blocks(text):
+    """(first line, last line) of every block of C++ that ends as clang-format ends a function, counted from 1: with a lone brace.
+
+    Its first line is the last one before it that is indented as the brace is and is no comment, preprocessor line or label.
+    """
+    lines = text.splitlines()
+    for end, line in enumerate(lines):
+        brace = re.fullmatch(r"( *)}(  //.*)?", line)
+        if brace is None or "// namespace" in line:
+            continue
+        opens = re.compile(rf"{brace[1]}(?! |//|#|}}|public:|private:|template <).")
+        begin = next((i for i in range(end - 1, -1, -1) if opens.match(lines[i])), end)
+        yield begin + 1, end + 1
+
+
+def too_long(text):
+    """The first lines of the C++ functions that have too many."""
+    lines = text.splitlines()
+    return [lines[begin - 1].strip() for begin, end in cpp_blocks(text)
+            if end - begin + 1 > (MAX_KERNEL_LINES if "__global__" in lines[begin - 1] else MAX_FUNCTION_LINES)]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -61,8 +84,29 @@ def test_source_file(path):
         assert not re.search(r'#include\s*[<"](torch|ATen|c10|pybind11)/', text), "torch belongs in csrc/bindings"
     if path.suffix == ".py" and UNLIMITED not in path.parents:
         assert [f.name for f in functions(path) if code_lines(f) > MAX_FUNCTION_LINES] == []
+    if path in CPP:
+        assert too_long(text) == []
     if path.parent.name == "reference":
         assert not re.search(r"^(from|import) engram_kernels", text, re.M), "a reference imports torch and nothing of ours"
+
+
+@pytest.mark.parametrize(("before", "head", "limit"), [
+    ("", "void f() {", MAX_FUNCTION_LINES), ("template <class T>\n", "T f(int a,\n    int b) {", MAX_FUNCTION_LINES),
+    ("", "__global__ void __launch_bounds__(64)\n    f(int a) {", MAX_KERNEL_LINES),
+    ("struct S {\n", "  int f() const {", MAX_FUNCTION_LINES)], ids=["function", "template", "kernel", "member"])
+def test_layout_sees_long_cpp_functions(before, head, limit):
+    indent = "  " if before.startswith("struct") else ""
+    for lines in (limit, limit + 1):
+        body = [f"{indent}  g();", "#pragma unroll"] * lines
+        text = "\n".join([head, *body[:lines - 2 - head.count("\n")], indent + "}"])
+        assert bool(too_long(before + text + "\n")) == (lines > limit)
+
+
+def test_every_header_has_two_includers():
+    """What one file includes belongs into that file: a reader has one place less to look."""
+    included = [name for path in CPP for name in set(re.findall(r'#include "([^"]+)"', path.read_text()))]
+    headers = [p for p in CPP if p.suffix == ".h"]
+    assert [str(h.relative_to(ROOT)) for h in headers if sum(str(h).endswith(f"/{name}") for name in included) < 2] == []
 
 
 @pytest.mark.skipif(not ISA_OBJECTS, reason="no build folder beside the sources")

@@ -87,7 +87,7 @@ def gate_kernel(hidden, key, value, w_hidden, w_key, mask, out, num_tokens, hidd
 
 
 @triton.jit
-def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes, partial,
+def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hidden, grad_key, grad_value, slopes, partial_sums,
                     num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, key_token, key_branch, value_token, eps,
                     clamp, SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
                     SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
@@ -104,10 +104,10 @@ def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hi
         if mask is not None:
             alive = tl.load(mask + t) == 0
         values, value_grads, new_products = (), (), ()
-        for c in tl.static_range(CHUNKS):
-            element = c * CHUNK + lane
+        for chunk in tl.static_range(CHUNKS):
+            element = chunk * CHUNK + lane
             at = value + t * value_token * UNIT + lane
-            values = values + (tl.load(at + c * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
+            values = values + (tl.load(at + chunk * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
             value_grads = value_grads + (tl.zeros([CHUNK], tl.float32),)
         for m in tl.static_range(BRANCHES):
             d_row = row_of(grad_out, t, m, grad_token, grad_branch, UNIT) + lane
@@ -116,55 +116,55 @@ def gate_bwd_kernel(grad_out, hidden, key, value, w_hidden, w_key, mask, grad_hi
             dot, hh, kk, dv = (tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32),
                                tl.zeros([CHUNK], tl.float32))
             douts, hiddens, keys = (), (), ()
-            for c in tl.static_range(CHUNKS):
-                element = c * CHUNK + lane
-                douts = douts + (tl.load(d_row + c * CHUNK, mask=element < SIZE, other=0.0),)
-                hiddens = hiddens + (tl.load(h_row + c * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
-                keys = keys + (tl.load(k_row + c * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
-                h, k = to_float(hiddens[c]), to_float(keys[c])
-                dot += h * k * load_weights(w_hidden + lane, w_key + lane, m * SIZE + c * CHUNK, element < SIZE)
+            for chunk in tl.static_range(CHUNKS):
+                element = chunk * CHUNK + lane
+                douts = douts + (tl.load(d_row + chunk * CHUNK, mask=element < SIZE, other=0.0),)
+                hiddens = hiddens + (tl.load(h_row + chunk * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
+                keys = keys + (tl.load(k_row + chunk * CHUNK, mask=(element < SIZE) & alive, other=0.0),)
+                h, k = to_float(hiddens[chunk]), to_float(keys[chunk])
+                dot += h * k * load_weights(w_hidden + lane, w_key + lane, m * SIZE + chunk * CHUNK, element < SIZE)
                 hh += h * h
                 kk += k * k
-                dv += to_float(douts[c]) * to_float(values[c])
+                dv += to_float(douts[chunk]) * to_float(values[chunk])
             rh, rk, x, gate = gate_score(tl.sum(dot, 0), tl.sum(hh, 0), tl.sum(kk, 0), eps, clamp, SIZE, SIGN_AT_ZERO)
-            a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(dv, 0), clamp, SIZE)
+            a, b, c = gate_slopes(rh, rk, x, gate, tl.sum(dv, 0), clamp, SIZE)
             if mask is not None:
-                a, b, f, gate = mask_slopes(a, b, f, gate, alive)
+                a, b, c, gate = mask_slopes(a, b, c, gate, alive)
             if not HOLD:
                 tl.store(slopes + t * BRANCHES + m, a)
             new_value_grads = ()
-            for c in tl.static_range(CHUNKS):
-                element = c * CHUNK + lane
+            for chunk in tl.static_range(CHUNKS):
+                element = chunk * CHUNK + lane
                 inside = element < SIZE
-                h, k, dout = to_float(hiddens[c]), to_float(keys[c]), to_float(douts[c])
-                w = load_weights(w_hidden + lane, w_key + lane, m * SIZE + c * CHUNK, inside & alive)
-                dh, dk = a * w * k - b * h, a * w * h - f * k
+                h, k, dout = to_float(hiddens[chunk]), to_float(keys[chunk]), to_float(douts[chunk])
+                w = load_weights(w_hidden + lane, w_key + lane, m * SIZE + chunk * CHUNK, inside & alive)
+                dh, dk = a * w * k - b * h, a * w * h - c * k
                 if ADD_RESIDUAL:
                     dh += dout
                 row = t * (BRANCHES * SIZE)
-                tl.store((grad_hidden + row + lane) + (m * SIZE + c * CHUNK), round_to(dh, dtype), mask=inside)
-                tl.store((grad_key + row + lane) + (m * SIZE + c * CHUNK), round_to(dk, dtype), mask=inside)
+                tl.store((grad_hidden + row + lane) + (m * SIZE + chunk * CHUNK), round_to(dh, dtype), mask=inside)
+                tl.store((grad_key + row + lane) + (m * SIZE + chunk * CHUNK), round_to(dk, dtype), mask=inside)
                 if HOLD:
-                    new_products = new_products + (products[m * CHUNKS + c] + a * h * k,)
+                    new_products = new_products + (products[m * CHUNKS + chunk] + a * h * k,)
                 dvalue = gate * dout
                 if mask is not None:
                     dvalue = tl.where(gate != 0, dvalue, 0.0)
-                new_value_grads = new_value_grads + (value_grads[c] + dvalue,)
+                new_value_grads = new_value_grads + (value_grads[chunk] + dvalue,)
             value_grads = new_value_grads
-        for c in tl.static_range(CHUNKS):
-            element = c * CHUNK + lane
-            tl.store((grad_value + t * SIZE + lane) + c * CHUNK, round_to(value_grads[c], dtype), mask=element < SIZE)
+        for chunk in tl.static_range(CHUNKS):
+            element = chunk * CHUNK + lane
+            tl.store((grad_value + t * SIZE + lane) + chunk * CHUNK, round_to(value_grads[chunk], dtype), mask=element < SIZE)
         if HOLD:
             products = new_products
     if HOLD:
         for i in tl.static_range(BRANCHES * CHUNKS):
             element = (i % CHUNKS) * CHUNK + lane
-            to = partial + (tl.program_id(0).to(tl.int64) * BRANCHES + i // CHUNKS) * SIZE
+            to = partial_sums + (tl.program_id(0).to(tl.int64) * BRANCHES + i // CHUNKS) * SIZE
             tl.store(to + element, products[i], mask=element < SIZE)
 
 
 @triton.jit
-def gate_products_bwd_kernel(hidden, key, slopes, partial, num_tokens, hidden_token, hidden_branch, key_token, key_branch,
+def gate_products_bwd_kernel(hidden, key, slopes, partial_sums, num_tokens, hidden_token, hidden_branch, key_token, key_branch,
                              SIZE: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
     m, part = tl.program_id(1), tl.program_id(2)
     element = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -176,16 +176,16 @@ def gate_products_bwd_kernel(hidden, key, slopes, partial, num_tokens, hidden_to
         h = to_float(tl.load(row_of(hidden, t, m, hidden_token, hidden_branch, UNIT) + element, mask=inside, other=0.0))
         k = to_float(tl.load(row_of(key, t, m, key_token, key_branch, UNIT) + element, mask=inside, other=0.0))
         total += a * h * k
-    tl.store(partial + (part * BRANCHES + m) * SIZE + element, total, mask=element < SIZE)
+    tl.store(partial_sums + (part * BRANCHES + m) * SIZE + element, total, mask=element < SIZE)
 
 
 @triton.jit
-def gate_weights_bwd_kernel(partial, w_hidden, w_key, grad_w_hidden, grad_w_key, num_parts, TOTAL: tl.constexpr,
+def gate_weights_bwd_kernel(partial_sums, w_hidden, w_key, grad_w_hidden, grad_w_key, num_parts, TOTAL: tl.constexpr,
                             CHUNK: tl.constexpr):
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
     for part in tl.range(0, num_parts.to(tl.int32)):
-        total += tl.load(partial + tl.cast(part, tl.int64) * TOTAL + at, mask=at < TOTAL, other=0.0)
+        total += tl.load(partial_sums + tl.cast(part, tl.int64) * TOTAL + at, mask=at < TOTAL, other=0.0)
     dtype: tl.constexpr = grad_w_hidden.dtype.element_ty
     w_h = to_float(tl.load(w_hidden + at, mask=at < TOTAL, other=0.0))
     w_k = to_float(tl.load(w_key + at, mask=at < TOTAL, other=0.0))
@@ -226,22 +226,22 @@ def gate_bwd(grad_out: Tensor, hidden: Tensor, key: Tensor, value: Tensor, w_hid
     hold = branches * ceil_div(size, chunk) * ELEMENTS_A_THREAD_BWD <= held
     programs = min(num_tokens, tuned["programs"])
     parts = programs if hold else min(num_tokens, tuned["parts"])
-    partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
+    partial_sums = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
     if num_tokens > 0:
         slopes = None if hold else torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
         strides = (*grad_out.stride()[:2], *hidden.stride()[:2], *key.stride()[:2], value.stride(0))
         unit = math.gcd(ELEMENTS_A_THREAD, *strides)
         units = tuple(s // unit for s in strides)
         launch(gate_bwd_kernel, (programs, 1, 1),
-               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, partial if hold else None),
+               (grad_out, hidden, key, value, w_hidden, w_key, mask, *grads[:3], slopes, partial_sums if hold else None),
                (num_tokens, *units, float(eps), float(clamp)),
                (size, branches, unit, chunk, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
         if not hold:
             chunk = chunk_of(size, 4)
             launch(gate_products_bwd_kernel, (ceil_div(size, chunk), branches, parts),
-                   (hidden, key, slopes, partial), (num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
+                   (hidden, key, slopes, partial_sums), (num_tokens, *units[2:6]), (size, branches, unit, chunk), 4)
     launch(gate_weights_bwd_kernel, (ceil_div(branches * size, SUM_CHUNK), 1, 1),
-           (partial, w_hidden, w_key, grads[3], grads[4]), (parts,), (branches * size, SUM_CHUNK), 1)
+           (partial_sums, w_hidden, w_key, grads[3], grads[4]), (parts,), (branches * size, SUM_CHUNK), 1)
     return grads
 
 

@@ -110,7 +110,7 @@ def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out
 
 @triton.jit
 def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, grad_hidden, grad_rows, slopes,
-                           partial, num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units,
+                           partial_sums, num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units,
                            scale_stride, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr, BRANCHES: tl.constexpr,
                            UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr,
                            WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr,
@@ -129,8 +129,8 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
             alive = tl.load(mask + t) == 0
         memory, row_grads, new_sums = (), (), ()
         ee = 0.0
-        for c in tl.static_range(CHUNKS):
-            e = memory_tile(rows, scales, row_ids, None, t, alive, num_rows, row_units, scale_stride, id_token, id_column, c,
+        for chunk in tl.static_range(CHUNKS):
+            e = memory_tile(rows, scales, row_ids, None, t, alive, num_rows, row_units, scale_stride, id_token, id_column, chunk,
                             COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
             ee += tl.sum(e * e)
             memory = memory + (e,)
@@ -141,50 +141,50 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
             dot, hh, de = (tl.zeros([COUNT, WIDTH], tl.float32), tl.zeros([COUNT, WIDTH], tl.float32),
                            tl.zeros([COUNT, WIDTH], tl.float32))
             douts, hiddens = (), ()
-            for c in tl.static_range(CHUNKS):
-                at, inside = place_of(c, COLUMNS, D, COUNT, WIDTH)
+            for chunk in tl.static_range(CHUNKS):
+                at, inside = place_of(chunk, COLUMNS, D, COUNT, WIDTH)
                 douts = douts + (tl.load(d_row + at, mask=inside, other=0.0),)
                 hiddens = hiddens + (tl.load(h_row + at, mask=inside & alive, other=0.0),)
-                h = to_float(hiddens[c])
-                dot += h * memory[c] * load_weights(w_hidden, w_key, m * SIZE + at, inside)
+                h = to_float(hiddens[chunk])
+                dot += h * memory[chunk] * load_weights(w_hidden, w_key, m * SIZE + at, inside)
                 hh += h * h
-                de += to_float(douts[c]) * memory[c]
+                de += to_float(douts[chunk]) * memory[chunk]
             rh, rk, x, gate = gate_score(tl.sum(dot), tl.sum(hh), ee, eps, clamp, SIZE, SIGN_AT_ZERO)
-            a, b, f = gate_slopes(rh, rk, x, gate, tl.sum(de), clamp, SIZE)
+            a, b, c = gate_slopes(rh, rk, x, gate, tl.sum(de), clamp, SIZE)
             if mask is not None:
-                a, b, f, gate = mask_slopes(a, b, f, gate, alive)
+                a, b, c, gate = mask_slopes(a, b, c, gate, alive)
             if not HOLD:
                 tl.store(slopes + t * BRANCHES + m, a)
             new_row_grads = ()
-            for c in tl.static_range(CHUNKS):
-                at, inside = place_of(c, COLUMNS, D, COUNT, WIDTH)
-                h, dout = to_float(hiddens[c]), to_float(douts[c])
+            for chunk in tl.static_range(CHUNKS):
+                at, inside = place_of(chunk, COLUMNS, D, COUNT, WIDTH)
+                h, dout = to_float(hiddens[chunk]), to_float(douts[chunk])
                 w = load_weights(w_hidden, w_key, m * SIZE + at, inside & alive)
-                dh, drow = a * w * memory[c] - b * h, a * w * h - f * memory[c]
+                dh, drow = a * w * memory[chunk] - b * h, a * w * h - c * memory[chunk]
                 if ADD_RESIDUAL:
                     dh += dout
                 tl.store(grad_hidden + (t * BRANCHES + m) * SIZE + at, round_to(dh, dtype), mask=inside)
                 if mask is not None:
                     dout = tl.where(gate != 0, dout, 0.0)
-                new_row_grads = new_row_grads + (row_grads[c] + drow + gate * dout,)
+                new_row_grads = new_row_grads + (row_grads[chunk] + drow + gate * dout,)
                 if HOLD:
-                    new_sums = new_sums + (sums[m * CHUNKS + c] + a * h * memory[c],)
+                    new_sums = new_sums + (sums[m * CHUNKS + chunk] + a * h * memory[chunk],)
             row_grads = new_row_grads
-        for c in tl.static_range(CHUNKS):
-            at, inside = place_of(c, COLUMNS, D, COUNT, WIDTH)
-            tl.store(grad_rows + t * SIZE + at, round_to(row_grads[c], dtype), mask=inside)
+        for chunk in tl.static_range(CHUNKS):
+            at, inside = place_of(chunk, COLUMNS, D, COUNT, WIDTH)
+            tl.store(grad_rows + t * SIZE + at, round_to(row_grads[chunk], dtype), mask=inside)
         if HOLD:
             sums = new_sums
     if HOLD:
         for i in tl.static_range(BRANCHES * CHUNKS):
             at, inside = place_of(i % CHUNKS, COLUMNS, D, COUNT, WIDTH)
-            to = partial + (tl.program_id(0).to(tl.int64) * BRANCHES + i // CHUNKS) * SIZE
+            to = partial_sums + (tl.program_id(0).to(tl.int64) * BRANCHES + i // CHUNKS) * SIZE
             tl.store(to + at, sums[i], mask=inside)
 
 
 @triton.jit
-def gather_gate_products_bwd_kernel(hidden, rows, scales, row_ids, mask, slopes, partial, num_tokens, hidden_token, hidden_branch,
-                                    num_rows, row_units, scale_stride, id_token, id_column, COLUMNS: tl.constexpr,
+def gather_gate_products_bwd_kernel(hidden, rows, scales, row_ids, mask, slopes, partial_sums, num_tokens, hidden_token,
+                                    hidden_branch, num_rows, row_units, scale_stride, id_token, id_column, COLUMNS: tl.constexpr,
                                     BRANCHES: tl.constexpr, UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr,
                                     ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
                                     ZERO_SCALE_IS_ZERO: tl.constexpr):
@@ -207,7 +207,7 @@ def gather_gate_products_bwd_kernel(hidden, rows, scales, row_ids, mask, slopes,
             new_sums = new_sums + (sums[m] + a * h * e,)
         sums = new_sums
     for m in tl.static_range(BRANCHES):
-        tl.store(partial + (tl.program_id(1).to(tl.int64) * BRANCHES + m) * SIZE + at, sums[m], mask=inside)
+        tl.store(partial_sums + (tl.program_id(1).to(tl.int64) * BRANCHES + m) * SIZE + at, sums[m], mask=inside)
 
 
 class Tiles(NamedTuple):
@@ -266,7 +266,7 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
     tiles = tiles if hold else tiles_of(columns, row_dim, tuned["num_warps"])
     programs = min(num_tokens, tuned["programs"])
     parts = programs if hold else min(num_tokens, tuned["parts"])
-    partial = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
+    partial_sums = torch.empty((parts, branches, size), dtype=torch.float32, device=hidden.device)
     if num_tokens > 0:
         slopes = None if hold else torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
         strides = (*grad_out.stride()[:2], *hidden.stride()[:2])
@@ -276,13 +276,13 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
         constants = (columns, branches, unit, table.code, row_dim, table.unit, *tiles[:2], zero_scale_is_zero)
         launch(gather_gate_bwd_kernel, (programs, 1, 1),
                (grad_out, hidden, table.rows, table.scales, row_ids, w_hidden, w_key, mask, *grads[:2], slopes,
-                partial if hold else None), (num_tokens, *units, *source, float(eps), float(clamp)),
+                partial_sums if hold else None), (num_tokens, *units, *source, float(eps), float(clamp)),
                (*constants, zero_sign == "sign", add_residual, hold), tuned["num_warps"])
         if not hold:
             small = tiles_of(columns, row_dim, 4)
             launch(gather_gate_products_bwd_kernel, (small.number, parts, 1),
-                   (hidden, table.rows, table.scales, row_ids, mask, slopes, partial), (num_tokens, *units[2:], *source),
+                   (hidden, table.rows, table.scales, row_ids, mask, slopes, partial_sums), (num_tokens, *units[2:], *source),
                    (*constants[:6], *small[:2], zero_scale_is_zero), 4)
     launch(gate_weights_bwd_kernel, (ceil_div(branches * size, SUM_CHUNK), 1, 1),
-           (partial, w_hidden, w_key, grads[2], grads[3]), (parts,), (branches * size, SUM_CHUNK), 1)
+           (partial_sums, w_hidden, w_key, grads[2], grads[3]), (parts,), (branches * size, SUM_CHUNK), 1)
     return tuple(grads)

@@ -2,15 +2,18 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "bindings/stable_tensor.h"
-#include "common/row_format.h"
-
 namespace engram_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 // Makes the device of a tensor current while it lives.
 class CudaLaunch {

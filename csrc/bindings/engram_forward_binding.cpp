@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "bindings/gate_tensors.h"
-#include "bindings/row_source.h"
+#include "bindings/tensors.h"
 #include "kernels/engram_forward/engram_forward.h"
 
 namespace engram_kernels {

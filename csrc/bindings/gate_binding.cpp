@@ -1,5 +1,5 @@
 // torch binding of gate: tensors in, GateParams out. No arithmetic here.
-#include "bindings/gate_tensors.h"
+#include "bindings/tensors.h"
 
 #include <tuple>
 

@@ -1,6 +1,5 @@
 // torch binding of gather_gate: tensors in, GatherGateParams out. No arithmetic here.
-#include "bindings/gate_tensors.h"
-#include "bindings/row_source.h"
+#include "bindings/tensors.h"
 
 #include <tuple>
 

@@ -2,7 +2,7 @@
 #include <array>
 #include <vector>
 
-#include "bindings/row_source.h"
+#include "bindings/tensors.h"
 #include "kernels/gather_rows/gather_rows.h"
 
 namespace engram_kernels {

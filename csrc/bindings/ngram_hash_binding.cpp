@@ -1,5 +1,5 @@
 // torch binding of ngram_hash: tensors in, NgramHashParams out. No arithmetic here.
-#include "bindings/backend.h"
+#include "bindings/tensors.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
 namespace engram_kernels {

@@ -1,5 +1,5 @@
 // torch binding of short_conv, its backward and its stateful form: tensors in, params out. No arithmetic here.
-#include "bindings/backend.h"
+#include "bindings/tensors.h"
 #include "kernels/short_conv/short_conv.h"
 
 namespace engram_kernels {

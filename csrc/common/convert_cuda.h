@@ -93,19 +93,52 @@ __device__ __forceinline__ void load_floats(Pointer from, float* values) {
   }
 }
 
+// Four floats as kType: two words, or four of float.
+template <DType kType>
+__device__ __forceinline__ void pack_four(const float* values, uint32_t* words) {
+  if constexpr (kType == DType::kF32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(values[i]);
+  } else {
+    words[0] = pack_pair<kType>(values[0], values[1]);
+    words[1] = pack_pair<kType>(values[2], values[3]);
+  }
+}
+
 // 16 bytes of kType from floats.
+template <DType kType>
+__device__ __forceinline__ void pack_vector(const float* values, uint32_t (&words)[4]) {
+  pack_four<kType>(values, words);
+  if constexpr (kType != DType::kF32) pack_four<kType>(values + 4, words + 2);
+}
+
 template <DType kType>
 __device__ __forceinline__ void store_floats(void* to, const float* values) {
   uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kType == DType::kF32) {
-      words[i] = __float_as_uint(values[i]);
-    } else {
-      words[i] = pack_pair<kType>(values[2 * i], values[2 * i + 1]);
-    }
-  }
+  pack_vector<kType>(values, words);
   store_words(to, words);
+}
+
+// One element of an array whose dtype is known at run time only.
+__device__ __forceinline__ float load_element(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  float value, unused;
+  if (dtype == DType::kBf16) {
+    unpack_pair<DType::kBf16>(bits, &value, &unused);
+  } else {
+    unpack_pair<DType::kF16>(bits, &value, &unused);
+  }
+  return value;
+}
+
+__device__ __forceinline__ void store_element(void* data, DType dtype, int64_t i, float value) {
+  if (dtype == DType::kF32) {
+    static_cast<float*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] =
+        static_cast<uint16_t>(dtype == DType::kBf16 ? pack_pair<DType::kBf16>(value, 0.0F) : pack_pair<DType::kF16>(value, 0.0F));
+  }
 }
 
 }  // namespace engram_kernels

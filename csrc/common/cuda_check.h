@@ -4,7 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "common/error.h"
 #include "common/row_format.h"
@@ -35,6 +38,25 @@ inline int max_shared_bytes() {
   EK_CUDA_CHECK(cudaGetDevice(&device));
   EK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
+}
+
+// Lets `kernel` use as much dynamic shared memory as a block of the current device can have, once per kernel and device.
+// A launcher that set its own size each time would lower the limit between the setting and the launch of another thread.
+inline void allow_max_shared_bytes(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;  // with the device
+  int device = 0;
+  EK_CUDA_CHECK(cudaGetDevice(&device));
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (done.count({kernel, device}) > 0) return;
+  }
+  cudaFuncAttributes attributes{};
+  EK_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  const int bytes = max_shared_bytes() - static_cast<int>(attributes.sharedSizeBytes);
+  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const std::lock_guard<std::mutex> lock(mutex);
+  done.insert({kernel, device});
 }
 
 // Calls f with the dtype as a constant: a type whose `value` it is.

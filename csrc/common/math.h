@@ -9,8 +9,8 @@
 #define EK_HOST_DEVICE
 #endif
 
-// always inlined: kernels are compiled once per instruction set, and a shared out-of-line copy would be linked from any
-// of them
+// Always inlined: kernels are compiled once per instruction set, and an out-of-line copy that they share would be linked
+// from any of them.
 #define EK_INLINE EK_HOST_DEVICE inline __attribute__((always_inline))
 
 namespace engram_kernels {
@@ -26,7 +26,7 @@ EK_INLINE uint64_t mul_high(uint64_t a, uint64_t b) {
 }
 
 // x mod modulus by one multiply-high, exact for x < 2^63 and 1 <= modulus < 2^31.
-// With r = floor((2^64 - 1) / m), x * r / 2^64 > x/m - x * (m + 1) / (m * 2^64) >= x/m - 1: the quotient is at most one
+// With r = floor((2^64 - 1) / m), x * r / 2^64 > x/m - x * (m + 1) / (m * 2^64) >= x/m - 1: the quotient is at most one too
 // low.
 struct ExactModulus {
   uint64_t modulus;
@@ -39,12 +39,5 @@ struct ExactModulus {
     return static_cast<uint32_t>(rest >= modulus ? rest - modulus : rest);
   }
 };
-
-// Remainder in [0, modulus) of a signed value: -(n + 1) mod m = m - 1 - (n mod m), and n = ~x.
-EK_INLINE uint32_t floor_mod(int64_t x, const ExactModulus& m) {
-  const uint64_t sign = static_cast<uint64_t>(x >> 63);
-  const uint32_t rest = m(static_cast<uint64_t>(x) ^ sign);
-  return sign ? static_cast<uint32_t>(m.modulus) - 1 - rest : rest;
-}
 
 }  // namespace engram_kernels

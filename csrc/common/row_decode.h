@@ -1,59 +1,125 @@
-// Decodes kLanes elements of a stored row to float, for the CPU kernels that read rows.
+// The decode of stored rows to float: kLanes elements at a time on a CPU, a vector or an element on a GPU.
+//
+// Both go by the element and the scale of a format, not by its name.
 #pragma once
 
-#include "common/row_format.h"
-#include "common/simd.h"
-
 #include <cstring>
-#include <type_traits>
+
+#include "common/row_format.h"
+
+#ifdef __CUDACC__
+#include "common/convert_cuda.h"
+
+namespace engram_kernels {
+
+// kCount elements from `element` on of a row in shared or global memory; `scales` are the row's.
+template <RowFormat kFormat, int kCount>
+__device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales, int element,
+                                       float tensor_scale, float* values) {
+  constexpr RowFormatTraits kTraits = traits_of(kFormat);
+  if constexpr (kTraits.scale == RowScale::kNone) {
+    constexpr DType kType = stores(kFormat, DType::kF32)    ? DType::kF32
+                            : stores(kFormat, DType::kBf16) ? DType::kBf16
+                                                            : DType::kF16;
+    load_floats<kType, kCount>(row + element_bytes(kFormat) * element, values);
+  } else {
+    static_assert(element_bytes(kFormat) == 1);
+    uint32_t words[kCount / 4];
+    load_words<kCount / 4>(row + element, words);
+    float scale = tensor_scale;
+    if constexpr (kTraits.scale == RowScale::kGroupF32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
+    if constexpr (kTraits.scale == RowScale::kBlockUe8m0) {
+      scale = unpack_ue8m0(scales[element / kScaleBlock], s.zero_scale_is_zero);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      kTraits.element == RowElement::kInt8 ? unpack_int8(words[i], values + 4 * i) : unpack_fp8(words[i], values + 4 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] *= scale;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T load_bytes(const std::byte* from) {  // of any alignment
+  T value;
+  auto* to = reinterpret_cast<std::byte*>(&value);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T); ++i) to[i] = from[i];
+  return value;
+}
+
+// One element of row `id`, of any alignment.
+__device__ inline float decode_element(const RowSource& s, int64_t id, int element) {
+  const std::byte *row = s.row(id), *scales = s.row_scales(id);
+  float value = 0.0F;
+  with_row_decode(s.format, [&](auto format) {
+    constexpr RowFormatTraits kTraits = traits_of(decltype(format)::value);
+    const std::byte* from = row + element_bytes(decltype(format)::value) * element;
+    if constexpr (kTraits.element == RowElement::kF32) value = load_bytes<float>(from);
+    if constexpr (kTraits.element == RowElement::kBf16) value = bf16_to_float(load_bytes<uint16_t>(from));
+    if constexpr (kTraits.element == RowElement::kF16) value = f16_to_float(load_bytes<uint16_t>(from));
+    if constexpr (kTraits.element == RowElement::kFp8E4m3) value = fp8_e4m3_to_float(load_bytes<uint8_t>(from));
+    if constexpr (kTraits.element == RowElement::kInt8) value = static_cast<float>(load_bytes<int8_t>(from));
+    if constexpr (kTraits.scale == RowScale::kTensor) value *= load_bytes<float>(s.scales);
+    if constexpr (kTraits.scale == RowScale::kGroupF32) value *= load_bytes<float>(scales + element / kScaleBlock * 4);
+    if constexpr (kTraits.scale == RowScale::kBlockUe8m0) {
+      value *= ue8m0_to_float(load_bytes<uint8_t>(scales + element / kScaleBlock), s.zero_scale_is_zero);
+    }
+  });
+  return value;
+}
+
+}  // namespace engram_kernels
+
+#else
+#include "common/simd.h"
 
 namespace engram_kernels::EK_ISA {
 
-// Elements [i, i + kLanes) of the row at `row`, with the row's scales at `scales`; i is a multiple of kLanes.
-// The float formats and fp8_e4m3_tensor may end inside the lanes: `count` says how many are left (kLanes or fewer).
+// The scale of element i of a row whose scales lie at `scales`.
 template <RowFormat kFormat>
-EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const std::byte* scales, int i, int count) {
-  if constexpr (kFormat == RowFormat::kF32 || kFormat == RowFormat::kBf16 || kFormat == RowFormat::kF16) {
-    using Element =
-        std::conditional_t<kFormat == RowFormat::kF32, float, std::conditional_t<kFormat == RowFormat::kBf16, Bf16, F16>>;
-    const Element* p = reinterpret_cast<const Element*>(row) + i;
-    return count == kLanes ? load(p) : load_first(p, count);
-  } else if constexpr (kFormat == RowFormat::kFp8Tensor) {
-    std::byte padded[kLanes] = {};
-    if (count < kLanes) std::memcpy(padded, row + i, static_cast<size_t>(count));
-    float scale;
-    std::memcpy(&scale, source.scales, sizeof(scale));
-    return mul(load_fp8_e4m3(count < kLanes ? padded : row + i), splat(scale));
-  } else if constexpr (kFormat == RowFormat::kInt8Group32) {
-    float scale;
-    std::memcpy(&scale, scales + i / kScaleBlock * 4, sizeof(scale));
-    return mul(load_int8(row + i), splat(scale));
+EK_LANE float scale_at(const RowSource& source, const std::byte* scales, int i) {
+  if constexpr (traits_of(kFormat).scale == RowScale::kBlockUe8m0) {
+    return ue8m0_to_float(static_cast<uint8_t>(scales[i / kScaleBlock]), source.zero_scale_is_zero);
   } else {
-    const float scale = ue8m0_to_float(static_cast<uint8_t>(scales[i / kScaleBlock]), source.zero_scale_is_zero);
-    return mul(load_fp8_e4m3(row + i), splat(scale));
+    float scale;
+    std::memcpy(&scale, traits_of(kFormat).scale == RowScale::kTensor ? source.scales : scales + i / kScaleBlock * 4,
+                sizeof(scale));
+    return scale;
   }
 }
 
-// Calls f with the row format as a compile-time constant: f(std::integral_constant<RowFormat, ..>{}).
-template <class F>
-EK_LANE void with_row_format(RowFormat format, const F& f) {
-  switch (format) {
-    case RowFormat::kF32:
-      return f(std::integral_constant<RowFormat, RowFormat::kF32>{});
-    case RowFormat::kBf16:
-      return f(std::integral_constant<RowFormat, RowFormat::kBf16>{});
-    case RowFormat::kF16:
-      return f(std::integral_constant<RowFormat, RowFormat::kF16>{});
-    case RowFormat::kFp8Block32:
-      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32>{});
-    case RowFormat::kFp8Block32Packed:
-      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32Packed>{});
-    case RowFormat::kFp8Tensor:
-      return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
-    case RowFormat::kInt8Group32:
-      return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
+// Elements [i, i + kLanes) of the row at `row`, with the row's scales at `scales`; i is a multiple of kLanes.
+// A row without blocks may end inside the lanes: `count` says how many elements are left (kLanes or fewer).
+template <RowFormat kFormat>
+EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const std::byte* scales, int i, int count) {
+  constexpr RowFormatTraits kTraits = traits_of(kFormat);
+  if constexpr (kTraits.scale == RowScale::kNone) {
+    using Element = std::conditional_t<kTraits.element == RowElement::kF32, float,
+                                       std::conditional_t<kTraits.element == RowElement::kBf16, Bf16, F16> >;
+    const Element* p = reinterpret_cast<const Element*>(row) + i;
+    return count == kLanes ? load(p) : load_first(p, count);
+  } else {
+    static_assert(element_bytes(kFormat) == 1);
+    const std::byte* from = row + i;
+    std::byte padded[kLanes] = {};
+    if constexpr (!has_blocks(kFormat)) {
+      if (count < kLanes) {
+        std::memcpy(padded, from, static_cast<size_t>(count));
+        from = padded;
+      }
+    }
+    const F32 values = kTraits.element == RowElement::kInt8 ? load_int8(from) : load_fp8_e4m3(from);
+    return mul(values, splat(scale_at<kFormat>(source, scales, i)));
   }
 }
+
+// The dtype of an element type.
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float>  ? DType::kF32
+                         : std::is_same_v<T, Bf16> ? DType::kBf16
+                                                   : DType::kF16;
 
 // Calls f with a null pointer of the element type: f(static_cast<Bf16*>(nullptr)).
 template <class F>
@@ -69,3 +135,4 @@ EK_LANE void with_dtype(DType dtype, const F& f) {
 }
 
 }  // namespace engram_kernels::EK_ISA
+#endif  // __CUDACC__

@@ -6,7 +6,7 @@ namespace engram_kernels {
 
 RowFormat row_format_from_name(const char* op, const char* name) {
   for (int i = 0; i < kNumRowFormats; ++i) {
-    if (std::strcmp(name, kRowFormatNames[i]) == 0) return static_cast<RowFormat>(i);
+    if (std::strcmp(name, traits_of(static_cast<RowFormat>(i)).name) == 0) return static_cast<RowFormat>(i);
   }
   EK_THROW_AS(std::invalid_argument, op << ": row_format is '" << name << "', which is no row format");
 }
@@ -22,8 +22,7 @@ void check_row_source(const char* op, const RowSource& s) {
   EK_CHECK(s.scale_stride_bytes >= row_scale_bytes(s.format, s.row_dim), op << ": scales are " << s.scale_stride_bytes
                                                                             << " bytes apart, expected at least "
                                                                             << row_scale_bytes(s.format, s.row_dim));
-  const bool wants_scales = row_scale_bytes(s.format, s.row_dim) > 0 || s.format == RowFormat::kFp8Tensor;
-  EK_CHECK(!wants_scales || s.scales != nullptr || s.num_rows == 0, op << ": scales are missing");
+  EK_CHECK(!has_scales(s.format) || s.scales != nullptr || s.num_rows == 0, op << ": scales are missing");
 }
 
 }  // namespace engram_kernels

@@ -1,8 +1,12 @@
-// How a row is stored. Names, sizes and the scalar decode of every format (docs/ops.md, Row formats), for host and device.
+// How a row is stored: names, sizes and scalar conversions of every format (docs/ops.md, Row formats), for host and device.
+//
+// A new format is an enumerator, a line of traits_of and a case of with_row_format and with_row_decode, all in this file.
+// Every op takes it from there; row_decode.h has to know only an element or a kind of scale that no format has had.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/error.h"
 #include "common/math.h"
@@ -14,26 +18,122 @@ enum class DType : int { kF32, kBf16, kF16 };
 
 constexpr int kScaleBlock = 32;  // elements that share a scale in the block and group formats
 constexpr int kNumRowFormats = 7;
-constexpr const char* kRowFormatNames[kNumRowFormats] = {
-    "f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32"};
+
+enum class RowElement : int { kF32, kBf16, kF16, kFp8E4m3, kInt8 };
+// What an element is multiplied by: nothing, one fp32 for the tensor, or one ue8m0 byte or fp32 for each kScaleBlock elements.
+enum class RowScale : int { kNone, kTensor, kBlockUe8m0, kGroupF32 };
+
+struct RowFormatTraits {
+  const char* name;
+  RowElement element;
+  RowScale scale;
+  bool packed;  // the scales of a row lie behind its values, in the row array
+};
+
+// One comparison: a GPU asks it for each row. Else the traits are asked for a format that is a constant, or on the host.
+EK_INLINE constexpr bool is_packed(RowFormat format) { return format == RowFormat::kFp8Block32Packed; }
+
+EK_INLINE constexpr RowFormatTraits traits_of(RowFormat format) {
+  switch (format) {
+    case RowFormat::kF32:
+      return {"f32", RowElement::kF32, RowScale::kNone, false};
+    case RowFormat::kBf16:
+      return {"bf16", RowElement::kBf16, RowScale::kNone, false};
+    case RowFormat::kF16:
+      return {"f16", RowElement::kF16, RowScale::kNone, false};
+    case RowFormat::kFp8Block32:
+      return {"fp8_e4m3_block32", RowElement::kFp8E4m3, RowScale::kBlockUe8m0, false};
+    case RowFormat::kFp8Block32Packed:
+      return {"fp8_e4m3_block32_packed", RowElement::kFp8E4m3, RowScale::kBlockUe8m0, is_packed(format)};
+    case RowFormat::kFp8Tensor:
+      return {"fp8_e4m3_tensor", RowElement::kFp8E4m3, RowScale::kTensor, false};
+    case RowFormat::kInt8Group32:
+      return {"int8_group32", RowElement::kInt8, RowScale::kGroupF32, false};
+  }
+  return {};
+}
+
+// Calls f with the row format as a compile-time constant: f(std::integral_constant<RowFormat, ..>{}).
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+EK_INLINE void with_row_format(RowFormat format, const F& f) {
+  switch (format) {
+    case RowFormat::kF32:
+      return f(std::integral_constant<RowFormat, RowFormat::kF32>{});
+    case RowFormat::kBf16:
+      return f(std::integral_constant<RowFormat, RowFormat::kBf16>{});
+    case RowFormat::kF16:
+      return f(std::integral_constant<RowFormat, RowFormat::kF16>{});
+    case RowFormat::kFp8Block32:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32>{});
+    case RowFormat::kFp8Block32Packed:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32Packed>{});
+    case RowFormat::kFp8Tensor:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
+    case RowFormat::kInt8Group32:
+      return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
+  }
+}
+
+// The same for code to which it does not matter where the scales lie: formats that differ in nothing else share a constant.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+EK_INLINE void with_row_decode(RowFormat format, const F& f) {
+  static_assert(kNumRowFormats == 7, "a new format needs a case here");
+  switch (format) {
+    case RowFormat::kF32:
+      return f(std::integral_constant<RowFormat, RowFormat::kF32>{});
+    case RowFormat::kBf16:
+      return f(std::integral_constant<RowFormat, RowFormat::kBf16>{});
+    case RowFormat::kF16:
+      return f(std::integral_constant<RowFormat, RowFormat::kF16>{});
+    case RowFormat::kFp8Tensor:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
+    case RowFormat::kInt8Group32:
+      return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
+    default:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32>{});
+  }
+}
 
 EK_INLINE constexpr int dtype_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
+EK_INLINE constexpr int element_bytes(RowFormat f) {
+  const RowElement element = traits_of(f).element;
+  return element == RowElement::kF32 ? 4 : element == RowElement::kBf16 || element == RowElement::kF16 ? 2 : 1;
+}
+
+EK_INLINE constexpr int scale_bytes(RowFormat f) { return traits_of(f).scale == RowScale::kBlockUe8m0 ? 1 : 4; }  // of one scale
+
+// Whether kScaleBlock elements share a scale.
 EK_INLINE constexpr bool has_blocks(RowFormat f) {
-  return f == RowFormat::kFp8Block32 || f == RowFormat::kFp8Block32Packed || f == RowFormat::kInt8Group32;
+  const RowScale scale = traits_of(f).scale;
+  return scale == RowScale::kBlockUe8m0 || scale == RowScale::kGroupF32;
+}
+
+// Whether the scales are in an array of their own.
+EK_INLINE constexpr bool has_scales(RowFormat f) { return traits_of(f).scale != RowScale::kNone && !traits_of(f).packed; }
+
+// Whether a row is stored as elements of this dtype, so that a copy needs no decode.
+EK_INLINE constexpr bool stores(RowFormat f, DType dtype) {
+  const RowElement element = dtype == DType::kF32    ? RowElement::kF32
+                             : dtype == DType::kBf16 ? RowElement::kBf16
+                                                     : RowElement::kF16;
+  return traits_of(f).scale == RowScale::kNone && traits_of(f).element == element;
 }
 
 // Bytes that a row occupies in the row array, without padding; scales only where they are packed behind the values.
 EK_INLINE constexpr int64_t row_value_bytes(RowFormat f, int64_t row_dim) {
-  return f == RowFormat::kF32                            ? row_dim * 4
-         : f == RowFormat::kBf16 || f == RowFormat::kF16 ? row_dim * 2
-         : f == RowFormat::kFp8Block32Packed             ? row_dim + row_dim / kScaleBlock
-                                                         : row_dim;
+  return row_dim * element_bytes(f) + (traits_of(f).packed ? row_dim / kScaleBlock * scale_bytes(f) : 0);
 }
 
 // Bytes of a row's scales in the scale array.
 EK_INLINE constexpr int64_t row_scale_bytes(RowFormat f, int64_t row_dim) {
-  return f == RowFormat::kFp8Block32 ? row_dim / kScaleBlock : f == RowFormat::kInt8Group32 ? row_dim / kScaleBlock * 4 : 0;
+  return has_blocks(f) && has_scales(f) ? row_dim / kScaleBlock * scale_bytes(f) : 0;
 }
 
 // A table as a kernel sees it: raw pointers, byte strides. Shared by every op that reads rows.
@@ -50,7 +150,7 @@ struct RowSource {
   // 64-bit: byte offsets pass 2^31 long before row ids do
   EK_INLINE const std::byte* row(int64_t r) const { return rows + r * row_stride_bytes; }
   EK_INLINE const std::byte* row_scales(int64_t r) const {
-    return format == RowFormat::kFp8Block32Packed ? row(r) + row_dim : scales + r * scale_stride_bytes;
+    return is_packed(format) ? row(r) + row_dim : scales + r * scale_stride_bytes;
   }
 };
 

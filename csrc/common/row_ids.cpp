@@ -12,31 +12,43 @@ namespace {
 constexpr int64_t kCheckBlock = 4096;
 constexpr int kRadixBits = 11;  // 2048 counters: 16 KiB, half of L1
 
-// Without a branch an id, so that it runs at memory speed: id + 1 is negative below -1, num_rows - 1 - id above the
-// end.
+// The position of the first of `count` ids, `stride` apart, that is out of range; -1: there is none.
+// No branch per id, so that dense ids go at memory speed: id + 1 is negative below -1, num_rows - 1 - id above the end.
 template <class Id>
-int64_t first_bad(const Id* ids, int64_t count, int64_t num_rows) {
+int64_t first_bad(const Id* ids, int64_t count, int64_t stride, int64_t num_rows) {
   const uint64_t last = static_cast<uint64_t>(num_rows) - 1;
   for (int64_t begin = 0; begin < count; begin += kCheckBlock) {
     const int64_t end = std::min(count, begin + kCheckBlock);
     uint64_t signs = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
-      signs |= (id + 1) | (last - id);
-    }
+    const auto look = [&](int64_t step) {
+      for (int64_t i = begin; i < end; ++i) {
+        const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[i * step]));
+        signs |= (id + 1) | (last - id);
+      }
+    };
+    stride == 1 ? look(1) : look(stride);
     if (signs >> 63 == 0) continue;
     for (int64_t i = begin; i < end; ++i) {
-      if (ids[i] < kNoRow || ids[i] >= num_rows) return i;
+      if (ids[i * stride] < kNoRow || ids[i * stride] >= num_rows) return i;
     }
   }
   return -1;
 }
 
+int64_t first_bad(const RowIds& ids, int64_t begin, int64_t count, int64_t stride, int64_t num_rows) {
+  return ids.are_int64 ? first_bad(static_cast<const int64_t*>(ids.data) + begin, count, stride, num_rows)
+                       : first_bad(static_cast<const int32_t*>(ids.data) + begin, count, stride, num_rows);
+}
+
+[[noreturn]] void throw_bad(const char* op, const Text& where, int64_t id, int64_t num_rows) {
+  EK_THROW_AS(std::out_of_range,
+              op << ": row_ids[" << where.str() << "] is " << id << ", expected [0, " << num_rows << ") or -1 (no row)");
+}
+
 }  // namespace
 
 void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const int64_t* sizes, int dims) {
-  const int64_t bad = ids.are_int64 ? first_bad(static_cast<const int64_t*>(ids.data), ids.count, num_rows)
-                                    : first_bad(static_cast<const int32_t*>(ids.data), ids.count, num_rows);
+  const int64_t bad = first_bad(ids, 0, ids.count, 1, num_rows);
   if (bad < 0) return;
   Text where;
   int64_t inner = ids.count;
@@ -44,8 +56,19 @@ void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const in
     inner /= sizes[d];
     where << (d > 0 ? ", " : "") << bad / inner % sizes[d];
   }
-  EK_THROW_AS(std::out_of_range,
-              op << ": row_ids[" << where.str() << "] is " << ids[bad] << ", expected [0, " << num_rows << ") or -1 (no row)");
+  throw_bad(op, where, ids[bad], num_rows);
+}
+
+void check_row_ids(const char* op, const TokenRowIds& ids, int64_t num_rows) {
+  const RowIds all{ids.data, 0, ids.are_int64};
+  for (int64_t t = 0; t < ids.num_tokens; ++t) {
+    if (ids.mask != nullptr && ids.mask[t] != 0) continue;
+    const int64_t bad = first_bad(all, t * ids.token_stride, ids.columns, ids.column_stride, num_rows);
+    if (bad < 0) continue;
+    Text where;
+    where << t << ", " << bad;
+    throw_bad(op, where, all[t * ids.token_stride + bad * ids.column_stride], num_rows);
+  }
 }
 
 RowOrder::RowOrder(const RowIds& ids, int64_t num_rows)

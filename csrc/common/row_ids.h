@@ -19,9 +19,21 @@ struct RowIds {
   }
 };
 
+// Row ids of tokens, [num_tokens, columns]; strides in elements.
+struct TokenRowIds {
+  const void* data;
+  int64_t num_tokens;
+  int64_t columns;
+  int64_t token_stride;
+  int64_t column_stride;
+  bool are_int64;
+  const uint8_t* mask;  // [num_tokens], nonzero = the ids of the token are not looked at; or null
+};
+
 // Throws std::out_of_range unless every id is kNoRow or in [0, num_rows). The message names the value and the position
 // in an array of `dims` sizes.
 void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const int64_t* sizes, int dims);
+void check_row_ids(const char* op, const TokenRowIds& ids, int64_t num_rows);
 
 // Positions of a batch in the order of their rows, and of themselves within a row; kNoRow left out. Owns 8 bytes per id.
 class RowOrder {

@@ -1,4 +1,5 @@
 """gate: docs/ops.md, gate, on every backend."""
+import re
 
 import numpy as np
 import pytest
@@ -247,7 +248,8 @@ def test_gate_op_called_directly_is_checked(compiled):
             op(*args, *options)
         with pytest.raises(ValueError, match="gate: "):
             torch.ops.engram_kernels.gate_bwd(hidden, *args, *options)
-    with pytest.raises(ValueError, match="grad_out has the wrong shape"):
+    shapes = f"gate: grad_out has shape {[2, *hidden.shape[1:]]}, expected {list(hidden.shape)}"
+    with pytest.raises(ValueError, match=re.escape(shapes)):
         torch.ops.engram_kernels.gate_bwd(hidden[:2], hidden, key, value, w_hidden, w_key, *options)
 
 

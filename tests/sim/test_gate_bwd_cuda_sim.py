@@ -73,7 +73,7 @@ def test_gate_bwd_matches_autograd(case, dtype):
     device = Device(multiprocessors=2, options={"cta_order": "random"})
     _, launches = check(inputs, grad_out, torch.arange(case[0]) % 3 == 1, device)
     whole = case[2] % 8 == 0 and dtype != torch.float32 and case[1] * case[2] < 20_000
-    assert ("gate_bwd_tokens" in launches[0].kernel) == whole
+    assert ("gate_bwd_kernel" in launches[0].kernel) == whole
 
 
 @pytest.mark.parametrize("size", [64, 30])
@@ -132,14 +132,14 @@ def test_gate_bwd_reads_and_writes_once(v41):
         assert buffers[name]["load_bytes"] == rows * ROW * TOKENS
     for name, rows in {"grad_hidden": BRANCHES, "grad_key": BRANCHES, "grad_value": 1}.items():
         assert buffers[name]["store_bytes"] == buffers[name]["unique_bytes_written"] == rows * ROW * TOKENS
-    # the blocks' shares, written once and read once
-    share = BRANCHES * SIZE * 4
-    assert buffers["scratch"]["store_bytes"] == v41[0].grid[0] * share
-    assert v41[1].result.buffers["scratch"]["load_bytes"] == v41[0].grid[0] * share
+    # the partial sums of the blocks, written once and read once
+    partial_sums = BRANCHES * SIZE * 4
+    assert buffers["scratch"]["store_bytes"] == v41[0].grid[0] * partial_sums
+    assert v41[1].result.buffers["scratch"]["load_bytes"] == v41[0].grid[0] * partial_sums
 
 
 def test_gate_bwd_moves_at_most_a_tenth_more_than_the_least():
-    """All that is asked for of 14 tokens per block, shares too. Least: the rows, the weights read, their gradients written."""
+    """All that is asked for of 14 tokens per block, partial sums too. Least: the rows, the weights read, their gradients written."""
     tokens = 14
     inputs = make_inputs(tokens, BRANCHES, SIZE, weight_dtype=torch.bfloat16)
     launches = simulate(inputs, random_grad(tokens, BRANCHES, SIZE), device=Device(multiprocessors=1))[1]
@@ -173,7 +173,7 @@ def test_gate_bwd_machine_code(v41):
     sass = build().sass(OP)
     for name, code in sass.items():
         assert not [op for _, _, op, _ in code if re.match(r"LDL|STL", op)]
-        assert "gate_bwd_tokens" not in name or not [op for _, _, op, _ in code if op.startswith("CALL")]
+        assert "gate_bwd_kernel" not in name or not [op for _, _, op, _ in code if op.startswith("CALL")]
     sums, score, gradients = parts_of(token_loop(sass[v41[0].kernel]), 3)
     # STG before the first barrier: a masked token; FADD after the second: the value's gradient of an earlier group
     every_warp = longest_without(sums, "STG") + longest_path(score, choose=min) + longest_without(gradients, "FADD")

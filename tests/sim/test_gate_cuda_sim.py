@@ -1,4 +1,5 @@
 """gate on the PTX simulator: the launcher and its kernels against the reference in float64, and what they cost."""
+import ctypes
 import re
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_gate_matches_reference(case, dtype):
     inputs = make_inputs(*case, dtype, weight_dtype=dtype)
     device = Device(multiprocessors=2, options={"cta_order": "random"})
     launches = check(inputs, torch.arange(case[0]) % 3 == 1, device)
-    assert ("gate_tokens" in launches[0].kernel) == (case[2] % (16 // dtype.itemsize) == 0)
+    assert ("gate_kernel" in launches[0].kernel) == (case[2] % (16 // dtype.itemsize) == 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,11 +131,28 @@ def test_gate_strided_inputs():
     check([hidden, fused[:, :256].view(5, 2, 128), fused[:, 256:], w_hidden, w_key])
     odd = torch.randn(5, 3 * 128 + 1).bfloat16()  # rows that begin between the vectors
     launches = check([hidden, odd[:, :256].view(5, 2, 128), odd[:, 256:384], w_hidden, w_key])
-    assert "gate_rows" in launches[0].kernel
+    assert "gate_plain_kernel" in launches[0].kernel
 
 
 def test_gate_of_no_tokens_launches_nothing():
     assert simulate(make_inputs(0, 4, 64))[1] == []
+
+
+def test_gate_launches_of_two_threads_do_not_lower_each_others_shared_memory():
+    """While one thread is between asking for shared memory and its launch, another launches the same kernel on smaller rows."""
+    device = Device(multiprocessors=7)  # a device of its own, on which no kernel has asked yet
+    big, small = (gate_params(device, *inputs, out=torch.empty_like(inputs[0]))
+                  for inputs in (make_inputs(2, 4, size, torch.bfloat16) for size in (5120, 1024)))
+    launched = []
+
+    @ctypes.CFUNCTYPE(None)
+    def other_thread():
+        launched.append(device.library.gate_cuda(ctypes.byref(small)))
+
+    device.library.fake_cudart_after_limit(other_thread)
+    launches = device.run(OP, big)
+    assert launched == [None]
+    assert [launch.shared_bytes > 49152 for launch in launches] == [False, True] and launches[0].kernel == launches[1].kernel
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
@@ -171,8 +189,8 @@ def test_gate_moves_the_least_bytes():
 def test_gate_of_less_shared_memory():
     """What does not fit the block goes the plain way."""
     inputs = make_inputs(5, 4, 1024, weight_dtype=torch.bfloat16)
-    assert "gate_tokens" in check(inputs)[0].kernel
-    assert "gate_rows" in check(inputs, device=Device(shared_limit=4096))[0].kernel
+    assert "gate_kernel" in check(inputs)[0].kernel
+    assert "gate_plain_kernel" in check(inputs, device=Device(shared_limit=4096))[0].kernel
 
 
 def test_gate_accesses_are_16_bytes_wide(v41):

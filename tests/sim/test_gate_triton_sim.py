@@ -90,8 +90,8 @@ def test_gate_backward_moves_the_least(programs):
     # a program adds the weights, which it asks the caches for again, and its sums, written and read; a call of two programs,
     # as in the figure of CUDA, weights and gradients
     weights = inputs[3].nbytes + inputs[4].nbytes
-    of_program = weights + total(launches, "load_bytes", ("partial",)) + total(launches, "store_bytes", ("partial",)) + \
-        (weights + total(launches, "store_bytes", ("grad_w_hidden", "grad_w_key"))) / 2
+    of_program = (weights + total(launches, "load_bytes", ("partial_sums",)) + total(launches, "store_bytes", ("partial_sums",)) +
+                  (weights + total(launches, "store_bytes", ("grad_w_hidden", "grad_w_key"))) / 2)
     assert total(launches, "unique_bytes_read", ("w_hidden", "w_key")) == 2 * weights
     least = 12 * (data + written) // tokens
     over, of_cuda = 1 + of_program / least, cuda_figure("gate backward")

@@ -76,7 +76,7 @@ def test_gather_gate_bwd_matches_autograd(row_format, dtype):
 
 def kernel_of(launches):
     """(weights in shared memory, branches at once) of the kernel with a block per token, else None."""
-    found = re.search(r"gather_gate_bwd_tokensI.*?Lb([01])ELi(\d)E", launches[0].kernel)
+    found = re.search(r"gather_gate_bwd_kernelI.*?Lb([01])ELi(\d)E", launches[0].kernel)
     return (found[1] == "1", int(found[2])) if found else None
 
 
@@ -210,14 +210,14 @@ def test_gather_gate_bwd_reads_and_writes_once(v41):
     written = {"grad_hidden": TOKENS * BRANCHES * size * 2, "grad_rows": TOKENS * size * 2}
     for name, least_bytes in written.items():
         assert buffers[name]["store_bytes"] == buffers[name]["unique_bytes_written"] == least_bytes
-    # the weights once a block; the blocks' shares, written once and read once
-    share = BRANCHES * size * 4
-    assert buffers["w_hidden"]["load_bytes"] == buffers["w_key"]["load_bytes"] == blocks * share / 2
-    assert buffers["scratch"]["store_bytes"] == launches[1].result.buffers["scratch"]["load_bytes"] == blocks * share
+    # the weights once per block; the partial sums of the blocks, written once and read once
+    partial_sums = BRANCHES * size * 4
+    assert buffers["w_hidden"]["load_bytes"] == buffers["w_key"]["load_bytes"] == blocks * partial_sums / 2
+    assert buffers["scratch"]["store_bytes"] == launches[1].result.buffers["scratch"]["load_bytes"] == blocks * partial_sums
     assert set(buffers) == {*least, *written, "w_hidden", "w_key", "scratch"}
     # so within a tenth of the least (rows, ids, hidden, grad_out, both gradients) from 18 tokens per block on
     token = (sum(least.values()) + sum(written.values())) / TOKENS
-    assert 3 * share <= 0.10 * 18 * token
+    assert 3 * partial_sums <= 0.10 * 18 * token
 
 
 def test_gather_gate_bwd_accesses_are_wide(v41):
@@ -258,7 +258,7 @@ def test_gather_gate_bwd_machine_code(v41):
     sass = build().sass(OP)
     for name, code in sass.items():
         assert not [op for _, _, op, _ in code if re.match(r"LDL|STL", op)]
-        assert "gather_gate_bwd_tokens" not in name or not [op for _, _, op, _ in code if op.startswith("CALL")]
+        assert "gather_gate_bwd_kernel" not in name or not [op for _, _, op, _ in code if op.startswith("CALL")]
     launches, size = v41
     took = instructions_a_token(sass[launches[0].kernel], launches[0].block[0] // 32) / BRANCHES
     print(f"{took:.0f} machine instructions a (token, branch)")

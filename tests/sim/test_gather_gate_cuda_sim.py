@@ -42,7 +42,7 @@ def check(table, inputs, mask=None, device=None, **options):
 
 def kernel_of(launches):
     """The kernel's name and, of the one that takes whole tokens, (weights in shared memory, branches at once)."""
-    found = re.search(r"gather_gate_tokensI.*?Lb([01])ELb[01]ELi(\d)E", launches[0].kernel)
+    found = re.search(r"gather_gate_kernelI.*?Lb([01])ELb[01]ELi(\d)E", launches[0].kernel)
     return ("tokens", found[1] == "1", int(found[2])) if found else ("rows",)
 
 

@@ -128,8 +128,8 @@ def test_gather_gate_backward_moves_the_least(programs):
     # a program adds the weights, which it asks the caches for again, and its sums, written and read; a call of two programs,
     # as in the figure of CUDA, weights and gradients
     weights = inputs[2].nbytes + inputs[3].nbytes
-    of_program = weights + total(launches, "load_bytes", ("partial",)) + total(launches, "store_bytes", ("partial",)) + \
-        (weights + total(launches, "store_bytes", ("grad_w_hidden", "grad_w_key"))) / 2
+    of_program = (weights + total(launches, "load_bytes", ("partial_sums",)) + total(launches, "store_bytes", ("partial_sums",)) +
+                  (weights + total(launches, "store_bytes", ("grad_w_hidden", "grad_w_key"))) / 2)
     over = (12 * (read + written) / tokens + of_program) / (12 * (least + written) / tokens)
     of_cuda = cuda_figure("gather_gate backward")
     print(f"gather_gate backward: {over:.3f} of the least bytes, CUDA {of_cuda}")

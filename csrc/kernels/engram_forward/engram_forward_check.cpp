@@ -8,19 +8,12 @@ void check_params(const EngramForwardParams& p) {
            "engram_forward: hidden has " << p.branches << " branches of size " << p.hidden_size << " and row_ids " << p.columns
                                          << " columns, expected at least 1 of each");
   check_row_source("engram_forward", p.table);
-  check_gate_options("engram_forward", p.options);
+  check_gate_options("engram_forward", p.options.eps, p.options.clamp);
 }
 
 void check_host_data(const EngramForwardParams& p) {
-  for (int64_t t = 0; t < p.num_tokens; ++t) {
-    if (p.masked(t)) continue;
-    for (int64_t c = 0; c < p.columns; ++c) {
-      const int64_t id = p.row_id(t, c);
-      EK_CHECK_INDEX(id >= kNoRow && id < p.table.num_rows, "engram_forward: row_ids[" << t << ", " << c << "] is " << id
-                                                                                       << ", expected [0, " << p.table.num_rows
-                                                                                       << ") or -1 (no row)");
-    }
-  }
+  const TokenRowIds ids{p.row_ids, p.num_tokens, p.columns, p.id_token_stride, p.id_column_stride, p.ids_are_int64, p.mask};
+  check_row_ids("engram_forward", ids, p.table.num_rows);
 }
 
 }  // namespace engram_kernels

@@ -73,7 +73,7 @@ struct GateBwdParams {
   void* grad_value;     // [num_tokens, hidden_size] dense
   void* grad_w_hidden;  // [branches, hidden_size] dense, dtype of the weights
   void* grad_w_key;
-  void* scratch = nullptr;  // CUDA only: device memory of gate_bwd_cuda_scratch_bytes, on 16 bytes
+  void* scratch = nullptr;  // CUDA only: device memory of gate_bwd_cuda_scratch_bytes, 16-byte aligned
 };
 
 // On a GPU approximations to two units in the last place, which need no call.
@@ -112,7 +112,7 @@ EK_INLINE GateScore gate_score(const GateOptions& o, int64_t hidden_size, float 
 }
 
 struct GateSlopes {
-  float a, b, c;
+  float a, b, c, gate;
 };
 
 // The factors of the backward formula; dout_v is dout . v.
@@ -121,11 +121,16 @@ EK_INLINE GateSlopes gate_slopes(const GateOptions& o, int64_t hidden_size, cons
   const float ds = dout_v * r.gate * (1.0F - r.gate);
   const float dx = magnitude < o.clamp ? 0.0F : divided(ds, 2.0F * square_root(magnitude));
   const float along = divided(dx * r.x, size);
-  return {divided(dx * r.rh * r.rk, square_root(size)), along * r.rh * r.rh, along * r.rk * r.rk};
+  return {divided(dx * r.rh * r.rk, square_root(size)), along * r.rh * r.rh, along * r.rk * r.rk, r.gate};
 }
 
-// Throws unless sizes and constants are in range. `op` names the caller.
-void check_gate_options(const char* op, const GateOptions& options);
+EK_INLINE GateSlopes gate_slopes(const GateOptions& o, int64_t hidden_size, float dot, float sum_hh, float sum_kk, float dout_v) {
+  return gate_slopes(o, hidden_size, gate_score(o, hidden_size, dot, sum_hh, sum_kk), dout_v);
+}
+
+// Throws unless the numbers are in the ranges of the public functions: before they are rounded to float. `op` names the caller.
+void check_gate_options(const char* op, double eps, double clamp);
+// Throws unless sizes and constants are in range.
 void check_params(const GateParams& p);
 
 void gate_cpu(const GateParams& p, const Parallel& parallel);

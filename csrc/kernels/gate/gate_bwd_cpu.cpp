@@ -3,7 +3,7 @@
 // Mapping  tokens in chunks whose number does not depend on the threads; a chunk sums a h k into its own float array
 //          [branches, hidden_size], and the chunks are added in order: the same bits for any number of threads.
 // Traffic  reads hidden, key, value, grad_out and writes the gradients once.
-#include "kernels/gate/gate_bwd_row_cpu.h"
+#include "kernels/gate/gate_cpu.h"
 
 namespace engram_kernels::EK_ISA {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 // Second pass over a row. dv (float, pair order) is set by the first branch and added to by the others.
 template <class T>
 void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t size, bool first_branch, T* grad_key, float* dv) {
-  const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.gate);
+  const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.slopes.gate);
   const F32 residual = splat(row.residual);
   int64_t i = 0;
   for (; i + kPair <= size; i += kPair) {
@@ -19,7 +19,7 @@ void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t siz
     const Pair aw = mul(load_pair(w + i), a);
     store_pair(row.grad_hidden + i, fma(aw, key, fma(h, b, mul(d, residual))));
     store_pair(grad_key + i, fma(aw, h, mul(key, c)));
-    store_pair(row.product_sum + i, fma(mul(h, a), key, load_pair(row.product_sum + i)));
+    store_pair(row.partial_sums + i, fma(mul(h, a), key, load_pair(row.partial_sums + i)));
     store_pair(dv + i, fma(d, g, first_branch ? zero_pair() : load_pair(dv + i)));
   }
   for (; i < size; i += kLanes) {
@@ -28,7 +28,7 @@ void write_grads(const RowGrads<T>& row, const T* k, const float* w, int64_t siz
     const F32 aw = mul(load(w + i), a);
     store_upto(row.grad_hidden + i, fma(aw, key, fma(h, b, mul(d, residual))), left);
     store_upto(grad_key + i, fma(aw, h, mul(key, c)), left);
-    store(row.product_sum + i, fma(mul(h, a), key, load(row.product_sum + i)));
+    store(row.partial_sums + i, fma(mul(h, a), key, load(row.partial_sums + i)));
     store(dv + i, fma(d, g, first_branch ? zeros() : load(dv + i)));
   }
 }
@@ -45,19 +45,14 @@ void masked_token(const GateBwdParams& p, int64_t t) {
 }
 
 template <class T>
-void token_grads(const GateBwdParams& p, int64_t t, const float* w, float* product_sums, float* dv) {
+void token_grads(const GateBwdParams& p, int64_t t, const float* w, float* partial_sums, float* dv) {
   const GateParams& f = p.forward;
   const int64_t size = f.hidden_size, stride = padded_size(size);
   const T* v = static_cast<const T*>(f.value) + t * f.value_stride;
   for (int64_t m = 0; m < f.branches; ++m) {
     const T* k = f.key.row<const T>(t, m);
-    RowGrads<T> row{f.hidden.row<const T>(t, m),
-                    p.grad_out.row<const T>(t, m),
-                    p.grad_hidden.row<T>(t, m),
-                    product_sums + m * stride,
-                    f.options.add_residual ? 1.0F : 0.0F,
-                    0,
-                    {}};
+    RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m),        p.grad_hidden.row<T>(t, m),
+                    partial_sums + m * stride,   f.options.add_residual ? 1.0F : 0.0F, {}};
     const BwdSums sums = bwd_sums<true>(row.hidden, k, v, row.grad_out, w + m * stride, size);
     set_slopes(f.options, size, sums, &row);
     write_grads(row, k, w + m * stride, size, m == 0, p.grad_key.row<T>(t, m), dv);
@@ -70,7 +65,7 @@ void gate_bwd_of_type(const GateBwdParams& p, const Parallel& parallel) {
   const GateParams& f = p.forward;
   const int64_t sums_size = f.branches * padded_size(f.hidden_size);
   const TokenChunks chunks = TokenChunks::of(f.num_tokens);
-  const Scratch w(sums_size), product_sums(chunks.count * sums_size);
+  const Scratch w(sums_size), partial_sums(chunks.count * sums_size);
   multiply_weights<T>(f.weights, f.branches, f.hidden_size, w.data());
   parallel.for_range(chunks.count, 1, [&](int64_t begin, int64_t end) {
     const Scratch dv(padded_size(f.hidden_size));
@@ -79,12 +74,12 @@ void gate_bwd_of_type(const GateBwdParams& p, const Parallel& parallel) {
         if (f.masked(t)) {
           masked_token<T>(p, t);
         } else {
-          token_grads<T>(p, t, w.data(), product_sums.data() + c * sums_size, dv.data());
+          token_grads<T>(p, t, w.data(), partial_sums.data() + c * sums_size, dv.data());
         }
       }
     }
   });
-  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(), chunks.count,
+  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, partial_sums.data(), chunks.count,
                         parallel);
 }
 

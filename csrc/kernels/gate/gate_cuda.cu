@@ -1,24 +1,24 @@
-// CUDA kernels of gate. Contract: gate.h; layout of a block: gate_token_cuda.h.
+// CUDA kernels of gate. Contract: gate.h.
 //
-// Mapping  a block takes a token after the other, kBranches branches of it: all of them, where they are 4, 2 or 1. A thread keeps
-//          hidden, key and value of its vectors in registers from the sums to the output, and loads those of the next token
-//          as soon as it is done with them. The products of the weights stay in shared memory for the life of the block. Few
-//          tokens are bound by latency: as long as there are multiprocessors enough, each of their branches has a block. The
-//          second kernel, element by element, takes what is not aligned or too wide, and reads hidden twice (the second
-//          time out of the cache).
-// Traffic  hidden and key once, output once, the value once a step of branches (one step where they are 4, 2 or 1 and not f16);
-//          the weights once a block.
-// Limits   the first kernel: rows on 16 bytes, at most kMaxThreads * 8 vectors a row.
+// A persistent block walks over tokens, kBranches branches at a time:
+//   1. sums    dot, |h|^2 and |k|^2, per thread, then over the block; loads of the next token's key start meanwhile
+//   2. scores  one thread per branch turns them into the gate
+//   3. output  h + gate * v goes out; loads of the next token's hidden start as registers fall free
+// hidden and key stay in registers, the value and the products of the weights in shared memory (layout: gate_cuda.h). Few
+// tokens are bound by latency: as long as there are enough multiprocessors, each of their branches has a block.
+// Traffic  hidden and key once, output once, the value once per group of branches (one group where they are 4, 2 or 1 and
+//          not f16); the weights once per block.
+// Limits   rows are 16-byte aligned and have at most kMaxThreads * 8 vectors. Other rows go to gate_plain_cuda.h.
 #include <algorithm>
-#include <utility>
+#include <array>
 
-#include "kernels/gate/gate_token_cuda.h"
+#include "kernels/gate/gate_cuda.h"
+#include "kernels/gate/gate_plain_cuda.h"
 
 namespace engram_kernels {
 namespace {
 
 constexpr int kMaxThreads = 384;
-constexpr int kRowThreads = 128;
 constexpr int kStaticBytes = 1024;  // of shared memory, at most
 
 extern __shared__ float4 shared[];
@@ -41,21 +41,15 @@ __device__ __forceinline__ void pass_token(const GateParams& p, int t, int first
   }
 }
 
-// What a thread holds of a token in registers; the value is behind the slots of the weights.
-template <int kBranches, int kVectors>
-struct Held {
-  uint4 hidden[kBranches][kVectors], key[kBranches][kVectors];
-};
-
+// The products of the weights; the value lies behind them.
 template <DType kType, int kBranches, int kVectors>
-using Place = Slots<kBranches, kVectors, kVectorElements<kType> / 4>;
+using WeightSlots = Slots<kBranches, kVectors, kVectorElements<kType> / 4>;
 
 // The block's first token from t on that is not masked; masked ones are passed on the way.
 template <DType kType, int kBranches>
 __device__ __forceinline__ int next_token(const GateParams& p, const TokenTile& tile, int t) {
-#pragma unroll 1
-  for (; t < tile.tokens && p.masked(t); t += gridDim.x) pass_token<kType>(p, t, blockIdx.y * kBranches, kBranches, tile.vectors);
-  return t;
+  return next_token(p, tile, t,
+                    [&](int masked) { pass_token<kType>(p, masked, blockIdx.y * kBranches, kBranches, tile.vectors); });
 }
 
 // A thread's place in an array at a token: its vectors, branch after branch.
@@ -73,11 +67,6 @@ struct Cursor {
 };
 
 template <int kVectors>
-__device__ __forceinline__ bool has_vector(const TokenTile& tile, int token, int j) {
-  return token < tile.tokens && first_vector<kVectors>() + j * kWarp < tile.vectors;
-}
-
-template <int kVectors>
 __device__ __forceinline__ void copy_value(const Arrays& a, const TokenTile& tile, int token, float4* to) {
   const Cursor<kVectors> value(a.value, token, 0);
 #pragma unroll
@@ -89,15 +78,15 @@ template <DType kType, int kBranches, int kVectors>
 __device__ __forceinline__ void add_sums(const Arrays& a, const TokenTile& tile, int next, Held<kBranches, kVectors>* held,
                                          float (&sums)[kSums * kBranches]) {
   constexpr int kElements = kVectorElements<kType>;
-  const float4* slots = shared + Place<kType, kBranches, kVectors>::first(tile, 0);
+  const float4* words = shared + WeightSlots<kType, kBranches, kVectors>::first(tile, 0);
   Cursor<kVectors> key(a.key, next, blockIdx.y * kBranches);
 #pragma unroll
   for (int m = 0; m < kBranches; ++m) {
     if (m > 0) key.next_branch();
     sums[kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held->hidden[m][j], held->hidden[m][j]); });
     sums[2 * kBranches + m] = product_sum<kType, kVectors>([&](int j, auto add) { add(held->key[m][j], held->key[m][j]); });
-    sums[m] =
-        weighted_dot<kType, kElements / 4>(held->hidden[m], held->key[m], slots + Place<kType, kBranches, kVectors>::at(m, 0, 0));
+    sums[m] = weighted_dot<kType, kElements / 4>(held->hidden[m], held->key[m],
+                                                 words + WeightSlots<kType, kBranches, kVectors>::at(m, 0, 0));
     sums[3 * kBranches + m] = 0;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) load_if(has_vector<kVectors>(tile, next, j), key.vector(j), &held->key[m][j]);
@@ -125,20 +114,20 @@ __device__ __forceinline__ void write_out(const Arrays& a, const TokenTile& tile
       unpack_vector<kType>(held->hidden[m][j], h);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) h[e] = kResidual ? fmaf(gate, v[e], h[e]) : gate * v[e];
-      uint32_t words[4];
-      pack_vector<kType>(h, words);
-      store_if(has_vector<kVectors>(tile, now, j), out.vector(j), words);
+      uint32_t packed[4];
+      pack_vector<kType>(h, packed);
+      store_if(has_vector<kVectors>(tile, now, j), out.vector(j), packed);
       load_if(has_vector<kVectors>(tile, next, j), hidden.vector(j), &held->hidden[m][j]);
     }
   }
 }
 
 template <DType kType, int kBranches, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, 1) gate_tokens(const GateParams p, const Arrays arrays, const TokenTile tile) {
-  __shared__ float partial[kMaxThreads / kWarp * kSums * kBranches];
+__global__ void __launch_bounds__(kMaxThreads, 1) gate_kernel(const GateParams p, const Arrays arrays, const TokenTile tile) {
+  __shared__ float by_warp[kMaxThreads / kWarp * kSums * kBranches];
   __shared__ float gates[kBranches];
   const int first_branch = blockIdx.y * kBranches;
-  float4* value = shared + Place<kType, kBranches, kVectors>::size(tile) + threadIdx.x;
+  float4* value = shared + WeightSlots<kType, kBranches, kVectors>::size(tile) + threadIdx.x;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) value[j * blockDim.x] = make_float4(0, 0, 0, 0);
   int now = next_token<kType, kBranches>(p, tile, blockIdx.x);
@@ -161,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_tokens(const GateParams p
     const int next = next_token<kType, kBranches>(p, tile, now + gridDim.x);
     float sums[kSums * kBranches], of_branch[kSums];
     add_sums<kType>(arrays, tile, next, &held, sums);
-    token_sums<kBranches>(sums, tile, partial, of_branch);
+    token_sums<kBranches>(sums, tile, by_warp, of_branch);
     if (threadIdx.x < kBranches) {
       gates[threadIdx.x] = gate_score(p.options, p.hidden_size, of_branch[0], of_branch[1], of_branch[2]).gate;
     }
@@ -174,51 +163,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_tokens(const GateParams p
   }
 }
 
-// Any size and alignment: a block a row.
-template <DType kType>
-__global__ void __launch_bounds__(kRowThreads, 8) gate_rows(const GateParams p) {
-  __shared__ float4 partial[kRowThreads / kWarp];
-  __shared__ float score;
-  const int size = static_cast<int>(p.hidden_size);
-#pragma unroll 1
-  for (int64_t t = blockIdx.x; t < p.num_tokens; t += gridDim.x) {
-    const int m = blockIdx.y;
-    const bool masked = p.masked(t);
-    const void* hidden = vector_at<std::byte>(p.hidden, kType, t, m, 0);
-    const void* key = vector_at<std::byte>(p.key, kType, t, m, 0);
-    void* out = vector_at<std::byte>(p.out, kType, t, m, 0);
-    float sums[3] = {0, 0, 0};
-    for (int i = threadIdx.x; i < size && !masked; i += kRowThreads) {
-      const float h = load_element(hidden, kType, i), k = load_element(key, kType, i);
-      const float w = load_element(p.weights.w_hidden, p.weights.dtype, int64_t{m} * size + i) *
-                      load_element(p.weights.w_key, p.weights.dtype, int64_t{m} * size + i);
-      sums[0] = fmaf(h, k * w, sums[0]), sums[1] = fmaf(h, h, sums[1]), sums[2] = fmaf(k, k, sums[2]);
-    }
-    branch_sums(sums, partial);
-    if (threadIdx.x == 0) score = gate_score(p.options, size, sums[0], sums[1], sums[2]).gate;
-    __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kRowThreads) {
-      if (masked) {  // bits, not values: a NaN keeps its payload
-        for (int b = 0; b < dtype_bytes(kType); ++b) {
-          const int64_t at = int64_t{i} * dtype_bytes(kType) + b;
-          const auto* from = static_cast<const std::byte*>(hidden) + at;
-          static_cast<std::byte*>(out)[at] = p.options.add_residual ? *from : std::byte{0};
-        }
-        continue;
-      }
-      const float v = load_element(p.value, kType, t * p.value_stride + i);
-      const float update = score * v;
-      store_element(out, kType, i, p.options.add_residual ? fmaf(score, v, load_element(hidden, kType, i)) : update);
-    }
-    __syncthreads();  // score and partial are free again
-  }
-}
-
 template <DType kType, int kBranches, int kVectors>
 void launch_tokens(const GateParams& p, const Arrays& arrays, const TokenTile& tile, cudaStream_t stream) {
-  const auto kernel = gate_tokens<kType, kBranches, kVectors>;
-  const int bytes = (Place<kType, kBranches, kVectors>::size(tile) + kVectors * tile.warps * kWarp) * kVectorBytes;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const auto kernel = gate_kernel<kType, kBranches, kVectors>;
+  const int bytes = (WeightSlots<kType, kBranches, kVectors>::size(tile) + kVectors * tile.warps * kWarp) * kVectorBytes;
+  allow_max_shared_bytes(reinterpret_cast<const void*>(kernel));
   const int64_t resident = std::clamp(std::min(kMaxThreads / (tile.warps * kWarp), max_shared_bytes() / bytes), 1, 16);
   const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, num_multiprocessors() * resident)),
                   static_cast<unsigned>(p.branches / kBranches));
@@ -237,40 +186,52 @@ bool arrays_of(const GateParams& p, Arrays* arrays) {
          has_token_rows(p.out, p.num_tokens, p.branches, kBytes) && has_token_rows(value, p.num_tokens, 1, kBytes);
 }
 
-// Whether the first kernel took it.
+// One compiled shape of the kernel.
+struct Shape {
+  int branches;  // at a time
+  int vectors_per_thread;
+  void (*launch)(const GateParams& p, const Arrays& arrays, const TokenTile& tile, cudaStream_t stream);
+  bool only_for_few_tokens;
+};
+
+template <DType kType, int kBranches, int kVectors>
+constexpr Shape shape(bool only_for_few_tokens = false) {
+  return {kBranches, kVectors, launch_tokens<kType, kBranches, kVectors>, only_for_few_tokens};
+}
+
+// In the order in which they are tried.
+template <DType kType>
+constexpr auto shapes() {
+  if constexpr (kType == DType::kF16) {  // four branches spill registers on sm_90
+    return std::array{shape<kType, 1, 2>(true), shape<kType, 2, 4>(), shape<kType, 1, 8>()};
+  } else {
+    return std::array{shape<kType, 1, 2>(true), shape<kType, 4, 2>(), shape<kType, 2, 4>(), shape<kType, 1, 8>()};
+  }
+}
+
+// Whether rows of `vectors` vectors in so many branches fit the shape.
+template <DType kType>
+bool fits(const Shape& shape, int64_t branches, int64_t vectors) {
+  if (branches % shape.branches != 0 || vectors > int64_t{kMaxThreads} * shape.vectors_per_thread) return false;
+  const int weight_bytes = shape.branches * kVectorElements<kType> * 4;
+  const int vectors_of_block = shape.vectors_per_thread * lanes_for(vectors, shape.vectors_per_thread);
+  return vectors_of_block * (weight_bytes + kVectorBytes) <= max_shared_bytes() - kStaticBytes;
+}
+
+// Whether one of the shapes took it.
 template <DType kType>
 bool launch_tokens(const GateParams& p, cudaStream_t stream) {
   Arrays arrays;
   if (!arrays_of<kType>(p, &arrays) || p.num_tokens > INT32_MAX / 2) return false;
   const int64_t vectors = p.hidden_size / kVectorElements<kType>;
   const bool few = p.num_tokens * p.branches <= num_multiprocessors();
-  for (const auto& [branches, per_thread] : {std::pair{1, 2}, {4, 2}, {2, 4}, {1, 8}}) {
-    const bool block_a_branch = branches == 1 && per_thread == 2;
-    if (block_a_branch && !few) continue;
-    if (branches == 4 && kType == DType::kF16) continue;  // spills registers on sm_90
-    if (p.branches % branches != 0 || vectors > int64_t{kMaxThreads} * per_thread) continue;
-    const int threads = lanes_for(vectors, per_thread);
-    if (per_thread * threads * (branches * kVectorElements<kType> * 4 + kVectorBytes) > max_shared_bytes() - kStaticBytes)
-      continue;
-    const TokenTile tile{static_cast<int>(vectors), threads / kWarp, 1, static_cast<int>(p.num_tokens)};
-    if constexpr (kType != DType::kF16) {
-      if (branches == 4) launch_tokens<kType, 4, 2>(p, arrays, tile, stream);
-    }
-    if (branches == 2) launch_tokens<kType, 2, 4>(p, arrays, tile, stream);
-    if (branches == 1 && !block_a_branch) launch_tokens<kType, 1, 8>(p, arrays, tile, stream);
-    if (block_a_branch) launch_tokens<kType, 1, 2>(p, arrays, tile, stream);
+  for (const Shape& shape : shapes<kType>()) {
+    if ((shape.only_for_few_tokens && !few) || !fits<kType>(shape, p.branches, vectors)) continue;
+    const int warps = lanes_for(vectors, shape.vectors_per_thread) / kWarp;
+    shape.launch(p, arrays, {static_cast<int>(vectors), warps, 1, static_cast<int>(p.num_tokens)}, stream);
     return true;
   }
   return false;
-}
-
-template <DType kType>
-void launch(const GateParams& p, cudaStream_t stream) {
-  if (launch_tokens<kType>(p, stream)) return;
-  const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, int64_t{num_multiprocessors()} * 16)),
-                  static_cast<unsigned>(p.branches));
-  gate_rows<kType><<<grid, kRowThreads, 0, stream>>>(p);
-  EK_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace
@@ -281,7 +242,9 @@ void gate_cuda(const GateParams& p, void* stream) {
   EK_CHECK(p.branches <= kMaxGridY, "gate: " << p.branches << " branches, expected at most " << kMaxGridY);
   EK_CHECK(p.hidden_size <= INT32_MAX, "gate: hidden_size is " << p.hidden_size << ", expected less than 2^31");
   const auto on = static_cast<cudaStream_t>(stream);
-  dispatch_dtype(p.dtype, [&](auto type) { launch<type.value>(p, on); });
+  dispatch_dtype(p.dtype, [&](auto type) {
+    if (!launch_tokens<type.value>(p, on)) launch_plain<type.value>(p, on);
+  });
 }
 
 }  // namespace engram_kernels

@@ -4,7 +4,7 @@
 // branch and the value of gate (gate.h). It is never written to memory that outlives the token.
 // Row id -1 is a row of zeros. The row ids of a masked token are not looked at, its rows are not read.
 //
-// Backward: as in gate.h, with grad_rows[t] = dv + sum_m dk[m].
+// The backward pass is that of gate.h, with grad_rows[t] = dv + sum_m dk[m].
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct GatherGateBwdParams {
   void* grad_rows;      // [num_tokens, columns, row_dim] dense, dtype of hidden
   void* grad_w_hidden;  // [branches, hidden_size] dense, dtype of the weights
   void* grad_w_key;
-  void* scratch = nullptr;  // CUDA only: device memory of gather_gate_bwd_cuda_scratch_bytes, on 16 bytes
+  void* scratch = nullptr;  // CUDA only: device memory of gather_gate_bwd_cuda_scratch_bytes, 16-byte aligned
 };
 
 // Throws unless sizes and constants are in range.

@@ -9,10 +9,26 @@
 #include <algorithm>
 
 #include "common/stored_row_cuda.h"
-#include "kernels/gate/gate_row_cuda.h"
+#include "kernels/gate/gate_plain_cuda.h"
 #include "kernels/gather_gate/gather_gate.h"
 
 namespace engram_kernels {
+
+// An element of the memory vector, which is key and value, for the kernels of gate_plain_cuda.h. The backward pass sees the
+// same ids again: only the forward pass counts bad ones, in the first element of a row.
+template <DType kType>
+__device__ __forceinline__ KeyAndValue key_and_value(const GatherGateParams& p, int64_t t, int /*m*/, int i,
+                                                     bool counts = false) {
+  const int row = i / p.table.row_dim, element = i - row * p.table.row_dim;
+  const int64_t id = p.row_id(t, row);
+  if (static_cast<uint64_t>(id) < static_cast<uint64_t>(p.table.num_rows)) {
+    const float e = decode_element(p.table, id, element);
+    return {e, e};
+  }
+  if (counts && element == 0 && id != kNoRow) count_error(p.error_count);
+  return {0.0F, 0.0F};
+}
+
 namespace {
 
 constexpr int kVectors = 2;  // of a thread in a branch
@@ -28,22 +44,22 @@ struct Tile {
   int vectors;   // of a row of hidden
   int branches;  // of a block: of a token, or a part of them
   int tokens;
-  int slot_bytes;                  // of one load of a row: 16, 8 or 4
+  int word_bytes;                  // of one load of a row: 16, 8 or 4
   int lines;                       // that a row can touch
   int row_bytes;                   // read of a row
   int row_pitch;                   // bytes between rows in shared memory
   int scale_bytes;                 // of a row's scales that lie apart in memory
   int scale_lanes;                 // threads that fetch them
-  int shares_at;                   // float4 into shared memory; of the backward pass
+  int partial_sums_at;             // float4 into shared memory; of the backward pass
   int rows_at, staged_at, ids_at;  // bytes into it
   int shared_bytes;
 };
 
 // Where a vector of the memory vector lies; one word, for the registers' sake.
-class Place {
+class VectorPlace {
  public:
-  Place() = default;
-  __device__ __forceinline__ Place(int row, int element) : packed_(row << 16 | element) {}
+  VectorPlace() = default;
+  __device__ __forceinline__ VectorPlace(int row, int element) : packed_(row << 16 | element) {}
 
   __device__ __forceinline__ bool is_there() const { return packed_ >= 0; }  // else the block is wider than hidden
   // What follows from it is computed anew behind this, not kept in a register for each of the formats over a loop.
@@ -80,7 +96,7 @@ __device__ __forceinline__ Coming look_ahead(const GatherGateParams& p, const Ti
   return next;
 }
 
-// Says where the rows of a token are: a thread a row.
+// Says where the rows of a token are: a thread per row.
 __device__ __forceinline__ void describe_rows(const GatherGateParams& p, const Tile& tile, const Coming& next) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= p.columns) return;
@@ -95,11 +111,12 @@ __device__ __forceinline__ void describe_rows(const GatherGateParams& p, const T
   if (tile.scale_bytes > 0) staged_ids(tile)[r] = id;
 }
 
-// Starts the reads of the rows described: kSlot bytes a lane, a line a group of lanes. Zeros for a row that is not there.
-template <int kSlot>
+// Starts the reads of the rows described: kWordBytes bytes per lane, a line per group of lanes. A row that is not there
+// becomes zeros.
+template <int kWordBytes>
 __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
-  constexpr int kLanes = kLineBytes / kSlot;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, lane_bytes = lane * kSlot;
+  constexpr int kLanes = kLineBytes / kWordBytes;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, lane_bytes = lane * kWordBytes;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes_at(tile.rows_at))) + lane_bytes;
 #pragma unroll 1
   for (int r = static_cast<int>(threadIdx.x) / kLanes; r < columns; r += static_cast<int>(blockDim.x) / kLanes) {
@@ -117,8 +134,8 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
     for (int line = 0; line < tile.lines; line += kLinesAtOnce) {
 #pragma unroll
       for (int i = 0; i < kLinesAtOnce; ++i) {  // behind the row's end nothing is copied
-        copy_async<kSlot>(to + i * kLineBytes, from + i * kLineBytes,
-                          static_cast<uint32_t>(at + i * kLineBytes) < static_cast<uint32_t>(tile.row_bytes));
+        copy_async<kWordBytes>(to + i * kLineBytes, from + i * kLineBytes,
+                               static_cast<uint32_t>(at + i * kLineBytes) < static_cast<uint32_t>(tile.row_bytes));
       }
       at += kLinesAtOnce * kLineBytes, from += kLinesAtOnce * kLineBytes, to += kLinesAtOnce * kLineBytes;
     }
@@ -147,40 +164,40 @@ __device__ __forceinline__ void stage_scales(const RowSource& s, const Tile& til
 
 __device__ __forceinline__ void stage_rows(const GatherGateParams& p, const Tile& tile) {
   const int columns = static_cast<int>(p.columns);
-  if (tile.slot_bytes == 16) stage_lines<16>(tile, columns);
-  if (tile.slot_bytes == 8) stage_lines<8>(tile, columns);
-  if (tile.slot_bytes == 4) stage_lines<4>(tile, columns);
+  if (tile.word_bytes == 16) stage_lines<16>(tile, columns);
+  if (tile.word_bytes == 8) stage_lines<8>(tile, columns);
+  if (tile.word_bytes == 4) stage_lines<4>(tile, columns);
   if (tile.scale_bytes > 0) stage_scales(p.table, tile, columns);
 }
 
 // The vectors of this thread.
 template <int kElements>
-__device__ __forceinline__ void find_places(const GatherGateParams& p, const Tile& tile, Place (&places)[kVectors]) {
+__device__ __forceinline__ void find_places(const GatherGateParams& p, const Tile& tile, VectorPlace (&places)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     const int i = first_vector<kVectors>() + j * kWarp, row = i * kElements / p.table.row_dim;
-    places[j] = i < tile.vectors ? Place(row, i * kElements - row * p.table.row_dim) : Place(-1, 0);
+    places[j] = i < tile.vectors ? VectorPlace(row, i * kElements - row * p.table.row_dim) : VectorPlace(-1, 0);
   }
 }
 
 // A thread's part of the memory vector, out of shared memory; zeros where it has none. kWhole: it has all its vectors.
 template <RowFormat kFormat, bool kWhole, int kElements>
-__device__ __forceinline__ void decode_places(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
+__device__ __forceinline__ void decode_places(const GatherGateParams& p, const Tile& tile, const VectorPlace (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    Place place = places[j];
+    VectorPlace place = places[j];
     place.hide();
 #pragma unroll
     for (int i = 0; i < kElements; ++i) e[j][i] = 0.0F;
     if (!kWhole && !place.is_there()) continue;
     const unsigned char* row = shared_bytes_at(tile.rows_at + place.row() * tile.row_pitch);
     float scale = 0.0F;
-    if constexpr (kFormat == RowFormat::kFp8Tensor) {  // it may be NaN
+    if constexpr (traits_of(kFormat).scale == RowScale::kTensor) {  // it may be NaN
       if (is_absent(staged(tile)[place.row()])) continue;
       scale = *reinterpret_cast<const float*>(p.table.scales);
     }
-    if constexpr (kFormat == RowFormat::kF32 && kElements == 8) {
+    if constexpr (stores(kFormat, DType::kF32) && kElements == 8) {
       // half of the lanes begin with the upper half, so that neighbours read from other banks
       const int swap = threadIdx.x / 4 % 2;
       const auto* halves = reinterpret_cast<const float4*>(row + 4 * place.element());
@@ -194,53 +211,20 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
 }
 
 template <bool kWhole, int kElements>
-__device__ __forceinline__ void decode_memory(const GatherGateParams& p, const Tile& tile, const Place (&places)[kVectors],
+__device__ __forceinline__ void decode_memory(const GatherGateParams& p, const Tile& tile, const VectorPlace (&places)[kVectors],
                                               float (&e)[kVectors][kElements]) {
-  switch (p.table.format) {
-    case RowFormat::kF32:
-      return decode_places<RowFormat::kF32, kWhole>(p, tile, places, e);
-    case RowFormat::kBf16:
-      return decode_places<RowFormat::kBf16, kWhole>(p, tile, places, e);
-    case RowFormat::kF16:
-      return decode_places<RowFormat::kF16, kWhole>(p, tile, places, e);
-    case RowFormat::kFp8Tensor:
-      return decode_places<RowFormat::kFp8Tensor, kWhole>(p, tile, places, e);
-    case RowFormat::kInt8Group32:
-      return decode_places<RowFormat::kInt8Group32, kWhole>(p, tile, places, e);
-    default:  // in shared memory the scales lie behind the values
-      return decode_places<RowFormat::kFp8Block32Packed, kWhole>(p, tile, places, e);
-  }
+  with_row_decode(p.table.format, [&](auto format) {  // in shared memory the scales lie behind the values
+    decode_places<decltype(format)::value, kWhole>(p, tile, places, e);
+  });
 }
 
-// Four elements of a vector.
-template <DType kType>
-__device__ __forceinline__ void unpack_quad(const uint4& v, int quad, float (&values)[4]) {
-  if constexpr (kType == DType::kF32) {
-    unpack_vector<kType>(v, values);
-  } else {
-    unpack_pair<kType>(quad ? v.z : v.x, values, values + 1);
-    unpack_pair<kType>(quad ? v.w : v.y, values + 2, values + 3);
-  }
-}
-
-// Its words: two, or four of float.
-template <DType kType>
-__device__ __forceinline__ void pack_quad(const float (&values)[4], uint32_t* words) {
-  if constexpr (kType == DType::kF32) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) words[n] = __float_as_uint(values[n]);
-  } else {
-    words[0] = pack_pair<kType>(values[0], values[1]);
-    words[1] = pack_pair<kType>(values[2], values[3]);
-  }
-}
-
-// The products of the two weights of this thread's vectors, a branch after the other: from the block's shared memory, or from
-// memory. Where a vector is not there, those of another. kWhole: all are there.
+// The products of the two weights of this thread's vectors, one branch after the other: from the block's shared memory, or
+// from memory. A vector that is not there has those of another one. kWhole: all are there.
 template <int kElements, bool kStaged, bool kWhole>
 class Products {
  public:
-  __device__ __forceinline__ Products(const GatherGateParams& p, const Tile& tile, int branch, const Place (&places)[kVectors])
+  __device__ __forceinline__ Products(const GatherGateParams& p, const Tile& tile, int branch,
+                                      const VectorPlace (&places)[kVectors])
       : weights_(p.weights), size_(static_cast<int>(p.hidden_size)), plane_(tile.vectors), first_(branch * size_) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) at_[j] = kWhole || places[j].is_there() ? first_vector<kVectors>() + j * kWarp : 0;
@@ -271,49 +255,34 @@ class Products {
   int at_[kVectors];
 };
 
-// Sums kCount values (a power of two) over a warp: lane l gets the sum of value l / (kWarp / kCount), in v[0].
-template <int kCount, int kOffset = kWarp / 2>
-__device__ __forceinline__ void spread_sums(float* v) {
-  if constexpr (kCount > 1) {  // each half of the lanes goes on with half of the values
-    const bool upper = (threadIdx.x & kOffset) != 0;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const float kept = upper ? v[i + kCount / 2] : v[i], given = upper ? v[i] : v[i + kCount / 2];
-      v[i] = kept + __shfl_xor_sync(~0U, given, kOffset);
-    }
-    spread_sums<kCount / 2, kOffset / 2>(v);
-  } else if constexpr (kOffset > 0) {
-    v[0] += __shfl_xor_sync(~0U, v[0], kOffset);
-    spread_sums<1, kOffset / 2>(v);
-  }
-}
-
 // Where this thread's first vector of a branch lies.
 template <DType kType>
 __device__ __forceinline__ std::byte* first_vector_at(const BranchRows& rows, int t, int branch) {
   return reinterpret_cast<std::byte*>(vector_at<uint4>(rows, kType, t, branch, first_vector<kVectors>()));
 }
 
-// kWhole: all vectors are there.
+// kWhole: this thread has all its vectors.
 template <bool kWhole = false>
-__device__ __forceinline__ void load_vectors(const std::byte* from, const Place (&places)[kVectors], uint4 (&to)[kVectors]) {
+__device__ __forceinline__ void load_vectors(const std::byte* from, const VectorPlace (&places)[kVectors],
+                                             uint4 (&to)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (kWhole || places[j].is_there()) to[j] = reinterpret_cast<const uint4*>(from)[j * kWarp];
   }
 }
 
-__device__ __forceinline__ void store_vectors(std::byte* to, const Place (&places)[kVectors], const uint4 (&from)[kVectors]) {
+__device__ __forceinline__ void store_vectors(std::byte* to, const VectorPlace (&places)[kVectors],
+                                              const uint4 (&from)[kVectors]) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (places[j].is_there()) reinterpret_cast<uint4*>(to)[j * kWarp] = from[j];
   }
 }
 
-// The vectors of `count` branches; `from` is that of the first one. What is not there stays as it is.
+// Loads the vectors of `count` branches; `from` is the first one's. Vectors that are not there stay as they are.
 template <DType kType, int kGroup>
 __device__ __forceinline__ void load_group(const BranchRows& rows, const std::byte* from, int count,
-                                           const Place (&places)[kVectors], uint4 (&held)[kGroup][kVectors]) {
+                                           const VectorPlace (&places)[kVectors], uint4 (&held)[kGroup][kVectors]) {
 #pragma unroll
   for (int m = 0; m < kGroup; ++m, from += rows.branch_stride * dtype_bytes(kType)) {
     if (m >= count) break;
@@ -321,22 +290,13 @@ __device__ __forceinline__ void load_group(const BranchRows& rows, const std::by
   }
 }
 
-// One element of the memory vector, for the kernels that go element by element; counts a bad id where `counts`.
-__device__ __forceinline__ float memory_element(const GatherGateParams& p, int64_t t, int i, bool counts = false) {
-  const int row = i / p.table.row_dim, element = i - row * p.table.row_dim;
-  const int64_t id = p.row_id(t, row);
-  if (static_cast<uint64_t>(id) < static_cast<uint64_t>(p.table.num_rows)) return decode_element(p.table, id, element);
-  if (counts && element == 0 && id != kNoRow) count_error(p.error_count);
-  return 0.0F;
-}
-
 // Lays out a token's rows in shared memory from `at` bytes on. Returns whether the kernels of a block a token take them.
 inline bool lay_out(const GatherGateParams& p, int elements, int at, Tile* tile) {
   const RowSource& s = p.table;
   const int64_t row_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
   const int aligned = lowest_bit(reinterpret_cast<uintptr_t>(s.rows) | static_cast<uint64_t>(s.row_stride_bytes));
-  tile->slot_bytes = std::min({aligned, lowest_bit(static_cast<uint64_t>(row_bytes)), kVectorBytes});
-  if (tile->slot_bytes < 4 || s.row_dim % elements != 0 || s.row_dim > kMaxRowDim) return false;
+  tile->word_bytes = std::min({aligned, lowest_bit(static_cast<uint64_t>(row_bytes)), kVectorBytes});
+  if (tile->word_bytes < 4 || s.row_dim % elements != 0 || s.row_dim > kMaxRowDim) return false;
   const int64_t lead = aligned >= kLineBytes ? 0 : kLineBytes - aligned;  // of a row into its first line, at most
   tile->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
   tile->row_bytes = static_cast<int>(row_bytes);

@@ -2,7 +2,6 @@
 //
 // Mapping  as gate_bwd_cpu.cpp: tokens in chunks whose number does not depend on the threads.
 // Traffic  reads the rows, hidden and grad_out and writes grad_hidden and grad_rows once.
-#include "kernels/gate/gate_bwd_row_cpu.h"
 #include "kernels/gather_gate/gather_gate_row_cpu.h"
 
 namespace engram_kernels::EK_ISA {
@@ -11,14 +10,14 @@ namespace {
 // Second pass over a row. de (float, pair order) is set by the first branch and added to by the others.
 template <class T, class K>
 void write_grads(const RowGrads<T>& row, const K* e, const float* w, int64_t size, bool first_branch, float* de) {
-  const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.gate);
+  const F32 a = splat(row.slopes.a), b = splat(-row.slopes.b), c = splat(-row.slopes.c), g = splat(row.slopes.gate);
   const F32 residual = splat(row.residual);
   int64_t i = 0;
   for (; i + kPair <= size; i += kPair) {
     const Pair h = load_pair(row.hidden + i), k = load_pair(e + i), d = load_pair(row.grad_out + i);
     const Pair aw = mul(load_pair(w + i), a);
     store_pair(row.grad_hidden + i, fma(aw, k, fma(h, b, mul(d, residual))));
-    store_pair(row.product_sum + i, fma(mul(h, a), k, load_pair(row.product_sum + i)));
+    store_pair(row.partial_sums + i, fma(mul(h, a), k, load_pair(row.partial_sums + i)));
     const Pair as_key = fma(aw, h, fma(k, c, first_branch ? zero_pair() : load_pair(de + i)));
     store_pair(de + i, fma(d, g, as_key));
   }
@@ -27,7 +26,7 @@ void write_grads(const RowGrads<T>& row, const K* e, const float* w, int64_t siz
     const F32 h = load_upto(row.hidden + i, left), k = load_upto(e + i, left), d = load_upto(row.grad_out + i, left);
     const F32 aw = mul(load(w + i), a);
     store_upto(row.grad_hidden + i, fma(aw, k, fma(h, b, mul(d, residual))), left);
-    store(row.product_sum + i, fma(mul(h, a), k, load(row.product_sum + i)));
+    store(row.partial_sums + i, fma(mul(h, a), k, load(row.partial_sums + i)));
     store(de + i, fma(d, g, fma(aw, h, fma(k, c, first_branch ? zeros() : load(de + i)))));
   }
 }
@@ -42,18 +41,13 @@ void masked_token(const GatherGateBwdParams& p, int64_t t) {
 }
 
 template <class T, class K>
-void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float* product_sums, K* e, float* de) {
+void token_grads(const GatherGateBwdParams& p, int64_t t, const float* w, float* partial_sums, K* e, float* de) {
   const GatherGateParams& f = p.forward;
   const int64_t size = f.hidden_size, stride = padded_size(size);
   const float sum_kk = decoder<T>(f.table.format)(f, t, f.hidden.row<const T>(t, 0), w, e).kk;
   for (int64_t m = 0; m < f.branches; ++m) {
-    RowGrads<T> row{f.hidden.row<const T>(t, m),
-                    p.grad_out.row<const T>(t, m),
-                    p.grad_hidden.row<T>(t, m),
-                    product_sums + m * stride,
-                    f.options.add_residual ? 1.0F : 0.0F,
-                    0,
-                    {}};
+    RowGrads<T> row{f.hidden.row<const T>(t, m), p.grad_out.row<const T>(t, m),        p.grad_hidden.row<T>(t, m),
+                    partial_sums + m * stride,   f.options.add_residual ? 1.0F : 0.0F, {}};
     BwdSums sums = bwd_sums<false>(row.hidden, e, e, row.grad_out, w + m * stride, size);
     sums.kk = sum_kk;
     set_slopes(f.options, size, sums, &row);
@@ -67,7 +61,7 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
   const GatherGateParams& f = p.forward;
   const int64_t sums_size = f.branches * padded_size(f.hidden_size);
   const TokenChunks chunks = TokenChunks::of(f.num_tokens);
-  const Scratch w(sums_size), product_sums(chunks.count * sums_size);
+  const Scratch w(sums_size), partial_sums(chunks.count * sums_size);
   multiply_weights<T>(f.weights, f.branches, f.hidden_size, w.data());
   parallel.for_range(chunks.count, 1, [&](int64_t begin, int64_t end) {
     const Scratch e(padded_size(f.hidden_size)), de(padded_size(f.hidden_size));
@@ -78,11 +72,11 @@ void gather_gate_bwd_of_type(const GatherGateBwdParams& p, const Parallel& paral
           continue;
         }
         prefetch_rows(f, next_token(f, t, chunks.begin(c + 1)));
-        token_grads<T, K>(p, t, w.data(), product_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()), de.data());
+        token_grads<T, K>(p, t, w.data(), partial_sums.data() + c * sums_size, reinterpret_cast<K*>(e.data()), de.data());
       }
     }
   });
-  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, product_sums.data(), chunks.count,
+  write_weight_grads<T>({f.weights, p.grad_w_hidden, p.grad_w_key, f.branches, f.hidden_size}, partial_sums.data(), chunks.count,
                         parallel);
 }
 

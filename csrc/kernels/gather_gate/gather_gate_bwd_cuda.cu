@@ -1,17 +1,21 @@
 // CUDA kernels of the backward pass of gather_gate. Contract: gather_gate.h, gate.h; layout of a block:
 // gather_gate_block_cuda.h.
 //
-// Mapping  as the forward pass: a block takes a token after the other; hidden, the output's gradient, the memory vector and
-//          the gradient of it stay in registers, where the next token's hidden and gradient take their place. sum_t a h e, of
-//          which both weight gradients are multiples, is collected in shared memory and written once a block; a last kernel
-//          adds the blocks' shares in their order, so that the bits depend on the number of blocks only. Three plain
-//          kernels (gather_gate_bwd_plain_cuda.h) take what is not aligned or too wide.
-// Traffic  least: rows, ids, hidden and grad_out read, grad_hidden and grad_rows written once. On top the weights once a block
-//          and a share of 4 M H bytes, written and read.
-// Limits   the first kernel: as the forward pass; rows of hidden up to 8,192 elements of 2 bytes or 6,144 of 4.
+// A persistent block walks over tokens, kGroup branches at a time:
+//   1. decode   the token's rows, once for all branches, as the forward pass does
+//   2. sums     dot, |h|^2, |e|^2 and dout . e, per thread, then by warp
+//   3. slopes   one warp per branch turns them into a, b, c and the gate; the copies of the next token's rows start
+//   4. grads    grad_hidden goes out; the next hidden and grad_out take their place in the registers
+//   5. rows     grad_rows goes out after the last branch
+//   6. weights  a h e is summed over the tokens in shared memory; a last kernel adds the sums of the blocks
+// The sums have a fixed order: the bits depend on the number of blocks only.
+// Traffic  least: rows, ids, hidden and grad_out read, grad_hidden and grad_rows written once. On top the weights once per
+//          block and 4 M H bytes of partial sums per block, written and read.
+// Limits   those of the forward pass; rows of hidden up to 8,192 elements of 2 bytes or 6,144 of 4. Other rows go to
+//          gate_plain_cuda.h.
 #include <algorithm>
 
-#include "kernels/gather_gate/gather_gate_bwd_plain_cuda.h"
+#include "kernels/gather_gate/gather_gate_block_cuda.h"
 
 namespace engram_kernels {
 namespace {
@@ -24,7 +28,7 @@ constexpr int kMaxThreads = kGroup > 1             ? 384
 template <int kGroup>
 struct Sums {                                // of a group
   float by_warp[4 * kGroup][kMaxWarps + 1];  // dot, hidden^2, grad_out . e, and e^2 once
-  Slopes slopes[kGroup];
+  GateSlopes slopes[kGroup];
 };
 
 // What a thread holds of a group.
@@ -45,15 +49,15 @@ __device__ __forceinline__ Group group_at(const GatherGateBwdParams& p, int t, i
 }
 
 template <DType kType, int kGroup>
-__device__ __forceinline__ void load_groups(const GatherGateBwdParams& p, const Group& group, const Place (&places)[kVectors],
-                                            Held<kGroup>& held) {
+__device__ __forceinline__ void load_groups(const GatherGateBwdParams& p, const Group& group,
+                                            const VectorPlace (&places)[kVectors], Held<kGroup>& held) {
   load_group<kType>(p.forward.hidden, group.hidden, group.count, places, held.hidden);
   load_group<kType>(p.grad_out, group.grad, group.count, places, held.grad);
 }
 
 template <DType kType, bool kStaged, int kGroup>
 __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
-                                          const Place (&places)[kVectors], const Held<kGroup>& held,
+                                          const VectorPlace (&places)[kVectors], const Held<kGroup>& held,
                                           const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
   constexpr int kElements = kVectorElements<kType>, kLanes = kWarp / (4 * kGroup);
   float v[4 * kGroup] = {};
@@ -69,11 +73,11 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
-      for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
+      for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements at a time, for the registers' sake
         float h[4], g[4], w[4];
         products.load(j, quad, w);
-        unpack_quad<kType>(held.hidden[m][j], quad, h);
-        unpack_quad<kType>(held.grad[m][j], quad, g);
+        unpack_four<kType>(held.hidden[m][j], quad, h);
+        unpack_four<kType>(held.grad[m][j], quad, g);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const float x = e[j][4 * quad + n];
@@ -84,12 +88,12 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
       }
     }
   }
-  spread_sums<4 * kGroup>(v);
+  const float sum = spread_sums<kLanes>(v);
   const int lane = threadIdx.x % kWarp;
-  if (lane % kLanes == 0) sums.by_warp[lane / kLanes][threadIdx.x / kWarp] = v[0];
+  if (lane % kLanes == 0) sums.by_warp[lane / kLanes][threadIdx.x / kWarp] = sum;
 }
 
-// The slopes of the group: a warp a branch.
+// The slopes of the group: a warp per branch.
 template <int kGroup>
 __device__ __forceinline__ void score_group(const GatherGateParams& p, int count, Sums<kGroup>& sums) {
   const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
@@ -101,23 +105,23 @@ __device__ __forceinline__ void score_group(const GatherGateParams& p, int count
       if (lane < warps) v[i] = sums.by_warp[i < 3 ? 4 * m + i : 3][lane];
     }
     warp_sums(v);
-    if (lane == 0) sums.slopes[m] = slopes_of(p, v);
+    if (lane == 0) sums.slopes[m] = gate_slopes(p.options, p.hidden_size, v[0], v[1], v[3], v[2]);
   }
 }
 
-__device__ __forceinline__ float4* shares_at(const Tile& tile, int planes, int branch, int plane) {
-  return shared + tile.shares_at + (branch * planes + plane) * tile.vectors;
+__device__ __forceinline__ float4* partial_sums_of(const Tile& tile, int planes, int branch, int plane) {
+  return shared + tile.partial_sums_at + (branch * planes + plane) * tile.vectors;
 }
 
-// Four elements of a branch: hidden's gradient into words; adds to the memory vector's and to the share.
+// Four elements of a branch: hidden's gradient into words; adds to the memory vector's and to the partial sums.
 template <DType kType, bool kResidual>
-__device__ __forceinline__ void quad_gradients(const Slopes& s, const uint4& hidden, const uint4& grad, int quad,
-                                               const float (&w)[4], const float* e, float* grad_e, float4* share,
+__device__ __forceinline__ void quad_gradients(const GateSlopes& s, const uint4& hidden, const uint4& grad, int quad,
+                                               const float (&w)[4], const float* e, float* grad_e, float4* partial_sums,
                                                uint32_t* words) {
   float h[4], g[4], x[4];
-  unpack_quad<kType>(hidden, quad, h);
-  unpack_quad<kType>(grad, quad, g);
-  load_floats<DType::kF32, 4>(share, x);
+  unpack_four<kType>(hidden, quad, h);
+  unpack_four<kType>(grad, quad, g);
+  load_floats<DType::kF32, 4>(partial_sums, x);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const float aw = s.a * w[n];
@@ -125,24 +129,24 @@ __device__ __forceinline__ void quad_gradients(const Slopes& s, const uint4& hid
     grad_e[n] = fmaf(s.gate, g[n], fmaf(aw, h[n], grad_e[n]));
     h[n] = fmaf(aw, e[n], fmaf(-s.b, h[n], kResidual ? g[n] : 0.0F));
   }
-  *share = make_float4(x[0], x[1], x[2], x[3]);
-  pack_quad<kType>(h, words);
+  *partial_sums = make_float4(x[0], x[1], x[2], x[3]);
+  pack_four<kType>(h, words);
 }
 
 // Writes hidden's gradient of the group and asks for the next one. kWhole: the thread has all its vectors.
 template <DType kType, bool kStaged, bool kResidual, bool kWhole, int kGroup>
 __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const Tile& tile, int t, int branch, int count,
-                                            const Place (&places)[kVectors], const Slopes* slopes,
+                                            const VectorPlace (&places)[kVectors], const GateSlopes* slopes,
                                             const float (&e)[kVectors][kVectorElements<kType>],
                                             float (&grad_e)[kVectors][kVectorElements<kType>], Group next, Held<kGroup>& held) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4, kBytes = dtype_bytes(kType);
   std::byte* to = first_vector_at<kType>(p.grad_hidden, t, branch);
   Products<kElements, kStaged, kWhole> products(p.forward, tile, branch, places);
-  float4* share = shares_at(tile, kPlanes, branch, 0) + first_vector<kVectors>();
+  float4* partial_sums = partial_sums_of(tile, kPlanes, branch, 0) + first_vector<kVectors>();
 #pragma unroll
   for (int m = 0; m < kGroup; ++m) {
     if (m < count) {
-      const Slopes s = slopes[m];
+      const GateSlopes s = slopes[m];
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!kWhole && !places[j].is_there()) continue;
@@ -152,7 +156,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
           float w[4];
           products.load(j, quad, w);
           quad_gradients<kType, kResidual>(s, held.hidden[m][j], held.grad[m][j], quad, w, e[j] + 4 * quad, grad_e[j] + 4 * quad,
-                                           share + quad * tile.vectors + j * kWarp, words + 2 * quad);
+                                           partial_sums + quad * tile.vectors + j * kWarp, words + 2 * quad);
         }
         store_words(to + j * kWarp * kVectorBytes, words);
 #pragma unroll
@@ -164,7 +168,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
       load_vectors<kWhole>(next.grad, places, held.grad[m]);
     }
     products.next_branch();
-    share += kPlanes * tile.vectors;
+    partial_sums += kPlanes * tile.vectors;
     to += p.grad_hidden.branch_stride * kBytes;
     next.hidden += p.forward.hidden.branch_stride * kBytes, next.grad += p.grad_out.branch_stride * kBytes;
   }
@@ -173,7 +177,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
 // The same for a masked token: the output's gradient as it is, or zeros.
 template <DType kType, int kGroup>
 __device__ __forceinline__ void pass_group(const GatherGateBwdParams& p, int t, int branch, int count,
-                                           const Place (&places)[kVectors], const Held<kGroup>& held) {
+                                           const VectorPlace (&places)[kVectors], const Held<kGroup>& held) {
   std::byte* to = first_vector_at<kType>(p.grad_hidden, t, branch);
 #pragma unroll
   for (int m = 0; m < kGroup; ++m, to += p.grad_hidden.branch_stride * dtype_bytes(kType)) {
@@ -189,7 +193,8 @@ __device__ __forceinline__ void pass_group(const GatherGateBwdParams& p, int t, 
 
 // The gradient of the memory vector, which is that of the token's rows.
 template <DType kType>
-__device__ __forceinline__ void write_rows(const GatherGateBwdParams& p, const Tile& tile, int t, const Place (&places)[kVectors],
+__device__ __forceinline__ void write_rows(const GatherGateBwdParams& p, const Tile& tile, int t,
+                                           const VectorPlace (&places)[kVectors],
                                            const float (&grad_e)[kVectors][kVectorElements<kType>]) {
   auto* to = static_cast<uint4*>(p.grad_rows) + int64_t{t} * tile.vectors + first_vector<kVectors>();
 #pragma unroll
@@ -200,7 +205,7 @@ __device__ __forceinline__ void write_rows(const GatherGateBwdParams& p, const T
 
 template <DType kType, bool kStaged, int kGroup>
 __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, const Tile& tile, int t, bool masked,
-                                                const Coming& next, const Place (&places)[kVectors], Held<kGroup>& held) {
+                                                const Coming& next, const VectorPlace (&places)[kVectors], Held<kGroup>& held) {
   constexpr int kElements = kVectorElements<kType>;
   __shared__ Sums<kGroup> sums;
   const GatherGateParams& f = p.forward;
@@ -236,13 +241,13 @@ __device__ __forceinline__ void token_gradients(const GatherGateBwdParams& p, co
 
 template <DType kType, bool kStaged, int kGroup>
 __global__ void __launch_bounds__(kMaxThreads<kType, kGroup>)
-    gather_gate_bwd_tokens(const GatherGateBwdParams p, const Tile tile) {
+    gather_gate_bwd_kernel(const GatherGateBwdParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>, kPlanes = kElements / 4;
   const GatherGateParams& f = p.forward;
   for (int i = threadIdx.x; i < tile.branches * kPlanes * tile.vectors; i += blockDim.x) {
-    shares_at(tile, kPlanes, 0, 0)[i] = make_float4(0, 0, 0, 0);
+    partial_sums_of(tile, kPlanes, 0, 0)[i] = make_float4(0, 0, 0, 0);
   }
-  Place places[kVectors];
+  VectorPlace places[kVectors];
   find_places<kElements>(f, tile, places);
   Coming next = look_ahead(f, tile, blockIdx.x);
   Held<kGroup> held = {};
@@ -263,11 +268,22 @@ __global__ void __launch_bounds__(kMaxThreads<kType, kGroup>)
   __syncthreads();
   auto* out = static_cast<float4*>(p.scratch) + int64_t{blockIdx.x} * tile.branches * kPlanes * tile.vectors;
   for (int i = threadIdx.x; i < tile.branches * kPlanes * tile.vectors; i += blockDim.x) {
-    out[i] = shares_at(tile, kPlanes, 0, 0)[i];
+    out[i] = partial_sums_of(tile, kPlanes, 0, 0)[i];
   }
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
+
+// Where a block writes its partial sums: [branch][plane][vector][4].
+struct PartialSumOrder {
+  int planes;
+
+  __device__ __forceinline__ int64_t element(int64_t hidden_size, int i) const {
+    const int size = static_cast<int>(hidden_size), row = i / size, at = i % size;
+    const int plane = at / (size / planes), in_plane = at % (size / planes);
+    return int64_t{row} * size + in_plane / 4 * (4 * planes) + plane * 4 + in_plane % 4;
+  }
+};
 
 int64_t token_blocks(const GatherGateParams& f) { return std::min(f.num_tokens, int64_t{num_multiprocessors()}); }
 
@@ -276,16 +292,16 @@ bool launch_tokens(const GatherGateBwdParams& p, Tile tile, cudaStream_t stream)
   const int64_t plane_bytes = p.forward.branches * p.forward.hidden_size * int64_t{sizeof(float)};
   const int64_t kept = plane_bytes * (kStaged ? 2 : 1);
   if (kept > max_shared_bytes() || !lay_out(p.forward, kVectorElements<kType>, static_cast<int>(kept), &tile)) return false;
-  tile.shares_at = static_cast<int>(kStaged ? plane_bytes / kVectorBytes : 0);
-  const auto kernel = gather_gate_bwd_tokens<kType, kStaged, kGroup>;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
+  tile.partial_sums_at = static_cast<int>(kStaged ? plane_bytes / kVectorBytes : 0);
+  const auto kernel = gather_gate_bwd_kernel<kType, kStaged, kGroup>;
+  allow_max_shared_bytes(reinterpret_cast<const void*>(kernel));
   const int threads = lanes_for(tile.vectors, kVectors);
   kernel<<<static_cast<unsigned>(token_blocks(p.forward)), threads, tile.shared_bytes, stream>>>(p, tile);
   EK_CUDA_CHECK(cudaGetLastError());
   return true;
 }
 
-// Whether the kernel of a block a token took it.
+// Whether the kernel took it.
 template <DType kType>
 bool launch_tokens(const GatherGateBwdParams& p, cudaStream_t stream) {
   constexpr int kElements = kVectorElements<kType>, kBytes = dtype_bytes(kType);
@@ -308,42 +324,18 @@ bool launch_tokens(const GatherGateBwdParams& p, cudaStream_t stream) {
 }
 
 template <DType kType>
-void launch_plain(const GatherGateBwdParams& p, Slopes* slopes, float* shares, cudaStream_t stream) {
-  const GatherGateParams& f = p.forward;
-  const auto branches = static_cast<unsigned>(f.branches);
-  const auto columns = static_cast<unsigned>(ceil_div(f.hidden_size, int64_t{kPlainThreads}));
-  const auto tokens = static_cast<unsigned>(std::min(f.num_tokens, int64_t{num_multiprocessors()} * 16));
-  gather_gate_bwd_slopes<kType><<<dim3(tokens, branches), kPlainThreads, 0, stream>>>(p, slopes);
-  gather_gate_bwd_elements<kType><<<dim3(tokens, std::min(columns, 64U)), kPlainThreads, 0, stream>>>(p, slopes);
-  gather_gate_bwd_shares<kType><<<dim3(columns, branches, kPlainChunks), kPlainThreads, 0, stream>>>(p, slopes, shares);
-  EK_CUDA_CHECK(cudaGetLastError());
-}
-
-void launch_weights(const GatherGateBwdParams& p, const float* shares, int64_t count, int planes, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(p.forward.branches * p.forward.hidden_size, int64_t{kPlainThreads});
-  gather_gate_bwd_weights<<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(p, shares, static_cast<int>(count),
-                                                                                       planes);
-  EK_CUDA_CHECK(cudaGetLastError());
-}
-
-template <DType kType>
 void launch(const GatherGateBwdParams& p, cudaStream_t stream) {
   const GatherGateParams& f = p.forward;
-  if (f.num_tokens > 0 && launch_tokens<kType>(p, stream)) {
-    return launch_weights(p, static_cast<const float*>(p.scratch), token_blocks(f), kVectorElements<kType> / 4, stream);
-  }
-  auto* slopes = static_cast<Slopes*>(p.scratch);
-  auto* shares = reinterpret_cast<float*>(slopes + f.num_tokens * f.branches);
-  if (f.num_tokens > 0) launch_plain<kType>(p, slopes, shares, stream);
-  launch_weights(p, shares, f.num_tokens > 0 ? kPlainChunks : 0, 0, stream);
+  if (f.num_tokens == 0 || !launch_tokens<kType>(p, stream)) return launch_bwd_plain<kType>(p, stream);
+  launch_weights(p, static_cast<const float*>(p.scratch), token_blocks(f), f.branches * f.hidden_size,
+                 PartialSumOrder{kVectorElements<kType> / 4}, stream);
 }
 
 }  // namespace
 
 int64_t gather_gate_bwd_cuda_scratch_bytes(const GatherGateBwdParams& p) {
   const GatherGateParams& f = p.forward;
-  const int64_t row_bytes = f.branches * f.hidden_size * int64_t{sizeof(float)};
-  return std::max(token_blocks(f) * row_bytes, f.num_tokens * f.branches * int64_t{sizeof(Slopes)} + kPlainChunks * row_bytes);
+  return std::max(token_blocks(f) * f.branches * f.hidden_size * int64_t{sizeof(float)}, plain_scratch_bytes(f));
 }
 
 void gather_gate_bwd_cuda(const GatherGateBwdParams& p, void* stream) {

@@ -10,19 +10,12 @@ void check_params(const GatherGateParams& p) {
   EK_CHECK(p.columns * p.table.row_dim == p.hidden_size, "gather_gate: " << p.columns << " rows of " << p.table.row_dim
                                                                          << " elements do not make a hidden size of "
                                                                          << p.hidden_size);
-  check_gate_options("gather_gate", p.options);
+  check_gate_options("gather_gate", p.options.eps, p.options.clamp);
 }
 
 void check_host_data(const GatherGateParams& p) {
-  for (int64_t t = 0; t < p.num_tokens; ++t) {
-    if (p.masked(t)) continue;
-    for (int64_t c = 0; c < p.columns; ++c) {
-      const int64_t id = p.row_id(t, c);
-      EK_CHECK_INDEX(id >= kNoRow && id < p.table.num_rows, "gather_gate: row_ids[" << t << ", " << c << "] is " << id
-                                                                                    << ", expected [0, " << p.table.num_rows
-                                                                                    << ") or -1 (no row)");
-    }
-  }
+  const TokenRowIds ids{p.row_ids, p.num_tokens, p.columns, p.id_token_stride, p.id_column_stride, p.ids_are_int64, p.mask};
+  check_row_ids("gather_gate", ids, p.table.num_rows);
 }
 
 }  // namespace engram_kernels

@@ -1,12 +1,16 @@
 // CUDA kernels of gather_gate. Contract: gather_gate.h, gate.h; layout of a block: gather_gate_block_cuda.h.
 //
-// Mapping  a block takes a token after the other. Hidden stays in registers between the sums and the output, where the
-//          next token's takes its place; what a thread needs of the memory vector, decoded once for all branches, too. The
-//          products of the weights stay in shared memory for the life of the block where they fit. Few tokens are bound by
-//          latency: as long as there are multiprocessors enough, each of their branches has a block. The second kernel,
-//          element by element, takes what is not aligned or too wide, and reads its inputs twice (then out of the cache).
-// Traffic  rows, ids and hidden once, output once; the weights once a block (else once a token, out of the cache).
-// Limits   the first kernel: rows on 16 bytes, row_dim a multiple of a vector's elements, 1,536 vectors in a branch.
+// A persistent block walks over tokens, kGroup branches at a time:
+//   1. decode  the token's rows, which were copied to shared memory while the token before was worked on, once for all
+//              branches
+//   2. sums    dot, |h|^2 and |e|^2, per thread, then by warp
+//   3. scores  one warp per branch turns them into the gate; the copies of the next token's rows start
+//   4. output  h + gate * e goes out, and the hidden of what follows takes its place in the registers
+// The products of the weights stay in shared memory for the life of the block where they fit. Few tokens are bound by
+// latency: as long as there are enough multiprocessors, each of their branches has a block.
+// Traffic  rows, ids and hidden once, output once; the weights once per block (else once per token, out of the cache).
+// Limits   16-byte aligned rows of at most 1,536 vectors per branch, row_dim a multiple of a vector's elements. Other rows go to
+//          gate_plain_cuda.h.
 #include <algorithm>
 
 #include "kernels/gather_gate/gather_gate_block_cuda.h"
@@ -17,8 +21,7 @@ namespace {
 template <bool kWhole, int kGroup>
 constexpr int kMaxThreads = kGroup == 1 ? 768
                             : kWhole    ? 640
-                                        : 512;  // of an SM too, by registers
-constexpr int kRowThreads = 128;
+                                        : 512;  // of a multiprocessor too, by registers
 
 template <int kGroup>
 struct Sums {                                  // of a group, by warp
@@ -30,7 +33,7 @@ struct Sums {                                  // of a group, by warp
 // Sums of the vectors of this warp, for the branches of the group. kWhole: every thread has all its vectors.
 template <DType kType, bool kStaged, bool kWhole, int kGroup>
 __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile& tile, int branch, int count,
-                                          const Place (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
+                                          const VectorPlace (&places)[kVectors], const uint4 (&held)[kGroup][kVectors],
                                           const float (&e)[kVectors][kVectorElements<kType>], Sums<kGroup>& sums) {
   constexpr int kElements = kVectorElements<kType>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -42,10 +45,10 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
-      for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements a time, for the registers' sake
+      for (int quad = 0; quad < kElements / 4; ++quad) {  // four elements at a time, for the registers' sake
         float h[4], w[4];
         products.load(j, quad, w);
-        unpack_quad<kType>(held[m][j], quad, h);
+        unpack_four<kType>(held[m][j], quad, h);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           v[2 * m] = fmaf(h[n], e[j][4 * quad + n] * w[n], v[2 * m]);
@@ -54,8 +57,9 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
       }
     }
   }
-  spread_sums<2 * kGroup>(v);
-  if (lane % (kWarp / (2 * kGroup)) == 0) sums.of_branch[lane / (kWarp / (2 * kGroup))][warp] = v[0];
+  constexpr int kLanes = kWarp / (2 * kGroup);
+  const float sum = spread_sums<kLanes>(v);
+  if (lane % kLanes == 0) sums.of_branch[lane / kLanes][warp] = sum;
   if (branch > 0) return;
   float key[1] = {0};
 #pragma unroll
@@ -67,7 +71,7 @@ __device__ __forceinline__ void sum_group(const GatherGateParams& p, const Tile&
   if (lane == 0) sums.key[warp] = key[0];
 }
 
-// The gates of the group: a warp a branch.
+// The gates of the group: a warp per branch.
 template <int kGroup>
 __device__ __forceinline__ void score_group(const GatherGateParams& p, int count, Sums<kGroup>& sums) {
   const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
@@ -88,7 +92,7 @@ struct Following {
 
 // Writes the group and asks for the next one.
 template <DType kType, bool kResidual, bool kWhole, int kGroup>
-__device__ __forceinline__ void write_group(const GatherGateParams& p, int count, const Place (&places)[kVectors],
+__device__ __forceinline__ void write_group(const GatherGateParams& p, int count, const VectorPlace (&places)[kVectors],
                                             const float* gates, const float (&e)[kVectors][kVectorElements<kType>], std::byte* to,
                                             Following next, uint4 (&held)[kGroup][kVectors]) {
   constexpr int kElements = kVectorElements<kType>;
@@ -103,10 +107,10 @@ __device__ __forceinline__ void write_group(const GatherGateParams& p, int count
 #pragma unroll
         for (int quad = 0; quad < kElements / 4; ++quad) {
           float h[4];
-          unpack_quad<kType>(held[m][j], quad, h);
+          unpack_four<kType>(held[m][j], quad, h);
 #pragma unroll
           for (int n = 0; n < 4; ++n) h[n] = kResidual ? fmaf(gate, e[j][4 * quad + n], h[n]) : gate * e[j][4 * quad + n];
-          pack_quad<kType>(h, words + 2 * quad);
+          pack_four<kType>(h, words + 2 * quad);
         }
         store_words(to + j * kWarp * kVectorBytes, words);
       }
@@ -118,7 +122,7 @@ __device__ __forceinline__ void write_group(const GatherGateParams& p, int count
 
 // The same for a masked token: hidden as it is, or zeros.
 template <int kGroup>
-__device__ __forceinline__ void pass_group(bool residual, int64_t stride, int count, const Place (&places)[kVectors],
+__device__ __forceinline__ void pass_group(bool residual, int64_t stride, int count, const VectorPlace (&places)[kVectors],
                                            std::byte* to, const uint4 (&held)[kGroup][kVectors]) {
 #pragma unroll
   for (int m = 0; m < kGroup; ++m, to += stride) {
@@ -131,11 +135,11 @@ __device__ __forceinline__ void pass_group(bool residual, int64_t stride, int co
 }
 
 template <DType kType, bool kStaged, bool kWhole, int kGroup>
-__global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_tokens(const GatherGateParams p, const Tile tile) {
+__global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_kernel(const GatherGateParams p, const Tile tile) {
   constexpr int kElements = kVectorElements<kType>;
   __shared__ Sums<kGroup> sums;
   const int first = kGroup == 1 ? blockIdx.y * tile.branches : 0;
-  Place places[kVectors];
+  VectorPlace places[kVectors];
   find_places<kElements>(p, tile, places);
   Coming next = look_ahead(p, tile, blockIdx.x);
   describe_rows(p, tile, next);
@@ -180,45 +184,9 @@ __global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_token
   }
 }
 
-// Any size and alignment: a block a row.
-template <DType kType>
-__global__ void __launch_bounds__(kRowThreads, 8) gather_gate_rows(const GatherGateParams p) {
-  __shared__ float4 partial[kRowThreads / kWarp];
-  __shared__ float score;
-  const int size = static_cast<int>(p.hidden_size), m = blockIdx.y;
-#pragma unroll 1
-  for (int64_t t = blockIdx.x; t < p.num_tokens; t += gridDim.x) {
-    const bool masked = p.masked(t);
-    const void* hidden = vector_at<std::byte>(p.hidden, kType, t, m, 0);
-    void* out = vector_at<std::byte>(p.out, kType, t, m, 0);
-    float sums[3] = {0, 0, 0};
-    for (int i = threadIdx.x; i < size && !masked; i += kRowThreads) {
-      const float h = load_element(hidden, kType, i), e = memory_element(p, t, i, m == 0);
-      const float w = load_element(p.weights.w_hidden, p.weights.dtype, int64_t{m} * size + i) *
-                      load_element(p.weights.w_key, p.weights.dtype, int64_t{m} * size + i);
-      sums[0] = fmaf(h, e * w, sums[0]), sums[1] = fmaf(h, h, sums[1]), sums[2] = fmaf(e, e, sums[2]);
-    }
-    branch_sums(sums, partial);
-    if (threadIdx.x == 0) score = gate_score(p.options, size, sums[0], sums[1], sums[2]).gate;
-    __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kRowThreads) {
-      if (masked) {  // bits, not values: a NaN keeps its payload
-        for (int b = 0; b < dtype_bytes(kType); ++b) {
-          const int64_t at = int64_t{i} * dtype_bytes(kType) + b;
-          const auto* from = static_cast<const std::byte*>(hidden) + at;
-          static_cast<std::byte*>(out)[at] = p.options.add_residual ? *from : std::byte{0};
-        }
-        continue;
-      }
-      const float e = memory_element(p, t, i);
-      store_element(out, kType, i, p.options.add_residual ? fmaf(score, e, load_element(hidden, kType, i)) : score * e);
-    }
-    __syncthreads();  // score and partial are free again
-  }
-}
-
-// Whether it was launched: the block is not too wide, and what it holds of `branches` branches fits.
-template <DType kType, bool kStaged, int kGroup, bool kWhole = false>
+// Whether it was launched: the block is not too wide, and what it holds of `branches` branches fits. kStaged: the products of
+// the weights stay in shared memory; kWhole: every thread has all its vectors; kGroup: branches at a time.
+template <DType kType, bool kStaged, bool kWhole, int kGroup>
 bool launch_tokens(const GatherGateParams& p, int64_t branches, cudaStream_t stream) {
   constexpr int kElements = kVectorElements<kType>;
   const int64_t vectors = p.hidden_size / kElements, weights = branches * p.hidden_size * int64_t{sizeof(float)};
@@ -230,8 +198,8 @@ bool launch_tokens(const GatherGateParams& p, int64_t branches, cudaStream_t str
   tile.tokens = static_cast<int>(p.num_tokens);
   if (kWhole && vectors != int64_t{kVectors} * threads) return false;
   if (p.columns > threads || !lay_out(p, kElements, kStaged ? static_cast<int>(weights) : 0, &tile)) return false;
-  const auto kernel = gather_gate_tokens<kType, kStaged, kWhole, kGroup>;
-  EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.shared_bytes));
+  const auto kernel = gather_gate_kernel<kType, kStaged, kWhole, kGroup>;
+  allow_max_shared_bytes(reinterpret_cast<const void*>(kernel));
   const int64_t by_shared = std::max(1, max_shared_bytes() / (tile.shared_bytes + kStaticBytes));
   const int64_t resident = num_multiprocessors() * std::min<int64_t>(by_shared, kMaxThreads<kWhole, kGroup> / threads);
   const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, resident)), static_cast<unsigned>(p.branches / branches));
@@ -240,7 +208,26 @@ bool launch_tokens(const GatherGateParams& p, int64_t branches, cudaStream_t str
   return true;
 }
 
-// Whether the kernel of a block a token took it.
+// One compiled shape of the kernel, and what it is tried for.
+struct Shape {
+  bool (*launch)(const GatherGateParams& p, int64_t branches, cudaStream_t stream);
+  bool one_branch_per_block;  // else all of them
+  bool only_for_few_tokens;
+};
+
+// In the order in which they are tried: the products of the weights in shared memory before those that are read anew for each
+// token, four branches at a time before one.
+template <DType kType>
+constexpr Shape kShapes[] = {
+    {.launch = launch_tokens<kType, true, false, 1>, .one_branch_per_block = true, .only_for_few_tokens = true},
+    {.launch = launch_tokens<kType, true, true, 4>, .one_branch_per_block = false, .only_for_few_tokens = false},
+    {.launch = launch_tokens<kType, true, false, 4>, .one_branch_per_block = false, .only_for_few_tokens = false},
+    {.launch = launch_tokens<kType, false, false, 4>, .one_branch_per_block = false, .only_for_few_tokens = false},
+    {.launch = launch_tokens<kType, true, false, 1>, .one_branch_per_block = false, .only_for_few_tokens = false},
+    {.launch = launch_tokens<kType, false, false, 1>, .one_branch_per_block = false, .only_for_few_tokens = false},
+};
+
+// Whether one of the shapes took it.
 template <DType kType>
 bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
   constexpr int kBytes = dtype_bytes(kType);
@@ -248,20 +235,12 @@ bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
       !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
     return false;
   }
-  const int64_t all = p.branches;
-  if (all > 1 && p.num_tokens * all <= num_multiprocessors() && launch_tokens<kType, true, 1>(p, 1, stream)) return true;
-  return launch_tokens<kType, true, 4, true>(p, all, stream) || launch_tokens<kType, true, 4>(p, all, stream) ||
-         launch_tokens<kType, false, 4>(p, all, stream) || launch_tokens<kType, true, 1>(p, all, stream) ||
-         launch_tokens<kType, false, 1>(p, all, stream);
-}
-
-template <DType kType>
-void launch(const GatherGateParams& p, cudaStream_t stream) {
-  if (launch_tokens<kType>(p, stream)) return;
-  const dim3 grid(static_cast<unsigned>(std::min(p.num_tokens, int64_t{num_multiprocessors()} * 16)),
-                  static_cast<unsigned>(p.branches));
-  gather_gate_rows<kType><<<grid, kRowThreads, 0, stream>>>(p);
-  EK_CUDA_CHECK(cudaGetLastError());
+  const bool few = p.branches > 1 && p.num_tokens * p.branches <= num_multiprocessors();
+  for (const Shape& shape : kShapes<kType>) {
+    if (shape.only_for_few_tokens && !few) continue;
+    if (shape.launch(p, shape.one_branch_per_block ? 1 : p.branches, stream)) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -272,7 +251,9 @@ void gather_gate_cuda(const GatherGateParams& p, void* stream) {
   EK_CHECK(p.branches <= kMaxGridY, "gather_gate: " << p.branches << " branches, expected at most " << kMaxGridY);
   EK_CHECK(p.hidden_size <= INT32_MAX, "gather_gate: hidden_size is " << p.hidden_size << ", expected less than 2^31");
   const auto on = static_cast<cudaStream_t>(stream);
-  dispatch_dtype(p.dtype, [&](auto type) { launch<type.value>(p, on); });
+  dispatch_dtype(p.dtype, [&](auto type) {
+    if (!launch_tokens<type.value>(p, on)) launch_plain<type.value>(p, on);
+  });
 }
 
 }  // namespace engram_kernels

@@ -1,7 +1,7 @@
 // What the CPU kernels of gather_gate do with the rows of one token.
 #pragma once
 
-#include "kernels/gate/gate_row_cpu.h"
+#include "kernels/gate/gate_cpu.h"
 #include "kernels/gather_gate/gather_gate.h"
 #include "kernels/gather_rows/fp8_to_bf16_cpu.h"
 
@@ -48,27 +48,10 @@ EK_LANE int64_t next_token(const GatherGateParams& p, int64_t t, int64_t end) {
 // How a token's rows are kept between the passes: as they are stored where their element is that of hidden, which takes
 // half the room of floats and no rounding; else as float in the pair order of T.
 template <RowFormat kFormat, class T>
-using Kept = std::conditional_t<
-    (kFormat == RowFormat::kBf16 && std::is_same_v<T, Bf16>) || (kFormat == RowFormat::kF16 && std::is_same_v<T, F16>), T, float>;
+using Kept = std::conditional_t<stores(kFormat, kDType<T>), T, float>;
 
 // Brings the rows of token t into e [padded_size of Kept], while it computes the sums of one branch (that of h and w).
 using DecodeAndSum = RowSums (*)(const GatherGateParams& p, int64_t t, const void* h, const float* w, void* e);
-
-template <RowFormat kFormat>
-constexpr bool kIsFp8 =
-    kFormat == RowFormat::kFp8Block32 || kFormat == RowFormat::kFp8Block32Packed || kFormat == RowFormat::kFp8Tensor;
-
-// The scale of element i of an fp8 row.
-template <RowFormat kFormat>
-EK_LANE float scale_at(const RowSource& table, const std::byte* scales, int i) {
-  if constexpr (kFormat == RowFormat::kFp8Tensor) {
-    float scale;
-    std::memcpy(&scale, table.scales, sizeof(scale));
-    return scale;
-  } else {
-    return ue8m0_to_float(static_cast<uint8_t>(scales[i / kScaleBlock]), table.zero_scale_is_zero);
-  }
-}
 
 // kPair elements of a row, from a multiple of kPair, in the pair order of T; also written to e
 template <RowFormat kFormat, class T>
@@ -76,7 +59,8 @@ EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std
   if constexpr (std::is_same_v<Kept<kFormat, T>, T> && !std::is_same_v<T, float>) {
     std::memcpy(e + i, row + int64_t{i} * sizeof(T), kPair * sizeof(T));
     return load_pair(e + i);
-  } else if constexpr (kIsFp8<kFormat> && kIsEvenOdd<T> && kHasFp8Shift && kPair == kScaleBlock) {
+  } else if constexpr (traits_of(kFormat).element == RowElement::kFp8E4m3 && kIsEvenOdd<T> && kHasFp8Shift &&
+                       kPair == kScaleBlock) {
     Bf16 words[kScaleBlock];  // an unscaled e4m3 is exact in bf16, and there it is in order already
     fp8_block_to_bf16<false>(row + i, std::byte{127}, words);
     const Pair x = mul(load_pair(words), splat(scale_at<kFormat>(table, scales, i)));

@@ -3,8 +3,7 @@
 //   out[i, :] = decode(row row_ids[i])        zeros where row_ids[i] is -1; such a row is not read
 //   grad_rows[r, :] = sum over i with row_ids[i] = r of grad[i, :]
 // Dequantization is in fp32 with one rounding to the output dtype; rows of the output dtype are copied bit for bit. The
-// gradient of a row is summed in fp32 in the order of the positions and rounded once, so that it does not depend on
-// threads.
+// gradient of a row is summed in fp32 in the order of the positions and rounded once: it does not depend on threads.
 #pragma once
 
 #include <cstddef>

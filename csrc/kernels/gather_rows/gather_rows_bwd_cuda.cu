@@ -1,22 +1,21 @@
 // CUDA kernel of the backward pass of gather_rows: a dense gradient of the rows. Contract: gather_rows.h.
 //
-// Mapping  a warp looks at a position of the sorted ids. Where a new row begins, it sums the row's positions in their
-//          order, in fp32 registers, a chunk of columns at a time; elsewhere it has nothing to do. So every output row
-//          has one writer, and its bits do not depend on the grid.
-// Traffic  reads the gradient once, 12 to 16 B an id of the sort, writes each row that is named once; the caller has
-//          zeroed the others.
-// Limits   a row that thousands of positions name is summed by one warp.
+// A warp looks at a position of the sorted ids. Where a new row begins, it sums the row's positions in their order, in fp32
+// registers, a chunk of columns at a time; elsewhere it has nothing to do. So every output row has one writer, and its bits
+// do not depend on the grid.
+// Traffic  reads the gradient once and 12 to 16 bytes per id of the sort, and writes each row that is named once; the caller
+//          has zeroed the others.
+// Limits   one warp sums a row, even one that thousands of positions name.
 #include <algorithm>
 
-#include "common/convert_cuda.h"
 #include "common/cuda_check.h"
+#include "common/vector_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
 
 namespace engram_kernels {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kWarp = 32;
 constexpr int kVector = 8;  // elements of a lane
 constexpr int kPositionsAtOnce = 4;
 constexpr int kBlocksPerSm = 16;
@@ -72,7 +71,7 @@ __device__ __forceinline__ void store_sums(const GatherRowsBwdParams& p, int64_t
 }
 
 template <DType kGrad, DType kOut, int kCount>
-__global__ void __launch_bounds__(kThreads) sum_rows(const GatherRowsBwdParams p) {
+__global__ void __launch_bounds__(kThreads) gather_rows_bwd_kernel(const GatherRowsBwdParams p) {
   const int lane = threadIdx.x % kWarp;
   const int64_t step = int64_t{gridDim.x} * (kThreads / kWarp);
 #pragma unroll 1
@@ -93,9 +92,9 @@ void launch(const GatherRowsBwdParams& p, bool vectors, cudaStream_t stream) {
   const int64_t wanted = ceil_div(p.row_ids.count, int64_t{kThreads / kWarp});
   const auto blocks = static_cast<unsigned>(std::min(wanted, int64_t{num_multiprocessors()} * kBlocksPerSm));
   if (vectors) {
-    sum_rows<kGrad, kOut, kVector><<<blocks, kThreads, 0, stream>>>(p);
+    gather_rows_bwd_kernel<kGrad, kOut, kVector><<<blocks, kThreads, 0, stream>>>(p);
   } else {
-    sum_rows<kGrad, kOut, 1><<<blocks, kThreads, 0, stream>>>(p);
+    gather_rows_bwd_kernel<kGrad, kOut, 1><<<blocks, kThreads, 0, stream>>>(p);
   }
   EK_CUDA_CHECK(cudaGetLastError());
 }

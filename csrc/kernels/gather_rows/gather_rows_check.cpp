@@ -2,11 +2,12 @@
 #include "kernels/gather_rows/gather_rows.h"
 
 namespace engram_kernels {
+
 void check_params(const GatherRowsParams& p) {
   const RowSource& s = p.source;
   check_row_source("gather_rows", s);
   EK_CHECK(p.row_ids.count >= 0, "gather_rows: the number of ids is " << p.row_ids.count);
-  EK_CHECK(!p.as_stored || s.format == RowFormat::kFp8Block32Packed, "gather_rows: only packed rows can be had as stored");
+  EK_CHECK(!p.as_stored || traits_of(s.format).packed, "gather_rows: only packed rows can be had as stored");
   EK_CHECK(p.max_blocks >= 0, "gather_rows: max_blocks is " << p.max_blocks << ", expected at least 0");
 }
 

@@ -157,7 +157,7 @@ void decode_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
 }
 
 // Blocks of fp8 with a power-of-two scale, to bf16: by shifting where the scales are ordinary, else over float.
-template <bool kStream>
+template <RowFormat kFormat, bool kStream>
 void shift_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   const RowSource& s = p.source;
   const int dim = s.row_dim;
@@ -166,7 +166,7 @@ void shift_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
     const std::byte* scales = s.row_scales(id);
     Bf16* to = reinterpret_cast<Bf16*>(out);
     if (!shifts_to_bf16(scales, dim / kScaleBlock)) {
-      decode_piece<RowFormat::kFp8Block32>(s, id, 0, dim, to);
+      decode_piece<kFormat>(s, id, 0, dim, to);
       return;
     }
     for (int i = 0; i < dim; i += kScaleBlock) fp8_block_to_bf16<kStream>(row + i, scales[i / kScaleBlock], to + i);
@@ -175,18 +175,16 @@ void shift_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
 
 template <bool kStream>
 void gather_range(const GatherRowsParams& p, int64_t begin, int64_t end) {
-  with_row_format(p.source.format, [&](auto format) __attribute__((always_inline)) {
-    // packed rows differ only in where the scales are
-    constexpr RowFormat kFormat = format() == RowFormat::kFp8Block32Packed ? RowFormat::kFp8Block32 : format();
+  with_row_decode(p.source.format, [&](auto format) __attribute__((always_inline)) {
+    constexpr RowFormat kFormat = decltype(format)::value;
+    constexpr RowFormatTraits kTraits = traits_of(kFormat);
     with_dtype(p.out_dtype, [&](auto* out) __attribute__((always_inline)) {
       using Out = std::remove_pointer_t<decltype(out)>;
-      constexpr bool kSame = (kFormat == RowFormat::kF32 && std::is_same_v<Out, float>) ||
-                             (kFormat == RowFormat::kBf16 && std::is_same_v<Out, Bf16>) ||
-                             (kFormat == RowFormat::kF16 && std::is_same_v<Out, F16>);
-      if constexpr (kSame) {
+      if constexpr (stores(kFormat, kDType<Out>)) {
         copy_rows<kStream>(p, begin, end);
-      } else if constexpr (kHasFp8Shift && kFormat == RowFormat::kFp8Block32 && std::is_same_v<Out, Bf16>) {
-        shift_rows<kStream>(p, begin, end);
+      } else if constexpr (kHasFp8Shift && kTraits.element == RowElement::kFp8E4m3 && kTraits.scale == RowScale::kBlockUe8m0 &&
+                           std::is_same_v<Out, Bf16>) {
+        shift_rows<kFormat, kStream>(p, begin, end);
       } else {
         decode_rows<kFormat, Out, kStream>(p, begin, end);
       }

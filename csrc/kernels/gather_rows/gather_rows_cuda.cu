@@ -1,29 +1,159 @@
 // CUDA kernels of gather_rows. Contract: gather_rows.h.
 //
-// Mapping  a block takes a tile of rows. A group of lanes reads a row as it lies in memory, a 128-byte line a time, to
-//          shared memory (nothing waits until the whole tile is on its way). Then the block writes the tile, 16 bytes a
-//          thread: as it lies there, or decoded. A batch so small that a warp a row fills no GPU waits less without the
-//          tiles: a warp carries a row from memory to memory. Another kernel, by element, takes what has no alignment.
-// Traffic  every sector of a row once, the output once, 4 or 8 B an id. Over PCIe the reads are 128-byte requests.
-// Limits   tiles of rows up to kMaxStagedBytes, longer ones a warp a row; any row for the kernel by element.
+//   tiles        a block carries a tile of rows:
+//                1. stage  a group of lanes reads a row as it lies in memory, one 128-byte line at a time, to shared memory;
+//                          nothing waits until the whole tile is on its way
+//                2. write  the block writes the tile, 16 bytes per thread: as it lies there, or decoded
+//   warps        a warp carries a row from memory to memory. A batch that fills no GPU so waits less than in tiles, whose
+//                barriers take longer than a row takes from memory
+//   by element   an element or byte per thread, for what has no alignment
+// Traffic  every sector of a row once, the output once, 4 or 8 bytes per id. Over PCIe the reads are 128-byte requests.
+// Limits   tiles of rows up to kMaxStagedBytes; longer ones take a warp per row; any row for the kernels by element.
 #include <algorithm>
 
-#include "common/convert_cuda.h"
 #include "common/cuda_check.h"
 #include "common/stored_row_cuda.h"
+#include "common/vector_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
-#include "kernels/gather_rows/gather_rows_stage_cuda.h"
-#include "kernels/gather_rows/gather_rows_warp_cuda.h"
 
 namespace engram_kernels {
 namespace {
 
+constexpr int kThreads = 64;           // of many rows each: what a thread does once for a tile is a good part of its work
+constexpr int kRowsAtOnce = 8;         // of a group of lanes, so that a thread has 8 loads in flight at least
 constexpr int kBlocksPerSm = 32;       // as many as 2,048 threads allow
 constexpr int kLoadsInFlight = 8;      // of a thread, at least
 constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
-constexpr int64_t kMaxRowsAThread = 32;
+constexpr int64_t kMaxRowsPerThread = 32;
 constexpr int kMaxStagedBytes = 2048;
 constexpr int kResidentWarps = 64;  // of a multiprocessor
+
+// What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
+// then the staged rows, then the ids.
+struct Plan {
+  int aligned_bytes;      // of rows in memory, up to 16
+  int word_bytes;         // of one load: 16, 8 or 4
+  int lines;              // that a row can touch
+  int rows;               // of a tile
+  int row_bytes;          // read of a row
+  int row_pitch;          // bytes between rows in shared memory
+  int scale_bytes;        // of a row's scales that lie apart in memory
+  bool keeps_ids;         // for them
+  int scale_lanes;        // threads that fetch them
+  int vectors;            // 16-byte pieces of an output row
+  int vector_lanes;       // threads that write a row
+  int rows_at_once;       // that the block writes
+  int lanes_inverse;      // 2^16 / vector_lanes, rounded up
+  int staged_rows;        // rows, up to whole turns of stage_lines
+  int staged_at, ids_at;  // bytes into shared memory
+  int shared_bytes;
+};
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+__device__ __forceinline__ StagedRow* staged(const Plan& plan) { return reinterpret_cast<StagedRow*>(shared + plan.staged_at); }
+__device__ __forceinline__ int64_t* staged_ids(const Plan& plan) { return reinterpret_cast<int64_t*>(shared + plan.ids_at); }
+__device__ __forceinline__ bool is_absent(const Plan& plan, int r) { return static_cast<int>(staged(plan)[r].w) == kAbsent; }
+
+__device__ __forceinline__ bool is_row(const GatherRowsParams& p, int64_t id) {
+  return static_cast<uint64_t>(id) < static_cast<uint64_t>(p.source.num_rows);
+}
+
+// Looks the tile's ids up. Returns whether this thread met one without a row, behind the last one too.
+template <bool kKeepIds>
+__device__ __forceinline__ bool stage_ids(const GatherRowsParams& p, const Plan& plan, int64_t first, int count) {
+  bool absent = false;
+#pragma unroll 1
+  for (int r = threadIdx.x; r < plan.staged_rows; r += kThreads) {
+    const int64_t id = r < count ? p.row_ids[first + r] : kNoRow;
+    const bool there = is_row(p, id);
+    if (!there && id != kNoRow) count_error(p.error_count);
+    const auto row = reinterpret_cast<uint64_t>(p.source.row(id));
+    const int into_line = static_cast<int>(row % kLineBytes);
+    const uint64_t line = row - into_line;
+    staged(plan)[r] = make_uint4(static_cast<uint32_t>(line), static_cast<uint32_t>(line >> 32), r * plan.row_pitch - into_line,
+                                 there ? into_line : kAbsent);
+    if constexpr (kKeepIds) staged_ids(plan)[r] = id;
+    absent |= !there;
+  }
+  return absent;
+}
+
+__device__ __forceinline__ uint32_t shared_address() { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+
+// Starts the reads of kLines lines of every row of the tile, from line `first_line` of the row on.
+template <int kWordBytes, int kLines>
+__device__ __forceinline__ void stage_lines(const Plan& plan, int count, int first_line) {
+  constexpr int kLanes = kLineBytes / kWordBytes, kGroups = kThreads / kLanes;
+  const int lane_bytes = threadIdx.x % kLanes * kWordBytes + first_line * kLineBytes;
+  const uint32_t base = shared_address() + lane_bytes;
+  const StagedRow* next = staged(plan) + threadIdx.x / kLanes;
+#pragma unroll 1
+  for (int r = threadIdx.x / kLanes; r < count; r += kRowsAtOnce * kGroups, next += kRowsAtOnce * kGroups) {
+    StagedRow words[kRowsAtOnce];
+#pragma unroll
+    for (int n = 0; n < kRowsAtOnce; ++n) words[n] = next[n * kGroups];
+#pragma unroll
+    for (int n = 0; n < kRowsAtOnce; ++n) {
+      const auto* from = reinterpret_cast<const std::byte*>(uint64_t{words[n].y} << 32 | words[n].x) + lane_bytes;
+      const uint32_t to = base + words[n].z;
+      // where in its row this thread's word of the first line lies; far behind the end if the row is absent
+      const int at = lane_bytes - static_cast<int>(words[n].w);
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        const int end = plan.row_bytes - i * kLineBytes;
+        // only the first line has words before the row
+        const bool in_row = i == 0 ? static_cast<uint32_t>(at) < static_cast<uint32_t>(end) : at < end;
+        copy_async<kWordBytes>(to + i * kLineBytes, from + i * kLineBytes, in_row);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void stage_rows(const Plan& plan, int count) {
+  if (plan.word_bytes == 16 && plan.lines <= 2) return stage_lines<16, 2>(plan, count, 0);
+  if (plan.word_bytes == 8 && plan.lines <= 3) return stage_lines<8, 3>(plan, count, 0);
+#pragma unroll 1
+  for (int line = 0; line < plan.lines; line += 4) {
+    if (plan.word_bytes == 16) stage_lines<16, 4>(plan, count, line);
+    if (plan.word_bytes == 8) stage_lines<8, 4>(plan, count, line);
+    if (plan.word_bytes == 4) stage_lines<4, 4>(plan, count, line);
+  }
+}
+
+// The same for scales that lie apart: words where they are aligned, else bytes.
+__device__ __forceinline__ void stage_scales(const GatherRowsParams& p, const Plan& plan, int count) {
+  const RowSource& s = p.source;
+  const bool words = (reinterpret_cast<uintptr_t>(s.scales) | s.scale_stride_bytes | plan.scale_bytes) % 4 == 0;
+  const int step = words ? 4 : 1, lane = threadIdx.x & (plan.scale_lanes - 1);
+#pragma unroll 1
+  for (int r = threadIdx.x / plan.scale_lanes; r < count; r += kThreads / plan.scale_lanes) {
+    if (is_absent(plan, r)) continue;
+    const std::byte* from = s.scales + staged_ids(plan)[r] * s.scale_stride_bytes;
+    const int to = r * plan.row_pitch + plan.row_bytes;
+#pragma unroll 1
+    for (int at = lane * step; at < plan.scale_bytes; at += plan.scale_lanes * step) {
+      if (words) {
+        copy_async<4>(shared_address() + to + at, from + at, true);
+      } else {
+        shared[to + at] = static_cast<unsigned char>(from[at]);
+      }
+    }
+  }
+}
+
+// Zeros for the rows that are not there, values and scales.
+__device__ __forceinline__ void clear_absent(const Plan& plan, int count) {
+#pragma unroll 1
+  for (int r = threadIdx.x / kWarp; r < count; r += kThreads / kWarp) {
+    if (!is_absent(plan, r)) continue;
+    auto* row = reinterpret_cast<uint32_t*>(shared + r * plan.row_pitch);
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < plan.row_pitch / 4; i += kWarp) row[i] = 0;
+  }
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------
 
 // Calls write(first, count, absent) with each tile of the block in shared memory; absent: some of its rows are not there.
 template <bool kScaleRows, class Write>
@@ -36,7 +166,7 @@ __device__ __forceinline__ void for_each_tile(const GatherRowsParams& p, const P
     stage_rows(plan, count);
     if (kScaleRows && plan.scale_bytes > 0) stage_scales(p, plan, count);  // of packed rows they are behind the values
     if (absent) clear_absent(plan, count);
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
     __syncthreads();
     write(first, count, absent);
     if (first + step < p.row_ids.count) __syncthreads();  // the next tile overwrites what this one reads
@@ -89,7 +219,7 @@ __device__ __forceinline__ void clear_output(const Plan& plan, std::byte* tile, 
 template <DType kOut, RowFormat kFormat>
 __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const GatherRowsParams p, const Plan plan) {
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
-  constexpr bool kTensor = kFormat == RowFormat::kFp8Tensor;
+  constexpr bool kTensor = traits_of(kFormat).scale == RowScale::kTensor;
   const float tensor_scale = kTensor ? *reinterpret_cast<const float*>(p.source.scales) : 0.0F;
   const int first_row = static_cast<int>(threadIdx.x) * plan.lanes_inverse >> 16;
   const int lane = threadIdx.x - first_row * plan.vector_lanes, rows_at_once = plan.rows_at_once;
@@ -120,7 +250,62 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
   });
 }
 
-// One block a row, one element a thread at a time.
+// ---- warps -----------------------------------------------------------------------------------------------------------
+
+// A warp's row to the output, decoded; null: zeros.
+template <DType kOut, RowFormat kFormat>
+__device__ __forceinline__ void decode_row(const RowSource& s, const std::byte* row, const std::byte* scales, int vectors,
+                                           std::byte* out) {
+  constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
+  const float tensor_scale =
+      traits_of(kFormat).scale == RowScale::kTensor && row != nullptr ? *reinterpret_cast<const float*>(s.scales) : 0.0F;
+#pragma unroll 4
+  for (int v = threadIdx.x % kWarp; v < vectors; v += kWarp) {
+    float values[kCount] = {};
+    if (row != nullptr) {
+      decode<kFormat, kCount>(s, reinterpret_cast<const unsigned char*>(row), reinterpret_cast<const unsigned char*>(scales),
+                              v * kCount, tensor_scale, values);
+    }
+    store_floats<kOut>(out + v * kVectorBytes, values);
+  }
+}
+
+template <class Word>
+__device__ __forceinline__ void copy_row(const std::byte* row, int bytes, std::byte* out) {
+#pragma unroll 4
+  for (int at = threadIdx.x % kWarp * sizeof(Word); at < bytes; at += kWarp * sizeof(Word)) {
+    *reinterpret_cast<Word*>(out + at) = row != nullptr ? *reinterpret_cast<const Word*>(row + at) : Word{};
+  }
+}
+
+// A warp per row, nothing is staged. With `copies`, rows as they are, in words of plan.word_bytes.
+template <DType kOut>
+__global__ void __launch_bounds__(kThreads)
+    gather_rows_warp_per_row_kernel(const GatherRowsParams p, const Plan plan, bool copies) {
+  constexpr int kWarps = kThreads / kWarp;
+  const RowSource& s = p.source;
+#pragma unroll 1
+  for (int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; r < p.row_ids.count; r += int64_t{gridDim.x} * kWarps) {
+    const int64_t id = p.row_ids[r];
+    const bool there = is_row(p, id);
+    if (!there && id != kNoRow && threadIdx.x % kWarp == 0) count_error(p.error_count);
+    const std::byte* row = there ? s.row(id) : nullptr;
+    if (copies) {
+      std::byte* out = p.out + r * plan.row_bytes;
+      if (plan.word_bytes == 16) copy_row<uint4>(row, plan.row_bytes, out);
+      if (plan.word_bytes == 8) copy_row<uint2>(row, plan.row_bytes, out);
+      if (plan.word_bytes == 4) copy_row<uint32_t>(row, plan.row_bytes, out);
+      continue;
+    }
+    const std::byte* scales = s.row_scales(there ? id : 0);
+    std::byte* out = p.out + r * plan.vectors * kVectorBytes;
+    with_row_decode(s.format, [&](auto format) { decode_row<kOut, decltype(format)::value>(s, row, scales, plan.vectors, out); });
+  }
+}
+
+// ---- by element ------------------------------------------------------------------------------------------------------
+
+// A block per row, an element per thread at a time.
 template <DType kOut>
 __global__ void __launch_bounds__(kThreads) gather_rows_by_element_kernel(const GatherRowsParams p) {
   const int elements = p.source.row_dim;
@@ -139,7 +324,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_by_element_kernel(const 
   }
 }
 
-// The same for rows as they are, a byte a thread.
+// Rows as they are: a block per row, a byte per thread at a time.
 __global__ void __launch_bounds__(kThreads) gather_rows_by_byte_kernel(const GatherRowsParams p, int row_bytes) {
   for (int64_t i = blockIdx.x; i < p.row_ids.count; i += gridDim.x) {
     const int64_t id = p.row_ids[i];
@@ -152,18 +337,13 @@ __global__ void __launch_bounds__(kThreads) gather_rows_by_byte_kernel(const Gat
 }
 
 // Whether output rows are the bytes of stored rows.
-bool copies(const GatherRowsParams& p) {
-  const RowFormat as_out = p.out_dtype == DType::kF32    ? RowFormat::kF32
-                           : p.out_dtype == DType::kBf16 ? RowFormat::kBf16
-                                                         : RowFormat::kF16;
-  return p.as_stored || p.source.format == as_out;
-}
+bool copies(const GatherRowsParams& p) { return p.as_stored || stores(p.source.format, p.out_dtype); }
 
-// Lays out the shared memory for tiles of so many rows a thread.
-void place(int rows_a_thread, Plan* plan) {
-  const int groups = kThreads / (kLineBytes / plan->slot_bytes);
-  plan->rows = groups * rows_a_thread;
-  plan->staged_rows = static_cast<int>(ceil_div(rows_a_thread, kRowsAtOnce)) * kRowsAtOnce * groups;
+// Lays out the shared memory for tiles of so many rows per thread.
+void lay_out_shared(int rows_per_thread, Plan* plan) {
+  const int groups = kThreads / (kLineBytes / plan->word_bytes);
+  plan->rows = groups * rows_per_thread;
+  plan->staged_rows = static_cast<int>(ceil_div(rows_per_thread, kRowsAtOnce)) * kRowsAtOnce * groups;
   plan->staged_at = static_cast<int>(ceil_div(int64_t{plan->rows} * plan->row_pitch, 16)) * 16;
   plan->ids_at = plan->staged_at + plan->staged_rows * static_cast<int>(sizeof(StagedRow));
   plan->shared_bytes = plan->ids_at + (plan->keeps_ids ? plan->staged_rows * 8 : 0);
@@ -175,8 +355,8 @@ bool plan_row(const GatherRowsParams& p, Plan* plan) {
   const int64_t row_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
   const int64_t out_bytes = copies(p) ? row_bytes : int64_t{s.row_dim} * dtype_bytes(p.out_dtype);
   const int aligned = lowest_bit(reinterpret_cast<uintptr_t>(s.rows) | static_cast<uint64_t>(s.row_stride_bytes));
-  plan->slot_bytes = std::min({aligned, lowest_bit(static_cast<uint64_t>(row_bytes)), 16});
-  if (plan->slot_bytes < 4 || row_bytes > INT32_MAX || reinterpret_cast<uintptr_t>(p.out) % kVectorBytes != 0) return false;
+  plan->word_bytes = std::min({aligned, lowest_bit(static_cast<uint64_t>(row_bytes)), 16});
+  if (plan->word_bytes < 4 || row_bytes > INT32_MAX || reinterpret_cast<uintptr_t>(p.out) % kVectorBytes != 0) return false;
   if (!copies(p) && out_bytes % kVectorBytes != 0) return false;
   const int64_t lead = aligned >= kLineBytes ? 0 : kLineBytes - aligned;  // of a row into its first line, at most
   plan->aligned_bytes = std::min(aligned, kVectorBytes);
@@ -197,41 +377,33 @@ bool plan_row(const GatherRowsParams& p, Plan* plan) {
 bool plan_tiles(const GatherRowsParams& p, Plan* plan) {
   const int64_t row_bytes = plan->row_bytes, out_bytes = copies(p) ? row_bytes : int64_t{plan->vectors} * kVectorBytes;
   if (row_bytes > kMaxStagedBytes) return false;
-  const int groups = kThreads / (kLineBytes / plan->slot_bytes);
-  int rows_a_thread = static_cast<int>(std::min(ceil_div(kMaxLoadsInFlight * kLineBytes, row_bytes), kMaxRowsAThread));
+  const int groups = kThreads / (kLineBytes / plan->word_bytes);
+  int rows_per_thread = static_cast<int>(std::min(ceil_div(kMaxLoadsInFlight * kLineBytes, row_bytes), kMaxRowsPerThread));
   // a small batch goes over many blocks rather than deep into few, as long as a thread has 8 loads in flight
-  while (rows_a_thread > 1 && ceil_div(p.row_ids.count, groups * rows_a_thread) < 2 * int64_t{num_multiprocessors()} &&
-         rows_a_thread / 2 * plan->lines >= kLoadsInFlight) {
-    rows_a_thread /= 2;
+  while (rows_per_thread > 1 && ceil_div(p.row_ids.count, groups * rows_per_thread) < 2 * int64_t{num_multiprocessors()} &&
+         rows_per_thread / 2 * plan->lines >= kLoadsInFlight) {
+    rows_per_thread /= 2;
   }
-  for (place(rows_a_thread, plan); plan->shared_bytes > kMaxSharedBytes && rows_a_thread > 1;) place(rows_a_thread /= 2, plan);
+  for (lay_out_shared(rows_per_thread, plan); plan->shared_bytes > kMaxSharedBytes && rows_per_thread > 1;)
+    lay_out_shared(rows_per_thread /= 2, plan);
   // a tile of copied rows must begin on a 16-byte boundary of the output
   return plan->shared_bytes <= kMaxSharedBytes && int64_t{plan->rows} * out_bytes % kVectorBytes == 0;
 }
 
 template <DType kOut>
 auto decode_kernel(RowFormat format) {
-  switch (format) {
-    case RowFormat::kF32:
-      return gather_rows_decode_kernel<kOut, RowFormat::kF32>;
-    case RowFormat::kBf16:
-      return gather_rows_decode_kernel<kOut, RowFormat::kBf16>;
-    case RowFormat::kF16:
-      return gather_rows_decode_kernel<kOut, RowFormat::kF16>;
-    case RowFormat::kFp8Tensor:
-      return gather_rows_decode_kernel<kOut, RowFormat::kFp8Tensor>;
-    case RowFormat::kInt8Group32:
-      return gather_rows_decode_kernel<kOut, RowFormat::kInt8Group32>;
-    default:  // in shared memory the scales lie behind the values
-      return gather_rows_decode_kernel<kOut, RowFormat::kFp8Block32Packed>;
-  }
+  void (*kernel)(GatherRowsParams, Plan) = nullptr;
+  with_row_decode(format, [&](auto constant) {  // in shared memory the scales lie behind the values
+    kernel = gather_rows_decode_kernel<kOut, decltype(constant)::value>;
+  });
+  return kernel;
 }
 
 unsigned grid_of(const GatherRowsParams& p, int64_t blocks) {
   return static_cast<unsigned>(std::min({blocks, kMaxGridX, p.max_blocks > 0 ? p.max_blocks : kMaxGridX}));
 }
 
-// Whether there is a warp for each row at once, so that a row a warp leaves nothing to wait for.
+// Whether there is a warp for each row at once, so that a warp per row leaves nothing to wait for.
 bool fits_warps(const GatherRowsParams& p) {
   const int64_t warps = int64_t{kResidentWarps} * num_multiprocessors();
   return p.row_ids.count <= (p.max_blocks > 0 ? std::min<int64_t>(warps, p.max_blocks * (kThreads / kWarp)) : warps);
@@ -241,10 +413,9 @@ bool fits_warps(const GatherRowsParams& p) {
 bool decodes_from_memory(const GatherRowsParams& p, const Plan& plan) {
   if (copies(p)) return true;
   const int64_t elements = kVectorBytes / dtype_bytes(p.out_dtype);
-  const int64_t load_bytes =
-      std::min<int64_t>(elements * row_value_bytes(p.source.format, kScaleBlock) / kScaleBlock, kVectorBytes);
+  const int64_t load_bytes = std::min<int64_t>(elements * element_bytes(p.source.format), kVectorBytes);
   const bool scale_words = (reinterpret_cast<uintptr_t>(p.source.scales) | p.source.scale_stride_bytes) % 4 == 0;
-  return load_bytes <= plan.aligned_bytes && (p.source.format != RowFormat::kInt8Group32 || scale_words);
+  return load_bytes <= plan.aligned_bytes && (traits_of(p.source.format).scale != RowScale::kGroupF32 || scale_words);
 }
 
 template <DType kOut>

@@ -1,16 +1,15 @@
 // CUDA kernel of ngram_hash. Contract and formula: ngram_hash.h.
 //
-// Mapping  a block takes a tile of tokens and up to kMaxLayers layers. The canonical ids of the tile and its lookback
-// go
-//          to shared memory; then each thread mixes whole tokens, every order and layer; then each thread keeps kWidth
-//          columns of one layer in registers and walks the tokens, so that warps store whole stretches of the output.
-// Modulus  no division, six machine instructions: ngram_hash_residue_cuda.h.
-// Traffic  reads 4 or 8 B a token (and 4 B of token map) once per kMaxLayers layers, writes 4 B * columns * layers.
+// A block takes a tile of tokens and up to kMaxLayers layers:
+//   1. stage   the canonical ids of the tile and its lookback, and the constants of the columns, go to shared memory
+//   2. mix     each thread mixes whole tokens, in every order and layer
+//   3. reduce  each thread keeps kWidth columns of one layer in registers and walks over the tokens, so that warps store
+//              whole stretches of the output. A remainder takes no division, six machine instructions: Column
+// Traffic  4 or 8 bytes per token (and 4 of the token map) read once per kMaxLayers layers, 4 bytes * columns * layers
+//          written.
 // Limits   the constants of a block's columns must fit in 48 KiB of shared memory: about 2,000 columns.
 #include "common/cuda_check.h"
 #include "kernels/ngram_hash/ngram_hash.h"
-#include "kernels/ngram_hash/ngram_hash_residue_cuda.h"
-#include "kernels/ngram_hash/ngram_hash_tile_cuda.h"
 
 namespace engram_kernels {
 namespace {
@@ -20,6 +19,204 @@ constexpr int kMaxThreads = 256;
 constexpr int kMinThreads = 96;
 constexpr int kTilesPerSm = 4;  // before tiles grow
 constexpr int kMaxTile = 512;   // tokens; amortises the constants of the columns
+constexpr int kMinTile = 32;    // tokens
+constexpr uint32_t kAllLanes = 0xFFFFFFFF;
+
+// ---- remainders -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void split(uint64_t x, uint32_t* low, uint32_t* high) {
+  asm("mov.b64 {%0, %1}, %2;" : "=r"(*low), "=r"(*high) : "l"(x));
+}
+
+// The compiler writes a 64-bit product, and a comparison and a selection for the minimum; these are one instruction each.
+__device__ __forceinline__ uint64_t mad_wide_signed(uint32_t a, int32_t b, uint64_t c) {
+  asm("mad.wide.s32 %0, %1, %2, %0;" : "+l"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ uint64_t widen(uint32_t a) {  // volatile: once, not in every turn of the loop
+  uint64_t wide;
+  asm volatile("cvt.u64.u32 %0, %1;" : "=l"(wide) : "r"(a));
+  return wide;
+}
+__device__ __forceinline__ uint32_t min_unsigned(uint32_t a, uint32_t b) {
+  asm("min.u32 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+// x mod m for x < 2^63, without a division: q = floor(x R / 2^64) up to one, rest = x - q m, and one unsigned minimum.
+//
+// With R = 2^64 / m = high 2^32 + low, rounded, and x = xh 2^32 + xl, the low 32 bits of the quotient are those of
+// xh high + ((xh low + xl high) >> 32). What that leaves out is xl low / 2^64, less than 1/2 because `low` is taken
+// signed in [-2^31, 2^31); rounding R moves the quotient by less than x / 2^64 < 1/2; the shift floors.
+//   low >= 0, R rounded down: q in (x/m - 2, x/m],     rest in [0, 2m),  fix = -m
+//   low <  0, R rounded up:   q in (x/m - 1, x/m + 1), rest in (-m, m),  fix = +m
+// and min(rest, rest + fix), unsigned and modulo 2^32, is the remainder, since 2m <= 2^32.
+// m = 1 takes rest = x mod 2 in {0, 1} and fix = -1.
+struct Column {
+  int32_t low;
+  uint64_t high;  // below 2^32
+  uint32_t minus_modulus;
+  uint32_t fix;
+  uint32_t offset;  // of the head's rows
+
+  __device__ __forceinline__ uint32_t residue(uint64_t x, uint32_t xl, uint32_t xh) const {
+    uint32_t ignored, quotient;
+    split(mad_wide_signed(xh, low, x * high), &ignored, &quotient);  // the product wraps in its high half, as it should
+    const uint32_t rest = quotient * minus_modulus + xl;
+    return min_unsigned(rest + fix, rest);
+  }
+};
+constexpr int kColumnWords = 5;
+
+// Constants of one modulus. Division by underestimates: each step multiplies what is left of 2^64 by less than 2^-19.
+__device__ Column make_column(uint32_t modulus, uint32_t offset) {
+  if (modulus == 1) return {0, 1U << 31, 0U - 2U, 0U - 1U, offset};
+  // a little less than 1 / modulus: all roundings here and below come to 2^-21 at most, what is taken off is twice that
+  const float inverse = __fdividef(1.0F, static_cast<float>(modulus)) * 0.999999F;
+  uint64_t left = ~uint64_t{0}, reciprocal = 0;
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const uint64_t part = static_cast<uint64_t>(static_cast<float>(left) * inverse);
+    reciprocal += part;
+    left -= part * modulus;
+  }
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const bool more = left >= modulus;
+    reciprocal += more;
+    left -= more ? modulus : 0;
+  }
+  uint32_t low = static_cast<uint32_t>(reciprocal), high = static_cast<uint32_t>(reciprocal >> 32);
+  if (low < 1U << 31) return {static_cast<int32_t>(low), high, 0U - modulus, 0U - modulus, offset};
+  return {static_cast<int32_t>(low + 1), high + 1, 0U - modulus, modulus, offset};
+}
+
+// ---- token ids ------------------------------------------------------------------------------------------------------
+
+// What the launcher derives from the params. Places are bytes into the shared memory of a block.
+struct Plan {
+  int tile;                // tokens of a block
+  int layers;              // of a block
+  int num_columns;         // of a layer
+  int vectors;             // num_columns / kWidth
+  uint32_t heads_inverse;  // 2^32 / heads, rounded up
+  int layer_mixes;         // tile * mix_stride
+  int mix_stride;          // 8-byte words per token: orders, made odd so that neighbouring tokens lie in other banks
+  int window_stride;       // 4-byte words per token, per_column only
+  int columns_at;          // uint32 [layers][kColumnWords][num_columns]
+  int multipliers_at;      // uint64 [max_order][kMaxLayers], or [layers][max_order][num_columns] if per_column
+  int mixes_at;            // uint64 [layers][tile][mix_stride]
+  int windows_at;          // uint32 [tile][window_stride]: canonical ids of a token and its lookback
+  int words_at;            // int32 [kMaxOrder + tile], token j at kMaxOrder + j, see Reader
+  int sequences_at;        // int32 [tile]: the sequence of a token among its first max_order - 1, else -1
+  int shared_bytes;
+};
+
+template <class T>
+__device__ __forceinline__ T* shared_at(int bytes) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  return reinterpret_cast<T*>(shared + bytes);
+}
+
+// Token ids as words: a canonical id; ~eos_id for EOS; `dead` for what is dead, bad or before the text. Negative words
+// block a lookback.
+struct Reader {
+  const NgramHashParams& p;
+  int32_t dead;
+
+  __device__ explicit Reader(const NgramHashParams& params) : p(params), dead(p.eos_id == 0 ? -2 : -1) {}
+
+  __device__ int32_t word(int64_t raw) const {
+    const int64_t id = p.canonical(raw);
+    return static_cast<int32_t>(id == p.eos_id ? ~id : id);
+  }
+
+  __device__ int32_t token(int64_t t, bool count_errors) const {
+    if (t < 0 || p.dead(t)) return dead;
+    const int64_t raw = p.token_id(t);
+    if (static_cast<uint64_t>(raw) < static_cast<uint64_t>(p.vocab_size)) return word(raw);
+    if (count_errors) count_error(p.error_count);
+    return dead;
+  }
+
+  __device__ int32_t before(int64_t sequence, int back, bool count_errors) const {
+    if (p.history == nullptr) return dead;
+    const int64_t raw = p.history_id(sequence, back);
+    if (static_cast<uint64_t>(raw) < static_cast<uint64_t>(p.vocab_size)) return word(raw);
+    if (count_errors && raw != kBeforeStart && raw != kDeadToken) count_error(p.error_count);
+    return dead;
+  }
+};
+
+// The last sequence that begins at or before `t`, found by one warp with 32 probes per step.
+__device__ int64_t find_sequence(const NgramHashParams& p, int64_t t, int lane) {
+  int64_t begin = 0, length = p.num_sequences;
+  while (length > 1) {
+    const int64_t step = (length + 31) / 32, probe = lane * step;
+    const bool reached = lane == 0 || (probe < length && p.cu_seqlens[begin + probe] <= t);
+    const int last = 31 - __clz(static_cast<int>(__ballot_sync(kAllLanes, reached)));
+    begin += last * step;
+    length = min(step, length - last * step);
+  }
+  return begin;
+}
+
+// Marks the tokens whose lookback passes the start of their sequence; counts what is wrong with cu_seqlens. One warp.
+__device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan, int first, int count, int lane) {
+  int32_t* sequences = shared_at<int32_t>(plan.sequences_at);
+  static_assert(kMinTile == 32, "one pass of 16 bytes per lane clears 128 tokens");
+#pragma unroll 1
+  for (int j = 4 * lane; j < plan.tile; j += 128) *reinterpret_cast<int4*>(sequences + j) = make_int4(-1, -1, -1, -1);
+  __syncwarp();
+  for (int64_t b = find_sequence(p, first, lane) + lane; b < p.num_sequences; b += 32) {
+    const int64_t begin = int64_t{p.cu_seqlens[b]} - first, end = min(int64_t{p.cu_seqlens[b + 1]} - first, int64_t{count});
+    if (begin >= count) break;
+    const int stop = static_cast<int>(min(end, begin + p.max_order - 1));
+    for (int j = static_cast<int>(max(begin, int64_t{0})); j < stop; ++j) sequences[j] = static_cast<int32_t>(b);
+  }
+  if (blockIdx.y != 0) return;
+  for (int64_t b = int64_t{blockIdx.x} * 32 + lane; b < p.num_sequences; b += int64_t{gridDim.x} * 32) {
+    const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
+    if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens)) count_error(p.error_count);
+    if (p.history == nullptr || begin >= end) continue;
+    bool before_start = false;
+    for (int back = 1; back < p.max_order; ++back) {
+      const bool is_before_start = p.history_id(b, back) == kBeforeStart;
+      if (before_start && !is_before_start) count_error(p.error_count);
+      before_start = before_start || is_before_start;
+    }
+  }
+}
+
+// Calls use(s, c) with the canonical id c of the s-th lookback of token j, s = 0 .. max_order - 1; c is boundary_id where the
+// lookback is blocked.
+template <class F>
+__device__ __forceinline__ void for_each_lookback(const NgramHashParams& p, const Plan& plan, const Reader& reader, int first,
+                                                  int j, const F& use) {
+  const int32_t* word = shared_at<int32_t>(plan.words_at) + j + kMaxOrder;
+  const int32_t boundary = static_cast<int32_t>(p.boundary_id), sequence = shared_at<int32_t>(plan.sequences_at)[j];
+  const int32_t own = word[0];
+  bool open = own != reader.dead;
+  use(0, open ? (own < 0 ? ~own : own) : boundary);
+  if (sequence < 0) {
+#pragma unroll
+    for (int s = 1; s < kMaxOrder; ++s) {
+      if (s == p.max_order) break;
+      const int32_t id = word[-s];
+      open = open && id >= 0;
+      use(s, open ? id : boundary);
+    }
+    return;
+  }
+  const int position = first + j - p.cu_seqlens[sequence];  // in the sequence
+  for (int s = 1; s < p.max_order; ++s) {
+    const int32_t id = s <= position ? word[-s] : reader.before(sequence, s - position, position == 0);
+    open = open && id >= 0;
+    use(s, open ? id : boundary);
+  }
+}
+
+// ---- reduction ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load(const uint32_t* p, uint32_t (&v)[4]) {
   const uint4 all = *reinterpret_cast<const uint4*>(p);
@@ -47,7 +244,7 @@ struct Columns {
   }
 };
 
-// Row ids of kWidth columns from the mixes of their order, one token a call.
+// Row ids of kWidth columns from the mixes of their order, for one token.
 template <int kWidth, bool kSigned>
 __device__ __forceinline__ void reduce_mix(const Columns<kWidth>& columns, const uint32_t (&last_row)[kWidth], uint64_t mix,
                                            int32_t* out) {
@@ -62,8 +259,7 @@ __device__ __forceinline__ void reduce_mix(const Columns<kWidth>& columns, const
   store(out, rows);
 }
 
-// The same for the tokens j, j + step, .. below `count`; `last_row`: of each head, from which a negative mix counts
-// down.
+// Row ids of the tokens j, j + step, .. below `count`; last_row is that of each head, from which a negative mix counts down.
 template <int kWidth, bool kSigned>
 __device__ __forceinline__ void reduce_mixes(const Columns<kWidth>& columns, const uint32_t (&last_row)[kWidth],
                                              const uint64_t* mixes, int mix_step, int32_t* out, int out_step, int j, int step,
@@ -212,7 +408,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramH
 }
 
 // Lays out the shared memory: 16-byte things first.
-void place(const NgramHashParams& p, Plan* plan) {
+void lay_out_shared(const NgramHashParams& p, Plan* plan) {
   int64_t bytes = 0;
   const auto next = [&bytes](int64_t size) {
     const int64_t at = bytes;
@@ -241,10 +437,10 @@ Plan make_plan(const NgramHashParams& p, int width) {
   plan.heads_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + p.heads - 1) / p.heads);  // exact below 2^16 columns
   plan.mix_stride = p.per_column ? 0 : (p.max_order - 1) | 1;
   plan.window_stride = p.per_column ? p.max_order | 1 : 0;
-  place(p, &plan);
+  lay_out_shared(p, &plan);
   while (plan.shared_bytes > kMaxSharedBytes && (plan.layers > 1 || plan.tile > kMinTile)) {
     plan.tile > kMinTile ? plan.tile /= 2 : plan.layers = 1;
-    place(p, &plan);
+    lay_out_shared(p, &plan);
   }
   EK_CHECK(plan.shared_bytes <= kMaxSharedBytes, "ngram_hash: " << p.columns() << " columns of order " << p.max_order << " need "
                                                                 << plan.shared_bytes << " bytes of shared memory, a block has "

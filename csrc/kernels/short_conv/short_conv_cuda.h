@@ -445,9 +445,7 @@ inline dim3 blocks_of(const ShortConvParams& p, const Plan& plan) {
 
 template <class... Args>
 void launch_blocks(void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Args&... args) {
-  if (shared_bytes > kMaxSharedBytes) {
-    EK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  }
+  if (shared_bytes > kMaxSharedBytes) allow_max_shared_bytes(reinterpret_cast<const void*>(kernel));
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);
   EK_CUDA_CHECK(cudaGetLastError());
 }

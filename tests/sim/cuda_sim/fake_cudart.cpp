@@ -4,6 +4,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -17,8 +18,14 @@ struct Configuration {
 };
 
 Launch launch_callback = nullptr;
-int multiprocessors = 132, shared_limit = 0;
-std::map<const void*, int> dynamic_limits;  // what kernels have asked for above 48 KiB
+constexpr int kStaticBytes = 1024;  // of shared memory, that every kernel is said to have
+struct Device {
+  int multiprocessors = 132, shared_limit = 0;
+};
+std::vector<Device> devices{{}};  // one for each pair of numbers that was asked for
+int current = 0;
+std::map<std::pair<int, const void*>, int> dynamic_limits;  // of device and kernel: what was asked for above 48 KiB
+void (*after_limit)() = nullptr;                            // what another thread does once a limit is set
 cudaError_t last_error = cudaSuccess;
 std::vector<Configuration> configurations;
 
@@ -33,10 +40,14 @@ extern "C" {
 
 void fake_cudart_set(Launch callback, int num_multiprocessors, int max_shared_bytes) {
   launch_callback = callback;
-  multiprocessors = num_multiprocessors;
-  shared_limit = max_shared_bytes;
-  dynamic_limits.clear();
+  for (current = 0; current < static_cast<int>(devices.size()); ++current) {
+    const Device& d = devices[static_cast<size_t>(current)];
+    if (d.multiprocessors == num_multiprocessors && d.shared_limit == max_shared_bytes) return;
+  }
+  devices.push_back({num_multiprocessors, max_shared_bytes});
 }
+
+void fake_cudart_after_limit(void (*callback)()) { after_limit = callback; }
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
@@ -68,7 +79,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_function) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared_bytes, cudaStream_t) {
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
-  const auto asked = dynamic_limits.find(kernel);
+  const auto asked = dynamic_limits.find({current, kernel});
   if (shared_bytes > 48 * 1024 && (asked == dynamic_limits.end() || shared_bytes > static_cast<size_t>(asked->second))) {
     return last_error = cudaErrorInvalidValue;  // as the runtime does
   }
@@ -83,19 +94,29 @@ cudaError_t cudaGetLastError() {
 }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the fake runtime"; }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (attribute != cudaDevAttrMultiProcessorCount && attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) {
     return cudaErrorInvalidValue;
   }
-  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : shared_limit;
+  const Device& d = devices[static_cast<size_t>(device)];
+  *value = attribute == cudaDevAttrMultiProcessorCount ? d.multiprocessors : d.shared_limit;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->sharedSizeBytes = kStaticBytes;
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > shared_limit) return cudaErrorInvalidValue;
-  dynamic_limits[kernel] = value;
+  const int limit = devices[static_cast<size_t>(current)].shared_limit;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value + kStaticBytes > limit) {
+    return cudaErrorInvalidValue;
+  }
+  dynamic_limits[{current, kernel}] = value;
+  if (void (*callback)() = std::exchange(after_limit, nullptr)) callback();
   return cudaSuccess;
 }
 

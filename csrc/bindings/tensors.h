@@ -1,0 +1,280 @@
+// What the bindings of the ops share: the checks that keep a direct torch.ops call memory-safe, and tensors as the kernels see
+// them.
+//
+// A caller may go to torch.ops.engram_kernels directly, so these checks alone must do; the public Python function checks the
+// same with better words. Each binding is compiled twice: for _C, which runs the CPU kernels, and with EK_WITH_CUDA for
+// _C_cuda, which launches the CUDA kernels on torch's current stream.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/error.h"
+#include "common/parallel.h"
+#include "common/row_format.h"
+#include "common/row_ids.h"
+#include "kernels/gate/gate.h"
+
+#ifdef EK_WITH_CUDA
+#include "bindings/cuda_launch.h"
+#define EK_DISPATCH_KEY CUDA
+#else
+#define EK_DISPATCH_KEY CPU
+#endif
+
+namespace engram_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAnySize = -1;
+
+inline Parallel torch_threads() {
+  return {[](int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  }};
+}
+
+// "[2, any, 3]"
+inline std::string shape_text(std::initializer_list<int64_t> sizes) {
+  Text text;
+  for (const int64_t* size = sizes.begin(); size != sizes.end(); ++size) {
+    text << (size == sizes.begin() ? "[" : ", ");
+    *size == kAnySize ? text << "any" : text << *size;
+  }
+  text << (sizes.size() == 0 ? "[]" : "]");
+  return text.str();
+}
+inline std::string shape_text(const Tensor& x) {
+  Text text;
+  for (int64_t d = 0; d < x.dim(); ++d) text << (d == 0 ? "[" : ", ") << x.size(d);
+  text << (x.dim() == 0 ? "[]" : "]");
+  return text.str();
+}
+
+// Throws unless `x` has these sizes (kAnySize: not checked) and, where `dense_dims` > 0, its last dims are dense.
+inline void expect_shape(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> sizes,
+                         int dense_dims) {
+  bool ok = x.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) {
+    ok = ok && (size == kAnySize || x.size(dim) == size);
+    ++dim;
+  }
+  EK_CHECK(ok, op << ": " << name << " has shape " << shape_text(x) << ", expected " << shape_text(sizes));
+  if (x.numel() == 0) return;  // no element, no stride
+  int64_t stride = 1;
+  for (int64_t d = x.dim() - 1; d >= x.dim() - dense_dims; --d) {
+    EK_CHECK(x.size(d) <= 1 || x.stride(d) == stride, op << ": dimension " << d << " of " << name << " is not dense");
+    stride *= x.size(d);
+  }
+}
+
+inline void expect_dtype(const char* op, const char* name, const Tensor& x, std::initializer_list<ScalarType> dtypes) {
+  for (const ScalarType dtype : dtypes) {
+    if (x.scalar_type() == dtype) return;
+  }
+  EK_THROW_AS(std::invalid_argument, op << ": " << name << " is " << torch::headeronly::toString(x.scalar_type()) << ", expected "
+                                        << torch::headeronly::toString(*dtypes.begin()));
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& x) {
+  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+inline DType dtype_of(const char* op, const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::BFloat16:
+      return DType::kBf16;
+    case ScalarType::Half:
+      return DType::kF16;
+    default:
+      EK_THROW_AS(std::invalid_argument,
+                  op << ": " << name << " is " << torch::headeronly::toString(type) << ", expected Float, BFloat16 or Half");
+  }
+}
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& x) { return dtype_of(op, name, x.scalar_type()); }
+
+struct ByteRange {
+  uintptr_t begin, end;
+};
+
+inline ByteRange byte_range(const Tensor& x) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) == 0) return {begin, begin};
+    last += (x.size(d) - 1) * x.stride(d);
+  }
+  return {begin, begin + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(x.element_size()))};
+}
+
+// Throws where `out` shares memory with an input that would be read after it is overwritten.
+inline void expect_apart(const char* op, const char* name, const Tensor& x, const Tensor& out) {
+  const ByteRange a = byte_range(x), b = byte_range(out);
+  EK_CHECK(a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end,
+           op << ": out shares memory with " << name);
+}
+
+using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
+
+inline const Tensor* or_null(const std::optional<Tensor>& x) { return x.has_value() ? &*x : nullptr; }
+
+// Throws where `out` shares memory with any of the inputs (null: not given): ids and offsets are checked, then read again while
+// `out` is being written.
+inline void expect_apart_from(const char* op, const Tensor& out, NamedTensors inputs) {
+  for (const auto& [name, x] : inputs) {
+    if (x != nullptr) expect_apart(op, name, *x, out);
+  }
+}
+
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+inline void expect_on_device(const char* op, const char* name, const Tensor& x, int32_t device_index) {
+#ifdef EK_WITH_CUDA
+  EK_CHECK(x.is_cuda() && x.get_device_index() == device_index,
+           op << ": " << name << " is not on cuda:" << device_index << ", where the other tensors are");
+#else
+  EK_CHECK(x.is_cpu(), op << ": " << name << " is not on the CPU, where the other tensors are");
+  (void)device_index;
+#endif
+}
+
+// Throws unless all of them (null: not given) are on one device of this library's kind: a pointer says nothing of where it leads.
+inline void expect_one_device(const char* op, NamedTensors tensors) {
+  int32_t device_index = -1;
+  for (const auto& [name, x] : tensors) {
+    if (x == nullptr) continue;
+    if (device_index < 0) device_index = x->get_device_index();
+    expect_on_device(op, name, *x, device_index);
+  }
+}
+
+// ---- gate: branch rows, weights, options, and where `out` may lie ---------------------------------------------------
+
+// `x` must be [T, M, H] of the dtype of `like`, its last dimension dense.
+inline BranchRows branch_rows(const char* op, const char* name, const Tensor& x, const Tensor& like, int dense_dims = 1) {
+  expect_dtype(op, name, x, {like.scalar_type()});
+  expect_shape(op, name, x, {like.size(0), like.size(1), like.size(2)}, dense_dims);
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+}
+
+inline GateWeights gate_weights(const char* op, const Tensor& w_hidden, const Tensor& w_key, const Tensor& hidden) {
+  expect_dtype(op, "w_hidden", w_hidden, {hidden.scalar_type(), ScalarType::Float});
+  expect_dtype(op, "w_key", w_key, {w_hidden.scalar_type()});
+  expect_shape(op, "w_hidden", w_hidden, {hidden.size(1), hidden.size(2)}, 2);
+  expect_shape(op, "w_key", w_key, {hidden.size(1), hidden.size(2)}, 2);
+  return {w_hidden.const_data_ptr(), w_key.const_data_ptr(), float_dtype(op, "w_hidden", w_hidden)};
+}
+
+inline const uint8_t* gate_mask(const char* op, const std::optional<Tensor>& mask, int64_t num_tokens) {
+  if (!mask.has_value()) return nullptr;
+  expect_dtype(op, "mask", *mask, {ScalarType::Bool});
+  expect_shape(op, "mask", *mask, {num_tokens}, 1);
+  return static_cast<const uint8_t*>(mask->const_data_ptr());
+}
+
+inline GateOptions gate_options(const char* op, double eps, double clamp, const std::string& zero_sign, bool add_residual) {
+  EK_CHECK(zero_sign == "copysign" || zero_sign == "sign",
+           op << ": zero_sign is '" << zero_sign << "', expected 'copysign' or 'sign'");
+  check_gate_options(op, eps, clamp);
+  return {static_cast<float>(eps), static_cast<float>(clamp), zero_sign == "sign", add_residual};
+}
+
+// `out` may be `hidden` itself: a row is written where it was read. A shifted view is no such case.
+inline void expect_apart_or_same(const char* op, const Tensor& hidden, const Tensor& out) {
+  bool same = hidden.const_data_ptr() == out.const_data_ptr();
+  for (int64_t d = 0; d < hidden.dim(); ++d) same = same && (hidden.size(d) <= 1 || hidden.stride(d) == out.stride(d));
+  if (!same) expect_apart(op, "hidden, without being it", hidden, out);
+}
+
+// ---- tables and row ids ---------------------------------------------------------------------------------------------
+
+// Throws unless the kernels can read the table from the device of `like`. A GPU also reads pinned host memory.
+inline void expect_table_readable(const char* op, const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& like) {
+  for (const auto& [name, x] : {std::pair{"rows", &rows}, std::pair{"scales", or_null(scales)}}) {
+    if (x == nullptr) continue;
+#ifdef EK_WITH_CUDA
+    expect_readable(op, name, *x, like.get_device_index());
+#else
+    expect_on_device(op, name, *x, like.get_device_index());
+#endif
+  }
+}
+
+inline ScalarType element_type(RowFormat format) {
+  switch (traits_of(format).element) {
+    case RowElement::kF32:
+      return ScalarType::Float;
+    case RowElement::kBf16:
+      return ScalarType::BFloat16;
+    case RowElement::kF16:
+      return ScalarType::Half;
+    case RowElement::kInt8:
+      return ScalarType::Char;
+    case RowElement::kFp8E4m3:
+      break;
+  }
+  return ScalarType::Byte;
+}
+
+// Dtype and width of the tensors are checked here, sizes against the format by check_row_source.
+inline RowSource row_source_of(const char* op, const Tensor& rows, const std::optional<Tensor>& scales,
+                               const std::string& row_format, int64_t row_dim, bool zero_scale_is_zero) {
+  RowSource s{};
+  s.format = row_format_from_name(op, row_format.c_str());
+  EK_CHECK(row_dim >= 1 && row_dim <= std::numeric_limits<int>::max(), op << ": row_dim is " << row_dim);
+  expect_dtype(op, "rows", rows, {element_type(s.format)});
+  const int64_t element = element_bytes(s.format);
+  const bool packed = traits_of(s.format).packed;
+  expect_shape(op, "rows", rows, {kAnySize, packed ? kAnySize : row_dim}, 1);
+  EK_CHECK(!packed || rows.size(1) >= row_value_bytes(s.format, row_dim),
+           op << ": rows are " << rows.size(1) << " bytes wide, expected at least " << row_value_bytes(s.format, row_dim));
+  s.rows = static_cast<const std::byte*>(rows.const_data_ptr());
+  s.num_rows = rows.size(0);
+  // the stride of a single row means nothing
+  s.row_stride_bytes = s.num_rows > 1 ? rows.stride(0) * element : rows.size(1) * element;
+  s.row_dim = static_cast<int>(row_dim);
+  s.zero_scale_is_zero = zero_scale_is_zero;
+  const bool wants_scales = has_scales(s.format);
+  EK_CHECK(scales.has_value() == wants_scales,
+           op << ": row format " << row_format << (wants_scales ? " needs" : " has no") << " scales");
+  if (!wants_scales) return s;
+  expect_dtype(op, "scales", *scales, {scale_bytes(s.format) == 1 ? ScalarType::Byte : ScalarType::Float});
+  s.scales = static_cast<const std::byte*>(scales->const_data_ptr());
+  if (!has_blocks(s.format)) {
+    expect_shape(op, "scales", *scales, {1}, 0);
+    return s;
+  }
+  expect_shape(op, "scales", *scales, {s.num_rows, row_dim / kScaleBlock}, 1);
+  s.scale_stride_bytes = (s.num_rows > 1 ? scales->stride(0) : scales->size(1)) * scale_bytes(s.format);
+  return s;
+}
+
+// Row ids of any shape, dense.
+inline RowIds row_ids_of(const char* op, const Tensor& row_ids) {
+  expect_dtype(op, "row_ids", row_ids, {ScalarType::Int, ScalarType::Long});
+  EK_CHECK(row_ids.is_contiguous(), op << ": row_ids is not contiguous");
+  return {row_ids.const_data_ptr(), row_ids.numel(), row_ids.scalar_type() == ScalarType::Long};
+}
+
+// Throws IndexError unless every id names a row or is -1.
+inline void check_row_ids_of(const char* op, const Tensor& row_ids, const RowIds& ids, int64_t num_rows) {
+  std::vector<int64_t> sizes(static_cast<size_t>(row_ids.dim()));
+  for (size_t d = 0; d < sizes.size(); ++d) sizes[d] = row_ids.size(static_cast<int64_t>(d));
+  check_row_ids(op, ids, num_rows, sizes.data(), static_cast<int>(sizes.size()));
+}
+
+}  // namespace engram_kernels
