@@ -196,6 +196,7 @@ def test_bench_compare_exit_codes(tmp_path, capsys, after, code, verdict):
 def test_bench_gives_rates_and_their_share_of_the_peak(tmp_path, capfd, monkeypatch):
     pytest.importorskip("pytest_benchmark")
     bench = Path(__file__).parents[2] / "bench"
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # with it pytest-benchmark times nothing
     monkeypatch.chdir(tmp_path.parents[1])  # what is relative is so to here, not to the checkout
     here = tmp_path.relative_to(tmp_path.parents[1])
     for name in ("harness.py", "conftest.py"):

@@ -7,13 +7,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from plan_cases import SPEC, cpu_machine, machine, workload
+from plan_cases import cpu_machine, machine, workload
+from plan_profiles import DISK, GPU, HOST, gather, profile_of, write
 
 from engram_kernels import EngramSpec, info
 from engram_kernels._names import PRESETS
 from engram_kernels._terminal import Printer
 from engram_kernels.cli import main as cli
-from engram_kernels.plan import Provenance, Surface, assumed_hardware, measure_here, repeats, trial
+from engram_kernels.plan import Provenance, Surface, assumed_hardware, measure_here, trial
 from engram_kernels.plan.inputs import machine_of, profiles_of_this_machine
 from engram_kernels.plan.profile_input import apply_profile, load_profile
 from engram_kernels.profile import session as session_module
@@ -30,52 +31,6 @@ MEASURE_HERE = measure_here.measure_here
 def measured_at_once(monkeypatch):
     """The few seconds of measuring are for the test that is about them."""
     monkeypatch.setattr(measure_here, "measure_here", lambda spec, tokens: profile_of([*HOST, *DISK]))
-
-
-def cell(probe, median, **fields):
-    fields = {"rows": 1000, "row_bytes": 256, **fields}
-    num_bytes = fields["rows"] * fields["row_bytes"]
-    times = dict.fromkeys(("median", "low", "high", "least", "q1", "q3"), median)
-    return {"probe": probe, "status": "ok", "verdict": "OK", "provenance": "measured", "reason": None, "unit": "s",
-            "samples": [median], "bytes": num_bytes, "rows_per_s": fields["rows"] / median, "bytes_per_s": num_bytes / median,
-            **times, **fields}
-
-
-def gather(bytes_per_s, probe="host_gather", **fields):
-    fields = {"rows": 65_536, "row_bytes": 256, "table_bytes": GIB, "row_format": "bf16", "order": "uniform", "op": "gather_rows",
-              **fields}
-    return cell(probe, fields["rows"] * fields["row_bytes"] / bytes_per_s, **fields)
-
-
-def profile_of(cells, gpu=(), cpu="a CPU"):
-    report = {"schema_version": 2, "mode": "quick", "complete": True, "started": "2026-01-01T00:00:00Z", "seconds": 1.0,
-              "peaks": {}, "probes": {}, "cells": cells, "machine": {
-                  "versions": {}, "limits": {}, "numa": [], "caches": {"last_level_bytes": None},
-                  "disk": {"free_bytes": 500 * GIB},
-                  "machine": {"cpu": cpu, "cores": 2, "memory_free_bytes": 100 * GIB}, "gpu": list(gpu)}}
-    jsonschema.Draft202012Validator(SCHEMA).validate(report)  # what is read here is what `profile` promises to write
-    return report
-
-
-HOST = [gather(4e9), gather(6e9, row_bytes=512), gather(2e9, table_bytes=16 * GIB), gather(99e9, order="sorted"),
-        gather(99e9, op="plain"),
-        gather(99e9, cold=False), gather(1e9, rows=24), gather(3e9, row_bytes=264, row_format="fp8_e4m3_block32_packed"),
-        {**gather(99e9), "status": "invalid", "verdict": "ABOVE_PEAK"}]
-DISK = [cell("disk_read", 0.01, rows=1000, row_bytes=4096, table_bytes=GIB, queue_depth=depth, op="io_uring") | {
-    "rows_per_s": rate} for depth, rate in ((1, 10_000.0), (64, 80_000.0), (256, 95_000.0))]
-GPU = [gather(2e12, "gpu_gather", placement="device"), gather(30e9, "gpu_gather", placement="uva"),
-       gather(1e9, "gpu_gather", placement="uva", rows=24), gather(99e9, "gpu_gather", placement="uva", beside="gemm"),
-       gather(99e9, "gpu_gather", placement="uva", cold=False),
-       cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=540_000_000),
-       cell("gpu_link", 9e-6, op="h2d", engine="copy", pinned=True, rows=1, row_bytes=4096),
-       cell("gpu_link", 0.01, op="h2d", engine="copy", pinned=False, rows=1, row_bytes=900_000_000),
-       cell("gpu_stream", 0.001, op="read", rows=1, row_bytes=3_000_000_000),
-       cell("gpu_interference", 0.001, placement="uva", beside="gemm", slowdown_of_other=1.25)]
-
-
-def write(path, report):
-    path.write_text(json.dumps(report))
-    return path
 
 
 def numbers_without_provenance(node, where="$"):
@@ -426,47 +381,3 @@ def test_trial_ignores_a_profile_of_another_machine(tmp_path):
     same["machine"]["machine"] |= {"cpu": mine["cpu"], "cores": mine["cores"]}
     assert profiles_of_this_machine([(Path("o.json"), other)]) == []
     assert len(profiles_of_this_machine([(Path("s.json"), same)])) == 1
-
-
-def test_published_repeats_are_those_of_the_docs():
-    page = (ROOT / repeats._PAGE).read_text()
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")]
-    rows = [(int(c[0].replace(",", "")), c[1:]) for c in cells if c[0].replace(",", "").isdigit()]
-    before, tables = 0, []  # the first three of the page
-    for count in (len(repeats.BATCHES), len(repeats.SEQUENCES), len(repeats.SLOTS)):
-        tables.append(dict(rows[before:before + count]))
-        before += count
-    prefill, decode, cache = tables
-    for i, kind in enumerate(repeats.KINDS):
-        assert [float(prefill[b][i]) for b in repeats.BATCHES] == list(repeats.UNIQUE_PREFILL[kind])
-        assert [float(decode[s][i]) for s in repeats.SEQUENCES] == list(repeats.UNIQUE_DECODE[kind])
-        assert [float(cache[s][i + 1].split(" / ")[0]) for s in repeats.SLOTS] == list(repeats.HIT_RATES[kind])
-
-
-def test_repeats_of_a_text_are_counted_with_the_true_hash(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat and the dog sat on the cat. " * 40)
-    found = repeats.text_repeats(EngramSpec.deepseek_v41(), text, "prefill")
-    ratios = [q.value for _, q in found.unique]
-    assert ratios[0] == pytest.approx(1.0) and ratios == sorted(ratios, reverse=True) and ratios[-1] < 0.5
-    assert found.unique[0][1].provenance is Provenance.MEASURED and "text.txt" in found.unique[0][1].source
-    assert found.hit_rate(1 << 20).value > 0.3
-    assert found.unique_ratio(10**6).provenance is Provenance.ASSUMED  # no such batch was counted
-
-
-def test_repeats_of_zipf_draws_are_the_expected_ones():
-    """Against draws: rows of one head's table, the most frequent first."""
-    spec = EngramSpec.demo_v1(table_sizes=(1000, 1000), layer_ids=(0,))
-    found = repeats.zipf_repeats(spec, 1.0)
-    ranks = torch.arange(1, 1001, dtype=torch.float64)
-    draws = torch.multinomial((1 / ranks).expand(200, -1), 256, replacement=True, generator=torch.Generator().manual_seed(1))
-    counted = sum(row.unique().numel() for row in draws) / draws.numel()
-    assert found.unique_ratio(256).value == pytest.approx(counted, rel=0.02)
-    assert found.unique_ratio(256).provenance is Provenance.ASSUMED
-    assert repeats.zipf_repeats(spec, 2.0).unique_ratio(256).value < found.unique_ratio(256).value
-    assert found.hit_rate(1 << 21).value == pytest.approx(1.0)  # the whole table
-
-
-def test_published_repeats_of_another_hash_are_assumed():
-    for spec, provenance in ((EngramSpec.deepseek_v41(), Provenance.MEASURED), (SPEC, Provenance.ASSUMED)):
-        assert repeats.published_repeats(spec, "code", "decode").unique_ratio(64).provenance is provenance

@@ -235,7 +235,7 @@ def test_profile_gather_is_judged_by_the_plain_loop(op_seconds, verdict):
 def test_profile_rows_are_ordinary_numbers(monkeypatch, compiled):
     """Scale bytes of 0 are 2^-127: decoding would take several times as long as in any real table."""
     seen = []
-    monkeypatch.setattr(probes_host, "_measure_gather", lambda session, memory, *rest: seen.append(memory.data))
+    monkeypatch.setattr(probes_host, "measure_gather", lambda session, memory, *rest: seen.append(memory.data))
     session = Session(Options(max_memory_bytes=64 * MIB), quiet_machine())
     with session.probe("host_gather", 50):
         probes_host.gather(session)

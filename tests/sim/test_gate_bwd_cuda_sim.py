@@ -139,7 +139,7 @@ def test_gate_bwd_reads_and_writes_once(v41):
 
 
 def test_gate_bwd_moves_at_most_a_tenth_more_than_the_least():
-    """All that is asked for of 14 tokens per block, partial sums too. Least: the rows, the weights read, their gradients written."""
+    """All that 14 tokens per block ask for, partial sums too. Least: the rows, the weights read, their gradients written."""
     tokens = 14
     inputs = make_inputs(tokens, BRANCHES, SIZE, weight_dtype=torch.bfloat16)
     launches = simulate(inputs, random_grad(tokens, BRANCHES, SIZE), device=Device(multiprocessors=1))[1]

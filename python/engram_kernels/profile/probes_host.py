@@ -33,7 +33,6 @@ _MAX_CALL_BYTES = 32 * MIB  # payload of a call
 ROW_FILL = 120
 _CHASE_STEPS = 1 << 16
 _PREFETCH = (0, 4, 16, 64)
-_MOST_SETS = 1 << 13  # of ids: more than the calls of two samples
 
 
 SECONDS = {"host_limits": 1, "host_stream": 3, "host_memcpy": 2, "host_latency": 3, "host_gather": 12}
@@ -327,8 +326,8 @@ def measure_gather(session: Session, memory: Arena, shape: Shape, trace: Any = N
 
 
 def _draw_calls(shape: Shape, cold_bytes: int, trace: Any) -> list[Any]:
-    """Ids of different calls, of so many rows together that no cache holds those of the last round, in at most `_MOST_SETS`."""
-    sets = min(max(2, -(-cold_bytes // (shape.rows * shape.row_bytes))), _MOST_SETS)
+    """Ids of different calls, of so many rows together that no cache holds those of the last round."""
+    sets = max(2, -(-cold_bytes // (shape.rows * shape.row_bytes)))
     num_rows = shape.table_bytes // shape.row_bytes
     rng = np.random.default_rng(shape.rows + shape.row_bytes)
     if shape.order == "uniform":
