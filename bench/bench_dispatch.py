@@ -9,10 +9,11 @@ from harness import measure
 LAYOUT = ek.EngramSpec.deepseek_v41().layout()
 CU = torch.zeros(1, dtype=torch.int32)
 HIDDEN, VALUE, WEIGHT = torch.empty(0, 2, 64), torch.empty(0, 64), torch.ones(2, 64)
+STATE, POSITIONS = torch.empty(0, 9, 2, 64), torch.empty(0, dtype=torch.int64)
 TABLE = ek.RowTable.from_tensor(torch.ones(10, 32), row_format="f32")
 IDS = torch.empty(0, 2, dtype=torch.int32)
 TOKENS = torch.empty(0, dtype=torch.int32)
-CONV = torch.ones(2, 64, 4)
+CONV, W_KV = torch.ones(2, 64, 4), torch.ones(3 * 64, 2 * 32)
 ROWS = (TABLE.rows, None, IDS)
 GATE = (None, 1e-6, 1e-6, "copysign", True)
 OPS = torch.ops.engram_kernels
@@ -26,8 +27,12 @@ CALLS = {
              lambda: ek.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT)),
     "gather_gate": (lambda: OPS.gather_gate(HIDDEN, *ROWS, WEIGHT, WEIGHT, None, "f32", 32, False, *GATE[1:]),
                     lambda: ek.gather_gate(HIDDEN, TABLE, IDS, WEIGHT, WEIGHT)),
+    "engram_forward": (lambda: OPS.engram_forward(HIDDEN, *ROWS, W_KV, WEIGHT, WEIGHT, None, "f32", 32, False, *GATE[1:]),
+                       lambda: ek.engram_forward(HIDDEN, TABLE, IDS, W_KV, WEIGHT, WEIGHT)),
     "short_conv": (lambda: OPS.short_conv(HIDDEN, CONV, WEIGHT, CU, 3, 1e-5),
                    lambda: ek.short_conv(HIDDEN, CONV, WEIGHT, CU, 3)),
+    "short_conv with a state": (lambda: OPS.short_conv_update(HIDDEN, CONV, WEIGHT, CU, POSITIONS, 3, 1e-5, STATE, None, None),
+                                lambda: ek.short_conv(HIDDEN, CONV, WEIGHT, CU, 3, state=STATE, positions=POSITIONS)),
 }
 
 

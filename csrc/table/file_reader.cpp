@@ -473,7 +473,10 @@ void FileReader::check_unchanged(int64_t row) const {
                              << " is not what it was");
   }
   if (now.changed_ns != changed_ns_) {
-    EK_THROW_READ(EIO, path_ << ": the file was written to after it was opened; row " << row << " may not be what it was");
+    EK_THROW_READ(EIO,
+                  path_ << ": the file was written to after it was opened, or touched (its time of change is another, its size "
+                           "is not); row "
+                        << row << " may not be what it was; if its rows are those that are meant, open the table again");
   }
 }
 

@@ -3,7 +3,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,7 +81,8 @@ def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> 
         raise ValueError(f"{op}: {name} is {value!r}, expected {' or '.join(repr(c) for c in choices)}")
 
 
-def expect_apart(op: str, name: str, x: Tensor, out: Tensor, may_be_same: bool = False) -> None:
+def expect_apart(op: str, name: str, x: Tensor, out: Tensor, may_be_same: bool = False,
+                 out_name: str = "out") -> None:
     """Raises ValueError where `out` shares memory with `x`, unless it may be `x` itself and is. As the bindings check it."""
     if x.numel() == 0 or out.numel() == 0 or is_compiling():
         return
@@ -91,7 +91,7 @@ def expect_apart(op: str, name: str, x: Tensor, out: Tensor, may_be_same: bool =
     if may_be_same and begin == out_begin and all(n <= 1 or a == b for n, a, b in strides):
         return
     if begin < out_begin + _extent_bytes(out) and out_begin < begin + _extent_bytes(x):
-        raise ValueError(f"{op}: out shares memory with {name}{', without being it' if may_be_same else ''}")
+        raise ValueError(f"{op}: {out_name} shares memory with {name}{', without being it' if may_be_same else ''}")
 
 
 def _extent_bytes(x: Tensor) -> int:
@@ -101,21 +101,6 @@ def _extent_bytes(x: Tensor) -> int:
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd has to see this call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def refuse_forward_ad(op: str) -> None:
-    """Raises NotImplementedError inside a forward-mode AD level: the compiled op would drop the tangents in silence."""
-    if not is_compiling() and forward_ad._current_level >= 0:
-        raise NotImplementedError(f"{op}: the compiled op has no forward-mode derivative; use backend='reference'")
-
-
-def mark_written(*tensors: Tensor | None) -> None:
-    """Tells autograd that the compiled op wrote these, so that a backward pass that saved one of them raises."""
-    if is_compiling():
-        return  # functionalization sees the mutation in the schema
-    for x in tensors:
-        if x is not None and not x.is_inference():
-            torch.autograd.graph.increment_version(x)
 
 
 def no_second_derivative(op: str):

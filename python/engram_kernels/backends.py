@@ -26,8 +26,7 @@ def register(op: str, backend: str, implementation: Callable[..., Any] | None, w
 
 
 def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., Any], *,
-                check_data: Callable[..., None] | None = None, in_place: str | None = None,
-                as_update: Callable[..., Any] | None = None) -> None:
+                check_data: Callable[..., None] | None = None) -> None:
     """Registers what every op has: its reference, its compiled and its Triton kernels, or the reasons why they are missing.
 
     Args:
@@ -35,8 +34,6 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
         reference: checks the data, then runs the reference.
         compiled: calls `torch.ops.engram_kernels.<op>`.
         check_data: the data checks that kernels on a GPU cannot make; takes the tensor-level arguments.
-        in_place: the argument that `out` may be.
-        as_update: as `dispatch.implementation` takes it.
     """
     register(op, "reference", reference)
     register(op, "cpu", None if COMPILE_ERROR else compiled, COMPILE_ERROR)
@@ -44,8 +41,8 @@ def register_op(op: str, reference: Callable[..., Any], compiled: Callable[..., 
     if no_cuda is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"engram_kernels::{op}", "CUDA"):
         no_cuda = "there is no CUDA kernel of it yet"
     register(op, "cuda", None if no_cuda else compiled, no_cuda)
-    missing = dispatch.why_not(op)
-    register(op, "triton", None if missing else dispatch.implementation(op, check_data, in_place, as_update), missing)
+    missing = dispatch.why_not(dispatch.stem(op))
+    register(op, "triton", None if missing else dispatch.implementation(op, check_data), missing)
     if not missing:
         dispatch.define_twin(op)
 
@@ -87,8 +84,9 @@ def available(op: str) -> tuple[str, ...]:
 
 
 def ops() -> tuple[str, ...]:
-    """Every registered op, in the order of registration."""
-    return tuple(dict.fromkeys(op for op, _ in (*_IMPLEMENTATIONS, *_WHY_NOT)))
+    """Every registered op with a public function, in the order of registration."""
+    registered = dict.fromkeys(op for op, _ in (*_IMPLEMENTATIONS, *_WHY_NOT))
+    return tuple(op for op in registered if dispatch.stem(op) == op)
 
 
 def explain(op: str, backend: str) -> str:

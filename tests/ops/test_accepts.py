@@ -35,6 +35,8 @@ def make(seed=0):
         "gather_rows": dict(table=table, row_ids=ids, out_dtype=torch.float32),
         "gather_gate": dict(hidden=hidden, table=table, row_ids=ids, **weights),
         "engram_forward": dict(hidden=hidden, table=table, row_ids=ids, w_kv=w_kv, **weights),
+        "short_conv": dict(x=hidden, weight=torch.randn(M, H, 3, generator=rand), norm_weight=torch.ones(M, H),
+                           cu_seqlens=torch.tensor([0, 1, T], dtype=torch.int32), dilation=2),
     }
 
 
@@ -55,6 +57,11 @@ def at(row_id, where=(1, 2)):
 def a_slice(x):
     """Equal to `x`, not contiguous."""
     return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def with_state(**changes):
+    """short_conv with a ring for each of its two sequences, and changes to that."""
+    return lambda args: dict(state=torch.zeros(2, 4, M, H), positions=torch.zeros(2, dtype=torch.int64)) | changes
 
 
 IDS = {**{f"id_{i}": tensors(row_ids=at(i)) for i in (-2**40, -2, -1, 0, R - 1, R, 2**40)},
@@ -95,6 +102,35 @@ CASES = {
                     "out_bf16": dict(out=torch.empty(T, C, D, dtype=torch.bfloat16)), "out_text": dict(out="x"),
                     "out_is_rows": lambda args: dict(row_ids=torch.zeros(4, dtype=torch.int64), out=args["table"].rows[:4]),
                     "out_wants_grad": dict(out=torch.empty(T, C, D, requires_grad=True))},
+    "short_conv": {**{f"eps_{k}": dict(eps=v) for k, v in NUMBERS.items()},
+                   **{f"dilation_{v}": dict(dilation=v) for v in (-1, 0, 1, 2**28 - 1, 2**28, 2**40, 1.5, "2", None, True)},
+                   "x_f64": tensors(x=lambda x: x.double()), "x_flat": tensors(x=lambda x: x[:, 0]), "x_none": dict(x=None),
+                   "x_strided": tensors(x=a_slice), "weight_short": tensors(weight=lambda x: x[:1]),
+                   "weight_none": dict(weight=None), "norm_bf16": tensors(norm_weight=lambda x: x.bfloat16()),
+                   "no_taps": tensors(weight=lambda x: x[..., :0]), "nine_taps": dict(weight=torch.ones(M, H, 9)),
+                   "bounds_int64": tensors(cu_seqlens=lambda x: x.long()), "bounds_short": tensors(cu_seqlens=lambda x: x[:1]),
+                   "bounds_fall": dict(cu_seqlens=torch.tensor([0, 5, T], dtype=torch.int32)),
+                   "out": dict(out=torch.empty(T, M, H)), "out_short": dict(out=torch.empty(1, M, H)),
+                   "out_is_x": lambda args: dict(out=args["x"]),
+                   "out_wants_grad": dict(out=torch.empty(T, M, H, requires_grad=True)),
+                   "positions_alone": dict(positions=torch.zeros(2, dtype=torch.int64)),
+                   "state": with_state(), "state_without_positions": with_state(positions=None),
+                   "state_short": with_state(state=torch.zeros(2, 3, M, H)),
+                   "state_of_one": with_state(state=torch.zeros(1, 4, M, H)),
+                   "state_overlaps": with_state(state=torch.zeros(1, 4, M, H).expand(2, 4, M, H)),
+                   "state_is_out": lambda args: with_state(out=(room := torch.zeros(8, M, H))[:T],
+                                                           state=room.view(2, 4, M, H))(args),
+                   "state_wants_grad": with_state(state=torch.zeros(2, 4, M, H, requires_grad=True)),
+                   "x_wants_grad_with_state":
+                   lambda args: with_state(x=args["x"].clone().requires_grad_())(args),
+                   "position_below_0": with_state(positions=torch.tensor([0, -1])),
+                   "indices": with_state(state_indices=torch.tensor([1, 0])),
+                   "indices_twice": with_state(state_indices=torch.tensor([1, 1])),
+                   "indices_high": with_state(state_indices=torch.tensor([0, 2])),
+                   "indices_int32": with_state(state_indices=torch.tensor([0, 1], dtype=torch.int32)),
+                   "ends": with_state(state_ends=torch.zeros(2, 2, dtype=torch.int64)),
+                   "ends_skip": with_state(state_ends=torch.zeros(2, 2, dtype=torch.int64), positions=torch.tensor([0, 3])),
+                   "ends_int32": with_state(state_ends=torch.zeros(2, 2, dtype=torch.int32))},
 }
 
 

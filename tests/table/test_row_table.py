@@ -238,6 +238,17 @@ def test_row_table_file_written_to_while_open(tmp_path):
         gather_rows(table, torch.tensor([0]))
 
 
+def test_row_table_file_touched_while_open(tmp_path):
+    """`touch` cannot be told from a write of as many bytes: an error that says so, and what to do; that then works."""
+    table, path = create(tmp_path / "t"), tmp_path / "t"
+    wanted = table.read_rows(torch.arange(R))[0]
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    with pytest.raises(OSError, match=r"t: the file was written to .*, or touched .*; row 7 .* open the table again") as caught:
+        table.read_rows(torch.tensor([7]))
+    assert caught.value.errno == errno.EIO
+    assert torch.equal(RowTable.open(path).read_rows(torch.arange(R))[0], wanted)
+
+
 def test_row_table_file_written_to_within_the_tick_of_its_opening(tmp_path):
     """A kernel that stamps writes with the last clock tick: the stamp of a write right after opening is not that of before."""
     path, coarse = tmp_path / "t", 5  # CLOCK_REALTIME_COARSE

@@ -11,10 +11,12 @@ from engram_kernels import _transforms, backends
 from engram_kernels._checks import expect_apart, expect_one_device, no_second_derivative
 from engram_kernels._library import COMPILE_ERROR, LIB
 from engram_kernels.table.row_table import RowTable
-from engram_kernels.triton_runtime.dispatch import register_autograd
+from engram_kernels.triton_runtime.dispatch import libraries_of, register_autograd, stem
 
-is_grad_enabled, increment_version = torch.is_grad_enabled, torch.autograd.graph.increment_version
+is_grad_enabled, is_inference_mode_enabled = torch.is_grad_enabled, torch.is_inference_mode_enabled
+increment_version = torch._C._increment_version
 are_transforms_active = torch._C._are_functorch_transforms_active
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _COMPILED_FIRST = frozenset() if COMPILE_ERROR else frozenset({"auto", "cpu"})
 _DTYPE_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # of c10::ScalarType, part of torch's stable ABI
@@ -30,12 +32,14 @@ class Op:
 
     def __init__(self, name: str, arguments: str, *, empty: Callable[..., Tensor], reference: Callable[..., Tensor],
                  check: Callable[..., None], check_data: Callable[..., None] | None = None,
-                 differentiable: Sequence[str] = (), in_place: str | None = None, no_gradient: str | None = None):
+                 differentiable: Sequence[str] = (), in_place: str | None = None, no_gradient: str | None = None,
+                 writes: Sequence[str] = ()):
         """Defines the op and registers its backends.
 
         Args:
-            name: op name.
-            arguments: of the schema, each "Type name"; tensors come first. Those called rows, scales and row_ids are a table's.
+            name: op name. `<op>_update` is the form of the public function `<op>` that writes a state.
+            arguments: of the schema, each "Type name" or "Type name=default"; with a derivative, tensors come first. Those called
+                rows, scales and row_ids are a table's.
             empty: the output for these arguments, uninitialised: also what the fake returns.
             reference: computes the output from them.
             check: takes the arguments as a tuple, `out` and the table where there is one; raises TypeError or ValueError.
@@ -43,25 +47,34 @@ class Op:
             differentiable: names of the arguments that may require grad.
             in_place: name of the argument that `out` may be.
             no_gradient: why there is no derivative, where only the reference has one.
+            writes: names of the arguments that the op writes, besides `out`. Such an op has no derivative: an input that
+                requires grad is an error.
         """
-        self.name, self.arguments = name, arguments
-        self.names = tuple(argument.split()[-1] for argument in arguments.split(", "))
+        self.name, self.public_name, self.arguments = name, stem(name), arguments
+        self.names = tuple(argument.split("=")[0].split()[-1] for argument in arguments.split(", "))
         self.num_tensors = sum(argument.startswith("Tensor") for argument in arguments.split(", "))
         self._empty, self._compute, self._check, self._check_data = empty, reference, check, check_data
         self._differentiable = tuple(self.names.index(x) for x in differentiable)
+        self._writes = tuple(self.names.index(x) for x in writes)
         self._in_place, self._no_gradient = in_place, no_gradient
         self._rows = self.names.index("rows") if "rows" in self.names else None
         LIB.define(f"{name}({arguments}) -> Tensor")
-        LIB.define(f"{name}.out({arguments}, *, Tensor(a!) out) -> ()")
+        LIB.define(f"{name}.out({arguments}, *, Tensor(out!) out) -> ()")
         torch.library.register_fake(f"engram_kernels::{name}", self._fake, lib=LIB)
         torch.library.register_fake(f"engram_kernels::{name}.out", self._fake_out, lib=LIB)
         packet = getattr(torch.ops.engram_kernels, name)
         self._default, self._out = packet.default, packet.out
-        self._eager_out = packet.out._op  # what packet.out calls, for half a microsecond less
+        # what the overloads call, for half a microsecond less
+        self._eager_default, self._eager_out = packet.default._op, packet.out._op
         self._dtype_at = self.names.index("out_dtype") if "out_dtype" in self.names else None
         if no_gradient is not None:
             register_autograd(name, self._refuse_backward, None, LIB)
-        backends.register_op(name, self.reference, self.compiled, check_data=check_data, in_place=in_place)
+        if writes:
+            for namespace, library in libraries_of(name, LIB).items():
+                twin = getattr(getattr(torch.ops, namespace), name)
+                library.impl(name, self._without_derivative(twin.default), "Autograd")
+                library.impl(f"{name}.out", self._without_derivative(twin.out), "Autograd")
+        backends.register_op(name, self.reference, self.compiled, check_data=check_data)
 
     def call(self, backend: str, args: tuple[Any, ...], out: Tensor | None = None, table: RowTable | None = None) -> Tensor:
         """The output for `args`, from `backend`; `out` when given. `table`: whose rows are among `args`."""
@@ -89,14 +102,16 @@ class Op:
     def check(self, args: tuple[Any, ...], out: Tensor | None, table: RowTable | None = None) -> None:
         """Raises TypeError or ValueError where an argument is wrong, whatever the backend."""
         self._check(args, out, *(() if table is None else (table,)))
-        if out is None:
+        written = [(name, x) for name, x in (("out", out), *((self.names[i], args[i]) for i in self._writes)) if x is not None]
+        if not written:
             return
         if self._wants_grad((*args, out)):
-            raise ValueError(f"{self.name}: out cannot be given while an input requires grad; leave it away or use "
-                             "torch.no_grad()")
-        for name, x in zip(self.names, args, strict=False):
-            if isinstance(x, Tensor):
-                expect_apart(self.name, name, x, out, may_be_same=name == self._in_place)
+            raise ValueError(f"{self.public_name}: {written[0][0]} cannot be given while an input requires grad; leave it "
+                             "away or use torch.no_grad()")
+        for written_name, target in written:
+            for name, x in zip(self.names, args, strict=False):
+                if isinstance(x, Tensor) and name != written_name:
+                    expect_apart(self.public_name, name, x, target, name == self._in_place, written_name)
 
     def compiled(self, *args: Any, out: Tensor | None = None) -> Tensor:
         """Runs the compiled op, on the CPU or a GPU, or its fake."""
@@ -110,7 +125,8 @@ class Op:
     def _run(self, args: tuple[Any, ...], out: Tensor | None) -> Tensor:
         # every line here counts: a decode step's rows take less time than the call around them
         if forward_ad._current_level >= 0:
-            raise NotImplementedError(f"{self.name}: the compiled op has no forward-mode derivative; use backend='reference'")
+            raise NotImplementedError(f"{self.public_name}: the compiled op has no forward-mode derivative; use "
+                                      "backend='reference'")
         if out is None and are_transforms_active():  # of torch.func, which take no `out` that is made here
             return _transforms.call(self._default, *args)
         if is_grad_enabled():
@@ -119,17 +135,24 @@ class Op:
                     return self._differentiated(args, out)
             if out is not None and out.requires_grad:
                 return self._differentiated(args, out)
-        written = out
-        if out is None:
-            if not self._differentiable:
-                return self._default(*args)
+        written, inference = out, is_inference_mode_enabled()
+        if out is None and self._differentiable and not inference:
             # the Python layer of autograd, which torch.library puts before the op, costs more than the rows of a decode step
             out = self._empty(*args)
         if self._dtype_at is not None:  # torch's parser takes a microsecond for a dtype, and none for its number
             args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
-        self._eager_out(*args, out=out)
-        if written is not None:
-            increment_version(written)  # autograd does not know of the write: a backward pass that saved `out` must raise
+        if out is None:
+            out = self._eager_default(*args)
+        elif self._writes and not inference:
+            with below_autograd():  # where `_without_derivative` is, which costs as much as the rest of the way
+                self._eager_out(*args, out=out)
+        else:
+            self._eager_out(*args, out=out)
+        # autograd does not know of the writes: a backward pass that saved one of these must raise
+        if self._writes:
+            increment_version([x for x in (written, *(args[i] for i in self._writes)) if x is not None])
+        elif written is not None:
+            increment_version((written,))
         return out
 
     def reference(self, *args: Any, out: Tensor | None = None) -> Tensor:
@@ -171,12 +194,21 @@ class Op:
     def _differentiated(self, args: tuple[Any, ...], out: Tensor | None) -> Tensor:
         if self._no_gradient is not None:
             raise NotImplementedError(self._no_gradient)
-        if out is not None:
-            raise ValueError(f"{self.name}: out was given while an input requires grad")  # `check` has better words
+        if out is not None or self._writes:
+            raise ValueError(f"{self.public_name}: the op writes, and an input requires grad")  # `check` has better words
         return self._default(*args)
 
     def _refuse_backward(self, ops, ctx, grad_out):
         raise NotImplementedError(self._no_gradient)
+
+    def _without_derivative(self, overload: Any) -> Callable[..., Any]:
+        """A kernel for autograd's place in the dispatch, where nothing would refuse an op that writes its arguments."""
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            if self._wants_grad((*args, *kwargs.values())):
+                raise RuntimeError(f"{self.name}: an input requires grad, but the op has no derivative; use torch.no_grad()")
+            with below_autograd():
+                return overload(*args, **kwargs)
+        return kernel
 
     def _wants_grad(self, tensors: tuple[Any, ...]) -> bool:
         return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
@@ -194,11 +226,11 @@ class Op:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if self._rows is not None and args[self._rows].is_cpu and args[2 if self._rows == 0 else 0].is_cuda:
             tensors = [x for x in tensors if x is not args[self._rows] and x is not args[self._rows + 1]]  # pinned host memory
-        expect_one_device(self.name, *tensors)
+        expect_one_device(self.public_name, *tensors)
         return self._empty(*args)
 
     def _fake_out(self, *args: Any, out: Tensor) -> None:
-        expect_one_device(self.name, self._fake(*args), out)
+        expect_one_device(self.public_name, self._fake(*args), out)
 
 
 def refuse_table(op: str, table: object) -> NoReturn:

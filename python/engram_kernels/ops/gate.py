@@ -51,15 +51,21 @@ def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Te
     return _OP.call(backend, (hidden, key, value, w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual), out)
 
 
-def check_options(op: str, eps: float, clamp: float, zero_sign: str, add_residual: bool) -> None:
-    """Raises TypeError or ValueError unless the options of gate, gather_gate and engram_forward are in range."""
-    for name, value in (("eps", eps), ("clamp", clamp)):
-        if not isinstance(value, int | float):
-            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not isinstance(add_residual, bool | int | None):  # what torch's parser takes for a bool
-        raise TypeError(f"{op}: add_residual must be True or False, got {type(add_residual).__name__}")
+def check_eps(op: str, eps: float) -> None:
+    """Raises TypeError or ValueError unless `eps` is a number that float32 has, at least 0."""
+    if not isinstance(eps, int | float):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not 0 <= eps < _ROUNDS_TO_INFINITY:
         raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
+
+
+def check_options(op: str, eps: float, clamp: float, zero_sign: str, add_residual: bool) -> None:
+    """Raises TypeError or ValueError unless the options of gate, gather_gate and engram_forward are in range."""
+    check_eps(op, eps)
+    if not isinstance(clamp, int | float):
+        raise TypeError(f"{op}: clamp must be a number, got {type(clamp).__name__}")
+    if not isinstance(add_residual, bool | int | None):  # what torch's parser takes for a bool
+        raise TypeError(f"{op}: add_residual must be True or False, got {type(add_residual).__name__}")
     if not _ROUNDS_TO_TINY <= clamp < _ROUNDS_TO_INFINITY:
         raise ValueError(f"{op}: clamp is {clamp}, expected a number from {_FLOAT_TINY} to {_FLOAT_MAX}")
     expect_choice(op, "zero_sign", zero_sign, ZERO_SIGNS)

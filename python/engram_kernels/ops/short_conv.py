@@ -1,62 +1,15 @@
 """Short convolution: a causal depthwise convolution over a few tokens, behind a norm, added to its input."""
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from engram_kernels import _transforms, backends
-from engram_kernels._checks import (
-    FLOAT_DTYPES,
-    expect_bounds,
-    expect_one_device,
-    expect_tensor,
-    mark_written,
-    no_second_derivative,
-    refuse_forward_ad,
-    wants_grad,
-)
-from engram_kernels._library import LIB
+from engram_kernels._checks import FLOAT_DTYPES, expect_bounds, expect_tensor
+from engram_kernels.ops._op import Op
+from engram_kernels.ops.gate import check_eps
 from engram_kernels.reference.short_conv import short_conv as _reference
 from engram_kernels.reference.short_conv import short_conv_update as _reference_update
-from engram_kernels.triton_runtime.dispatch import libraries_of, register_autograd
-
-_INPUTS = "Tensor x, Tensor weight, Tensor norm_weight, Tensor cu_seqlens"
-_UPDATE = (f"{_INPUTS}, Tensor positions, int dilation, float eps, Tensor(a!) state, Tensor? state_indices=None, "
-           "Tensor(b!)? state_ends=None")
-LIB.define(f"short_conv({_INPUTS}, int dilation, float eps) -> Tensor")
-LIB.define(f"short_conv.out({_INPUTS}, int dilation, float eps, *, Tensor(a!) out) -> ()")
-LIB.define(f"short_conv_update({_UPDATE}) -> Tensor")
-LIB.define(f"short_conv_update.out({_UPDATE}, *, Tensor(c!) out) -> ()")
-LIB.define(f"short_conv_bwd(Tensor grad_out, {_INPUTS}, int dilation, float eps) -> (Tensor, Tensor, Tensor)")
 
 MAX_WIDTH = 8
-
-
-@torch.library.register_fake("engram_kernels::short_conv", lib=LIB)
-def _fake(x, weight, norm_weight, cu_seqlens, dilation, eps):
-    expect_one_device("short_conv", x, weight, norm_weight, cu_seqlens)
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("engram_kernels::short_conv.out", lib=LIB)
-def _fake_out(x, weight, norm_weight, cu_seqlens, dilation, eps, *, out):
-    return None
-
-
-@torch.library.register_fake("engram_kernels::short_conv_update", lib=LIB)
-def _fake_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices=None, state_ends=None):
-    expect_one_device("short_conv", x, weight, norm_weight, cu_seqlens, positions, state, state_indices, state_ends)
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("engram_kernels::short_conv_update.out", lib=LIB)
-def _fake_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices=None, state_ends=None, *,
-                     out):
-    return None
-
-
-@torch.library.register_fake("engram_kernels::short_conv_bwd", lib=LIB)
-def _fake_bwd(grad_out, x, weight, norm_weight, cu_seqlens, dilation, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), norm_weight.new_empty(norm_weight.shape)
+MAX_DILATION = (2**31 - 1) // MAX_WIDTH
 
 
 def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, dilation: int, eps: float = 1e-5,
@@ -110,23 +63,17 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
 
     Source: arXiv 2601.07372 section 2; deepseek-ai/Engram `engram_demo_v1.py` (`ShortConv`).
     """
-    _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out)
-    grad = wants_grad(x, weight, norm_weight, *(t for t in (out, state) if t is not None))
-    if grad and (out is not None or state is not None):
-        raise ValueError(f"short_conv: {'out' if out is not None else 'state'} cannot be given while an input requires grad; "
-                         "leave it away or use torch.no_grad()")
-    run = backends.select("short_conv", x.device, backend)
     if state is None:
         for name, given in (("positions", positions), ("state_indices", state_indices), ("state_ends", state_ends)):
             if given is not None:
                 raise ValueError(f"short_conv: {name} is given without state")
-        return run(x, weight, norm_weight, cu_seqlens, dilation, eps, out=out)
-    _check_state(x, weight, cu_seqlens, dilation, state, positions, state_indices, state_ends)
-    return run(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, state_indices, state_ends, out=out)
+        return _OP.call(backend, (x, weight, norm_weight, cu_seqlens, dilation, eps), out)
+    return _UPDATE.call(backend, (x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends),
+                        out)
 
 
-def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
-    op = "short_conv"
+def _check(args, out):
+    op, (x, weight, norm_weight, cu_seqlens, dilation, eps) = "short_conv", args
     expect_tensor(op, "x", x, FLOAT_DTYPES, ("T", "M", "H"), dense_dims=1)
     tokens, branches, size = x.shape
     if branches == 0 or size == 0:
@@ -136,20 +83,25 @@ def _check(x, weight, norm_weight, cu_seqlens, dilation, eps, out):
         raise ValueError(f"{op}: weight has {weight.shape[2]} taps, expected 1..{MAX_WIDTH}")
     expect_tensor(op, "norm_weight", norm_weight, (weight.dtype,), (branches, size), x.device, dense_dims=2)
     expect_bounds(op, cu_seqlens, tokens, x.device)
-    if dilation < 1:
-        raise ValueError(f"{op}: dilation is {dilation}, expected at least 1")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
+    if not isinstance(dilation, int):
+        raise TypeError(f"{op}: dilation must be an integer, got {type(dilation).__name__}")
+    if not 1 <= dilation <= MAX_DILATION:
+        raise ValueError(f"{op}: dilation is {dilation}, expected 1..{MAX_DILATION}")
+    check_eps(op, eps)
     if out is not None:
         expect_tensor(op, "out", out, (x.dtype,), (tokens, branches, size), x.device, dense_dims=3)
 
 
-def _check_state(x, weight, cu_seqlens, dilation, state, positions, state_indices, state_ends):
+def _check_update(args, out):
+    x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends = args
+    _check((x, weight, norm_weight, cu_seqlens, dilation, eps), out)
     op, sequences, reach = "short_conv", cu_seqlens.shape[0] - 1, (weight.shape[2] - 1) * dilation
     rings = sequences if state_indices is None else "R"
     expect_tensor(op, "state", state, (x.dtype,), (rings, f"{reach}+K", *x.shape[1:]), x.device, dense_dims=3)
     if state.shape[1] < reach:
         raise ValueError(f"{op}: state has {state.shape[1]} slots, expected at least {reach}, (W-1) * dilation")
+    if state.shape[0] > 1 and state.stride(0) < state[0].numel():
+        raise ValueError(f"{op}: the rings of state share memory")
     if positions is None:
         raise ValueError(f"{op}: positions is None, expected a tensor with state")
     expect_tensor(op, "positions", positions, (torch.int32, torch.int64), (sequences,), x.device)
@@ -159,40 +111,16 @@ def _check_state(x, weight, cu_seqlens, dilation, state, positions, state_indice
         expect_tensor(op, "state_ends", state_ends, (torch.int64,), (state.shape[0], 2), x.device, dense_dims=2)
 
 
-def _compiled(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, state_indices=None, state_ends=None,
-              out=None):
-    refuse_forward_ad("short_conv")
-    args = (x, weight, norm_weight, cu_seqlens)
-    if state is None:
-        op, args = torch.ops.engram_kernels.short_conv, (*args, dilation, eps)
-    else:
-        op = torch.ops.engram_kernels.short_conv_update
-        args = (*args, positions, dilation, eps, state, state_indices, state_ends)
-    if _transforms.active() and out is None and state is None:
-        return _transforms.call(op.default, *args)
-    if is_compiling() or (out is None and wants_grad(x, weight, norm_weight)):
-        if out is None:
-            return op.default(*args)
-        op.out(*args, out=out)
-        return out
-    with torch._C._AutoDispatchBelowAutograd():  # the Python autograd wrapper costs as much as the rest of the dispatch
-        if out is None:
-            result = op.default(*args)
-        else:
-            op.out(*args, out=out)
-            result = out
-    mark_written(out, state, state_ends)
-    return result
-
-
-def _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, state_indices=None,
-                state_ends=None):
+def _check_data(x, weight, norm_weight, cu_seqlens, *options):
     steps = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or (steps < 0).any() or cu_seqlens[-1] != x.shape[0]:
         raise ValueError(f"short_conv: cu_seqlens must start at 0, not decrease and end at the number of tokens, {x.shape[0]}; "
                          f"got {cu_seqlens.tolist()}")
-    if positions is None:
-        return
+
+
+def _check_update_data(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends):
+    _check_data(x, weight, norm_weight, cu_seqlens)
+    steps = cu_seqlens.diff()
     indices = list(range(len(steps))) if state_indices is None else state_indices.tolist()
     spare, users = state.shape[1] - (weight.shape[2] - 1) * dilation, {}
     for b, (ring, position, chunk) in enumerate(zip(indices, positions.tolist(), steps.tolist(), strict=True)):
@@ -223,46 +151,19 @@ def _check_ends(b, position, ring, end, furthest, spare):
                          f"at most {spare} (the slots of state beyond (W-1) * dilation), or 0 for a new sequence")
 
 
-def _as_update(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, *state_options):
-    return None if state is None else (x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, *state_options)
+def _empty(x, *args):
+    return x.new_empty(x.shape)
 
 
-def _checked_reference(x, weight, norm_weight, cu_seqlens, dilation, eps, positions=None, state=None, state_indices=None,
-                       state_ends=None, out=None):
-    _check_data(x, weight, norm_weight, cu_seqlens, dilation, eps, positions, state, state_indices, state_ends)
-    if state is None:
-        result = _reference(x, weight, norm_weight, cu_seqlens, dilation, eps)
-    else:
-        result = _reference_update(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends)
-    return result if out is None else out.copy_(result)
+def _fake_bwd(grad_out, x, weight, norm_weight, *args):
+    return tuple(x.new_empty(x.shape) for x in (x, weight, norm_weight))
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _backward(ops, ctx, grad_out):
-    if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
-        grad_out = grad_out.contiguous()
-    grads = ops.short_conv_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None
-
-
-def _refuse_grad(overload):
-    """A kernel for autograd's place in the dispatch: an op that writes `state` has no derivative, and says so."""
-    def kernel(*args, **kwargs):
-        if wants_grad(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))):
-            raise RuntimeError("short_conv_update: an input requires grad, but the op has no derivative; use torch.no_grad()")
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **kwargs)
-    return kernel
-
-
-for _namespace, _library in libraries_of("short_conv_update", LIB).items():
-    _update = getattr(torch.ops, _namespace).short_conv_update
-    _library.impl("short_conv_update", _refuse_grad(_update.default), "Autograd")
-    _library.impl("short_conv_update.out", _refuse_grad(_update.out), "Autograd")
-register_autograd("short_conv", _backward, _setup_context, LIB)
-register_autograd("short_conv_bwd", no_second_derivative("short_conv"), None, LIB)
-backends.register_op("short_conv", _checked_reference, _compiled, check_data=_check_data, as_update=_as_update)
+_INPUTS = "Tensor x, Tensor weight, Tensor norm_weight, Tensor cu_seqlens"
+_OP = Op("short_conv", f"{_INPUTS}, int dilation, float eps", empty=_empty, reference=_reference, check=_check,
+         check_data=_check_data, differentiable=("x", "weight", "norm_weight"))
+_OP.derive("(Tensor, Tensor, Tensor)", _fake_bwd)
+_UPDATE = Op("short_conv_update", f"{_INPUTS}, Tensor positions, int dilation, float eps, Tensor(a!) state, "
+             "Tensor? state_indices=None, Tensor(b!)? state_ends=None", empty=_empty, reference=_reference_update,
+             check=_check_update, check_data=_check_update_data, differentiable=("x", "weight", "norm_weight", "state"),
+             writes=("state", "state_ends"))

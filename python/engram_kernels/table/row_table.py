@@ -169,6 +169,8 @@ class RowTable:
         """A table of a safetensors file: one that `create` wrote, or a checkpoint shard whose tensors are named.
 
         Only the header is read; rows are read when they are asked for, many at a time (csrc/table/file_reader.h).
+        The file must stay as it is: after a write, or a `touch`, which nothing tells from a write of as many bytes, every read
+        raises, and the file has to be opened again.
 
         Args:
             path: the file.

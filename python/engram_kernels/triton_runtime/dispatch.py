@@ -7,7 +7,6 @@ implemented by the same launch function.
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -15,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from engram_kernels import _transforms
-from engram_kernels._checks import expect_apart, mark_written, refuse_forward_ad, wants_grad
+from engram_kernels._checks import wants_grad
 
 NAMESPACE = "engram_kernels_triton"
 MIN_CUDA_CAPABILITY = (8, 0)  # Triton's bfloat16
@@ -59,37 +59,29 @@ def why_not_on(device_index: int) -> str | None:
     return f"the Triton kernels need sm_80 or later; the GPU is sm_{major}{minor}"
 
 
-def implementation(op: str, check_data: Callable[..., None] | None, in_place: str | None,
-                   as_update: Callable[..., Any] | None) -> Callable[..., Any]:
-    """What `backends.select` returns: takes the op's tensor-level arguments and `out`.
+def implementation(op: str, check_data: Callable[..., None] | None) -> Callable[..., Any]:
+    """What `backends.select` returns: takes the op's tensor-level arguments and `out`, which have been checked.
 
     Args:
         op: op name.
         check_data: raises for bad data; called in the interpreter, where the data can be looked at, before anything is written.
-        in_place: name of the argument that `out` may be; None: `out` shares memory with no argument.
-        as_update: the arguments of a call that is one of the op `<op>_update`; None for other calls.
     """
     def run(*args, out=None):
-        refuse_forward_ad(op)
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        update = None if as_update is None else as_update(*args)
-        if out is not None:
-            if wants_grad(*tensors, out):
-                raise ValueError(f"{op}: out cannot be given while an input requires grad; leave it away or use torch.no_grad()")
-            for name, x in zip(argument_names(op), args, strict=False):
-                if isinstance(x, Tensor):
-                    expect_apart(op, name, x, out, may_be_same=name == in_place)
+        if not is_compiling() and forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{stem(op)}: the Triton kernel has no forward-mode derivative; use backend='reference'")
         transformed = _transforms.active()
-        if is_compiling() or transformed or (out is None and wants_grad(*tensors)):
-            twin = getattr(getattr(torch.ops, NAMESPACE), op if update is None else f"{op}_update")
+        if is_compiling() or transformed or (out is None and wants_grad(*(x for x in args if isinstance(x, Tensor)))):
+            twin = getattr(getattr(torch.ops, NAMESPACE), op)
             if out is None:
-                return _transforms.call(twin.default, *(update or args)) if transformed else twin.default(*(update or args))
-            twin.out(*(update or args), out=out)
+                return _transforms.call(twin.default, *args) if transformed else twin.default(*args)
+            twin.out(*args, out=out)
             return out
         if INTERPRETED and check_data is not None:
             check_data(*args)
+        written = [x for x in (out, *(args[i] for i in written_arguments(op))) if x is not None]
         out = launch_function(op)(*args, out=out)
-        mark_written(out, *() if update is None else (update[i] for i in written_arguments(f"{op}_update")))
+        for x in written:  # autograd does not know of the write: a backward pass that saved one of them must raise
+            torch.autograd.graph.increment_version(x)
         return out
     return run
 
@@ -103,12 +95,6 @@ def launch_function(op: str) -> Callable[..., Any]:
 def stem(op: str) -> str:
     """The op that a backward or an update belongs to."""
     return op.removesuffix("_bwd").removesuffix("_update")
-
-
-@functools.cache
-def argument_names(op: str) -> tuple[str, ...]:
-    """Names of the launch function's arguments, in order."""
-    return tuple(inspect.signature(launch_function(op)).parameters)
 
 
 @functools.cache
