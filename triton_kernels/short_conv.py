@@ -313,7 +313,7 @@ def short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens: Tenso
     launch(short_conv_kernel, (walks_of(num_tokens, dilation, steps), branches, 1),
            (x, weight, norm_weight, cu_seqlens, positions, state, state_indices, state_ends, out, errors),
            (num_tokens, *units, *where, ring_stride, rings, slots, num_sequences, (num_sequences - 1).bit_length(), steps,
-            dilation, float(eps)),
+            int(dilation), float(eps)),
            (size, branches, unit, width, chunk, (width + 1) * ceil_div(size, chunk) * ELEMENTS_A_THREAD <= MAX_HELD),
            num_warps)
     reach = (width - 1) * dilation

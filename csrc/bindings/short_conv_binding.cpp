@@ -1,4 +1,6 @@
 // torch binding of short_conv, its backward and its stateful form: tensors in, params out. No arithmetic here.
+#include <limits>
+
 #include "bindings/tensors.h"
 #include "kernels/short_conv/short_conv.h"
 
@@ -26,6 +28,7 @@ ShortConvParams make_params(const Tensor& x, const Tensor& weight, const Tensor&
   EK_CHECK(cu_seqlens.numel() >= 1, kOp << ": cu_seqlens is empty");
   EK_CHECK(dilation >= 1 && dilation <= INT32_MAX / kMaxTaps,
            kOp << ": dilation is " << dilation << ", expected 1.." << INT32_MAX / kMaxTaps);
+  EK_CHECK(eps >= 0 && eps <= std::numeric_limits<float>::max(), kOp << ": eps is " << eps << ", expected a finite number >= 0");
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.norm_weight = norm_weight.const_data_ptr();

@@ -8,7 +8,6 @@ from engram_kernels.reference.gate import gate as _reference
 
 ZERO_SIGNS = ("copysign", "sign")
 _FLOAT_TINY, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels take float32
-_ROUNDS_TO_TINY, _ROUNDS_TO_INFINITY = _FLOAT_TINY * (1 - 2.0**-24), 2.0**128 - 2.0**103
 
 
 def gate(hidden: Tensor, key: Tensor, value: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None = None, *,
@@ -55,7 +54,7 @@ def check_eps(op: str, eps: float) -> None:
     """Raises TypeError or ValueError unless `eps` is a number that float32 has, at least 0."""
     if not isinstance(eps, int | float):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < _ROUNDS_TO_INFINITY:
+    if not 0 <= eps <= _FLOAT_MAX:
         raise ValueError(f"{op}: eps is {eps}, expected a finite number >= 0")
 
 
@@ -66,7 +65,7 @@ def check_options(op: str, eps: float, clamp: float, zero_sign: str, add_residua
         raise TypeError(f"{op}: clamp must be a number, got {type(clamp).__name__}")
     if not isinstance(add_residual, bool | int | None):  # what torch's parser takes for a bool
         raise TypeError(f"{op}: add_residual must be True or False, got {type(add_residual).__name__}")
-    if not _ROUNDS_TO_TINY <= clamp < _ROUNDS_TO_INFINITY:
+    if not _FLOAT_TINY <= clamp <= _FLOAT_MAX:
         raise ValueError(f"{op}: clamp is {clamp}, expected a number from {_FLOAT_TINY} to {_FLOAT_MAX}")
     expect_choice(op, "zero_sign", zero_sign, ZERO_SIGNS)
 
