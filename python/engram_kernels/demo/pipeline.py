@@ -202,7 +202,8 @@ class Pipeline:
 
 
 def fastest_dtype(inputs: int, outputs: int) -> tuple[torch.dtype, dict[str, float]]:
-    """The dtype in which this CPU multiplies by a matrix of these sizes fastest, by a trial; and the flop/s of each.
+    """The dtype in which this CPU multiplies by a matrix of these sizes fastest, by a trial; and the flop/s of each
+    per second of CPU time.
 
     A CPU without bfloat16 instructions is several times slower in it than in float32; one that has them is faster.
     """
@@ -211,9 +212,9 @@ def fastest_dtype(inputs: int, outputs: int) -> tuple[torch.dtype, dict[str, flo
         x, weight = torch.ones(_TRIAL_TOKENS, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
         times = []
         for _ in range(3):  # the first also sets up
-            start = time.perf_counter()
+            start = time.process_time()  # of all threads: what else runs here slows both dtypes, but must not choose
             F.linear(x, weight)
-            times.append(time.perf_counter() - start)
+            times.append(max(time.process_time() - start, 1e-9))
         flops[str(dtype).removeprefix("torch.")] = 2 * _TRIAL_TOKENS * inputs * outputs / min(times)
     best = max(flops, key=flops.__getitem__)
     return getattr(torch, best), flops

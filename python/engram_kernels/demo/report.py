@@ -89,7 +89,7 @@ def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool
             f"repeat rate {1 - distinct / requested:.1%}")
     say(file_reads_text(result["file_reads"]))
     rates = ", ".join(f"{name} {flops / 1e9:.1f} GFLOP/s" for name, flops in result["trial_flops"].items())
-    say(f"Projection and backbone compute in {result['compute_dtype']}, the faster of a trial: {rates}.")
+    say(f"Projection and backbone compute in {result['compute_dtype']}, the faster of a trial: {rates} per core.")
     table = Table(title="stages, all layers together")
     for column in ("stage", "tokens/s", "bytes/token", "GB/s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
