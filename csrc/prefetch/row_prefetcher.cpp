@@ -522,7 +522,11 @@ void RowPrefetcher::close() {
   } catch (...) {                                 // its tickets are gone
   }
   const std::lock_guard lock(mutex_);
-  lent_.assign(lent_.size(), {});
+  for (size_t slot = 0; slot < lent_.size(); ++slot) {  // a caller that copies its rows does not count them out any more
+    if (lent_[slot].request != nullptr && static_cast<int>(slot) != reading_) --counters_.in_flight;
+    lent_[slot] = {};
+  }
+  reading_ = -1;
   counting_.clear();
   if (cells_ != nullptr) engine_->free_host(reinterpret_cast<std::byte*>(cells_));
   cells_ = nullptr;

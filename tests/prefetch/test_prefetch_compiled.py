@@ -1,7 +1,8 @@
-"""The prefetcher's torch ops in compiled graphs: no graph knows a prefetcher or its dtype by heart."""
+"""The prefetcher's torch ops in compiled graphs: the fetch stays hidden, no graph knows a prefetcher or its dtype by heart."""
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -19,8 +20,59 @@ def tables(tmp_path, monkeypatch):
     return Tables(tmp_path, monkeypatch)
 
 
-def made_for(pf):
+def made_by(pf):
     return pf.row_dim, pf.out_dtype, pf.device
+
+
+def rows_first(x, rows):
+    return rows.float(), x
+
+
+def rows_last(x, rows):
+    return x, rows.float()
+
+
+def rows_added(x, rows):
+    return x + rows.float(), x
+
+
+def order_of_calls(run):
+    """The calls of a run, in the order in which they began: submit, mm, wait."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    names = {"engram_kernels::prefetch_submit": "submit", "engram_kernels::prefetch_wait": "wait", "aten::mm": "mm"}
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [names[event.name] for event in events if event.name in names]
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("result", [rows_first, rows_last, rows_added])
+def test_prefetch_inductor_keeps_the_compute_between_submit_and_wait(result, with_grad, tables):
+    """It moved the submit down to its wait, or the wait up to its submit, and the fetch hid behind nothing."""
+    table, ids = tables.make("host"), make_ids(64)
+    with RowPrefetcher(table, out_dtype=torch.float32) as pf:
+        made_for = made_by(pf)
+
+        def step(x, ids, handle):
+            x = torch.sin(x @ x / 64)
+            ids = ids + 0 * x[0, 0].int()  # so that the submit has no reason to come first
+            ticket = OPS.prefetch_submit(ids, handle)
+            for _ in range(3):
+                x = torch.sin(x @ x / 64)
+            return result(x, OPS.prefetch_wait(ticket, ids, handle, *made_for, after=x))
+
+        torch.manual_seed(0)
+        x = torch.randn(64, 64, requires_grad=with_grad)
+        compiled = torch.compile(step, fullgraph=True, backend="inductor")
+        of_compiled, of_eager = ([t.float() for t in run(x, ids, pf.handle)] for run in (compiled, step))
+        torch.testing.assert_close(of_compiled, of_eager)
+        assert order_of_calls(lambda: compiled(x, ids, pf.handle)) == ["mm", "submit", "mm", "mm", "mm", "wait"]
+        if with_grad:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # that an op has no derivative
+                grads = [torch.autograd.grad(sum(t.sum() for t in out if t.requires_grad), x)[0]
+                         for out in (of_compiled, of_eager)]
+            torch.testing.assert_close(*grads)
 
 
 def test_prefetch_a_prefetcher_per_epoch_costs_no_graph(tables):
@@ -41,7 +93,7 @@ def test_prefetch_op_refuses_what_the_prefetcher_does_not_make(tables):
     with RowPrefetcher(tables.make("host")) as pf:
         ids = make_ids(5)
         ticket = OPS.prefetch_submit(ids, pf.handle)
-        row_dim, out_dtype, device = made_for(pf)
+        row_dim, out_dtype, device = made_by(pf)
         for wrong, message in (((32, out_dtype, device), "row_dim is 32, that of the prefetcher is 64"),
                                ((row_dim, torch.float32, device), "out_dtype is torch.float32, that of the prefetcher is torch"),
                                ((row_dim, out_dtype, torch.device("meta")), "device is meta, that of the prefetcher is cpu")):

@@ -65,6 +65,20 @@ def test_prefetch_close_in_flight(tier, tables):
         pf.submit(ids)
 
 
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_prefetch_close_while_a_caller_has_rows(keep, released, tables):
+    """A wait that copies its rows while another thread closes: its slot stayed counted as in flight."""
+    pf = prefetcher(tables.make("host"), "host_staged_to_a_device")
+    tickets = [pf.submit(make_ids(20)) for _ in range(2)]
+    slot = pf._runtime.wait(tickets[0], TIMEOUT_S, keep)  # what `wait` does before it copies
+    if released:
+        pf._runtime.release(slot)
+    pf.close()
+    pf._runtime.release(slot)  # and after
+    assert pf.stats()["in_flight"] == 0
+
+
 def test_prefetch_rows_outlive_close(tables):
     table, ids = tables.make("host"), make_ids(9)
     with prefetcher(table, "host_staged") as pf:

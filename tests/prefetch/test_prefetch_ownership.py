@@ -1,7 +1,9 @@
 """Who owns what: tables that a framework moves, rows that go elsewhere or into autograd, what is left when it is closed."""
+import copy
 import gc
 import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -68,6 +70,16 @@ def test_prefetch_of_a_table_that_was_converted_before():
     layer = Layer(torch.bfloat16, "bf16").float()
     with pytest.raises(ValueError, match="RowPrefetcher: the table: weight must be torch.bfloat16, got torch.float32"):
         RowPrefetcher(layer.table)
+
+
+def test_prefetch_is_neither_pickled_nor_copied():
+    layer = Layer()
+    with RowPrefetcher(layer.table, out_dtype=torch.float32) as pf:
+        layer.prefetcher = pf  # what a module does that is saved or sent whole
+        for run in (pickle.dumps, copy.copy, copy.deepcopy):
+            for what in (pf, layer)[:1 if run is copy.copy else 2]:
+                with pytest.raises(TypeError, match="RowPrefetcher: it cannot be pickled or copied.* send its table"):
+                    run(what)
 
 
 def test_prefetch_holds_the_table_it_reads_until_closed():

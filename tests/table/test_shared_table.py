@@ -152,6 +152,24 @@ def test_shared_table_by_a_name_in_use(shm):
     assert RowTable.attach("t", fingerprint=shared.fingerprint(), directory=shm).num_rows == R
 
 
+@pytest.mark.parametrize("convert", ["float", "half"])
+def test_shared_table_of_a_parameter_that_was_converted(convert, shm):
+    """The bytes of another dtype were taken for rows of the format."""
+    layer = torch.nn.Module()
+    layer.rows = torch.nn.Parameter(torch.randn(R, D).to(torch.bfloat16))
+    table = RowTable.from_tensor(layer.rows, row_format="bf16")
+    shared = table.share("t", directory=shm)
+    getattr(layer, convert)()
+    message = f"weight must be torch.bfloat16, got {layer.rows.dtype}"
+    for op, call in (("RowTable.share", lambda: table.share("other", directory=shm)),
+                     ("RowTable.read_rows", lambda: table.read_rows(torch.tensor([1]))),
+                     ("RowTable.read_rows", table.fingerprint),
+                     ("RowTable.read_rows", lambda: RowTable.attach("t", like=table, directory=shm))):
+        with pytest.raises(ValueError, match=f"{op}: {message}"):
+            call()
+    assert sorted(os.listdir(shm)) == ["engram-t"] and shared.memory_stats()["users"] == 1
+
+
 def test_shared_table_by_a_name_in_use_with_another_revision_of_the_file(compiled, shm, tmp_path):
     """The fingerprint looks at 1,024 rows of 3,001: here it is the same, and row 1 is not."""
     rows = torch.zeros(R, D, dtype=torch.bfloat16)

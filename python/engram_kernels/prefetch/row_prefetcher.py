@@ -9,7 +9,7 @@ import math
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -308,6 +308,12 @@ class RowPrefetcher:
             where = f"tier {self.table.tier}" + (f": {self.table.path}" if self.table.path else "")
             raise RuntimeError(f"RowPrefetcher: verify: {where}: row {ids[sample][wrong][0].item()} of position "
                                f"{sample[wrong][0].item()} is not what gather_rows reads")
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Threads and requests in flight have no copy: pickle, `copy` and another process take the table instead."""
+        raise TypeError("RowPrefetcher: it cannot be pickled or copied, since its threads and requests in flight belong to this "
+                        "process; send its table (RowTable.share or a file: the rows are not copied) and make a RowPrefetcher "
+                        "there, and leave it out of the __getstate__ of a module that holds it")
 
 
 class _NvtxMarks:

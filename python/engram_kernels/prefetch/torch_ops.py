@@ -17,10 +17,12 @@ _numbers = itertools.count()
 # cost a graph for each prefetcher. What the shape and dtype of the rows follow from are arguments, since a graph that is cached
 # on disk knows nothing of the prefetcher of another process.
 # The tag says that a call has effects of its own: without it Inductor moves a submit down to its wait, and nothing is hidden.
+# It does not keep a wait behind the compute: Inductor moves the operands of what follows (reorder_for_locality) past a tagged
+# op. `after` does, since it makes the order data.
 _TAGS = (torch.Tag.nondeterministic_seeded,)
 LIB.define("prefetch_submit(Tensor row_ids, Tensor prefetcher) -> Tensor", tags=_TAGS)
-LIB.define("prefetch_wait(Tensor ticket, Tensor row_ids, Tensor prefetcher, int row_dim, ScalarType out_dtype, Device device)"
-           " -> Tensor", tags=_TAGS)
+LIB.define("prefetch_wait(Tensor ticket, Tensor row_ids, Tensor prefetcher, int row_dim, ScalarType out_dtype, Device device,"
+           " Tensor? after=None) -> Tensor", tags=_TAGS)
 
 
 def register_prefetcher(prefetcher: Any) -> Tensor:
@@ -57,7 +59,7 @@ def prefetch_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
 
 @torch.library.impl(LIB, "prefetch_wait", "CompositeExplicitAutograd")
 def prefetch_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: int, out_dtype: torch.dtype,
-                  device: torch.device) -> Tensor:
+                  device: torch.device, after: Tensor | None = None) -> Tensor:
     """`RowPrefetcher.wait` as a torch op.
 
     Args:
@@ -67,6 +69,8 @@ def prefetch_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: 
         row_dim: `RowPrefetcher.row_dim`.
         out_dtype: `RowPrefetcher.out_dtype`.
         device: `RowPrefetcher.device`.
+        after: what the compute made that the fetch is to hide behind, such as its last tensor; it is not read. Without it a
+            compiler may move that compute behind the wait.
 
     Returns:
         [*row_ids.shape, row_dim] rows, a tensor of their own.
@@ -83,6 +87,14 @@ def prefetch_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: 
     return rows
 
 
+@torch.library.impl(LIB, "prefetch_wait", "Autograd")
+def _wait_without_grad(*args: Any, **kwargs: Any) -> Tensor:
+    """Rows carry no gradient, whether or not `after` does."""
+    with torch._C._AutoDispatchBelowAutograd():
+        rows: Tensor = torch.ops.engram_kernels.prefetch_wait.default(*args, **kwargs)
+    return rows
+
+
 @torch.library.register_fake("engram_kernels::prefetch_submit", lib=LIB)
 def _fake_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
     return torch.empty(1, dtype=torch.int64)
@@ -90,5 +102,5 @@ def _fake_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
 
 @torch.library.register_fake("engram_kernels::prefetch_wait", lib=LIB)
 def _fake_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: int, out_dtype: torch.dtype,
-               device: torch.device) -> Tensor:
+               device: torch.device, after: Tensor | None = None) -> Tensor:
     return torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=device)

@@ -237,7 +237,7 @@ class RowTable:
             rows [n, width] and scales (as `RowTable.scales`, for these rows), n the number of ids.
 
         Raises:
-            ValueError: an output does not fit.
+            ValueError: an output does not fit, or the table was converted (`layer.float()`) and no longer fits its row_format.
             IndexError: an id is outside [0, R).
             OSError: the file cannot be read, or it changed; names the path and the row.
         """
@@ -253,6 +253,7 @@ class RowTable:
         elif out_scales is not None:
             raise ValueError(f"{op}: row_format {self.row_format!r} has no scales per row, but out_scales was given")
         if self._file is None:
+            check_tensors(op, self.rows, self.scales, self.row_format, self.row_dim)  # a module may have converted them
             torch.index_select(self.rows.detach(), 0, ids, out=out_rows)
             if per_row and self.scales is not None:
                 torch.index_select(self.scales, 0, ids, out=out_scales)
@@ -295,7 +296,7 @@ class RowTable:
             the last process that uses it removes it, and a process that dies in any way no longer counts.
 
         Raises:
-            ValueError: the name cannot be one.
+            ValueError: the name cannot be one, or the table was converted (`layer.float()`) and no longer fits its row_format.
             FileExistsError: another table is in use by this name; says how it differs.
             TimeoutError: another process did not finish filling it in time.
             OSError: there is no room (`CapacityError`: names the limit, what it leaves, and what to do), the directory cannot be

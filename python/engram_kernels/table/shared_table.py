@@ -19,6 +19,7 @@ from torch import Tensor
 from engram_kernels import capacity
 from engram_kernels._files import write_all
 from engram_kernels._terminal import Progress, no_progress
+from engram_kernels.row_format import check_tensors
 from engram_kernels.table import shared_segment
 from engram_kernels.table.host_memory import TableLayout, make_host_memory
 from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest
@@ -77,6 +78,8 @@ def share(table: RowTable, name: str, timeout_s: float, placed: tuple[int | None
     its `numa` and `directory`."""
     op, (numa, directory) = "RowTable.share", placed
     path = shared_segment.segment_path(op, name, directory)
+    if table._file is None:  # a module may have converted them since the table was made
+        check_tensors(op, table.rows, table.scales, table.row_format, table.row_dim)
     wanted = describe(table)
     unlink_stale(directory)  # what crashed processes left takes the memory that is needed now
     deadline = time.monotonic() + timeout_s
