@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "prefetch/copy_engine.h"
+#include "prefetch/fetch_way.h"
 #include "prefetch/prefetch_trace.h"
 #include "prefetch/row_stager.h"
 #include "prefetch/slot_ring.h"
