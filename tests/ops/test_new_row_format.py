@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_sim import MISSING_NVCC
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FILES = 6
+FOLDERS = ("csrc", "triton_kernels", "python", "tests/sim")
 # fp8 e4m3 with one float32 per 32 elements: (a text of the file, what stands in its place)
 PATCH = {
     "csrc/common/row_format.h": [
@@ -24,8 +26,9 @@ PATCH = {
         ("static_assert(kNumRowFormats == 7", "static_assert(kNumRowFormats == 8"),
     ],
     "python/engram_kernels/row_format.py": [
-        ('    "int8_group32": RowFormat(', '    "fp8_e4m3_group32": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, '
-         '("F32",), has_blocks=True),\n    "int8_group32": RowFormat('),
+        ('    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),\n',
+         '    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),\n    "fp8_e4m3_group32": '
+         'RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",), has_blocks=True),\n'),
     ],
     "python/engram_kernels/reference/gather_rows.py": [
         ('    if row_format == "fp8_e4m3_tensor":\n        return values * scales\n',
@@ -44,25 +47,36 @@ PATCH = {
 # the CPU op alone, for the plainest instruction set: the whole module takes minutes
 SOURCES = ("csrc/common/*.cpp", "csrc/kernels/gather_rows/*_check.cpp", "csrc/kernels/gather_rows/*_cpu.cpp",
            "csrc/bindings/gather_rows_binding.cpp")
-# by a formula of its own, in float64, against every backend: bit for bit, since a product of 4 and 24 bits is rounded once
+# by a formula of its own, in float64, against a backend: bit for bit, since a product of 4 and 24 bits is rounded once
 CHECK = """
 import sys, torch, engram_kernels as ek
-from engram_kernels import backends
-if len(sys.argv) > 1:
-    torch.ops.load_library(sys.argv[1])
 rows, scales = torch.arange(256, dtype=torch.uint8).repeat(2).view(8, 64), torch.linspace(-3, 5, 16).view(8, 2)
 rows[(rows & 127) == 127] = 1  # no NaN
-table = ek.RowTable.from_tensor(rows, scales, "fp8_e4m3_group32")
-ids = torch.tensor([[0, 7, -1], [3, 3, 5]])
+name, ids = "fp8_e4m3_group32", torch.arange(-1, 8).repeat(8).view(8, 9)
+table = ek.RowTable.from_tensor(rows, scales, name)
 wanted = (rows.view(torch.float8_e4m3fn).double().view(8, 2, 32) * scales.double()[..., None]).view(8, 64)
 wanted = torch.where(ids[..., None] >= 0, wanted[ids], 0.0)
-args = (table.rows, table.scales, ids, "fp8_e4m3_group32", 64, False)
-for dtype in (torch.float32, torch.bfloat16):
-    for backend in ("reference",) if len(sys.argv) > 1 else ("reference", "triton"):
-        assert torch.equal(ek.gather_rows(table, ids, dtype, backend=backend), wanted.float().to(dtype)), backend
-    if len(sys.argv) > 1:
-        assert torch.equal(torch.ops.engram_kernels.gather_rows(*args, dtype), wanted.float().to(dtype)), "cpu"
-print("equal on", "cpu" if len(sys.argv) > 1 else "triton")
+
+def compare(backend, gather):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(gather(dtype).view(torch.uint8), wanted.float().to(dtype).view(torch.uint8)), (backend, dtype)
+
+compare("reference", lambda dtype: ek.gather_rows(table, ids, dtype, backend="reference"))
+backend = sys.argv[1]
+if backend == "triton":
+    compare(backend, lambda dtype: ek.gather_rows(table, ids, dtype, backend=backend))
+elif backend == "cpu":
+    torch.ops.load_library(sys.argv[2])
+    compare(backend, lambda dtype: torch.ops.engram_kernels.gather_rows(table.rows, table.scales, ids, name, 64, False, dtype))
+elif backend == "cuda":
+    from cuda_sim import Device
+    from test_gather_rows_cuda_sim import WAYS, simulate
+    for way, multiprocessors in WAYS.items():
+        device = Device(multiprocessors, ops=("gather_rows_cuda",))
+        compare(way, lambda dtype: simulate(rows, scales, ids.flatten(), name, 64, dtype, device=device)[0].view(8, 9, 64))
+        assert all(("warp_per_row" in launch.kernel) == (way == "warp_per_row") for launch in device.launches)
+        assert len(device.launches) == 2
+print("equal on", backend)
 """
 
 
@@ -70,7 +84,7 @@ print("equal on", "cpu" if len(sys.argv) > 1 else "triton")
 def tree(tmp_path_factory):
     """A copy of the tree, without compiled modules, that has the format."""
     tree = tmp_path_factory.mktemp("new_format")
-    for folder in ("csrc", "triton_kernels", "python"):
+    for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name, changes in PATCH.items():
         text = (tree / name).read_text()
@@ -81,8 +95,10 @@ def tree(tmp_path_factory):
     return tree
 
 
-def run_check(tree, *args, interpret="1"):
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tree / "python"), "TRITON_INTERPRET": interpret, "HOME": str(tree)}
+def run_check(tree, *args):
+    nvcc = [str(Path(shutil.which("nvcc")).parent)] if shutil.which("nvcc") else []
+    env = {"PATH": ":".join([*nvcc, "/usr/bin", "/bin"]), "PYTHONPATH": f"{tree / 'python'}:{tree / 'tests/sim'}",
+           "TRITON_INTERPRET": "1", "HOME": str(tree)}
     done = subprocess.run([sys.executable, "-c", CHECK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -90,7 +106,8 @@ def run_check(tree, *args, interpret="1"):
 
 def test_new_row_format_touches_few_files(tree):
     assert len(PATCH) <= MAX_FILES
-    changed = [str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file() and not path.is_symlink()
+    changed = [str(path.relative_to(tree)) for folder in FOLDERS for path in (tree / folder).rglob("*")
+               if path.is_file() and not path.is_symlink()
                and "__pycache__" not in path.parts and "python/engram_kernels/triton_kernels" not in str(path)
                and path.read_bytes() != (ROOT / path.relative_to(tree)).read_bytes()]
     assert sorted(changed) == sorted(PATCH)
@@ -98,7 +115,7 @@ def test_new_row_format_touches_few_files(tree):
 
 def test_new_row_format_in_the_reference_and_triton(tree):
     pytest.importorskip("triton")
-    assert run_check(tree) == "equal on triton\n"
+    assert run_check(tree, "triton") == "equal on triton\n"
 
 
 @pytest.mark.slow
@@ -110,7 +127,13 @@ def test_new_row_format_in_the_compiled_op(tree):
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-DEK_ONE_ISA",
              "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{tree / 'csrc'}", "-isystem", torch_root / "include"]
     subprocess.run([compiler, *flags, *sources, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", library], check=True)
-    assert run_check(tree, library) == "equal on cpu\n"
+    assert run_check(tree, "cpu", library) == "equal on cpu\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
+def test_new_row_format_in_the_cuda_kernel_on_the_simulator(tree):
+    assert run_check(tree, "cuda") == "equal on cuda\n"
 
 
 def test_new_row_format_is_named_nowhere_else():

@@ -90,13 +90,18 @@ def _label_addresses(body):
 
 
 @functools.cache
-def build() -> Build:
-    """Compiles what has changed since the last call of any process. Needs nvcc."""
+def build(ops: tuple[str, ...] = ()) -> Build:
+    """Compiles what has changed since the last call of any process: `ops` alone, all unless told. Needs nvcc."""
     kernels = [*sorted((ROOT / "csrc/kernels").glob("*/*_cuda.cu")), ROOT / "csrc/prefetch/place_rows_cuda.cu"]
-    checks = sorted((ROOT / "csrc/kernels").glob("*/*_check.cpp")) + sorted((ROOT / "csrc/common").glob("*.cpp"))
+    unknown = set(ops) - {kernel.stem for kernel in kernels}
+    if unknown:
+        raise ValueError(f"cuda_sim: ops has {', '.join(sorted(unknown))}, expected stems of *_cuda.cu")
+    kernels = [kernel for kernel in kernels if not ops or kernel.stem in ops]
+    checks = [path for path in (*sorted((ROOT / "csrc/kernels").glob("*/*_check.cpp")), ROOT / "csrc/prefetch/place_rows.cpp")
+              if path.parent in {kernel.parent for kernel in kernels}] + sorted((ROOT / "csrc/common").glob("*.cpp"))
     headers = sorted((ROOT / "csrc").rglob("*.h"))
-    shims = [*sorted(HERE.glob("*.cpp")), ROOT / "csrc/prefetch/place_rows.cpp"]
-    key = hashlib.sha256()
+    shims = sorted(HERE.glob("*.cpp"))
+    key = hashlib.sha256(repr(ops).encode())
     for path in (*kernels, *checks, *headers, *shims, Path(__file__)):
         key.update(path.read_bytes())
     folder = ROOT / "build/cuda_sim" / key.hexdigest()[:16]

@@ -32,14 +32,16 @@ class Device:
 
     options: of every simulated launch (cta_order, seed, ..); races are looked for unless race=False.
     shared_limit: bytes of shared memory that a block may ask for: an H100's, unless told.
+    ops: the only ones that are compiled and can run; all, unless told.
     """
     multiprocessors: int = 132
     options: dict = field(default_factory=dict)
     shared_limit: int = 232448
+    ops: tuple[str, ...] = ()
     launches: list[Launch] = field(default_factory=list)
 
     def __post_init__(self):
-        self.build: Build = build()
+        self.build: Build = build(self.ops)
         self.library = ctypes.CDLL(str(self.build.library))
         self.mem, self.failure = _Simulator.reset(self), None
         self.callback = Callback(self._launch)

@@ -3,6 +3,8 @@ from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_void_p
 
 import torch
 
+from engram_kernels import row_format
+
 
 class NgramHashParams(Structure):
     _fields_ = [(name, c_void_p) for name in ("token_ids", "history", "dead_mask", "cu_seqlens", "token_map", "multipliers",
@@ -13,7 +15,7 @@ class NgramHashParams(Structure):
         ("error_count", c_void_p)]
 
 
-ROW_FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
+ROW_FORMATS = tuple(row_format.ROW_FORMATS)  # in the order of the C++ enum: the place of a name is its value there
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
