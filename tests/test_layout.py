@@ -105,7 +105,8 @@ def test_layout_sees_long_cpp_functions(before, head, limit):
 def test_every_header_has_two_includers():
     """What one file includes belongs into that file: a reader has one place less to look."""
     included = [name for path in CPP for name in set(re.findall(r'#include "([^"]+)"', path.read_text()))]
-    headers = [p for p in CPP if p.suffix == ".h"]
+    by_the_build = (ROOT / "CMakeLists.txt").read_text()  # names what it has compilers include
+    headers = [p for p in CPP if p.suffix == ".h" and str(p.relative_to(ROOT)) not in by_the_build]
     assert [str(h.relative_to(ROOT)) for h in headers if sum(str(h).endswith(f"/{name}") for name in included) < 2] == []
 
 

@@ -15,6 +15,7 @@
 #include "bindings/module.h"
 #include "common/error.h"
 #include "prefetch/deadline.h"
+#include "prefetch/fetch_way.h"
 #include "prefetch/row_prefetcher.h"
 
 namespace py = pybind11;

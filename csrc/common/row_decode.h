@@ -110,8 +110,9 @@ EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const st
         from = padded;
       }
     }
-    const F32 values = kTraits.element == RowElement::kInt8 ? load_int8(from) : load_fp8_e4m3(from);
-    return mul(values, splat(scale_at<kFormat>(source, scales, i)));
+    const float scale = scale_at<kFormat>(source, scales, i);
+    if (scale != scale) return splat(scale);  // of two NaNs, the compiler would choose which one comes out
+    return mul(kTraits.element == RowElement::kInt8 ? load_int8(from) : load_fp8_e4m3(from), splat(scale));
   }
 }
 
