@@ -113,7 +113,7 @@ def test_ngram_hash_token_map_and_strided_ids():
     layout = dataclasses.replace(make_layout(), num_ids=300)
     token_map = torch.cat([torch.arange(300), random_ids(700, 300, seed=4)]).to(torch.int32)
     ids = random_ids(400, 1000, seed=5)
-    history = torch.tensor([[999, -1, 3], [0, -2, 998]], dtype=torch.int32)
+    history = torch.tensor([[999, 3, -1], [0, -2, 998]], dtype=torch.int32)
     check(layout, ids[::2], packed([150, 50]), token_map, history)
 
 
