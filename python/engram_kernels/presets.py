@@ -1,4 +1,6 @@
 """The published memories: their specs, and the readers of their Hugging Face configurations."""
+import itertools
+import math
 import operator
 import os
 import re
@@ -62,6 +64,9 @@ def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, An
     if not found:
         raise ValueError("EngramSpec: the configuration has no n-gram memory: none of "
                          f"{', '.join(name for marks, _, _ in _FAMILIES for name in marks)} is set")
+    if len(found) > 1:  # the fields of one would be passed over in silence
+        raise ValueError("EngramSpec: the configuration has the fields of more than one memory: "
+                         f"{', '.join(name for marks, _, _ in found for name in marks if get(name, default=None) is not None)}")
     _, preset, read = found[0]
     try:
         shared = dict(vocab_size=get("vocab_size", default=None), branches=get("hc_mult", "hc_count", default=None),
@@ -97,7 +102,7 @@ class _Fields:
     def __call__(self, *names: str, default: Any = ...) -> Any:
         self._read.update(names)
         found = {name: v for part in self._parts for name in names if (v := self._field(part, name)) is not None}
-        if any(v != next(iter(found.values())) for v in found.values()):
+        if any(v != first for first, v in itertools.pairwise(found.values())):
             raise ValueError("EngramSpec: the configuration contradicts itself: "
                              + shorten(", ".join(f"{name} is {v!r}" for name, v in found.items())))
         if not found and default is ...:
@@ -179,7 +184,10 @@ def _read_longcat(get: Callable[..., Any]) -> dict[str, Any]:
                          "ids that are no text end an n-gram: leave the field out of the configuration, pass these tokens to "
                          "ngram_hash as dead_mask, and give no row to a token whose own id is 0")
     order, heads = get("emb_neighbor_num", "oe_neighbor_num"), get("emb_split_num", "oe_split_num")
-    base = int(get("ngram_vocab_size_ratio", "oe_vocab_size_ratio") * operator.index(get("vocab_size")))
+    ratio = get("ngram_vocab_size_ratio", "oe_vocab_size_ratio")
+    if not isinstance(ratio, int | float) or not math.isfinite(ratio):
+        raise ValueError(f"EngramSpec: ngram_vocab_size_ratio is {shorten(repr(ratio))}, expected a finite number")
+    base = int(ratio * operator.index(get("vocab_size")))
     return dict(max_order=order, heads=heads, table_sizes=_repeat(base, order), eos_token_id=get("eos_token_id"),
                 head_dim=_split("hidden_size", get("hidden_size"), heads * (order - 1)))
 

@@ -243,6 +243,10 @@ def test_engram_loads_published_names():
 
 def test_engram_rejects_what_does_not_belong():
     spec = make_spec("deepseek_v41")
+    with pytest.raises(TypeError, match="spec is a str, expected an EngramSpec"):
+        Engram("deepseek_v41", 1)
+    with pytest.raises(ValueError, match=r"layer_id is '1', expected one of \[1, 14\]"):
+        Engram(spec, "1")
     with pytest.raises(ValueError, match="variant 'none'"):
         Engram(EngramSpec.longcat(), 0)
     with pytest.raises(ValueError, match=r"layer_id is 2, expected one of \[1, 14\]"):

@@ -49,6 +49,10 @@ def test_presets_a_field_that_is_not_understood_is_refused_by_name(config, name)
     ({**QWEN4, "ple_embedding_dtype": "nvfp4"}, "ple_embedding_dtype is 'nvfp4'"),
     ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": 1e308}, "wrong type"),
     ({**LONGCAT_CONFIG, "vocab_size": "many"}, "wrong type"),
+    ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": "78"}, "ngram_vocab_size_ratio is '78', expected a finite number"),
+    ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": float("nan")}, "ngram_vocab_size_ratio is nan, expected a finite number"),
+    ({**V41, "rms_norm_eps": float("nan")}, "gate_eps is nan, expected a finite number"),
+    ({**V41, "ple_layer_ids": [2]}, "more than one memory: engram_layer_ids, ple_layer_ids"),
     ({**LONGCAT_CONFIG, "text_vocab_size": 131072}, "LongCat-Next.*dead_mask"),
     (5, "no n-gram memory"), (None, "no n-gram memory"), ([1], "no n-gram memory")])
 def test_presets_wrong_values_are_refused(config, words):

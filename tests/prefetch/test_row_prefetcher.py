@@ -104,6 +104,10 @@ def test_row_prefetcher_rejects_bad_arguments(table):
         RowPrefetcher(table, depth=0)
     with pytest.raises(ValueError, match="device is meta, expected cpu or cuda"):
         RowPrefetcher(table, device="meta")
+    if not torch.cuda.is_available():
+        for device in ("cuda", "cuda:0"):
+            with pytest.raises(RuntimeError, match=f"device {device} is not available"):
+                RowPrefetcher(table, device=device)
     with pytest.raises(ValueError, match="ring_bytes is -1"):
         RowPrefetcher(table, ring_bytes=-1)
     with pytest.raises(ValueError, match="out_dtype is torch.int8"):

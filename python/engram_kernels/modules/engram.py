@@ -54,7 +54,7 @@ class Engram(nn.Module):
         device: of the parameters.
 
     Raises:
-        TypeError: `table` is no RowTable, `token_map` no TokenMap.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable, `token_map` no TokenMap.
         ValueError: the spec has no such layer or no module variant, or table or token map do not belong to it.
 
     Source: docs/ops.md, "The module"; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys
@@ -65,10 +65,12 @@ class Engram(nn.Module):
                  table: RowTable | None = None, token_map: TokenMap | None = None, dtype: torch.dtype = torch.bfloat16,
                  device: torch.device | str | None = None):
         super().__init__()
+        if not isinstance(spec, EngramSpec):
+            raise TypeError(f"Engram: spec is a {type(spec).__name__}, expected an EngramSpec")
         if spec.variant not in ("deepseek_v41", "demo_v1"):
             raise ValueError(f"Engram: spec {spec.name} has variant {spec.variant!r}, expected 'deepseek_v41' or 'demo_v1'")
         if layer_id not in spec.layer_ids:
-            raise ValueError(f"Engram: layer_id is {layer_id}, expected one of {list(spec.layer_ids)}")
+            raise ValueError(f"Engram: layer_id is {layer_id!r}, expected one of {list(spec.layer_ids)}")
         self.spec, self.layer_id = spec, layer_id
         self.hidden_size = spec.hidden_size if hidden_size is None else hidden_size
         self.branches = spec.branches if branches is None else branches

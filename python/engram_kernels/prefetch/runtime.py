@@ -56,12 +56,14 @@ class CompiledRuntime:
         self._device = options.device
         # makes the device current as torch does: the way back makes no context on a device that the thread never chose
         self.on_device = (lambda: torch.cuda.device(options.device)) if options.device.type == "cuda" else contextlib.nullcontext
+        if options.engine is None and options.device.type == "cuda" and CUDA_ERROR:  # before torch looks for it, in its own words
+            raise RuntimeError(f"RowPrefetcher: device {options.device} is not available: {CUDA_ERROR}")
         with self.on_device(), torch.inference_mode(False):
             self._make(options)
 
     def _make(self, options: RuntimeOptions) -> None:
         table = options.table
-        engine = options.engine or _make_engine(options)  # first: it says why there is no such device
+        engine = options.engine or _make_engine(options)
         check_room_of_cache(options)
         scales = table.scales
         if scales is not None and scales.dim() == 1:
@@ -191,8 +193,6 @@ def _expect_readable(table: RowTable, engine: Any) -> None:
 def _make_engine(options: RuntimeOptions) -> Any:
     if options.device.type == "cpu":
         return _C.host_engine(options.threads)
-    if CUDA_ERROR:
-        raise RuntimeError(f"RowPrefetcher: device {options.device} is not available: {CUDA_ERROR}")
     from engram_kernels import _C_cuda
     return _C_cuda.cuda_engine(options.device.index)
 
