@@ -215,9 +215,10 @@ def test_prefetch_memory_is_ring_cache_and_ids(way, tables):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_prefetch_for_a_device_that_is_not_there():
-    with pytest.raises(RuntimeError, match="RowPrefetcher: device cuda is not available: .+"):
-        RowPrefetcher(RowTable.from_tensor(torch.ones(3, 8), row_format="f32"), device="cuda")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_prefetch_for_a_device_that_is_not_there(device):
+    with pytest.raises(RuntimeError, match=f"RowPrefetcher: device {device} is not available: .+"):
+        RowPrefetcher(RowTable.from_tensor(torch.ones(3, 8), row_format="f32"), device=device)
 
 
 def test_prefetch_ring_on_a_gpu_is_free_of_its_former_use(monkeypatch):
