@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "bindings/tensors.h"
 #include "common/cuda_check.h"
 
 namespace engram_kernels {
