@@ -71,7 +71,7 @@ def test_safety_state_that_shares_memory_is_refused(name):
         out = out[:9]
     else:
         inputs[name] = in_memory_of(inputs["state"], inputs[name])
-    with pytest.raises(ValueError, match="short_conv: out shares memory with"):
+    with pytest.raises(ValueError, match=f"short_conv: state shares memory with {name}"):
         run(**inputs, out=out)
 
 

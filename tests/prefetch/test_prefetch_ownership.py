@@ -101,10 +101,10 @@ import sys; sys.path[:0] = [{support!r}]
 import torch, torch.multiprocessing as mp
 from prefetch_cases import make_ids, make_rows, TIMEOUT_S
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
+mp.set_sharing_strategy("file_system")  # in both: a descriptor would be asked of a child that may have ended
 def double(rows, queue):
     queue.put(rows.get() * 2)
 if __name__ == "__main__":
-    mp.set_sharing_strategy("file_system")
     table = RowTable.from_tensor(torch.randn(3000, 64), row_format="f32")
     ids = make_ids(100)
     with RowPrefetcher(table, out_dtype=torch.float32) as pf:

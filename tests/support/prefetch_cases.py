@@ -110,6 +110,7 @@ def exit_status(run):
     if child == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # torch's OpenMP threads are not in a child: a parallel copy would wait for them
             run()
             code = 0
         finally:
