@@ -7,7 +7,7 @@ from module_cases import CU, H, M, T, make_layer, make_spec, token_map_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import engram_kernels.modules.engram
+import engram_kernels.modules.memory_module
 from engram_kernels import Engram, Layout, RowTable, TokenMap, ngram_hash
 
 VARIANTS = ("deepseek_v41", "demo_v1")
@@ -77,8 +77,8 @@ def test_engram_takes_its_constants_to_a_gpu(how, monkeypatch):
         seen.update(layout=layout, token_map=token_map)
         return (torch.empty(token_ids.shape[0], layout.num_columns, dtype=torch.int32, device=token_ids.device),)
 
-    monkeypatch.setattr(engram_kernels.modules.engram, "ngram_hash", hash_)
-    monkeypatch.setattr(engram_kernels.modules.engram, "gather_rows", lambda table, ids, dtype, backend: torch.empty(
+    monkeypatch.setattr(engram_kernels.modules.memory_module, "ngram_hash", hash_)
+    monkeypatch.setattr(engram_kernels.modules.memory_module, "gather_rows", lambda table, ids, dtype, backend: torch.empty(
         *ids.shape, table.row_dim, dtype=dtype, device=ids.device))
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)  # a torch for CPUs has no random numbers of a GPU
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 1 // 0)  # nor a product: the forward ends here

@@ -2,28 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from engram_kernels import _modes, _transforms
+from engram_kernels import _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
-from engram_kernels.layout import Layout
 from engram_kernels.modules.history import history_of_new_sequences
-from engram_kernels.modules.module_table import ModuleTable, as_table
+from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
 from engram_kernels.modules.published import published_tensors
 from engram_kernels.ops.gate import gate
-from engram_kernels.ops.gather_rows import gather_rows
-from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 
-class Engram(nn.Module):
+class Engram(MemoryModule):
     """One memory layer: rows -> keys and value -> gate (-> short convolution).
 
     ``key_m = W_k,m e (+ bias)``, ``value = W_v e (+ bias)`` with e the token's C rows one behind the other. Variants:
@@ -61,24 +56,15 @@ class Engram(nn.Module):
     before the value in wkv's output, q_weight and k_weight as norm weights).
     """
 
+    op = "Engram"
+    variants = ("deepseek_v41", "demo_v1")
+
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
                  table: RowTable | None = None, token_map: TokenMap | None = None, dtype: torch.dtype = torch.bfloat16,
                  device: torch.device | str | None = None):
-        super().__init__()
-        if not isinstance(spec, EngramSpec):
-            raise TypeError(f"Engram: spec is a {type(spec).__name__}, expected an EngramSpec")
-        if spec.variant not in ("deepseek_v41", "demo_v1"):
-            raise ValueError(f"Engram: spec {spec.name} has variant {spec.variant!r}, expected 'deepseek_v41' or 'demo_v1'")
-        if layer_id not in spec.layer_ids:
-            raise ValueError(f"Engram: layer_id is {layer_id!r}, expected one of {list(spec.layer_ids)}")
-        self.spec, self.layer_id = spec, layer_id
+        super().__init__(spec, layer_id, table, token_map)
         self.hidden_size = spec.hidden_size if hidden_size is None else hidden_size
         self.branches = spec.branches if branches is None else branches
-        self._layout = spec.layout().of_layer(layer_id)
-        self._elsewhere: dict[torch.device, tuple[Layout, TokenMap | None]] = {}
-        self._table: RowTable | None = None
-        self._trains_rows = False
-        self.table, self.token_map = as_table(table), token_map  # a Module would be registered, past the property
         is_demo = spec.variant == "demo_v1"
         shape = (self.branches, self.hidden_size)
         self.wkv = nn.Linear(spec.num_columns * spec.row_dim, (self.branches + 1) * self.hidden_size, bias=is_demo, dtype=dtype,
@@ -93,51 +79,9 @@ class Engram(nn.Module):
             self.conv_norm = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
         self._place_constants()
 
-    @property
-    def table(self) -> RowTable | None:
-        """The rows: the table that was given or, where they are trained, one that reads the parameter `rows` when it is used."""
-        return ModuleTable(self) if self._trains_rows else self._table
-
-    @table.setter
-    def table(self, table: RowTable | None) -> None:
-        table = as_table(table)
-        if table is not None and table.row_dim != self.spec.row_dim:
-            raise ValueError(f"Engram: the table has rows of {table.row_dim}, spec {self.spec.name} has rows of "
-                             f"{self.spec.row_dim}")
-        if table is not None and table.num_rows < self.layout.num_rows[0]:
-            raise ValueError(f"Engram: the table has {table.num_rows} rows, layer {self.layer_id} needs "
-                             f"{self.layout.num_rows[0]}")
-        parameter = table.rows if table is not None and isinstance(table.rows, nn.Parameter) else None
-        if parameter is not None or self._trains_rows:
-            self.register_parameter("rows", parameter)
-        self._table, self._trains_rows = (table, False) if parameter is None else (None, True)
-
-    @property
-    def token_map(self) -> TokenMap | None:
-        """Compression of token ids, on the device of the parameters; None: token ids are canonical."""
-        return self._map
-
-    @token_map.setter
-    def token_map(self, token_map: TokenMap | None) -> None:
-        if token_map is not None:
-            if not isinstance(token_map, TokenMap):
-                raise TypeError(f"Engram: token_map is a {type(token_map).__name__}, expected a TokenMap")
-            if token_map.num_classes != self.layout.num_ids:
-                raise ValueError(f"Engram: token_map has {token_map.num_classes} classes, spec {self.spec.name} has "
-                                 f"{self.layout.num_ids}")
-            pad_class = token_map.class_of(self.spec.pad_token_id)
-            if pad_class not in (None, self.spec.canonical_pad):
-                raise ValueError(f"Engram: token_map puts the pad in class {pad_class}, spec {self.spec.name} in "
-                                 f"{self.spec.canonical_pad}")
-        self._given_map = self._map = token_map
-        self._elsewhere.clear()
-        if "w_hidden" in self._parameters:
-            self._place_constants()
-
-    @property
-    def layout(self) -> Layout:
-        """Constants of this layer's hash, on the device of the parameters."""
-        return self._layout
+    def device_of_parameters(self) -> torch.device | None:
+        """Where the parameters are; None: there are none yet."""
+        return self.w_hidden.device if hasattr(self, "w_hidden") else None
 
     def extra_repr(self) -> str:
         """What `repr` shows of the module itself."""
@@ -228,19 +172,6 @@ class Engram(nn.Module):
         expect_tensor("Engram", "rows", rows, tuple({hidden.dtype, dtype}), shape, hidden.device)
         return rows if flat else rows.flatten(1)
 
-    def _hash(self, hidden: Tensor, token_ids: Tensor, cu_seqlens: Tensor | None, history: Tensor | None,
-              dead_mask: Tensor | None, backend: str) -> Tensor:
-        if cu_seqlens is None:
-            raise ValueError("Engram: cu_seqlens is None, but hashing needs it")
-        layout, token_map = self._constants_on(hidden)
-        return ngram_hash(token_ids, cu_seqlens, layout, token_map, history, dead_mask, backend=backend)[0]
-
-    def _gather(self, given: str, row_ids: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        table = self.table
-        if table is None:
-            raise ValueError(f"Engram: {given} needs a table, and the module was made without one")
-        return gather_rows(table.snapshot() if isinstance(table, ModuleTable) else table, row_ids, dtype, backend=backend)
-
     def _project(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """Keys and value [T, M+1, H] in the dtype of `hidden`. `wkv` may be quantized, adapted or offloaded."""
         try:
@@ -255,13 +186,13 @@ class Engram(nn.Module):
 
     def _weights_for(self, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         """Weights in a dtype that the ops take beside `hidden`: under autocast they are brought to float32."""
-        if _autocast_dtype(hidden) is None or weights[0].dtype in (hidden.dtype, torch.float32):
+        if autocast_dtype(hidden) is None or weights[0].dtype in (hidden.dtype, torch.float32):
             return weights
         return tuple(weight.float() for weight in weights)
 
     def _row_dtype(self, hidden: Tensor) -> torch.dtype:
         """What rows are gathered in: the dtype that autocast would bring them to, where it does; else that of `hidden`."""
-        dtype = _autocast_dtype(hidden)
+        dtype = autocast_dtype(hidden)
         return hidden.dtype if dtype is None or not isinstance(self.wkv, nn.Linear) else dtype
 
     def _check_hidden(self, hidden: Tensor, carried: Mapping[str, Tensor | None]) -> None:
@@ -272,47 +203,6 @@ class Engram(nn.Module):
         name = next((name for name, x in carried.items() if x is not None), None)
         if self.spec.variant == "deepseek_v41" and name is not None:
             raise ValueError(f"Engram: {name} is given, but variant 'deepseek_v41' has no convolution")
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._place_constants()
-        return self
-
-    def _place_constants(self) -> None:
-        """Puts layout and token map on the device of the parameters, if it has data; a framework may have put none there."""
-        device = self.w_hidden.device
-        if not (_modes.is_on(self._layout.moduli, device) and _modes.fake_mode_of(self._layout.moduli) is _modes.fake_mode()):
-            self._layout, self._map = self._make_constants(device)
-
-    def _constants_on(self, like: Tensor) -> tuple[Layout, TokenMap | None]:
-        """Layout and token map for an op on `like`: where offloading, `DataParallel` or a fake tensor computes elsewhere, too."""
-        device = like.device
-        if is_compiling():
-            return self._layout.to(device), None if self._map is None else self._map.to(device)
-        mode = _modes.fake_mode_of(like)
-        if mode is not _modes.fake_mode_of(self._layout.moduli):
-            if mode is None:
-                return self._make_constants(device)
-            with mode:
-                return self._make_constants(device, mode)
-        if self._layout.moduli.device == device:
-            return self._layout, self._map
-        if device not in self._elsewhere:
-            self._elsewhere[device] = self._make_constants(device)
-        return self._elsewhere[device]
-
-    def _make_constants(self, device: torch.device, mode: Any = None) -> tuple[Layout, TokenMap | None]:
-        """Derived and given anew: what the module holds may be on the meta device, or fake."""
-        mode = mode or _modes.fake_mode()
-        with torch.inference_mode(False):
-            token_map = self._given_map
-            if token_map is not None and mode is not None and _modes.fake_mode_of(token_map.map) is None:
-                token_map = token_map.with_map(mode.from_tensor(token_map.map))
-            return (self.spec.layout().of_layer(self.layer_id).to(device), None if token_map is None else token_map.to(device))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy take: not what `_constants_on` keeps."""
-        return {**self.__dict__, "_elsewhere": {}}
 
     @torch.no_grad()
     def load_published(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -341,11 +231,3 @@ class Engram(nn.Module):
         for name, value in found.items():
             self.get_parameter(name).copy_(value)
 
-
-def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the device of `hidden`; None: it is off there."""
-    device = hidden.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    dtype = torch.get_autocast_dtype(device)
-    return dtype if dtype in FLOAT_DTYPES else None

@@ -10,13 +10,13 @@ from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
-    from engram_kernels.modules.engram import Engram
+    from engram_kernels.modules.memory_module import MemoryModule
 
 _FORMAT_OF = {dtype: name for name, dtype in FLOAT_FORMATS.items()}
 
 
 class ModuleTable(RowTable):
-    """The rows of an `Engram`, read from its attribute `rows` whenever this table is asked for them.
+    """The rows of a memory module, read from its attribute `rows` whenever this table is asked for them.
 
     Frameworks put another tensor in a parameter's place: FSDP gathers it around the forward, `torch.func.functional_call`
     swaps it, `load_state_dict(assign=True)`, `parametrize`, `prune` and offloading replace it. A table that kept the tensor
@@ -25,9 +25,9 @@ class ModuleTable(RowTable):
     Ownership: holds the module. Threads and failure: as `RowTable`; what cannot be read as rows is a ValueError.
     """
 
-    module: Engram
+    module: MemoryModule
 
-    def __init__(self, module: Engram):
+    def __init__(self, module: MemoryModule):
         object.__setattr__(self, "module", module)
 
     @property
@@ -61,23 +61,23 @@ class ModuleTable(RowTable):
         return RowTable(rows, None, _FORMAT_OF[rows.dtype], self.row_dim, tier="host" if rows.device.type == "cpu" else "device")
 
 
-def checked_rows(module: Engram, rows: Any) -> Tensor:
+def checked_rows(module: MemoryModule, rows: Any) -> Tensor:
     """`rows` if a table can be made of it. ValueError says what it is instead, TypeError that it is no tensor."""
     if not isinstance(rows, Tensor):
-        raise TypeError(f"Engram: rows is {type(rows).__name__} now, expected a tensor [R, {module.spec.row_dim}]")
+        raise TypeError(f"{module.op}: rows is {type(rows).__name__} now, expected a tensor [R, {module.spec.row_dim}]")
     if hasattr(rows, "placements"):  # a DTensor: of its rows this process has some
-        raise ValueError(f"Engram: rows is a DTensor with placements {rows.placements}, expected whole rows: fully_shard gathers "
-                         "them for the forward of the module that it wraps; outside of it use rows.full_tensor()")
+        raise ValueError(f"{module.op}: rows is a DTensor with placements {rows.placements}, expected whole rows: fully_shard "
+                         "gathers them for the forward of the module that it wraps; outside of it use rows.full_tensor()")
     if rows.dtype not in _FORMAT_OF:
-        raise ValueError(f"Engram: rows is {rows.dtype} now, expected {' or '.join(map(str, _FORMAT_OF))}; no backend "
+        raise ValueError(f"{module.op}: rows is {rows.dtype} now, expected {' or '.join(map(str, _FORMAT_OF))}; no backend "
                          "computes in float64")
     if rows.dim() != 2 or rows.shape[1] != module.spec.row_dim or rows.shape[0] < module.layout.num_rows[0]:
-        raise ValueError(f"Engram: rows has shape {list(rows.shape)} now, expected [R, {module.spec.row_dim}] with R at least "
-                         f"{module.layout.num_rows[0]}, the rows of layer {module.layer_id}")
+        raise ValueError(f"{module.op}: rows has shape {list(rows.shape)} now, expected [R, {module.spec.row_dim}] with R at "
+                         f"least {module.layout.num_rows[0]}, the rows of layer {module.layer_id}")
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def as_table(table: object) -> RowTable | None:
+def as_table(op: str, table: object) -> RowTable | None:
     """`table` if a module can read it. TypeError says how to make a table of a tensor or a path."""
     if table is None or isinstance(table, RowTable):
         return table
@@ -88,4 +88,4 @@ def as_table(table: object) -> RowTable | None:
         how = "; RowTable.open(path) makes one of a file"
     elif isinstance(table, torch.nn.Embedding):
         how = "; make one of its weight: RowTable.from_tensor(embedding.weight, row_format=..)"
-    raise TypeError(f"Engram: table is a {got}, expected a RowTable{how}")
+    raise TypeError(f"{op}: table is a {got}, expected a RowTable{how}")
