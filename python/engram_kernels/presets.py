@@ -28,7 +28,7 @@ DEMO_V1: dict[str, Any] = dict(
 QWEN4_PLE: dict[str, Any] = dict(
     name="qwen4_ple", hash_family="xor_splitmix", boundary="eos_reset", vocab_size=248_320,
     pad_token_id=248_044, eos_token_id=248_044, max_order=3, heads=8, head_dim=160, layer_ids=(1,),
-    table_sizes=(20_000_000,) * 2, seed=1234, row_format="bf16", variant="none", zero_sign="sign",
+    table_sizes=(20_000_000,) * 2, seed=1234, row_format="bf16", variant="qwen4_ple", zero_sign="sign",
     add_residual=False, gate_eps=1e-6, gate_clamp=1e-6, conv_width=4, conv_dilation=3, conv_eps=1e-6,
     hidden_size=2560, branches=4)
 

@@ -16,7 +16,7 @@ from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
 
 HASH_FAMILIES = ("xor_prime", "xor_splitmix", "polynomial")
 BOUNDARIES = ("pad", "eos_reset", "stop")
-VARIANTS = ("deepseek_v41", "demo_v1", "none")
+VARIANTS = ("deepseek_v41", "demo_v1", "qwen4_ple", "none")
 ZERO_SIGNS = ("copysign", "sign")
 _INT32_MAX = 2**31 - 1
 
@@ -46,7 +46,7 @@ class EngramSpec:
         row_format: how a row is stored, one of `ROW_FORMATS`.
         row_stride_bytes: bytes from row to row, "fp8_e4m3_block32_packed" only; None: no padding.
         zero_scale_is_zero: ue8m0 scale byte 0 means 0.0, not 2**-127.
-        variant: the module around the lookup: "deepseek_v41", "demo_v1" or "none" (neither).
+        variant: the module around the lookup: "deepseek_v41", "demo_v1", "qwen4_ple" or "none" (none of them).
         zero_sign: sign of the gate's root at 0: "copysign" or "sign" (0 there).
         add_residual: the gate adds the hidden state.
         gate_eps: added to the mean squares of hidden state and key.
@@ -112,7 +112,7 @@ class EngramSpec:
         _check_int(self, "conv_dilation", 1, 4096, none=self.conv_width is None)
         if self.conv_width is None:
             _require(self, "conv_dilation", self.conv_dilation is None, "None where conv_width is None")
-        wants_conv = {"deepseek_v41": False, "demo_v1": True}.get(self.variant)
+        wants_conv = {"deepseek_v41": False, "demo_v1": True, "qwen4_ple": True}.get(self.variant)
         if wants_conv is not None:
             _require(self, "conv_width", (self.conv_width is not None) == wants_conv,
                      f"{'a width' if wants_conv else 'None'} with variant {self.variant!r}")
@@ -184,8 +184,8 @@ class EngramSpec:
     def qwen4_ple(cls, **overrides: Any) -> EngramSpec:
         """Qwen3.8-Flash-Next PLE: raw ids, EOS resets; a table of 320,001,446 rows (320,001,536 as padded in its file).
 
-        Published layer ids count from one, ours from zero. Its module is the demo's without biases and with norms that
-        store w - 1, hence variant "none". Its fp8 edition: `row_format="fp8_e4m3_tensor"`.
+        Published layer ids count from one, ours from zero. Its module is the demo's without biases, and its norms multiply
+        by 1 + w. Its fp8 edition: `row_format="fp8_e4m3_tensor"`.
 
         Source: huggingface/transformers `models/qwen4_exp/modular_qwen4_exp.py`; Qwen/Qwen3.8-Flash-Next config.json.
         """

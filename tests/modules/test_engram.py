@@ -1,41 +1,14 @@
-"""The module Engram: both variants against straight-line restatements of the published formulas, in float64."""
+"""The module Engram: each variant against straight-line restatements of the published formulas, in float64."""
 import copy
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from module_cases import CU, H, M, T, make_layer, make_spec
+from module_cases import CU, VARIANTS, H, M, T, make_layer, make_spec, restated
 
 from engram_kernels import Engram, EngramSpec, RowTable, TokenMap, gather_rows, ngram_hash
 
 
-def restated(layer, hidden, rows):
-    """The published forward, branch by branch; nothing of ours but the parameters."""
-    spec, e, h = layer.spec, rows.double().flatten(1), hidden.double()
-    weight = layer.wkv.weight.double()
-    bias = torch.zeros(weight.shape[0], dtype=torch.float64) if layer.wkv.bias is None else layer.wkv.bias.double()
-    projected = [F.linear(e, weight[m * H:(m + 1) * H], bias[m * H:(m + 1) * H]) for m in range(M + 1)]
-    outs = []
-    for m in range(M):
-        key = F.rms_norm(projected[m], (H,), layer.w_key[m].double(), spec.gate_eps)
-        query = F.rms_norm(h[:, m], (H,), layer.w_hidden[m].double(), spec.gate_eps)
-        x = (key * query).sum(-1) / math.sqrt(H)
-        score = torch.sigmoid(x.abs().clamp_min(1e-6).sqrt() * x.sign())[:, None]
-        outs.append(score * projected[M])
-    out = torch.stack(outs, dim=1)
-    if spec.variant == "deepseek_v41":
-        return h + out
-    normed = torch.stack([F.rms_norm(out[:, m], (H,), layer.conv_norm[m].double(), spec.conv_eps) for m in range(M)], dim=1)
-    pieces = []
-    for begin, end in zip(CU[:-1].tolist(), CU[1:].tolist(), strict=True):
-        line = F.pad(normed[begin:end].flatten(1).T, ((spec.conv_width - 1) * spec.conv_dilation, 0))
-        pieces.append(F.conv1d(line, layer.conv_weight.double().view(M * H, 1, -1), dilation=spec.conv_dilation, groups=M * H).T
-                      if end > begin else line.T[:0])
-    return out + F.silu(torch.cat(pieces).view(T, M, H))
-
-
-@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_engram_matches_published_formulas(variant, backend):
     layer, ids, hidden = make_layer(variant)
@@ -47,7 +20,7 @@ def test_engram_matches_published_formulas(variant, backend):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)  # float32 sums of 768 products
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_engram_dead_tokens_pass(variant):
     layer, ids, hidden = make_layer(variant)
     dead = torch.zeros(T, dtype=torch.bool)
@@ -58,7 +31,7 @@ def test_engram_dead_tokens_pass(variant):
     assert (out[~dead] != kept[~dead]).any(-1).all()
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_engram_chunks_with_history_and_state_equal_whole(variant):
     layer, ids, hidden = make_layer(variant)
     spec, one = layer.spec, torch.tensor([0, T], dtype=torch.int32)
@@ -110,7 +83,7 @@ def test_engram_positions_without_history(compile_it):
             run(hidden, ids, cu, state=state, positions=torch.tensor([0, 5]))
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_engram_trains(variant):
     layer, ids, hidden = make_layer(variant, trained_rows=True)
     assert {"rows", "wkv.weight", "w_hidden", "w_key"} <= set(dict(layer.named_parameters()))
@@ -127,7 +100,7 @@ def test_engram_trains(variant):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_engram_dead_rows_reach_no_gradient(variant):
     """A dead token's rows may be anything, NaN too; all gradients are those of zeros in their place."""
     layer, ids, hidden = make_layer(variant)
@@ -167,7 +140,7 @@ def test_engram_trained_rows_follow_the_module():
     torch.testing.assert_close(twin.float()(hidden, ids, CU), layer(hidden, ids, CU), rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_engram_compiles_and_runs_in_bf16(variant):
     layer, ids, hidden = make_layer(variant, dtype=torch.bfloat16)
     rows = gather_rows(layer.table, ngram_hash(ids, CU, layer.spec.layout())[0], torch.bfloat16)

@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
-from module_cases import CU, H, M, make_layer, make_spec, token_map_of
+from module_cases import CU, VARIANTS, H, M, make_layer, make_spec, token_map_of
 from torch import nn
 
 from engram_kernels import Engram, RowTable, gather_rows, ngram_hash
-
-VARIANTS = ("deepseek_v41", "demo_v1")
 
 
 def tenfold(layer):

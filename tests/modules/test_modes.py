@@ -3,14 +3,12 @@ import copy
 
 import pytest
 import torch
-from module_cases import CU, H, M, T, make_layer, make_spec, token_map_of
+from module_cases import CU, VARIANTS, H, M, T, make_layer, make_spec, token_map_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels.modules.memory_module
 from engram_kernels import Engram, Layout, RowTable, TokenMap, ngram_hash
-
-VARIANTS = ("deepseek_v41", "demo_v1")
 
 # modes under which a module is made; none of them may change what others get afterwards
 MODES = {"meta": lambda: torch.device("meta"), "inference": torch.inference_mode, "fake": FakeTensorMode,

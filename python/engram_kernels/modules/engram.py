@@ -1,7 +1,7 @@
 """Engram: one memory layer as an nn.Module, thin over the ops."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
 from engram_kernels.modules.history import history_of_new_sequences
 from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
 from engram_kernels.modules.published import published_tensors
+from engram_kernels.modules.published_rounding import published_conv, published_gate
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
+
+ROUNDINGS = ("once", "published")
 
 
 class Engram(MemoryModule):
@@ -23,10 +26,11 @@ class Engram(MemoryModule):
 
     ``key_m = W_k,m e (+ bias)``, ``value = W_v e (+ bias)`` with e the token's C rows one behind the other. Variants:
     `deepseek_v41` has no bias and no convolution, and the output is the new hidden state; `demo_v1` has biases and a short
-    convolution, and the output is the update that the caller adds.
+    convolution, and the output is the update that the caller adds; `qwen4_ple` is `demo_v1` without biases and with norms that
+    multiply by 1 + w. EOS resets its hash, not its convolution.
 
     Parameters, which are the names in the state dict: `wkv` (Linear, C*D -> (M+1)*H: the M keys, then the value), `w_hidden`
-    and `w_key` [M, H] (norm weights of hidden state and key), and for `demo_v1` `conv_weight` [M, H, W] and `conv_norm`
+    and `w_key` [M, H] (norm weights of hidden state and key), and with a convolution `conv_weight` [M, H, W] and `conv_norm`
     [M, H]. A table made of an ``nn.Parameter`` is registered as `rows` and trained. `forward` and `table` read that parameter
     when they are called, so whatever a framework puts in its place counts: another dtype or device, FSDP's gathered tensor,
     `functional_call`, a parametrization. Any other table stays where it is. `load_published` reads the published names.
@@ -39,7 +43,7 @@ class Engram(MemoryModule):
     stays float32. Outside of autocast `hidden` has the dtype that `wkv` takes. No backend computes in float64.
 
     Args:
-        spec: the descriptor; its `variant` must be "deepseek_v41" or "demo_v1".
+        spec: the descriptor; its `variant` must be "deepseek_v41", "demo_v1" or "qwen4_ple".
         layer_id: which of ``spec.layer_ids``.
         hidden_size: H; None: the spec's.
         branches: M; None: the spec's.
@@ -47,36 +51,48 @@ class Engram(MemoryModule):
         token_map: compression of token ids; None: token ids are canonical.
         dtype: of the parameters and activations: float32, bfloat16 or float16.
         device: of the parameters.
+        rounding: "once": gate and convolution compute in float32 and each rounds its output. "published", only for `qwen4_ple`:
+            they round to the dtype of `hidden` after each norm, product, sum, division, root and sigmoid and after the
+            convolution, as the published code does. That is further from the exact result, slower, and equal to it.
 
     Raises:
         TypeError: `spec` is no EngramSpec, `table` no RowTable, `token_map` no TokenMap.
-        ValueError: the spec has no such layer or no module variant, or table or token map do not belong to it.
+        ValueError: the spec has no such layer or no module variant, table or token map do not belong to it, or `rounding` is
+            neither word or not for this variant.
 
     Source: docs/ops.md, "The module"; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys
-    before the value in wkv's output, q_weight and k_weight as norm weights).
+    before the value in wkv's output, q_weight and k_weight as norm weights); huggingface/transformers
+    `models/qwen4_exp/modular_qwen4_exp.py` (`Qwen4ExpTextPLELayer`).
     """
 
     op = "Engram"
-    variants = ("deepseek_v41", "demo_v1")
+    variants = ("deepseek_v41", "demo_v1", "qwen4_ple")
 
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
                  table: RowTable | None = None, token_map: TokenMap | None = None, dtype: torch.dtype = torch.bfloat16,
-                 device: torch.device | str | None = None):
+                 device: torch.device | str | None = None, rounding: str = "once"):
         super().__init__(spec, layer_id, table, token_map)
+        if rounding not in ROUNDINGS or (rounding == "published" and spec.variant != "qwen4_ple"):
+            raise ValueError(f"Engram: rounding is {rounding!r} with variant {spec.variant!r}, expected 'once', or 'published' "
+                             "with variant 'qwen4_ple'")
+        self.rounding = rounding
         self.hidden_size = spec.hidden_size if hidden_size is None else hidden_size
         self.branches = spec.branches if branches is None else branches
-        is_demo = spec.variant == "demo_v1"
+        is_centred = spec.variant == "qwen4_ple"  # its norms multiply by 1 + w
+        norm_weight = torch.zeros if is_centred else torch.ones
         shape = (self.branches, self.hidden_size)
-        self.wkv = nn.Linear(spec.num_columns * spec.row_dim, (self.branches + 1) * self.hidden_size, bias=is_demo, dtype=dtype,
-                             device=device)
-        self.w_hidden = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
-        self.w_key = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
-        if is_demo:
-            assert spec.conv_width is not None  # the spec sees to it
+        self.wkv = nn.Linear(spec.num_columns * spec.row_dim, (self.branches + 1) * self.hidden_size, dtype=dtype, device=device,
+                             bias=spec.variant == "demo_v1")
+        self.w_hidden = nn.Parameter(norm_weight(shape, dtype=dtype, device=device))
+        self.w_key = nn.Parameter(norm_weight(shape, dtype=dtype, device=device))
+        if spec.conv_width is not None:
             conv = torch.empty(self.branches * self.hidden_size, 1, spec.conv_width, dtype=dtype, device=device)
-            nn.init.kaiming_uniform_(conv, a=5**0.5)  # as nn.Conv1d does
+            if is_centred:
+                nn.init.zeros_(conv)  # as the published model does
+            else:
+                nn.init.kaiming_uniform_(conv, a=5**0.5)  # as nn.Conv1d does
             self.conv_weight = nn.Parameter(conv.view(*shape, spec.conv_width))
-            self.conv_norm = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
+            self.conv_norm = nn.Parameter(norm_weight(shape, dtype=dtype, device=device))
         self._place_constants()
 
     def device_of_parameters(self) -> torch.device | None:
@@ -95,7 +111,7 @@ class Engram(MemoryModule):
                 row_ids: Tensor | None = None, rows: Tensor | None = None, history: Tensor | None = None,
                 dead_mask: Tensor | None = None, state: Tensor | None = None, positions: Tensor | None = None,
                 state_indices: Tensor | None = None, state_ends: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """The new hidden state (`deepseek_v41`) or the update to add (`demo_v1`).
+        """The new hidden state (`deepseek_v41`) or the update to add (`demo_v1`, `qwen4_ple`).
 
         Args:
             hidden: [T, M, H], sequences packed back to back.
@@ -107,7 +123,7 @@ class Engram(MemoryModule):
                 `positions` above 0 contradict.
             dead_mask: [T] bool, True = the memory leaves the token alone: its hidden state stays, its update is 0, and what its
                 rows hold reaches no gradient.
-            state: [B, (W-1)*dilation + K, M, H], convolution state, as `short_conv` takes it; only for `demo_v1`.
+            state: [B, (W-1)*dilation + K, M, H], convolution state, as `short_conv` takes it; only with a convolution.
             positions: [B], as `short_conv` takes it; given with `state` and only then.
             state_indices: [B], as `short_conv` takes it: the ring of each sequence in a pool of rings.
             state_ends: [R, 2], as `short_conv` takes it, so that positions which a ring cannot follow are refused.
@@ -134,17 +150,22 @@ class Engram(MemoryModule):
         if dead_mask is not None and (_transforms.active() or wants_grad(rows, *self.wkv.parameters())):
             rows = rows.masked_fill(dead_mask[:, None], 0)  # its gradient is 0, but 0 * NaN in that of wkv is not
         keys_and_value = self._project(rows, hidden)
-        w_hidden, w_key = self._weights_for(hidden, self.w_hidden, self.w_key)
-        out = gate(hidden, keys_and_value[:, :-1], keys_and_value[:, -1], w_hidden, w_key, dead_mask, eps=spec.gate_eps,
-                   clamp=spec.gate_clamp, zero_sign=spec.zero_sign, add_residual=spec.add_residual, backend=backend)
-        if spec.variant == "deepseek_v41":
+        keys, value = keys_and_value[:, :-1], keys_and_value[:, -1]
+        w_hidden, w_key = self._norm_weights(hidden, self.w_hidden, self.w_key)
+        if self.rounding == "published":
+            out = published_gate(hidden, keys, value, w_hidden, w_key, dead_mask, spec.gate_eps, spec.gate_clamp)
+        else:
+            out = gate(hidden, keys, value, w_hidden, w_key, dead_mask, eps=spec.gate_eps, clamp=spec.gate_clamp,
+                       zero_sign=spec.zero_sign, add_residual=spec.add_residual, backend=backend)
+        if spec.conv_width is None:
             return out
         if cu_seqlens is None:
             raise ValueError("Engram: cu_seqlens is None, but the short convolution needs it")
         assert spec.conv_dilation is not None
-        conv_weight, conv_norm = self._weights_for(hidden, self.conv_weight, self.conv_norm)
-        out = short_conv(out, conv_weight, conv_norm, cu_seqlens, spec.conv_dilation, spec.conv_eps, **carried,
-                         backend=backend)
+        conv_weight = self.conv_weight.float() if spec.variant == "qwen4_ple" else self._weights_for(hidden, self.conv_weight)[0]
+        conv: Callable[..., Tensor] = published_conv if self.rounding == "published" else short_conv
+        out = conv(out, conv_weight, *self._norm_weights(hidden, self.conv_norm), cu_seqlens, spec.conv_dilation, spec.conv_eps,
+                   **carried, backend=backend)
         return out if dead_mask is None else out.masked_fill(dead_mask[:, None, None], 0)
 
     def _rows(self, hidden: Tensor, token_ids: Tensor | None, cu_seqlens: Tensor | None, row_ids: Tensor | None,
@@ -190,6 +211,12 @@ class Engram(MemoryModule):
             return weights
         return tuple(weight.float() for weight in weights)
 
+    def _norm_weights(self, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """What the norms multiply by: the weights themselves, or 1 + w in float32."""
+        if self.spec.variant != "qwen4_ple":
+            return self._weights_for(hidden, *weights)
+        return tuple(1 + weight.float() for weight in weights)
+
     def _row_dtype(self, hidden: Tensor) -> torch.dtype:
         """What rows are gathered in: the dtype that autocast would bring them to, where it does; else that of `hidden`."""
         dtype = autocast_dtype(hidden)
@@ -201,8 +228,8 @@ class Engram(MemoryModule):
                              "torch.bfloat16 or torch.float16, and a module of that dtype")
         expect_tensor("Engram", "hidden", hidden, FLOAT_DTYPES, ("T", self.branches, self.hidden_size), self.w_hidden.device)
         name = next((name for name, x in carried.items() if x is not None), None)
-        if self.spec.variant == "deepseek_v41" and name is not None:
-            raise ValueError(f"Engram: {name} is given, but variant 'deepseek_v41' has no convolution")
+        if self.spec.conv_width is None and name is not None:
+            raise ValueError(f"Engram: {name} is given, but variant {self.spec.variant!r} has no convolution")
 
     @torch.no_grad()
     def load_published(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -210,7 +237,8 @@ class Engram(MemoryModule):
 
         `deepseek_v41`: wkv.weight, q_weight, k_weight; where wkv.weight is float8_e4m3fn also its block scales, as wkv.scale or
         wkv.weight_scale_inv. `demo_v1`: key_projs.{m}, value_proj, norm1.{m} (key), norm2.{m} (hidden state),
-        short_conv.conv.weight, short_conv.norms.{m}. Rows are not loaded: open the file as a `RowTable` and name the tensors
+        short_conv.conv.weight, short_conv.norms.{m}. `qwen4_ple`: key_proj, value_proj, norm_query (hidden state), norm_key,
+        norm_conv, conv1d. Rows are not loaded: open the file as a `RowTable` and name the tensors
         (embed.weight and embed.scale in V4.1).
 
         Args:

@@ -19,6 +19,11 @@ def published_tensors(module: Engram, weights: Mapping[str, Tensor], prefix: str
     each = range(module.branches)
     if module.spec.variant == "deepseek_v41":
         return {"wkv.weight": _dequantized(weights, prefix + "wkv"), "w_hidden": get("q_weight"), "w_key": get("k_weight")}
+    if module.spec.variant == "qwen4_ple":
+        shape = module.w_key.shape
+        return {"wkv.weight": torch.cat([get("key_proj.weight"), get("value_proj.weight")]),
+                "w_key": get("norm_key.weight").view(shape), "w_hidden": get("norm_query.weight").view(shape),
+                "conv_norm": get("norm_conv.weight").view(shape), "conv_weight": get("conv1d.weight").view_as(module.conv_weight)}
     projections = [f"key_projs.{m}" for m in each] + ["value_proj"]
     return {"wkv.weight": torch.cat([get(f"{p}.weight") for p in projections]),
             "wkv.bias": torch.cat([get(f"{p}.bias") for p in projections]),
