@@ -57,7 +57,7 @@ class RowCacheDirectory {
   int64_t num_slots() const { return num_buckets_ * ways_; }
   int64_t num_rows() const { return num_rows_; }
 
-  // The slot of `row`, or -1. Counts the use either way: call it once a request of the row.
+  // The slot of `row`, or -1. Counts the use either way: call it once per request of the row.
   int64_t find(int64_t row);
 
   // A slot for `row`; -1: it is there already, or the batch keeps its whole bucket. `*evicted` is the row that lay in the slot,

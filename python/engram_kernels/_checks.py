@@ -1,9 +1,12 @@
 """Argument checks that the ops share. Every message: op, argument, what was expected, what came."""
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from engram_kernels._files import shorten
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,6 +76,18 @@ def expect_one_device(op: str, *tensors: Tensor | None) -> None:
     devices = {x.device for x in tensors if x is not None}
     if len(devices) > 1:
         raise ValueError(f"{op}: the tensors are on {' and '.join(sorted(str(d) for d in devices))}, expected one device")
+
+
+def expect_int(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int. TypeError unless it is an integer (numpy's too; no bool), ValueError unless it is within [low, high]."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected an integer")
+    number = operator.index(value)
+    if number < low:
+        raise ValueError(f"{op}: {name} is {number}, expected at least {low}")
+    if high is not None and number > high:
+        raise ValueError(f"{op}: {name} is {number}, expected at most {high}")
+    return number
 
 
 def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

@@ -73,6 +73,8 @@ def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, An
                       hidden_size=get("hidden_size", default=None))
         fields = preset | {k: v for k, v in (shared | read(get)).items() if v is not None} | overrides
         declared = get("engram_num_embeddings", default=None)
+        if declared is not None and not isinstance(declared, list | tuple):
+            raise ValueError(f"EngramSpec: engram_num_embeddings is {shorten(declared)}, expected a list: the rows of each layer")
         declared = None if declared is None else tuple(declared)
         if preset is DEEPSEEK_V41 or preset is DEMO_V1:
             fields["pad_class"] = overrides["pad_class"] if "pad_class" in overrides else _known_pad_class(fields)

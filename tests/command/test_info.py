@@ -34,7 +34,8 @@ def test_info_exit_codes_are_in_the_help(capsys):
     assert stop.value.code == 0 and "3 regression" in said and "5 a required capability is absent" in said
     with pytest.raises(SystemExit) as stop:
         cli.main(["profile", "--no-such-option"])
-    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "usage: engram-kernels profile" in said and "--no-such-option" in said
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--help"], ["demo", "--no-such-option"]])

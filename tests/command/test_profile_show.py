@@ -56,7 +56,7 @@ def test_profile_progress_is_for_terminals(monkeypatch, terminal):
     session = Session(Options(), quiet_machine())
     with profile_command._progress(session), session.probe("host_memcpy", 5):
         session.measure({"probe": "host_memcpy"}, lambda: 1e-3)
-        time.sleep(0.6)  # the bar is drawn twice a second
+        time.sleep(0.6)  # the bar is drawn twice per second
     assert ("host_memcpy, 1 cells" in out.getvalue()) == terminal and (out.getvalue() == "") != terminal
 
 

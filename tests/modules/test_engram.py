@@ -220,6 +220,12 @@ def test_engram_rejects_what_does_not_belong():
         Engram("deepseek_v41", 1)
     with pytest.raises(ValueError, match=r"layer_id is '1', expected one of \[1, 14\]"):
         Engram(spec, "1")
+    for wrong, error, message in ((dict(branches=0), ValueError, "branches is 0, expected at least 1"),
+                                  (dict(branches="a"), TypeError, "branches is 'a', expected an integer"),
+                                  (dict(hidden_size=1.5), TypeError, "hidden_size is 1.5, expected an integer"),
+                                  (dict(dtype=torch.float64), ValueError, "dtype is torch.float64, expected torch.float32")):
+        with pytest.raises(error, match=message):
+            Engram(spec, 1, **wrong)
     with pytest.raises(ValueError, match="variant 'none'"):
         Engram(EngramSpec.longcat(), 0)
     with pytest.raises(ValueError, match=r"layer_id is 2, expected one of \[1, 14\]"):

@@ -41,7 +41,7 @@ def test_presets_a_field_that_is_not_understood_is_refused_by_name(config, name)
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ({**V41, "engram_num_embeddings": 5}, "wrong type"),
+    ({**V41, "engram_num_embeddings": 5}, "engram_num_embeddings is 5, expected a list"),
     ({**V41, "engram_num_embeddings": list(range(10**5))}, r"engram_num_embeddings is \[0, 1, 2.*\.\.\., but"),
     ({**V41, "hidden_size": "x" * 10**5}, r"hidden_size is 'xxx.*\.\.\., expected"),
     ({**QWEN4, "eos_token_id": []}, r"eos_token_id is \[\]"),

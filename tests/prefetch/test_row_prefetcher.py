@@ -7,6 +7,7 @@ import torch
 from prefetch_cases import exit_status, num_threads
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels.capacity import CapacityError
 from engram_kernels.prefetch.row_prefetcher import PrefetchCancelled, PrefetchQueueFull
 from engram_kernels.testing import random_rows
 
@@ -95,6 +96,17 @@ def test_row_prefetcher_full_ring_closed_and_unknown_tickets(table):
     prefetcher.close()
     with pytest.raises(RuntimeError, match="submit after close"):
         prefetcher.submit(make_ids(3))
+    with pytest.raises(PrefetchCancelled, match=f"it is closed, so ticket {ticket} has no rows any more"):
+        prefetcher.wait(ticket)
+
+
+def test_row_prefetcher_refuses_the_ticket_of_another(table):
+    """Both had the number 0, and the rows of the wrong request were returned."""
+    with RowPrefetcher(table) as one, RowPrefetcher(table) as other:
+        tickets = one.submit(make_ids(3)), other.submit(make_ids(4))
+        with pytest.raises(KeyError, match="unknown"):
+            other.wait(tickets[0], timeout_s=TIMEOUT_S)
+        assert len(other.wait(tickets[1], timeout_s=TIMEOUT_S)) == 4
 
 
 def test_row_prefetcher_rejects_bad_arguments(table):
@@ -102,6 +114,15 @@ def test_row_prefetcher_rejects_bad_arguments(table):
         RowPrefetcher(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="depth is 0, expected at least 1"):
         RowPrefetcher(table, depth=0)
+    for wrong in ("a", 2.5, True):
+        with pytest.raises(TypeError, match=f"depth is {wrong!r}, expected an integer"):
+            RowPrefetcher(table, depth=wrong)
+    with pytest.raises(ValueError, match="depth is 1000000000, expected at most 1048576"):
+        RowPrefetcher(table, depth=10**9)
+    with pytest.raises(CapacityError, match=r"no address space for a ring of \d+ bytes, 5 slots"):
+        RowPrefetcher(table, ring_bytes=10**15)
+    with pytest.raises(ValueError, match="nothing.json is no report of engram-kernels profile"):
+        RowPrefetcher(table, surface="nothing.json")  # also where no policy is chosen by it
     with pytest.raises(ValueError, match="device is meta, expected cpu or cuda"):
         RowPrefetcher(table, device="meta")
     if not torch.cuda.is_available():

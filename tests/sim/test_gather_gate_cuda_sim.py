@@ -255,7 +255,7 @@ def test_gather_gate_reads_and_writes_once(v41):
     buffers = dict(launch.result.buffers)
     rows = TOKENS * size // ROW_DIM
     for name in ("w_hidden", "w_key"):
-        assert buffers.pop(name)["load_bytes"] == np.prod(launch.grid) * BRANCHES * size * 2  # once a block
+        assert buffers.pop(name)["load_bytes"] == np.prod(launch.grid) * BRANCHES * size * 2  # once per block
     written = buffers.pop("out")
     assert written["store_bytes"] == written["unique_bytes_written"] == TOKENS * BRANCHES * size * 2
     assert not any("store_bytes" in buffer for buffer in buffers.values())  # the memory vector is not written

@@ -261,7 +261,7 @@ def test_ngram_hash_machine_code(v41):
     walks = [body for body in loops if [op for _, _, op, _ in body].count("STG.E.128") == 4]
     per_id = min(len(body) for body in walks) / 16  # four tokens of four columns a turn
     assert per_id <= 8
-    # the rest from above: every other loop as if all of it ran for every token, all else once a thread
+    # the rest from above: every other loop as if all of it ran for every token, all else once per thread
     per_token = sum(len(body) for body in loops if not any(op.startswith("STG") for _, _, op, _ in body))
     ids_per_thread = NUM_IDS / (v41.grid[0] * np.prod(v41.block))
     assert per_id + per_token / 48 + len(code) / ids_per_thread < 50

@@ -1,8 +1,8 @@
 // CPU kernel of engram_forward. Contract: engram_forward.h.
 //
-// Mapping  a tile of tokens after another: its rows are gathered, multiplied by the caller's product, and gated, by the kernels
-//          of those ops, which share their work among the threads. What is between the steps is a tile, which stays in a cache.
-// Traffic  rows, hidden and out once; w_kv once a tile.
+// Mapping  tile by tile of tokens: the rows of a tile are gathered, multiplied by the caller's product, and gated, by the
+//          kernels of those ops, which share their work among the threads. Between the steps a tile stays in a cache.
+// Traffic  reads rows and hidden and writes out once; reads w_kv once per tile.
 #include <algorithm>
 
 #include "common/cpu_isa.h"

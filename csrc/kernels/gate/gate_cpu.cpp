@@ -2,7 +2,7 @@
 //
 // Mapping  threads share the (token, branch) rows; a row is summed, then written while it is in L1 or L2, and the next row
 //          is prefetched meanwhile, so that memory does not idle in the second pass. value stays in L1 across branches.
-// Traffic  reads hidden, key, value and writes out once. w_hidden * w_key is made once a call (float, L2).
+// Traffic  reads hidden, key, value and writes out once. w_hidden * w_key is made once per call (float, L2).
 #include "kernels/gate/gate_cpu.h"
 
 namespace engram_kernels::EK_ISA {

@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None, run_package: Callable[[], None] = lambda
         run_package: runs engram_kernels/__init__.py where that was put off until the arguments are read.
         heed_interrupts: raises KeyboardInterrupt where Ctrl-C was pressed before it came to this, and from then on Ctrl-C does.
     """
-    args = make_parser().parse_args(argv)
+    parser, subparsers = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse itself would show the usage of the command without its subcommand
+        subparsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     run_package()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this
@@ -59,15 +62,15 @@ def main(argv: list[str] | None = None, run_package: Callable[[], None] = lambda
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command, each subcommand's `run` among its defaults."""
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command, each subcommand's `run` among its defaults, and those of the subcommands by name."""
     parser = argparse.ArgumentParser(prog="engram-kernels", description="Conditional memory for language models.",
                                      epilog=EXIT_CODES)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_arguments(commands)
-    return parser
+    return parser, commands.choices
 
 
 class _Version(argparse.Action):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_kernels import _transforms
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor, wants_grad
+from engram_kernels._checks import FLOAT_DTYPES, expect_int, expect_tensor, wants_grad
 from engram_kernels.modules.history import history_of_new_sequences
 from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
 from engram_kernels.modules.published import published_tensors
@@ -76,8 +76,10 @@ class Engram(MemoryModule):
             raise ValueError(f"Engram: rounding is {rounding!r} with variant {spec.variant!r}, expected 'once', or 'published' "
                              "with variant 'qwen4_ple'")
         self.rounding = rounding
-        self.hidden_size = spec.hidden_size if hidden_size is None else hidden_size
-        self.branches = spec.branches if branches is None else branches
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"Engram: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16")
+        self.hidden_size = expect_int("Engram", "hidden_size", spec.hidden_size if hidden_size is None else hidden_size, 1)
+        self.branches = expect_int("Engram", "branches", spec.branches if branches is None else branches, 1, 64)
         is_centred = spec.variant == "qwen4_ple"  # its norms multiply by 1 + w
         norm_weight = torch.zeros if is_centred else torch.ones
         shape = (self.branches, self.hidden_size)

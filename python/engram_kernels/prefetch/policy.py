@@ -52,6 +52,7 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
 
     Source: docs/prefetch.md.
     """
+    rates = None if surface is None else read_surface(surface, table.row_bytes)  # also where it decides nothing
     if policy not in POLICIES:
         raise ValueError(f"RowPrefetcher: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     if table.tier == "file":
@@ -73,10 +74,9 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
         return Policy("staged", "the CPU reads host memory itself")
     if caches:
         return Policy("staged", "rows are cached on the device")
-    if surface is None:
+    if rates is None:
         pinned = table.rows.is_pinned()
         return Policy("uva" if pinned else "staged", f"default: the table is {'' if pinned else 'not '}pinned; no surface given")
-    rates = read_surface(surface, table.row_bytes)
     if not rates.keys() >= {"staged", "uva"}:
         raise ValueError(f"RowPrefetcher: {surface} has no rows_per_s of both staged and uva; it has "
                          f"{', '.join(sorted(rates)) or 'none'}")

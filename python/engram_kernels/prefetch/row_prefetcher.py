@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
+from engram_kernels._checks import FLOAT_DTYPES, expect_int, expect_tensor
 from engram_kernels._library import need_compiled
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.prefetch.errors import PrefetchCancelled, PrefetchQueueFull
@@ -34,6 +34,7 @@ _LONGEST_S = 1e9
 _EXIT_S = 5.0
 
 _live: weakref.WeakSet[RowPrefetcher] = weakref.WeakSet()
+_numbers = itertools.count()  # of tickets, in all prefetchers: the ticket of another one names no request of this one
 
 
 @atexit.register
@@ -86,9 +87,9 @@ class RowPrefetcher:
         trace_spans: how many spans `trace` can show, the last ones.
 
     Raises:
-        TypeError: `table` is no RowTable.
+        TypeError: `table` is no RowTable, or a number is no integer.
         ValueError: an argument is out of range, the policy cannot read the table, or there is no link that a cache would save.
-        CapacityError: the device has no room for the ring, the staging buffers and the cache. An OSError.
+        CapacityError: there is no room for the ring, the staging buffers and the cache. An OSError.
         RuntimeError: the device is not available.
 
     Source: docs/prefetch.md; the ids depend on tokens alone, so a step's rows can be fetched during the one before.
@@ -111,12 +112,13 @@ class RowPrefetcher:
             raise ValueError(f"RowPrefetcher: device is {device}, expected cpu or cuda")
         if out_dtype not in FLOAT_DTYPES:
             raise ValueError(f"RowPrefetcher: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+        for name, value, least, most in (("depth", depth, 1, 1 << 20), ("ring_bytes", ring_bytes, 0, None),
+                                         ("threads", threads, 1, 4096), ("staging_bytes", staging_bytes, 1, None),
+                                         ("cache_bytes", cache_bytes, 0, None), ("verify_rows", verify_rows, 0, None),
+                                         ("trace_spans", trace_spans, 0, 1 << 24)):
+            if value is not None:
+                expect_int("RowPrefetcher", name, value, least, most)
         ring_bytes = (depth + 1) * _SLOT_BYTES if ring_bytes is None else ring_bytes
-        for name, value, least in (("depth", depth, 1), ("ring_bytes", ring_bytes, 0), ("threads", threads, 1),
-                                   ("staging_bytes", staging_bytes, 1), ("cache_bytes", cache_bytes, 0),
-                                   ("verify_rows", verify_rows, 0), ("trace_spans", trace_spans, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"RowPrefetcher: {name} is {value}, expected at least {least}")
         self.table, self.device, self.out_dtype, self.row_dim = table, device, out_dtype, table.row_dim
         self._policy = choose_policy(policy, table, device, surface, cache_bytes > 0)
         check_cache(cache_bytes, self._policy, device.type != "cpu" if _engine is None else not _engine.reads_host_memory)
@@ -127,7 +129,7 @@ class RowPrefetcher:
                                        _BACKGROUND_BLOCKS if background else 0, trace_spans, cache_bytes, _engine)
         self._verify_rows, self._sampler = verify_rows, torch.Generator()  # not the caller's
         self._submitted: dict[int, _Submitted] = {}
-        self._numbers = itertools.count()
+        self._closed = False
         self._reading: Tensor | None = None  # what `wait` returned last, in a slot of the ring
         self._runtime: Any = CompiledRuntime(self._options)
         self._options = dataclasses.replace(self._options, engine=None)  # whose threads end with the runtime
@@ -156,7 +158,7 @@ class RowPrefetcher:
         """
         on_device = isinstance(row_ids, Tensor) and row_ids.device == self.device
         expect_row_ids("RowPrefetcher", row_ids, self.device if on_device else torch.device("cpu"))
-        ticket = next(self._numbers)  # known before anything is begun: a signal between two steps loses nothing
+        ticket = next(_numbers)  # known before anything is begun: a signal between two steps loses nothing
         try:
             kept = row_ids if row_ids.device.type != "cpu" else row_ids.clone() if self._verify_rows else None
             self._submitted[ticket] = _Submitted(row_ids.shape, kept)
@@ -181,14 +183,16 @@ class RowPrefetcher:
 
         Raises:
             ValueError: `out` has another shape or dtype; the ticket stays valid.
-            KeyError: no such ticket, or it was cancelled or waited for before.
+            KeyError: no ticket of this prefetcher, or it was cancelled or waited for before.
             TimeoutError: the rows did not come in time; the ticket stays valid.
-            PrefetchCancelled: the ticket was cancelled, or the prefetcher closed, meanwhile. A RuntimeError.
+            PrefetchCancelled: the ticket was cancelled meanwhile, or the prefetcher is closed. A RuntimeError.
             Exception: what went wrong with this request, such as IndexError for a bad id or OSError for a bad file. After an
                 exception of another kind, such as KeyboardInterrupt or one of writing to `out`, the ticket stays valid.
         """
         request = self._submitted.get(ticket)
         if request is None:
+            if self._closed:
+                raise PrefetchCancelled(f"RowPrefetcher: it is closed, so ticket {ticket} has no rows any more")
             raise KeyError(f"RowPrefetcher: ticket {ticket} is unknown, was cancelled, or was waited for before")
         shape = (*request.shape, self.row_dim)
         if out is not None:
@@ -277,6 +281,7 @@ class RowPrefetcher:
     def close(self) -> None:
         """Drops requests that are in flight, ends the threads and gives the memory back. Rows that `wait` returned stay
         readable."""
+        self._closed = True
         self._runtime.close()
         self._submitted.clear()
         self._reading = None

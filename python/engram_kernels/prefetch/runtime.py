@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
-from engram_kernels.capacity import check_device_memory, check_memory
+from engram_kernels.capacity import CapacityError, check_device_memory, check_memory
 from engram_kernels.prefetch.errors import PrefetchCancelled
 from engram_kernels.prefetch.policy import way_of
 from engram_kernels.table.row_table import RowTable
@@ -145,7 +145,7 @@ class _Ring:
         self._slot_bytes, self._dtype, self._on_cpu = options.slot_bytes, options.out_dtype, options.device.type == "cpu"
         num_slots = options.depth + 1
         if self._on_cpu:
-            self._memory = _cpu_memory(options.slot_bytes * num_slots, options.slot_bytes)
+            self._memory = _cpu_memory(options, num_slots)
             self.address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         else:
             self._tensor = _device_memory(options)
@@ -220,10 +220,15 @@ def _device_memory(options: RuntimeOptions) -> Tensor:
     return ring
 
 
-def _cpu_memory(num_bytes: int, slot_bytes: int) -> mmap.mmap:
+def _cpu_memory(options: RuntimeOptions, num_slots: int) -> mmap.mmap:
     # pages of a slot cost memory once they are written
-    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and slot_bytes >= _HUGE_PAGE_BYTES:
+    num_bytes = max(options.slot_bytes * num_slots, 1)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as err:
+        raise CapacityError(f"RowPrefetcher: no address space for a ring of {num_bytes} bytes, {num_slots} slots (depth "
+                            f"{options.depth} and the one that is read); lower depth or ring_bytes") from err
+    if hasattr(mmap, "MADV_HUGEPAGE") and options.slot_bytes >= _HUGE_PAGE_BYTES:
         with contextlib.suppress(OSError):  # a kernel without them: small pages serve
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
