@@ -3,6 +3,7 @@ from engram_kernels import backends
 from engram_kernels.backends import check_errors
 from engram_kernels.layout import Layout
 from engram_kernels.modules.engram import Engram
+from engram_kernels.modules.longcat import LongcatEmbedding
 from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate
@@ -14,5 +15,5 @@ from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
-__all__ = ["Engram", "EngramSpec", "Layout", "RowPrefetcher", "RowTable", "TokenMap", "backends", "check_errors",
-           "engram_forward", "gate", "gather_gate", "gather_rows", "ngram_hash", "short_conv"]
+__all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "RowPrefetcher", "RowTable", "TokenMap", "backends",
+           "check_errors", "engram_forward", "gate", "gather_gate", "gather_rows", "ngram_hash", "short_conv"]

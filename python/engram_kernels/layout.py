@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import _modes
+from engram_kernels.presets import LAYER_SEED_STEP
 
 if TYPE_CHECKING:
     from engram_kernels.spec import EngramSpec
@@ -19,7 +20,6 @@ _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the step of splitmix64
-_LAYER_SEED_STEP = 10007  # between the seeds of two layers, in both xor families
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # decide primality of every n < 3.3e24
 
 
@@ -107,7 +107,8 @@ def derive_layout(spec: EngramSpec) -> Layout:
     Raises:
         ValueError: a table has too many rows for int32 row ids, or the terms of a polynomial hash could overflow int64.
 
-    Source: `xor_prime`: deepseek-ai/Engram `engram_demo_v1.py` (`NgramHashMapping`). `xor_splitmix`:
+    Source: `xor_prime`: deepseek-ai/Engram `engram_demo_v1.py` (`NgramHashMapping`). `xor_prime_int32`: AI-Hypercomputer/maxtext
+    `src/maxtext/layers/engram.py`, where the products and their remainder are int32. `xor_splitmix`:
     huggingface/transformers `models/qwen4_exp/modular_qwen4_exp.py` (`Qwen4ExpTextNGramEmbedding`). `polynomial`:
     LongCat-Flash-Lite `modeling_longcat_ngram.py` (`NgramEmbedding`).
     """
@@ -138,7 +139,7 @@ def _constants(spec: EngramSpec) -> tuple[Any, Any, Any]:
         multipliers = _polynomial_multipliers(spec, moduli)
     else:
         moduli = _prime_moduli(spec)
-        multipliers = (_pcg_multipliers if spec.hash_family == "xor_prime" else _splitmix_multipliers)(spec)
+        multipliers = _splitmix_multipliers(spec) if spec.hash_family == "xor_splitmix" else _pcg_multipliers(spec)
     for layer_id, rows in zip(spec.layer_ids, map(sum, moduli), strict=True):
         if rows > _INT32_MAX:
             raise ValueError(f"Layout: layer {layer_id} has {rows} rows, expected at most {_INT32_MAX}: row ids are "
@@ -166,18 +167,19 @@ def _prime_moduli(spec: EngramSpec) -> list[list[int]]:
     return layers
 
 
-def _multiplier_bound(num_ids: int) -> int:
-    """Exclusive bound of r so that id * (2r + 1) stays below 2**63 for every id < num_ids."""
-    return max(1, _INT64_MAX // num_ids // 2)
+def _multiplier_bound(num_ids: int, largest: int = _INT64_MAX) -> int:
+    """Exclusive bound of r so that id * (2r + 1) is at most `largest` for every id < num_ids."""
+    return max(1, largest // num_ids // 2)
 
 
 def _pcg_multipliers(spec: EngramSpec) -> list[list[int]]:
-    """[L][N], from numpy's PCG64 seeded by the layer id."""
-    bound = _multiplier_bound(spec.num_ids)
+    """[L][N], from numpy's PCG64 seeded by the layer id. Drawn as int32 it gives other numbers than as int64."""
+    is_int32 = spec.hash_family == "xor_prime_int32"
+    bound = _multiplier_bound(spec.num_ids, _INT32_MAX if is_int32 else _INT64_MAX)
     layers = []
     for layer_id in spec.layer_ids:
-        generator = np.random.default_rng(spec.seed + _LAYER_SEED_STEP * layer_id)
-        draws = generator.integers(0, bound, spec.max_order, dtype=np.int64)
+        generator = np.random.default_rng(spec.seed + LAYER_SEED_STEP * layer_id)
+        draws = generator.integers(0, bound, spec.max_order, dtype=np.int32 if is_int32 else np.int64)
         layers.append([2 * int(r) + 1 for r in draws])
     return layers
 
@@ -185,7 +187,7 @@ def _pcg_multipliers(spec: EngramSpec) -> list[list[int]]:
 def _splitmix_multipliers(spec: EngramSpec) -> list[list[int]]:
     """[L][N], from splitmix64 seeded by the position of the layer in `layer_ids` (not by its id)."""
     bound = _multiplier_bound(spec.num_ids)
-    return [[2 * (splitmix64(spec.seed + _LAYER_SEED_STEP * index + _GOLDEN * (s + 1)) % bound) + 1
+    return [[2 * (splitmix64(spec.seed + LAYER_SEED_STEP * index + _GOLDEN * (s + 1)) % bound) + 1
              for s in range(spec.max_order)] for index in range(len(spec.layer_ids))]
 
 

@@ -4,7 +4,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,17 @@ QWEN4_PLE: dict[str, Any] = dict(
 LONGCAT: dict[str, Any] = dict(
     name="longcat", hash_family="polynomial", boundary="stop", vocab_size=131_072, pad_token_id=0,
     eos_token_id=2, max_order=4, heads=4, head_dim=256, layer_ids=(0,),
-    table_sizes=(78 * 131_072,) * 3, row_format="bf16", variant="none", hidden_size=3072,
-    branches=1)
+    table_sizes=(78 * 131_072,) * 3, row_format="bf16", variant="longcat", hidden_size=3072, branches=1)
+
+LAYER_SEED_STEP = 10007  # between the seeds of two layers, in every xor family
 
 # a configuration's field that says something of an n-gram memory, whichever family it belongs to
-_MEMORY_FIELD = re.compile(r"(engram|ple|oe|emb)_|.*ngram|.*n_gram|special_token_scope|.*ignored_token_ids|text_vocab_size|"
+_MEMORY_FIELD = re.compile(r"(engram|ple|oe|emb)_|.*ngram|.*n_gram|special_token_scope|.*ignored_token_ids|text_vocab_\w+|"
                            r"vocab_size_text")
 # what these say of the checkpoint's files changes no row id
 _OF_FILES = frozenset({"make_ngram_vocab_size_divisible_by", "split_ngram_parts"})
 _PLE_ROW_FORMATS = {"float32": "f32", "bfloat16": "bf16", "bf16": "bf16", "float16": "f16", "float8_e4m3fn": "fp8_e4m3_tensor",
                     "fp8": "fp8_e4m3_tensor"}
-_NEXT_FIELDS = ("oe_ignored_token_ids", "ignored_token_ids", "text_vocab_size", "vocab_size_text")
 
 
 def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...] | None]:
@@ -181,17 +181,66 @@ def _read_qwen4(get: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _read_longcat(get: Callable[..., Any]) -> dict[str, Any]:
-    if any(get(name, default=None) not in (None, []) for name in _NEXT_FIELDS):
-        raise ValueError(f"EngramSpec: one of {', '.join(_NEXT_FIELDS)} is set, as in LongCat-Next, where ignored ids, id 0 and "
-                         "ids that are no text end an n-gram: leave the field out of the configuration, pass these tokens to "
-                         "ngram_hash as dead_mask, and give no row to a token whose own id is 0")
     order, heads = get("emb_neighbor_num", "oe_neighbor_num"), get("emb_split_num", "oe_split_num")
     ratio = get("ngram_vocab_size_ratio", "oe_vocab_size_ratio")
     if not isinstance(ratio, int | float) or not math.isfinite(ratio):
         raise ValueError(f"EngramSpec: ngram_vocab_size_ratio is {shorten(repr(ratio))}, expected a finite number")
-    base = int(ratio * operator.index(get("vocab_size")))
-    return dict(max_order=order, heads=heads, table_sizes=_repeat(base, order), eos_token_id=get("eos_token_id"),
-                head_dim=_split("hidden_size", get("hidden_size"), heads * (order - 1)))
+    if (fixed := get("ngram_fix_normalize_factor", default=False)) not in (True, False):
+        raise ValueError(f"EngramSpec: ngram_fix_normalize_factor is {shorten(repr(fixed))}, expected True or False")
+    special = _read_special_tokens(get)
+    text_ids = operator.index(special.get("vocab_size", get("vocab_size")))
+    return dict(max_order=order, heads=heads, table_sizes=_repeat(int(ratio * text_ids), order), eos_token_id=get("eos_token_id"),
+                head_dim=_split("hidden_size", get("hidden_size"), heads * (order - 1)),
+                average="root" if fixed else "mean") | special
+
+
+def _read_special_tokens(get: Callable[..., Any]) -> dict[str, Any]:
+    """Fields of the spec for LongCat-Next's ignored ids, or for the special tokens of the serving engine tokenspeed.
+
+    LongCat-Next (`modeling_longcat_ngram.py`): ignored ids count as 0, 0 and EOS end an n-gram, and a hash of 0 reads no row;
+    the hash goes by the text's vocabulary. tokenspeed: ids of `special_token_scope`, "begin:end,..", end an n-gram and keep
+    their word embedding, where `ngram_exclude_sp_token` says so.
+    """
+    excluded, scope = get("ngram_exclude_sp_token", default=False), get("special_token_scope", default=None)
+    if excluded not in (True, False) or (scope is not None and not isinstance(scope, str)):
+        raise ValueError(f"EngramSpec: ngram_exclude_sp_token is {shorten(repr(excluded))} and special_token_scope "
+                         f"{shorten(repr(scope))}, expected True or False, and ranges such as '0:4,36:55'")
+    ignored = get("oe_ignored_token_ids", "ignored_token_ids", default=None)
+    text_ids = get("text_vocab_size", "vocab_size_text", default=None)
+    get("text_vocab_plus_multimodal_special_token_size", default=None)  # the end of the ignored ids, which are named one by one
+    if ignored is not None and not isinstance(ignored, list | tuple):
+        raise ValueError(f"EngramSpec: oe_ignored_token_ids is {shorten(repr(ignored))}, expected a list of token ids")
+    if not excluded:
+        if ignored is None and text_ids is None:
+            return {}
+        return dict(ignored_token_ids=tuple(ignored or ()), zero_is_dead=True) | ({} if text_ids is None else
+                                                                                  dict(vocab_size=text_ids))
+    if ignored or text_ids is not None:
+        raise ValueError("EngramSpec: ngram_exclude_sp_token and oe_ignored_token_ids or text_vocab_size are both set: they are "
+                         "rules of different models")
+    ids = tuple(i for low, high in _scope(scope) for i in range(low, high))
+    if 0 not in ids:
+        raise ValueError(f"EngramSpec: special_token_scope is {shorten(repr(scope))}, expected ranges with id 0, which ends an "
+                         "n-gram in the published code whether it is special or not")
+    return dict(ignored_token_ids=ids)
+
+
+def _scope(scope: str | None) -> list[tuple[int, int]]:
+    """The ranges of `special_token_scope`: (first, behind the last)."""
+    ranges = re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9})*", scope or "")
+    found = [(int(low), int(high)) for low, high in (part.split(":") for part in (scope or "").split(","))] if ranges else []
+    if not found or any(high - low > 10**6 for low, high in found):
+        raise ValueError(f"EngramSpec: special_token_scope is {shorten(repr(scope))}, expected ranges such as '0:4,36:55'")
+    return found
+
+
+def megatron(layer_numbers: Sequence[int], seed: int) -> dict[str, Any]:
+    """The fields of `EngramSpec.megatron`."""
+    numbers = list(layer_numbers)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise ValueError(f"EngramSpec: layer_numbers is {shorten(repr(numbers))}, expected integers of at least 1: Megatron "
+                         "counts layers from one")
+    return DEMO_V1 | dict(name="megatron", layer_ids=tuple(n - 1 for n in numbers), seed=seed + LAYER_SEED_STEP)
 
 
 # fields that mark a family, its preset, its reader

@@ -6,18 +6,24 @@ import json
 import math
 import operator
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engram_kernels import presets
 from engram_kernels._files import parse_json, shorten, write_atomic
 from engram_kernels.layout import Layout, derive_layout
 from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
+from engram_kernels.token_ids import mark_ids
 
-HASH_FAMILIES = ("xor_prime", "xor_splitmix", "polynomial")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HASH_FAMILIES = ("xor_prime", "xor_prime_int32", "xor_splitmix", "polynomial")
 BOUNDARIES = ("pad", "eos_reset", "stop")
-VARIANTS = ("deepseek_v41", "demo_v1", "qwen4_ple", "none")
+VARIANTS = ("deepseek_v41", "demo_v1", "qwen4_ple", "longcat", "none")
 ZERO_SIGNS = ("copysign", "sign")
+AVERAGES = ("mean", "root")
 _INT32_MAX = 2**31 - 1
 
 
@@ -29,7 +35,8 @@ class EngramSpec:
 
     Attributes:
         name: free label.
-        hash_family: "xor_prime" (Engram), "xor_splitmix" (Qwen PLE) or "polynomial" (LongCat).
+        hash_family: "xor_prime" (Engram), "xor_prime_int32" (MaxText: multipliers so small that products fit int32),
+            "xor_splitmix" (Qwen PLE) or "polynomial" (LongCat).
         boundary: what a position before the sequence or a dead token, and all older ones, count as: "pad", "eos_reset"
             (EOS; an EOS lookback resets too) or "stop" (no term).
         vocab_size: raw token ids.
@@ -43,10 +50,15 @@ class EngramSpec:
         pad_token_id: raw token id of the pad.
         pad_class: its class after compression; None where num_classes is.
         eos_token_id: raw id of EOS. "eos_reset" needs it; with "stop" an EOS lookback ends the sum; "pad" has none.
+        ignored_token_ids: raw ids that no n-gram contains; with variant "longcat" they keep their word embedding.
+            They may lie beyond `vocab_size`.
+        zero_is_dead: "polynomial" only: no n-gram contains id 0, and a hash of 0 names no row (LongCat-Next).
         row_format: how a row is stored, one of `ROW_FORMATS`.
         row_stride_bytes: bytes from row to row, "fp8_e4m3_block32_packed" only; None: no padding.
         zero_scale_is_zero: ue8m0 scale byte 0 means 0.0, not 2**-127.
-        variant: the module around the lookup: "deepseek_v41", "demo_v1", "qwen4_ple" or "none" (none of them).
+        variant: the module around the lookup: "deepseek_v41", "demo_v1", "qwen4_ple", "longcat" or "none" (no module).
+        average: what the "longcat" module divides the sum of the word embedding and C pieces by: "mean" (1 + C) or "root" (the
+            square root of 1 + C).
         zero_sign: sign of the gate's root at 0: "copysign" or "sign" (0 there).
         add_residual: the gate adds the hidden state.
         gate_eps: added to the mean squares of hidden state and key.
@@ -71,10 +83,13 @@ class EngramSpec:
     pad_token_id: int
     pad_class: int | None = None
     eos_token_id: int | None = None
+    ignored_token_ids: tuple[int, ...] = ()
+    zero_is_dead: bool = False
     row_format: str = "bf16"
     row_stride_bytes: int | None = None
     zero_scale_is_zero: bool = False
     variant: str = "none"
+    average: str = "mean"
     zero_sign: str = "copysign"
     add_residual: bool = True
     gate_eps: float = 1e-6
@@ -88,9 +103,9 @@ class EngramSpec:
     def __post_init__(self) -> None:
         _require(self, "name", isinstance(self.name, str), "a string")
         for field, choices in (("hash_family", HASH_FAMILIES), ("boundary", BOUNDARIES), ("row_format", tuple(ROW_FORMATS)),
-                               ("variant", VARIANTS), ("zero_sign", ZERO_SIGNS)):
+                               ("variant", VARIANTS), ("zero_sign", ZERO_SIGNS), ("average", AVERAGES)):
             _require(self, field, getattr(self, field) in choices, " or ".join(map(repr, choices)))
-        for field in ("zero_scale_is_zero", "add_residual"):
+        for field in ("zero_scale_is_zero", "add_residual", "zero_is_dead"):
             _require(self, field, isinstance(getattr(self, field), bool), "True or False")
         for field in ("gate_eps", "gate_clamp", "conv_eps"):
             _check_float(self, field)
@@ -112,10 +127,13 @@ class EngramSpec:
         _check_int(self, "conv_dilation", 1, 4096, none=self.conv_width is None)
         if self.conv_width is None:
             _require(self, "conv_dilation", self.conv_dilation is None, "None where conv_width is None")
-        wants_conv = {"deepseek_v41": False, "demo_v1": True, "qwen4_ple": True}.get(self.variant)
+        wants_conv = {"deepseek_v41": False, "demo_v1": True, "qwen4_ple": True, "longcat": False}.get(self.variant)
         if wants_conv is not None:
             _require(self, "conv_width", (self.conv_width is not None) == wants_conv,
                      f"{'a width' if wants_conv else 'None'} with variant {self.variant!r}")
+
+        _require(self, "branches", self.branches == 1 or self.variant != "longcat", "1 with variant 'longcat'")
+        _require(self, "average", self.average == "mean" or self.variant == "longcat", "'mean' without variant 'longcat'")
 
     @property
     def num_columns(self) -> int:
@@ -196,11 +214,32 @@ class EngramSpec:
         """LongCat-Flash-Lite n-gram embedding: raw ids, the sum stops at EOS; 122,683,536 rows.
 
         Published as 12 tables, one per column; here they lie one behind the other as the table of "layer" 0, the input
-        embedding. There is no gate: the mean of the projected rows and the word embedding is taken.
+        embedding. There is no gate: the mean of the projected rows and the word embedding is taken. LongCat-Next adds
+        `ignored_token_ids` and `zero_is_dead`; `from_hf_config` reads both.
 
         Source: LongCat-Flash-Lite config.json and `modeling_longcat_ngram.py` (`NgramEmbedding`), and its port to vLLM.
         """
         return cls(**presets.LONGCAT | overrides)
+
+    @classmethod
+    def megatron(cls, layer_numbers: Sequence[int], *, seed: int = 0, **overrides: Any) -> EngramSpec:
+        """A memory trained by Megatron Core, whose layer numbers count from one and seed the multipliers as they are.
+
+        A spec with these numbers less one and the same seed would give other multipliers, and every row id would be wrong.
+        Here the layers are zero based, as everywhere, and the seed makes up for the difference.
+
+        Args:
+            layer_numbers: Megatron's, each at least 1, in the order in which its moduli were handed out.
+            seed: Megatron's `engram_seed`.
+            overrides: fields that replace those of `demo_v1`, such as `table_sizes`, `hidden_size` or `branches` (1 where
+                Megatron ran a single stream).
+
+        Raises:
+            ValueError: a layer number is no integer of at least 1; and what the spec refuses.
+
+        Source: NVIDIA/Megatron-LM pull requests 3689 and 7231, Engram.
+        """
+        return cls(**presets.megatron(layer_numbers, seed) | overrides)
 
     @classmethod
     def from_hf_config(cls, config: Any, **overrides: Any) -> EngramSpec:
@@ -224,6 +263,24 @@ class EngramSpec:
             raise ValueError(f"EngramSpec: engram_num_embeddings is {shorten(repr(list(declared)))}, but the other fields give "
                              f"{list(spec.layout().num_rows)} rows for layers {list(spec.layer_ids)}")
         return spec
+
+    def dead_mask(self, token_ids: Tensor, dead_mask: Tensor | None = None) -> Tensor | None:
+        """Which tokens no n-gram contains: `ignored_token_ids`, id 0 with `zero_is_dead`, and those of a given mask.
+
+        What `ngram_hash` takes as `dead_mask`; in its `history` such a token is -2. No host synchronization.
+
+        Args:
+            token_ids: integers of any shape.
+            dead_mask: bool of the same shape, True where a token is dead for another reason; None: nowhere.
+
+        Returns:
+            bool of the shape of `token_ids`; `dead_mask` itself, also None, where the spec knows no dead ids.
+        """
+        return mark_ids(token_ids, (*self.ignored_token_ids, 0) if self.zero_is_dead else self.ignored_token_ids, dead_mask)
+
+    def is_ignored(self, token_ids: Tensor) -> Tensor | None:
+        """bool of the shape of `token_ids`, True at `ignored_token_ids`; None where there are none."""
+        return mark_ids(token_ids, self.ignored_token_ids)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The spec as JSON text, every field named; also written to `path`, atomically, when given."""
@@ -276,6 +333,9 @@ def _check_hash_fields(spec: EngramSpec) -> None:
         _require(spec, "pad_class", spec.pad_class is None, "None where num_classes is None")
     else:
         _check_int(spec, "pad_class", 0, spec.num_classes - 1)
+    _check_ints(spec, "ignored_token_ids", 0, _INT32_MAX)
+    _require(spec, "zero_is_dead", not spec.zero_is_dead or spec.hash_family == "polynomial",
+             "False, but with hash_family 'polynomial'")
     _check_int(spec, "eos_token_id", 0, spec.vocab_size - 1, none=spec.boundary != "eos_reset")
     if spec.eos_token_id is not None:
         _require(spec, "eos_token_id", spec.boundary != "pad", "None with boundary 'pad', where EOS means nothing")

@@ -59,7 +59,10 @@ def test_module_compute_by_hand():
     few = module_seconds(spec, given(1, "tokens", "test"), node)  # reads the weights
     assert few.value == pytest.approx(2 * (2 * weights + 18 * 5120 * 2) / 3.35e12) and few.provenance is Provenance.ASSUMED
     assert module_seconds(spec, tokens, assumed_hardware("none")) is None
-    assert module_seconds(EngramSpec.longcat(), tokens, node) is None
+    longcat = 3072 * 3072  # C * D to H; the projection is written, read with the word embedding, and the average is written
+    assert module_seconds(EngramSpec.longcat(), tokens, node).value == pytest.approx(
+        2 * 4096 * longcat / 989e12 + 4096 * 4 * 3072 * 2 / 3.35e12)
+    assert module_seconds(EngramSpec.longcat(variant="none"), tokens, node) is None
     demo = EngramSpec.demo_v1()
     assert module_seconds(demo, tokens, node).value > module_seconds(dataclasses.replace(
         demo, variant="deepseek_v41", conv_width=None, conv_dilation=None), tokens, node).value

@@ -227,7 +227,7 @@ def test_engram_rejects_what_does_not_belong():
         with pytest.raises(error, match=message):
             Engram(spec, 1, **wrong)
     with pytest.raises(ValueError, match="variant 'none'"):
-        Engram(EngramSpec.longcat(), 0)
+        Engram(EngramSpec.longcat(variant="none"), 0)
     with pytest.raises(ValueError, match=r"layer_id is 2, expected one of \[1, 14\]"):
         Engram(spec, 2)
     with pytest.raises(ValueError, match="rows of 16, spec"):

@@ -38,7 +38,7 @@ def specs(draw):
     """Any small valid spec."""
     order, vocab = draw(st.integers(2, 6)), draw(st.integers(1, 2**31 - 1))
     fields = dict(
-        name=draw(st.text()), hash_family=draw(st.sampled_from(["xor_prime", "xor_splitmix", "polynomial"])),
+        name=draw(st.text()), hash_family=draw(st.sampled_from(["xor_prime", "xor_prime_int32", "xor_splitmix", "polynomial"])),
         boundary=draw(st.sampled_from(["pad", "eos_reset", "stop"])), vocab_size=vocab, max_order=order,
         heads=draw(st.integers(1, 5)), head_dim=32 * draw(st.integers(1, 8)), seed=draw(st.integers(0, 2**62)),
         layer_ids=draw(st.lists(st.integers(0, 100), min_size=1, max_size=3, unique=True)),
@@ -183,7 +183,7 @@ def test_layout_moves_to_a_device(v41):
     layout = v41.layout()
     moved = layout.to("meta")
     assert {t.device.type for t in (moved.moduli, moved.offsets, moved.multipliers)} == {"meta"}
-    assert moved.num_rows == layout.num_rows and layout.to("cpu") is layout and moved.spec is v41
+    assert moved.num_rows == layout.num_rows and layout.to("cpu") is layout and moved.spec == v41
 
 
 def test_layout_moduli_do_not_depend_on_the_number_of_later_layers():
@@ -235,6 +235,11 @@ BAD_FIELDS = {  # name: (overrides of small(), field that the message names)
     "dilation_without_conv": (dict(conv_dilation=3), "conv_dilation"),
     "hidden_zero": (dict(hidden_size=0), "hidden_size"),
     "branches_zero": (dict(branches=0), "branches"),
+    "branches_of_longcat": (dict(variant="longcat", branches=2), "branches"),
+    "average_unknown": (dict(variant="longcat", average="sum"), "average"),
+    "average_without_longcat": (dict(average="root"), "average"),
+    "ignored_negative": (dict(ignored_token_ids=(3, -1)), "ignored_token_ids"),
+    "zero_of_primes": (dict(zero_is_dead=True), "zero_is_dead"),
 }
 
 
@@ -352,7 +357,6 @@ BAD_CONFIGS = {  # name: (configuration, part of the message)
     "order_absurd": (_text(engram_max_ngram_size=10**12), "max_order is 1000000000000"),
     "row_not_divisible": ({**DEMO_CONFIG, "n_embed_per_ngram": 500}, "n_embed_per_ngram is 500, expected a multiple"),
     "heads_negative": ({**DEMO_CONFIG, "n_head_per_ngram": -1}, "n_embed_per_ngram is 512, expected a multiple"),
-    "longcat_next": ({**LONGCAT_CONFIG, "oe_ignored_token_ids": [2, 3]}, "LongCat-Next"),
 }
 
 

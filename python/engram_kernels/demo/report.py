@@ -82,7 +82,7 @@ def print_report(result: dict[str, Any], spec: EngramSpec, console: Any) -> bool
         f"in a file: stored row = row id mod {result['table_rows']:,}")
     say(f"width: hidden {result['hidden_size']} (the model's: {spec.hidden_size}), {spec.branches} branches, "
         f"{result['tokens_per_step']} tokens per step")
-    if spec.variant == "none":
+    if spec.variant in ("none", "longcat"):
         say("this spec has no gate of the kind: projection and gate are the stand-in's")
     for layer, distinct in zip(spec.layer_ids, result["distinct_rows"], strict=True):
         say(f"layer {layer}: {requested:,} rows asked for, {distinct:,} distinct: "

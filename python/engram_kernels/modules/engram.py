@@ -10,7 +10,7 @@ from engram_kernels import _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_int, expect_tensor, wants_grad
 from engram_kernels.modules.history import history_of_new_sequences
 from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
-from engram_kernels.modules.published import published_tensors
+from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.modules.published_rounding import published_conv, published_gate
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
@@ -18,7 +18,6 @@ from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
-ROUNDINGS = ("once", "published")
 
 
 class Engram(MemoryModule):
@@ -233,12 +232,11 @@ class Engram(MemoryModule):
         if self.spec.conv_width is None and name is not None:
             raise ValueError(f"Engram: {name} is given, but variant {self.spec.variant!r} has no convolution")
 
-    @torch.no_grad()
     def load_published(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
         """Copies the projections, norms and convolution out of a published checkpoint's tensors.
 
-        `deepseek_v41`: wkv.weight, q_weight, k_weight; where wkv.weight is float8_e4m3fn also its block scales, as wkv.scale or
-        wkv.weight_scale_inv. `demo_v1`: key_projs.{m}, value_proj, norm1.{m} (key), norm2.{m} (hidden state),
+        `deepseek_v41`: wkv.weight, q_weight, k_weight; where wkv.weight is float8_e4m3fn also its scales, as wkv.scale,
+        wkv.weight_scale_inv or wkv.weight_scale. `demo_v1`: key_projs.{m}, value_proj, norm1.{m} (key), norm2.{m} (hidden state),
         short_conv.conv.weight, short_conv.norms.{m}. `qwen4_ple`: key_proj, value_proj, norm_query (hidden state), norm_key,
         norm_conv, conv1d. Rows are not loaded: open the file as a `RowTable` and name the tensors
         (embed.weight and embed.scale in V4.1).
@@ -251,13 +249,5 @@ class Engram(MemoryModule):
             KeyError: a tensor is missing; nothing is written.
             ValueError: a tensor has the wrong shape or is no float tensor; nothing is written.
         """
-        found = published_tensors(self, weights, prefix)
-        for name, value in found.items():
-            target = self.get_parameter(name)
-            if target.shape != value.shape:
-                raise ValueError(f"Engram: {name} has shape {list(target.shape)}, the published one {list(value.shape)}")
-            if value.dtype not in (*FLOAT_DTYPES, torch.float64):
-                raise ValueError(f"Engram: the published {name} is {value.dtype}, expected a float tensor")
-        for name, value in found.items():
-            self.get_parameter(name).copy_(value)
+        assign_published(self, weights, prefix)
 

@@ -1,24 +1,55 @@
 """The tensors of published checkpoints by the names that `Engram` has for its parameters."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from engram_kernels._checks import FLOAT_DTYPES
+from engram_kernels._files import shorten
+
 if TYPE_CHECKING:
-    from engram_kernels.modules.engram import Engram
+    from engram_kernels.modules.memory_module import MemoryModule
+
+ROUNDINGS = ("once", "published")
+SCALE_NAMES = ("scale", "weight_scale_inv", "weight_scale")
+_SCALE_DTYPES = (torch.float8_e8m0fnu, torch.uint8, *FLOAT_DTYPES)
 
 
-def published_tensors(module: Engram, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Name of a parameter of `module` -> its value. Arguments and errors: `Engram.load_published`."""
+@torch.no_grad()
+def assign_published(module: MemoryModule, weights: Mapping[str, Tensor], prefix: str,
+                     block: Sequence[int] | None = None) -> None:
+    """Copies published tensors into the parameters of a module, all of them or none. Arguments and errors: `load_published`.
+
+    Args:
+        block: rows and columns that share a scale in a quantized weight, where the configuration says so.
+    """
+    found = published_tensors(module, weights, prefix, block)
+    for name, value in found.items():
+        target = module.get_parameter(name)
+        if target.shape != value.shape:
+            raise ValueError(f"{module.op}: {name} has shape {list(target.shape)}, the published one {list(value.shape)}")
+        if value.dtype not in (*FLOAT_DTYPES, torch.float64):
+            raise ValueError(f"{module.op}: the published {name} is {value.dtype}, expected a float tensor")
+    for name, value in found.items():
+        module.get_parameter(name).copy_(value)
+
+
+def published_tensors(module: Any, weights: Mapping[str, Tensor], prefix: str,
+                      block: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """Name of a parameter of `module` -> its value. Arguments and errors: `assign_published`."""
     def get(name: str) -> Tensor:
-        return weights[prefix + name]
+        if not name.endswith(".weight"):
+            return weights[prefix + name]
+        return dequantized(module.op, weights, prefix + name.removesuffix(".weight"), block)
 
+    if module.spec.variant == "longcat":
+        return _longcat_tensors(module, get, weights, prefix)
     each = range(module.branches)
     if module.spec.variant == "deepseek_v41":
-        return {"wkv.weight": _dequantized(weights, prefix + "wkv"), "w_hidden": get("q_weight"), "w_key": get("k_weight")}
+        return {"wkv.weight": get("wkv.weight"), "w_hidden": get("q_weight"), "w_key": get("k_weight")}
     if module.spec.variant == "qwen4_ple":
         shape = module.w_key.shape
         return {"wkv.weight": torch.cat([get("key_proj.weight"), get("value_proj.weight")]),
@@ -33,17 +64,62 @@ def published_tensors(module: Engram, weights: Mapping[str, Tensor], prefix: str
             "conv_norm": torch.stack([get(f"short_conv.norms.{m}.weight") for m in each])}
 
 
-def _dequantized(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """weights[name.weight], times its block scales where it is fp8 (32 x 32 elements share one in the published checkpoint)."""
+def _longcat_tensors(module: Any, get: Callable[[str], Tensor], weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    pieces = [get(f"ngram_embeddings.post_projs.{i}.weight") for i in range(module.spec.num_columns)]
+    found = {"post_proj.weight": torch.cat(pieces, dim=1)}
+    if module.word_embeddings is not None:
+        shared = "ngram_embeddings.word_embeddings.weight"  # the same parameter, which some editions write under both names
+        found["word_embeddings.weight"] = get(shared if prefix + shared in weights else "embed_tokens.weight")
+    return found
+
+
+def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequence[int] | None = None) -> Tensor:
+    """weights[name.weight], times its scales where it is fp8: one for the tensor, one per row, or one per block.
+
+    The last block of a row or a column may be partial. Where `block` does not say how many elements share a scale, it is the
+    power of two that gives as many blocks as there are scales, else their exact share.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: the weight is neither a float nor fp8, or the scales are no scales of it.
+    """
     weight = weights[f"{name}.weight"]
-    if weight.dtype != torch.float8_e4m3fn:
+    if weight.dtype in (*FLOAT_DTYPES, torch.float64):
         return weight
-    key = next((k for k in (f"{name}.scale", f"{name}.weight_scale_inv") if k in weights), None)
+    if weight.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{op}: the published {name}.weight is {weight.dtype}, expected a float tensor or float8_e4m3fn: this "
+                         "quantization is not known here")
+    key = next((k for k in (f"{name}.{s}" for s in SCALE_NAMES) if k in weights), None)
     if key is None:
-        raise KeyError(f"Engram: {name}.weight is float8_e4m3fn, but there is neither {name}.scale nor {name}.weight_scale_inv")
-    scale = weights[key].view(torch.float8_e8m0fnu) if weights[key].dtype == torch.uint8 else weights[key]
-    if scale.dim() != 2 or 0 in scale.shape or any(n % blocks for n, blocks in zip(weight.shape, scale.shape, strict=True)):
-        raise ValueError(f"Engram: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
-    (rows, columns), (row_blocks, column_blocks) = weight.shape, scale.shape
-    blocks = weight.float().view(row_blocks, rows // row_blocks, column_blocks, columns // column_blocks)
-    return blocks.mul_(scale.float()[:, None, :, None]).view(rows, columns)
+        raise KeyError(f"{op}: {name}.weight is float8_e4m3fn, but there is neither {name}.scale nor {name}.weight_scale_inv nor "
+                       f"{name}.weight_scale")
+    scale = weights[key]
+    if scale.dtype not in _SCALE_DTYPES:
+        raise ValueError(f"{op}: {key} is {scale.dtype}, expected {', '.join(str(d) for d in _SCALE_DTYPES)}")
+    scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+    if scale.numel() == 1 and scale.dim() < 2:
+        return weight.float().mul_(scale)
+    scale = scale[:, None] if scale.dim() == 1 and scale.numel() == weight.shape[0] else scale
+    if scale.dim() != 2 or weight.dim() != 2:
+        raise ValueError(f"{op}: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
+    sizes = [_block_size(n, blocks, None if block is None else block[dim])
+             for dim, (n, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True))]
+    rows, columns = sizes
+    if rows is None or columns is None:
+        raise ValueError(f"{op}: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks"
+                         + ("" if block is None else f" of {shorten(repr(list(block)))}, the configuration's weight_block_size"))
+    result = weight.float()
+    for i in range(scale.shape[0]):  # a row of blocks at a time: no second copy of the whole weight
+        factors = scale[i].repeat_interleave(columns)[:weight.shape[1]]
+        result[i * rows:(i + 1) * rows].mul_(factors)
+    return result
+
+
+def _block_size(size: int, blocks: int, wanted: int | None) -> int | None:
+    """Elements per block; None: no block size gives so many blocks."""
+    if wanted is not None and blocks != 1 and blocks != size:
+        return wanted if blocks == -(-size // wanted) else None
+    powers = [2**e for e in range(31) if blocks and -(-size // 2**e) == blocks]
+    if powers:
+        return powers[0]
+    return size // blocks if blocks and size % blocks == 0 else None

@@ -10,15 +10,21 @@ _BYTES = 2  # of a weight and of an activation: bf16
 
 
 def products(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | None:
-    """Seconds of one layer's projections, C * D values to M keys and a value of H: arithmetic, or reading the weights once.
+    """Seconds of one layer's projections, C * D values to M keys and a value of H ("longcat": to H): arithmetic, or reading the
+    weights once.
 
     None: the spec names no module, or the machine has no GPU.
     """
     if spec.variant == "none" or node.device_stream is None or node.flops is None:
         return None
-    weights = spec.num_columns * spec.row_dim * (spec.branches + 1) * spec.hidden_size
+    weights = spec.num_columns * spec.row_dim * _vectors(spec) * spec.hidden_size
     return derived("s", lambda t, rate, flops: max(weights * _BYTES / rate, 2 * t * weights / flops), tokens, node.device_stream,
                    node.flops)
+
+
+def _vectors(spec: EngramSpec) -> int:
+    """Vectors of H that the projection gives for a token."""
+    return 1 if spec.variant == "longcat" else spec.branches + 1
 
 
 def passes(hidden_size: int, count: int, tokens: Quantity, node: Hardware) -> Quantity:
@@ -31,11 +37,12 @@ def module_seconds(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quanti
     """Seconds per step that the modules of all layers compute with this library's ops; None: as for `products`.
 
     The projections write M + 1 vectors of H per token, the gate reads 2 M + 1 and writes M, the convolution reads and writes M.
+    "longcat" writes one, reads it with the word embedding, and writes the average.
     """
     product = products(spec, tokens, node)
     if product is None:
         return None
     m = spec.branches
-    count = (m + 1) + (3 * m + 1) + (0 if spec.conv_width is None else 2 * m)
+    count = _vectors(spec) + (3 * m + 1 if spec.variant != "longcat" else 3) + (0 if spec.conv_width is None else 2 * m)
     one = total("s", [product, passes(spec.hidden_size, count, tokens, node)])
     return derived("s", lambda seconds: seconds * len(spec.layer_ids), one)
