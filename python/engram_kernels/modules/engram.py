@@ -19,7 +19,6 @@ from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 
-
 class Engram(MemoryModule):
     """One memory layer: rows -> keys and value -> gate (-> short convolution).
 
