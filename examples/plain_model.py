@@ -27,9 +27,9 @@ class MemoryBlock(nn.Module):
 
     def forward(self, hidden: Tensor, row_ids: Tensor) -> Tensor:
         hidden = hidden + self.mlp(hidden)
-        if not torch.is_grad_enabled():  # one op: keys and value are never written
+        if not torch.is_grad_enabled():  # one op: keys and value of a chunk of tokens at a time
             return ek.engram_forward(hidden, self.table, row_ids, self.wkv.weight, self.w_hidden, self.w_key,
-                                     backend="auto" if self.backend == "cuda" else self.backend)  # no CUDA kernel of it yet
+                                     backend=self.backend)
         rows = ek.gather_rows(self.table, row_ids, hidden.dtype, backend=self.backend)
         keys_and_value = self.wkv(rows.flatten(1)).unflatten(1, (-1, hidden.shape[2]))
         return ek.gate(hidden, keys_and_value[:, :-1], keys_and_value[:, -1], self.w_hidden, self.w_key, backend=self.backend)

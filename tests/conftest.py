@@ -28,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its products are deterministic with that, as `poison` demands
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the import of triton
 

@@ -13,7 +13,6 @@ from engram_kernels.table.row_table import RowTable
 pytestmark = pytest.mark.skipif(CUDA_ERROR is not None and os.environ.get("EK_EXPECT_CUDA_BUILD") != "1", reason=str(CUDA_ERROR))
 SCHEMAS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("engram_kernels::"))
 WITH_DEVICE = torch.cuda.is_available()
-WITHOUT_CUDA = ("engram_forward",)  # ops that have no CUDA kernel: Triton serves them there
 ON_THE_CPU = ("read_rows",)  # rows of a file come out there
 T, M, C, D = 6, 2, 24, 32
 H = C * D
@@ -53,7 +52,7 @@ def test_every_op_is_known():
 def test_op_has_kernels_and_a_fake(name):
     if not has_kernel(name, "CPU"):
         pytest.skip("no compiled op")
-    assert has_kernel(name, "CUDA") == (not name.startswith(tuple(f"engram_kernels::{op}" for op in WITHOUT_CUDA + ON_THE_CPU)))
+    assert has_kernel(name, "CUDA") == (not name.startswith(tuple(f"engram_kernels::{op}" for op in ON_THE_CPU)))
     assert has_kernel(name, "Meta") or torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
 
 
@@ -85,8 +84,6 @@ def call_inputs(device, grad=False):
 @pytest.mark.parametrize("op", backends.ops())
 @pytest.mark.parametrize("device", ["cuda:0", "meta"])
 def test_fake_tensors(op, device):
-    if op in WITHOUT_CUDA and device != "meta":
-        pytest.skip("no CUDA kernel of it yet")
     with FakeTensorMode(allow_non_fake_inputs=True):
         call, shape, dtype = call_inputs(device)[0][op]
         out = call()
@@ -96,8 +93,6 @@ def test_fake_tensors(op, device):
 @pytest.mark.parametrize("op", ["gate", "gather_gate", "gather_rows", "short_conv"])
 @pytest.mark.parametrize("device", ["cuda:0", "meta"])
 def test_autograd_on_fake_tensors(op, device):
-    if op in WITHOUT_CUDA and device != "meta":
-        pytest.skip("no CUDA kernel of it yet")
     with FakeTensorMode(allow_non_fake_inputs=True):
         calls, leaves = call_inputs(device, grad=True)
         out = calls[op][0]()
@@ -115,17 +110,12 @@ def test_the_cpu_kernels_run_under_this_torch(op):
 
 
 @pytest.mark.skipif(WITH_DEVICE, reason="this machine has a device")
-@pytest.mark.parametrize("op", sorted(set(backends.ops()) - set(WITHOUT_CUDA)))
+@pytest.mark.parametrize("op", backends.ops())
 def test_without_a_device_the_error_says_so(op):
     assert backends.explain(op, "cuda") == f"{op}/cuda: the kernels are loaded, but torch finds no CUDA device"
     assert "cuda" not in backends.available(op)
     with pytest.raises(RuntimeError, match=f"{op}: backend 'cuda' is not available: .*torch finds no CUDA device"):
         backends.select(op, torch.device("cpu"), "cuda")
-
-
-@pytest.mark.parametrize("op", WITHOUT_CUDA)
-def test_an_op_without_a_kernel_says_so(op):
-    assert backends.explain(op, "cuda") == f"{op}/cuda: there is no CUDA kernel of it yet"
 
 
 def test_no_call_no_error():

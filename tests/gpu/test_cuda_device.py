@@ -23,7 +23,7 @@ def make_calls(device="cuda", seed=0):
     table = ek.RowTable.from_tensor(packed, row_format="fp8_e4m3_block32_packed", row_dim=D)
     ids = torch.randint(-1, 5000, (T, C), generator=rand).to(device)
     hidden, key, value, w_hidden, w_key = randn(T, M, H), randn(T, M, H), randn(T, H), randn(M, H), randn(M, H)
-    conv, norm = randn(M, H, 4), randn(M, H)
+    conv, norm, w_kv = randn(M, H, 4), randn(M, H), randn((M + 1) * H, 2 * D) / 22
     layout, token_map = LAYOUT.to(device), TOKEN_MAP.to(device)
     like = torch.empty_like
     return {
@@ -32,11 +32,13 @@ def make_calls(device="cuda", seed=0):
         "gather_rows": (lambda out: ek.gather_rows(table, ids, out=out), like(randn(T, C, D))),
         "gate": (lambda out: ek.gate(hidden, key, value, w_hidden, w_key, out=out), like(hidden)),
         "gather_gate": (lambda out: ek.gather_gate(hidden, table, ids, w_hidden, w_key, out=out), like(hidden)),
+        "engram_forward": (lambda out: ek.engram_forward(hidden, table, ids[:, :2], w_kv, w_hidden, w_key, out=out),
+                           like(hidden)),
         "short_conv": (lambda out: ek.short_conv(hidden, conv, norm, cu_seqlens, 3, out=out), like(hidden)),
     }
 
 
-@pytest.fixture(params=[op for op in ek.backends.ops() if op != "engram_forward"])  # which Triton serves
+@pytest.fixture(params=ek.backends.ops())
 def op(request):
     assert "cuda" in ek.backends.available(request.param), ek.backends.explain(request.param, "cuda")
     return request.param
@@ -122,6 +124,10 @@ def test_tables_in_pinned_host_memory():
     assert got.is_cuda and torch.equal(got.cpu(), rows[ids.cpu()])
     hidden, weight = torch.randn(111, 2, 768, device="cuda").bfloat16(), torch.ones(2, 768, device="cuda")
     calls = [ek.gather_gate(hidden, ek.RowTable.from_tensor(x), ids.view(111, 3), weight, weight)
+             for x in (rows.pin_memory(), rows.cuda())]
+    assert torch.equal(*calls)
+    w_kv = torch.randn(3 * 768, 768, device="cuda").bfloat16() / 28
+    calls = [ek.engram_forward(hidden, ek.RowTable.from_tensor(x), ids.view(111, 3), w_kv, weight, weight)
              for x in (rows.pin_memory(), rows.cuda())]
     assert torch.equal(*calls)
     with pytest.raises(ValueError, match="row_ids must be on cpu"):

@@ -88,23 +88,3 @@ def test_triton_gather_gate_compiles(target):
             continue
         variants += launch.variants_of(lambda: gather_gate_bwd(hidden, *args), target)  # noqa: B023
     assert_compiles_without_spills(variants, target)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_triton_engram_forward_compiles(target):
-    from engram_kernels.triton_kernels.engram_forward import engram_forward
-    from engram_kernels.triton_runtime import launch
-    variants = []
-    for i, (name, tokens, dtype) in enumerate((("fp8_e4m3_block32_packed", 1, torch.bfloat16), ("bf16", 100, torch.bfloat16),
-                                               ("fp8_e4m3_tensor", 100, torch.float16), ("int8_group32", 100, torch.float32),
-                                               ("f32", 1, torch.float32))):
-        stored = ROW_FORMATS[name]
-        rows, shape = torch.empty(9, stored.width(256), dtype=stored.dtype, device="meta"), stored.scale_shape(9, 256)
-        scales = None if shape is None else torch.empty(shape, dtype=stored.scale_dtype, device="meta")
-        hidden = torch.empty(tokens, 4, 5120, dtype=dtype, device="meta")
-        mask = torch.empty(tokens, dtype=torch.bool, device="meta") if i % 2 else None
-        ids = torch.empty(tokens, 24, dtype=torch.int32, device="meta")
-        w_kv, weight = torch.empty(25600, 6144, dtype=dtype, device="meta"), hidden[0]
-        args = (hidden, rows, scales, ids, w_kv, weight, weight, mask, name, 256, False, 1e-6, 1e-6, "copysign", mask is None)
-        variants += launch.variants_of(lambda: engram_forward(*args), target)  # noqa: B023
-    assert_compiles_without_spills(variants, target)

@@ -46,6 +46,21 @@ def test_triton_compiles_nothing_for_other_token_counts():
 
 
 @needs_triton
+def test_triton_engram_forward_launches_what_is_warm():
+    from engram_kernels.triton_kernels.engram_forward import engram_forward
+    from engram_kernels.triton_runtime import launch
+    from engram_kernels.triton_runtime.warmup import spec_variants
+    warm = set(spec_variants(EngramSpec.deepseek_v41(row_format="bf16"), "sm_90"))
+    for tokens in (1, 65, 2000):
+        shapes = ((tokens, 4, 5120), (25600, 6144), (9, 256))
+        hidden, w_kv, rows = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+        ids, mask = (torch.empty(tokens, *s, dtype=d, device="meta") for s, d in (((24,), torch.int32), ((), torch.bool)))
+        args = (hidden, rows, None, ids, w_kv, hidden[0], hidden[0], mask, "bf16", 256, False, 1e-6, 1e-6, "copysign", True)
+        found = launch.variants_of(lambda: engram_forward(*args), "sm_90")  # noqa: B023
+        assert {v.kernel.__name__ for v in found} == {"gather_rows_kernel", "gate_kernel"} and warm.issuperset(found), tokens
+
+
+@needs_triton
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
 def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
     """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup lacks."""
@@ -186,6 +201,15 @@ def user_table(tmp_path, monkeypatch):
 
 
 @needs_triton
+def test_triton_parameters_of_a_kernel_that_is_gone_are_passed_over(user_table):
+    path = user_table.user_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"version": 1, "parameters": {"engram_forward": {"sm_90": {"large": {"tokens": 64}}},
+                                                             "gather_rows": {"cpu": {"small": {"tile": 512}}}}}))
+    user_table.user_table.cache_clear()
+    assert user_table.parameters("gather_rows", torch.device("cpu"), "small")["tile"] == 512
+
+
 def test_triton_tune_writes_the_fastest_and_it_is_used(user_table):
     device = torch.device("cpu")
     before = dict(user_table.parameters("gather_rows", device, "small"))

@@ -1,13 +1,18 @@
 """The whole memory layer in one op: rows of a table, projected to keys and a value, gated into the hidden state."""
+import torch
 from torch import Tensor
 
+from engram_kernels import _steps
 from engram_kernels._checks import expect_tensor
+from engram_kernels._library import LIB
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.ops.gate import check_options, empty_like_hidden, expect_hidden, expect_weights_mask_out
 from engram_kernels.ops.gather_gate import dense, expect_ids_of_tokens
 from engram_kernels.reference.engram_forward import engram_forward as _reference
 from engram_kernels.table.row_ids import check_row_ids
 from engram_kernels.table.row_table import RowTable
+
+OPS = torch.ops.engram_kernels
 
 
 def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tensor, w_hidden: Tensor, w_key: Tensor,
@@ -17,8 +22,8 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
 
     ``e[t] = concat(table[row_ids[t, 0]], ..., table[row_ids[t, C-1]])``, dequantized and rounded to the dtype of `hidden`;
     ``[key_0 .. key_{M-1}, value] = e @ w_kv.T`` in float32, and ``out = gate(hidden, key, value)`` with the formula of
-    `gate`. In Triton keys and value are neither rounded nor written; on the CPU they are rounded to the dtype of `hidden`, as a
-    matrix product gives them, and held for a tile of 256 tokens. For inference: no gradients.
+    `gate`. Keys and value are rounded to the dtype of `hidden`, as a matrix product gives them, and held for some tokens at a
+    time: 256 on the CPU, 1,664 on a GPU. The product is torch's, with torch's settings for products. For inference: no gradients.
 
     Args:
         hidden: [T, M, H] bfloat16, float16 or float32. The last dimension is dense, the strides of the others are free.
@@ -35,7 +40,7 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
         add_residual: False gives the update alone; masked tokens are then zeros.
         out: [T, M, H] of the dtype of `hidden`, contiguous, written instead of a new tensor. May be `hidden` itself (in
             place); any other overlap with an input is an error.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         [T, M, H] contiguous, dtype and device of `hidden`; `out` when given. T = 0 gives an empty tensor.
@@ -43,7 +48,8 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
     Raises:
         TypeError: an argument is no tensor, or `table` no RowTable.
         ValueError: a shape, dtype, device, stride or option is wrong, or `out` overlaps an input.
-        IndexError: a row id is out of range; names the position and the value, nothing is written.
+        IndexError: a row id is out of range; names the position and the value, nothing is written. On a GPU
+            such an id gives zeros, and `check_errors` raises later, for `gather_rows`.
         RuntimeError: the named backend is not available.
         NotImplementedError: an input requires grad, and the backend is not "reference".
 
@@ -56,7 +62,7 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
     return _OP.call(backend, args, out, table)
 
 
-def _check(args, out, table):
+def _check(args, out, table=None):
     op = "engram_forward"
     hidden, _, _, row_ids, w_kv, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual = args
     _, branches, size = expect_hidden(op, hidden)
@@ -70,6 +76,19 @@ def _check(args, out, table):
 
 def _check_data(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask, *options):
     check_row_ids("engram_forward", row_ids, rows.shape[0], mask=mask)
+
+
+# On a GPU it is the steps, since one kernel of the whole could save 5.5 % of their time at most: docs/triton.md
+@torch.library.impl(LIB, "engram_forward", "CUDA")
+def _on_cuda(*args):
+    _OP.check(args, None)
+    return _steps.forward(OPS.gather_rows.out, OPS.gate.out, *args, out=empty_like_hidden(args[0]))
+
+
+@torch.library.impl(LIB, "engram_forward.out", "CUDA")
+def _out_on_cuda(*args, out):
+    _OP.check(args, out)
+    _steps.forward(OPS.gather_rows.out, OPS.gate.out, *args, out=out)
 
 
 _OP = Op("engram_forward", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, "

@@ -60,9 +60,9 @@ def dense(row_ids: Tensor) -> Tensor:
     return row_ids.contiguous() if isinstance(row_ids, Tensor) and not row_ids.is_contiguous() else row_ids
 
 
-def expect_ids_of_tokens(op: str, hidden: Tensor, table: RowTable, row_ids: Tensor) -> int:
-    """C; raises unless `row_ids` is [T, C] on the device of `hidden`, which can read `table`."""
-    if table.device_for(hidden) != hidden.device:
+def expect_ids_of_tokens(op: str, hidden: Tensor, table: RowTable | None, row_ids: Tensor) -> int:
+    """C; raises unless `row_ids` is [T, C] on the device of `hidden`, which can read `table` if there is one."""
+    if table is not None and table.device_for(hidden) != hidden.device:
         raise ValueError(f"{op}: table must be on {hidden.device}, got {table.device}")
     expect_tensor(op, "row_ids", row_ids, ROW_ID_DTYPES, (hidden.shape[0], "C"), hidden.device)
     return row_ids.shape[1]

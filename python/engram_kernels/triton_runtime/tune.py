@@ -9,7 +9,6 @@ from triton.runtime.errors import TritonError
 
 from engram_kernels.spec import EngramSpec
 from engram_kernels.testing.inputs import random_rows
-from engram_kernels.triton_kernels.engram_forward import engram_forward
 from engram_kernels.triton_kernels.gate import gate, gate_bwd
 from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows
@@ -87,7 +86,6 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
     ids = torch.randint(0, rows.shape[0], (tokens, layout.num_columns), generator=generator).to(device, torch.int32)
     source = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
     hidden, value, weight = rand(tokens, branches, size), rand(tokens, size), rand(branches, size)
-    w_kv = rand((branches + 1) * size, layout.num_columns * spec.head_dim)
     options = (spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
     both: tuple[Any, ...] = (*source, *options)
     found: dict[str, Callable[[], Any]] = {
@@ -95,8 +93,7 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
                                          layout.boundary_id, layout.eos_id),
         "gather_rows": lambda: gather_rows(rows, scales, ids, *source, torch.bfloat16),
         "gate": lambda: gate(hidden, hidden, value, weight, weight, None, *options),
-        "gate_bwd": lambda: gate_bwd(hidden, hidden, hidden, value, weight, weight, None, *options),
-        "engram_forward": lambda: engram_forward(hidden, rows, scales, ids, w_kv, weight, weight, None, *both)}
+        "gate_bwd": lambda: gate_bwd(hidden, hidden, hidden, value, weight, weight, None, *options)}
     if size % spec.head_dim == 0:  # as many rows as make the hidden size
         columns = torch.randint(0, rows.shape[0], (tokens, size // spec.head_dim), generator=generator).to(device, torch.int32)
         fused = (hidden, rows, scales, columns, weight, weight, None, *both)

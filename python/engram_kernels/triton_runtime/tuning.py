@@ -39,17 +39,12 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
                         "large": {"programs": 128, "parts": 32, "held": 140, "num_warps": 8}},
     "short_conv": {"small": {"programs": 1024}, "large": {"programs": 1024}},
     "short_conv_bwd": {"small": {"parts": 4}, "large": {"parts": 64}},
-    # tokens by columns of the product: of a program; depth: of a step; programs: at least, where a branch can be cut into parts
-    "engram_forward": {"small": {"tokens": 16, "columns": 32, "depth": 128, "programs": 2048, "num_warps": 4},
-                       "large": {"tokens": 128, "columns": 128, "depth": 32, "programs": 2048, "num_warps": 8}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
     ("gather_rows", "cpu", "large"): {"tile": 65536},
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
-    # more spills
-    **{("engram_forward", target, "large"): {"tokens": 64, "depth": 64} for target in ("sm_80", "sm_90", "sm_100")},
     # sm_100 computes float32 in pairs of registers
     **{("gate_bwd", target, size): {"held": 40} for target in ("sm_100", "gfx942") for size in ("small", "large")},
     **{("gather_gate_bwd", "sm_100", size): {"held": 80} for size in ("small", "large")},
@@ -58,6 +53,7 @@ TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape cl
     ("short_conv", "cpu", "large"): {"programs": 8},
     ("short_conv_bwd", "cpu", "large"): {"parts": 4},
 }
+RETIRED = "engram_forward"  # had a kernel with parameters, which a user's file may still name
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_rows": [{"tile": tile, "num_warps": warps} for tile in (512, 1024, 2048, 4096, 8192) for warps in (2, 4, 8)],
@@ -69,9 +65,6 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gather_gate": [{"programs": programs, "num_warps": warps} for programs in (128, 256, 512, 1024) for warps in (4, 8, 16)],
     "gather_gate_bwd": [{"programs": programs, "parts": parts, "num_warps": warps} for programs in (64, 128, 256)
                         for parts in (16, 32, 64) for warps in (8, 16)],
-    "engram_forward": [{"tokens": tokens, "columns": columns, "depth": depth, "programs": programs, "num_warps": warps}
-                       for tokens in (16, 64, 128) for columns in (32, 64, 128, 256) for depth in (32, 64, 128)
-                       for warps in (4, 8) for programs in (512, 2048)],
     "short_conv": [{"programs": programs} for programs in (256, 512, 1024, 2048, 4096)],
     "short_conv_bwd": [{"parts": parts} for parts in (16, 32, 64, 128, 256)],
 }
@@ -130,6 +123,8 @@ def user_table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
         if content["version"] != VERSION:
             raise ValueError(f"version is {content['version']}, expected {VERSION}")
         for op, targets in content["parameters"].items():
+            if op == RETIRED:
+                continue
             for sizes in targets.values():
                 for size, chosen in sizes.items():
                     _check(op, size, chosen)

@@ -8,7 +8,6 @@ import torch
 
 from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
-from engram_kernels.triton_kernels.engram_forward import engram_forward
 from engram_kernels.triton_kernels.gate import gate, gate_bwd
 from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
@@ -47,7 +46,7 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
         for variant in variants:
             launch.compiled_for(variant, index)[(1, 1, 1)]  # a subscript loads it, a call would launch it
     # so that a graph capture allocates none
-    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv", "engram_forward"):
+    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv"):
         launch.error_counter(op, torch.device("cuda", index))
     return len(variants)
 
@@ -92,14 +91,12 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     weight = make(spec.branches, spec.hidden_size, dtype=weight_dtype)
     source = (spec.row_format, spec.head_dim, spec.zero_scale_is_zero)
     memory_size = layout.num_columns * spec.head_dim
-    w_kv = make((spec.branches + 1) * spec.hidden_size, memory_size, dtype=dtype)
     for mask in (None, dead):
         options = (mask, spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
         yield functools.partial(gate, hidden, hidden, value, weight, weight, *options)
         if backward:
             yield functools.partial(gate_bwd, hidden, hidden, hidden, value, weight, weight, *options)
         both: tuple[Any, ...] = (mask, *source, *options[1:])
-        yield functools.partial(engram_forward, hidden, rows, scales, ids, w_kv, weight, weight, *both)
         if memory_size == spec.hidden_size:
             args = (hidden, rows, scales, ids, weight, weight, *both)
             yield functools.partial(gather_gate, *args)
