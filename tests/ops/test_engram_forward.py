@@ -18,7 +18,7 @@ SHAPES = {  # name: (tokens, branches, hidden size, columns, row_dim)
     "one": (1, 1, 1, 1, 32),
     "v41_rows": (3, 4, 96, 6, 256),
     "odd": (19, 2, 37, 3, 13),
-    "blocks_and_one": (5, 1, 65, 2, 160),
+    "wide_rows": (5, 1, 65, 2, 160),
 }
 
 
@@ -147,7 +147,8 @@ def test_engram_forward_in_place_strided_and_empty(backend, device):
 
 def test_engram_forward_threads_change_no_more_than_the_product(backend, device):
     tokens = 3 if backend == "triton" else 67
-    inputs, before, results = make_inputs(tokens, 2, 40, 3, 32, "bf16", torch.bfloat16, device=device), torch.get_num_threads(), []
+    inputs = make_inputs(tokens, 2, 40, 3, 32, "bf16", torch.bfloat16, device=device)
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 5):
             torch.set_num_threads(threads)
