@@ -46,21 +46,6 @@ def test_triton_compiles_nothing_for_other_token_counts():
 
 
 @needs_triton
-def test_triton_engram_forward_launches_what_is_warm():
-    from engram_kernels.triton_kernels.engram_forward import engram_forward
-    from engram_kernels.triton_runtime import launch
-    from engram_kernels.triton_runtime.warmup import spec_variants
-    warm = set(spec_variants(EngramSpec.deepseek_v41(row_format="bf16"), "sm_90"))
-    for tokens in (1, 65, 2000):
-        shapes = ((tokens, 4, 5120), (25600, 6144), (9, 256))
-        hidden, w_kv, rows = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
-        ids, mask = (torch.empty(tokens, *s, dtype=d, device="meta") for s, d in (((24,), torch.int32), ((), torch.bool)))
-        args = (hidden, rows, None, ids, w_kv, hidden[0], hidden[0], mask, "bf16", 256, False, 1e-6, 1e-6, "copysign", True)
-        found = launch.variants_of(lambda: engram_forward(*args), "sm_90")  # noqa: B023
-        assert {v.kernel.__name__ for v in found} == {"gather_rows_kernel", "gate_kernel"} and warm.issuperset(found), tokens
-
-
-@needs_triton
 @pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
 def test_triton_warmup_compiles_what_the_module_launches(variant, monkeypatch):
     """Forward, with and without gradients, and backward of `Engram` at 1 to 65 tokens launch nothing that warmup lacks."""
