@@ -1,9 +1,14 @@
 // pybind11 faces of csrc/table: buffers in, buffers out, without the interpreter lock while a disk is waited for.
+#include <pybind11/stl.h>
+
 #include <atomic>
 #include <cerrno>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <variant>
+#include <vector>
 
 #include "bindings/module.h"
 #include "common/error.h"
@@ -16,9 +21,24 @@ namespace py = pybind11;
 namespace engram_kernels {
 namespace {
 
-using Extent = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // offset, stride_bytes, row_bytes, num_rows
+using OnePart = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // offset, stride_bytes, row_bytes, num_rows
+using Part = std::tuple<int, int64_t, int64_t>;                  // file, offset, num_rows
+using Parts = std::tuple<int64_t, int64_t, std::vector<Part>>;   // stride_bytes, row_bytes, one behind the other
+using Extent = std::variant<OnePart, Parts>;
 
-FileRows rows_of(const Extent& e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e), std::get<3>(e)}; }
+FileRows rows_of(const Extent& extent) {
+  if (const auto* e = std::get_if<OnePart>(&extent)) {
+    return FileRows::in_one_part(std::get<0>(*e), std::get<1>(*e), std::get<2>(*e), std::get<3>(*e));
+  }
+  const auto& [stride_bytes, row_bytes, parts] = std::get<Parts>(extent);
+  FileRows rows{stride_bytes, row_bytes, 0, {}};
+  for (const auto& [file, offset, num_rows] : parts) {
+    EK_CHECK(num_rows >= 0 && num_rows <= INT64_MAX - rows.num_rows, "FileReader: a part has " << num_rows << " rows");
+    if (num_rows > 0) rows.parts.push_back({file, offset, rows.num_rows});
+    rows.num_rows += num_rows;
+  }
+  return rows;
+}
 
 py::buffer_info ids_of(const py::buffer& row_ids) {
   py::buffer_info ids = row_ids.request();
@@ -52,7 +72,8 @@ void expect_apart(const char* name, const std::byte* a, int64_t a_bytes, const c
 void read_rows(FileReader& reader, int64_t offset, int64_t stride_bytes, int64_t row_bytes, int64_t num_rows,
                const py::buffer& row_ids, const py::buffer& out) {
   const py::buffer_info ids = ids_of(row_ids);
-  const RowsWanted wanted{{offset, stride_bytes, row_bytes, num_rows}, dense_bytes(out, "out", ids.size * row_bytes)};
+  const FileRows rows = FileRows::in_one_part(offset, stride_bytes, row_bytes, num_rows);
+  const RowsWanted wanted{&rows, dense_bytes(out, "out", ids.size * row_bytes)};
   expect_apart("out", wanted.out, ids.size * row_bytes, "row_ids", ids.ptr, ids.size * 8);
   const py::gil_scoped_release release;
   reader.read(&wanted, 1, {static_cast<const int64_t*>(ids.ptr), ids.size});
@@ -134,30 +155,35 @@ void bind_table(py::module_& m) {
       .def(py::init<>())
       .def("set", [](CancelFlag& flag) { flag.set = true; });
   py::class_<FileReader, std::shared_ptr<FileReader>>(m, "FileReader",
-                                                      "Reads rows of an open file by index. See csrc/table/file_reader.h.")
+                                                      "Reads rows of open files by index. See csrc/table/file_reader.h.")
       .def(py::init([](int fd, const std::string& path, int queue_depth, const std::string& io) {
-             return make_unlocked<FileReader>(fd, path, queue_depth, io);
+             return make_unlocked<FileReader>(std::vector{FileReader::NamedFile(fd, path)}, queue_depth, io);
            }),
            py::arg("fd"), py::arg("path"), py::arg("queue_depth") = 64, py::arg("io") = "auto")
+      .def(py::init([](const std::vector<FileReader::NamedFile>& files, int queue_depth, const std::string& io) {
+             return make_unlocked<FileReader>(files, queue_depth, io);
+           }),
+           py::arg("files"), py::arg("queue_depth") = 64, py::arg("io") = "auto")
       .def("read_rows", &read_rows, py::arg("offset"), py::arg("stride_bytes"), py::arg("row_bytes"), py::arg("num_rows"),
            py::arg("row_ids"), py::arg("out"),
            "Fills `out` with the rows at `row_ids` (int64). OSError names the path and the row; IndexError a bad id.")
       .def(
           "read_range",
-          [](const FileReader& reader, int64_t offset, const py::buffer& out) {
+          [](const FileReader& reader, int64_t offset, const py::buffer& out, int file) {
             const py::buffer_info target = out.request(true);
             std::byte* bytes = dense_bytes(out, "out", target.size * target.itemsize);
             const py::gil_scoped_release release;
-            reader.read_range(offset, target.size * target.itemsize, bytes);
+            reader.read_range(file, offset, target.size * target.itemsize, bytes);
           },
-          py::arg("offset"), py::arg("out"), "Fills `out` with the bytes from `offset` on.")
+          py::arg("offset"), py::arg("out"), py::arg("file") = 0, "Fills `out` with the bytes from `offset` of a file on.")
       .def(
           "tier",
           [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes) {
             return make_unlocked<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes);
           },
           py::arg("rows"), py::arg("scales"), py::arg("cache_bytes"),
-          "A FileTier of two extents (offset, stride_bytes, row_bytes, num_rows); row_bytes 0: no scales per row.")
+          "A FileTier of two extents (offset, stride_bytes, row_bytes, num_rows) of the first file, or (stride_bytes, row_bytes, "
+          "[(file, offset, num_rows), ..]); row_bytes 0: no scales per row.")
       .def(
           "wrap_queues",
           [](FileReader& reader, uintptr_t wrapper, uintptr_t context) {

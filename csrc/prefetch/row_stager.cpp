@@ -184,7 +184,6 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
     if (i == 0 || order.row(i) != distinct_.back()) distinct_.push_back(order.row(i));
   }
   const auto unique = static_cast<int64_t>(distinct_.size());
-  const int64_t any_row = unique > 0 ? distinct_[0] : kNoRow;
   // in the arrays of rows and scales on the device
   const int64_t first = cache_ == nullptr ? 0 : cache_->first_row(slot.number);
   indices_.resize(distinct_.size());
@@ -192,6 +191,8 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
   if (cache_ == nullptr) {
     std::iota(indices_.begin(), indices_.end(), 0);
   } else {
+    // rows that stay on the device are of the file, too
+    if (options_.file != nullptr) options_.file->check_unchanged(distinct_.data(), unique);
     count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
   }
   const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
@@ -204,7 +205,6 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
     local_ids[order.position(i)] = indices_[static_cast<size_t>(local)];
   }
   read_rows(count, slot.host, slot.host + scales_at, cancelled, counters);
-  if (options_.file != nullptr && count == 0 && unique > 0) options_.file->reader().check_unchanged(any_row);
   counters->unique += unique;
   counters->device_cached += unique - count;
 

@@ -95,6 +95,64 @@ int usable_cpus() {
 
 }  // namespace
 
+// An open file, and what it was like when it was opened.
+struct FileReader::File {
+  File(int original, std::string name);
+  ~File() {
+    if (direct_fd >= 0) close(direct_fd);
+    close(fd);
+  }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  void open_direct();
+  void check_unchanged(int64_t row) const;
+
+  int fd = -1, direct_fd = -1;
+  std::string path;
+  int64_t size = 0, changed_ns = 0, sector_bytes = 4096;
+  std::atomic<bool> direct{false};
+};
+
+FileReader::File::File(int original, std::string name) : path(std::move(name)) {
+  const FileState state = state_of(original, path, settled_file_state);
+  size = state.size;
+  changed_ns = state.changed_ns;
+  fd = fcntl(original, F_DUPFD_CLOEXEC, 0);
+  if (fd < 0) EK_THROW_READ(errno, path << ": the descriptor cannot be duplicated: " << std::strerror(errno));
+  // io_uring answers EAGAIN, not data, where a descriptor may not block
+  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+  posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);  // rows are far apart: read-ahead would move 32 pages for each
+}
+
+// A descriptor of the same file, whatever its name is now, that reads past the page cache. Where there is none, reads go
+// through it.
+void FileReader::File::open_direct() {
+#if defined(O_DIRECT) && defined(STATX_DIOALIGN)
+  direct_fd = open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+  if (direct_fd < 0) return;
+  struct statx info;
+  const bool known = statx(direct_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0;
+  if (known) sector_bytes = info.stx_dio_offset_align;
+  // 0: the file system takes the flag, but not direct reads of this file
+  direct = !known || (sector_bytes > 0 && sector_bytes <= ReadPlan::kPageBytes && info.stx_dio_mem_align <= ReadPlan::kPageBytes);
+#endif
+}
+
+// FileReadError where the file is not what was opened; `row` is one that was wanted of it.
+void FileReader::File::check_unchanged(int64_t row) const {
+  const FileState now = state_of(fd, path);
+  if (now.size != size) {
+    EK_THROW_READ(EIO, path << ": the file has " << now.size << " bytes; it had " << size << " when it was opened; row " << row
+                            << " is not what it was");
+  }
+  if (now.changed_ns != changed_ns) {
+    EK_THROW_READ(EIO, path << ": the file was written to after it was opened, or touched (its time of change is another, its "
+                               "size is not); row "
+                            << row << " may not be what it was; if its rows are those that are meant, open the table again");
+  }
+}
+
 // What one call has to itself.
 struct FileReader::Queue {
   std::unique_ptr<std::byte, decltype(&std::free)> buffers{nullptr, &std::free};
@@ -114,32 +172,24 @@ struct FileReader::Queues {
   uint64_t made = 0;
 };
 
-FileReader::FileReader(int fd, std::string path, int queue_depth, const std::string& io)
-    : path_(std::move(path)), queue_depth_(queue_depth) {
+FileReader::FileReader(const std::vector<NamedFile>& files, int queue_depth, const std::string& io) : queue_depth_(queue_depth) {
   EK_CHECK(queue_depth >= 1 && queue_depth <= kMaxQueueDepth,
            "FileReader: queue_depth is " << queue_depth << ", expected [1, " << kMaxQueueDepth << "]");
-  const FileState state = state_of(fd, path_, settled_file_state);
-  size_ = state.size;
-  changed_ns_ = state.changed_ns;
-  fd_ = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-  if (fd_ < 0) EK_THROW_READ(errno, path_ << ": the descriptor cannot be duplicated: " << std::strerror(errno));
-  try {
-    // io_uring answers EAGAIN, not data, where a descriptor may not block
-    fcntl(fd_, F_SETFL, fcntl(fd_, F_GETFL) & ~O_NONBLOCK);
-    posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);  // rows are far apart: read-ahead would move 32 pages for each
-    choose_backend(io);
-  } catch (...) {
-    if (direct_fd_ >= 0) close(direct_fd_);
-    close(fd_);
-    throw;
-  }
+  EK_CHECK(!files.empty(), "FileReader: there are no files");
+  files_.reserve(files.size());
+  for (const auto& [fd, path] : files) files_.push_back(std::make_unique<File>(fd, path));
+  name_ = files_[0]->path;
+  if (files_.size() > 1) name_ += " and " + std::to_string(files_.size() - 1) + " more files";
+  choose_backend(io);
 }
 
 FileReader::~FileReader() {
   Queues* queues = queues_.load();
   if (queues != nullptr && queues->process == getpid()) delete queues;
-  if (direct_fd_ >= 0) close(direct_fd_);
-  close(fd_);
+}
+
+bool FileReader::direct() const {
+  return std::all_of(files_.begin(), files_.end(), [](const auto& file) { return file->direct.load(std::memory_order_relaxed); });
 }
 
 void FileReader::choose_backend(const std::string& wanted) {
@@ -149,7 +199,11 @@ void FileReader::choose_backend(const std::string& wanted) {
   const std::string backend = buffered ? io.substr(0, io.size() - 9) : io;
   EK_CHECK(any || backend == "io_uring" || backend == "preadv",
            "FileReader: io is '" << io << "', expected auto, io_uring, preadv, io_uring_buffered or preadv_buffered");
-  if (any ? size_ > available_memory_bytes() / 4 : !buffered) open_direct();
+  int64_t size = 0;
+  for (const auto& file : files_) size += file->size;
+  if (any ? size > available_memory_bytes() / 4 : !buffered) {
+    for (const auto& file : files_) file->open_direct();
+  }
   use_io_uring_ = backend != "preadv";
   if (use_io_uring_) {
     std::string why;
@@ -162,21 +216,6 @@ void FileReader::choose_backend(const std::string& wanted) {
       queues.made = 1;
     }
   }
-}
-
-// A descriptor of the same file, whatever its name is now, that reads past the page cache. Where there is none, reads go
-// through it.
-void FileReader::open_direct() {
-#if defined(O_DIRECT) && defined(STATX_DIOALIGN)
-  direct_fd_ = open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
-  if (direct_fd_ < 0) return;
-  struct statx info;
-  const bool known = statx(direct_fd_, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0;
-  if (known) sector_bytes_ = info.stx_dio_offset_align;
-  // 0: the file system takes the flag, but not direct reads of this file
-  direct_ =
-      !known || (sector_bytes_ > 0 && sector_bytes_ <= ReadPlan::kPageBytes && info.stx_dio_mem_align <= ReadPlan::kPageBytes);
-#endif
 }
 
 FileReader::Queues& FileReader::queues() {
@@ -203,13 +242,13 @@ std::unique_ptr<FileReader::Queue> FileReader::make_queue(uint64_t number, bool 
     if (queues.threads == nullptr) queues.threads = make_pread_pool(std::min(queue_depth_, usable_cpus()));
     queue->io = make_pread_queue(queues.threads);
   }
-  if (wrapper_ != nullptr) queue->io.reset(wrapper_(queue->io.release(), number, direct_fd_, wrapper_context_));
+  if (wrapper_ != nullptr) queue->io.reset(wrapper_(queue->io.release(), number, wrapper_context_));
   return queue;
 }
 
 // From here on preadv reads; FileReadError where io_uring was named.
 void FileReader::give_up_io_uring(const std::string& why) {
-  if (!any_io_) EK_THROW_READ(EIO, path_ << ": io_uring was named, and " << why);
+  if (!any_io_) EK_THROW_READ(EIO, name_ << ": io_uring was named, and " << why);
   Queues& queues = this->queues();
   const std::lock_guard lock(queues.mutex);
   if (use_io_uring_.exchange(false)) queues.free.clear();
@@ -225,7 +264,7 @@ std::unique_ptr<FileReader::Queue> FileReader::take_queue(const std::atomic<bool
       std::unique_lock lock(queues.mutex);
       while (queues.taken >= queues.limit) {
         queues.given_back.wait_for(lock, std::chrono::milliseconds(10));
-        if (cancelled != nullptr && cancelled->load()) throw FetchCancelled("tier file: " + path_ + ": the fetch was cancelled");
+        if (cancelled != nullptr && cancelled->load()) throw FetchCancelled("tier file: " + name_ + ": the fetch was cancelled");
       }
       ++queues.taken;
       if (!queues.free.empty()) {
@@ -289,7 +328,7 @@ class FileReader::Request {
       for (int i = 0; i < count; ++i) finish(done[static_cast<size_t>(i)]);
     }
     if (failed_row_ >= 0) report();
-    if (stopped_) throw FetchCancelled("tier file: " + reader_.path_ + ": the fetch was cancelled");
+    if (stopped_) throw FetchCancelled("tier file: " + reader_.name_ + ": the fetch was cancelled");
   }
 
   size_t in_flight() const { return flights_.size() - free_.size(); }
@@ -316,7 +355,7 @@ class FileReader::Request {
       }
       const int slot = free_.back();
       free_.pop_back();
-      flights_[static_cast<size_t>(slot)] = {read, 0, 0, reader_.direct()};
+      flights_[static_cast<size_t>(slot)] = {read, 0, 0, file(read.file).direct.load(std::memory_order_relaxed)};
       start(slot);
       any = true;
     }
@@ -325,16 +364,18 @@ class FileReader::Request {
 
   void start(int slot) {
     const Flight& flight = flights_[static_cast<size_t>(slot)];
-    queue_.io->submit({flight.direct ? reader_.direct_fd_ : reader_.fd_, slot, flight.read.begin + flight.got,
-                       flight.read.end - flight.read.begin - flight.got, buffer(slot) + flight.got});
+    const File& from = file(flight.read.file);
+    queue_.io->submit({flight.direct ? from.direct_fd : from.fd, slot, flight.read.begin + flight.got,
+                       flight.read.end - flight.read.begin - flight.got, buffer(slot) + flight.got, flight.direct});
     ++counters_.reads;
   }
 
   void finish(const IoDone& done) {
     Flight& flight = flights_[static_cast<size_t>(done.slot)];
+    File& from = file(flight.read.file);
     int error = -1;
     if (done.result == -EINVAL && flight.direct) {  // refused at the first read, not at open, as some file systems do
-      reader_.direct_.store(false, std::memory_order_relaxed);
+      from.direct.store(false, std::memory_order_relaxed);
       flight.direct = false;
     } else if (done.result == -EINTR || done.result == -EAGAIN) {
       if (++flight.stalls > kMaxStalls) error = static_cast<int>(-done.result);
@@ -349,12 +390,11 @@ class FileReader::Request {
         return;
       }
       // a direct read goes on at a whole sector
-      const int64_t from = flight.direct ? got / reader_.sector_bytes_ * reader_.sector_bytes_ : got;
-      flight.stalls = from > flight.got ? 0 : flight.stalls + 1;
-      flight.got = from;
+      const int64_t whole = flight.direct ? got / from.sector_bytes * from.sector_bytes : got;
+      flight.stalls = whole > flight.got ? 0 : flight.stalls + 1;
+      flight.got = whole;
       if (flight.stalls > kMaxStalls) error = EIO;
-      if (done.result == 0 || (flight.stalls > 0 && state_of(reader_.fd_, reader_.path_).size < flight.read.needed))
-        error = kEndOfFile;
+      if (done.result == 0 || (flight.stalls > 0 && state_of(from.fd, from.path).size < flight.read.needed)) error = kEndOfFile;
     }
     if (error < 0 && failed_row_ < 0 && !stopped_) return start(done.slot);
     if (error >= 0) fail(flight.read, error);
@@ -369,21 +409,23 @@ class FileReader::Request {
     const Piece piece = plan_.piece(read.first);
     if (failed_row_ >= 0 && piece.row >= failed_row_) return;
     failed_row_ = piece.row;
+    failed_file_ = piece.file;
     failed_at_ = piece.offset;
     failed_end_ = piece.offset + piece.bytes;
     error_ = error;
   }
 
   [[noreturn]] void report() const {
-    const std::string& path = reader_.path_;
+    const File& of = file(failed_file_);
     if (error_ == kEndOfFile) {
-      EK_THROW_READ(EIO, path << ": row " << failed_row_ << " ends at byte " << failed_end_ << ", but the file has "
-                              << state_of(reader_.fd_, path).size << " bytes; it had " << reader_.size_ << " when it was opened");
+      EK_THROW_READ(EIO, of.path << ": row " << failed_row_ << " ends at byte " << failed_end_ << ", but the file has "
+                                 << state_of(of.fd, of.path).size << " bytes; it had " << of.size << " when it was opened");
     }
-    EK_THROW_READ(error_,
-                  path << ": row " << failed_row_ << " at byte " << failed_at_ << " cannot be read: " << std::strerror(error_));
+    EK_THROW_READ(
+        error_, of.path << ": row " << failed_row_ << " at byte " << failed_at_ << " cannot be read: " << std::strerror(error_));
   }
 
+  File& file(int number) const { return *reader_.files_[static_cast<size_t>(number)]; }
   std::byte* buffer(int slot) const { return queue_.buffers.get() + slot * kMaxReadBytes; }
 
   FileReader& reader_;
@@ -395,21 +437,32 @@ class FileReader::Request {
   std::vector<int> free_;
   std::vector<PlannedRead> again_;  // single rows of reads that failed
   int64_t failed_row_ = -1, failed_at_ = 0, failed_end_ = 0;
-  int error_ = 0;
+  int failed_file_ = 0, error_ = 0;
   bool stopped_ = false;
 };
 
 void FileReader::check(const FileRows& rows) const {
-  EK_CHECK(rows.offset >= 0 && rows.row_bytes >= 0 && rows.stride_bytes >= rows.row_bytes && rows.num_rows >= 0 &&
-               (rows.num_rows == 0 || rows.stride_bytes <= (size_ - rows.offset) / rows.num_rows),
-           "FileReader: " << rows.num_rows << " rows of " << rows.stride_bytes << " bytes from byte " << rows.offset
-                          << " are not inside " << path_ << " of " << size_ << " bytes");
+  EK_CHECK(rows.row_bytes >= 0 && rows.stride_bytes >= rows.row_bytes && rows.num_rows >= 0 &&
+               (rows.num_rows == 0 || (!rows.parts.empty() && rows.parts[0].first_row == 0)),
+           "FileReader: " << rows.num_rows << " rows of " << rows.row_bytes << " bytes, " << rows.stride_bytes
+                          << " apart, cannot lie in " << rows.parts.size() << " parts");
+  for (size_t p = 0; p < rows.parts.size(); ++p) {
+    const RowPart& part = rows.parts[p];
+    EK_CHECK(part.file >= 0 && static_cast<size_t>(part.file) < files_.size(),
+             "FileReader: part " << p << " is in file " << part.file << ", expected [0, " << files_.size() << ")");
+    const File& file = *files_[static_cast<size_t>(part.file)];
+    const int64_t count = rows.end_row(p) - part.first_row;
+    EK_CHECK(part.offset >= 0 && (count > 0 || (count == 0 && rows.num_rows == 0)) &&
+                 (count == 0 || rows.stride_bytes <= (file.size - part.offset) / count),
+             "FileReader: " << count << " rows of " << rows.stride_bytes << " bytes from byte " << part.offset
+                            << " are not inside " << file.path << " of " << file.size << " bytes");
+  }
 }
 
 void FileReader::read(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters,
                       const std::atomic<bool>* cancelled) {
   for (int w = 0; w < num_wanted; ++w) {
-    const FileRows& rows = wanted[w].rows;
+    const FileRows& rows = *wanted[w].rows;
     check(rows);
     for (int64_t i = 0; i < request.count; ++i) {
       const int64_t row = request.ids[i];
@@ -429,7 +482,9 @@ void FileReader::read(const RowsWanted* wanted, int num_wanted, const RowRequest
 
 void FileReader::read_once(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters,
                            const std::atomic<bool>* cancelled) {
-  ReadPlan plan(wanted, num_wanted, request, direct() ? ReadPlan::kPageBytes : 1, kMaxReadBytes);
+  const bool any_direct =
+      std::any_of(files_.begin(), files_.end(), [](const auto& file) { return file->direct.load(std::memory_order_relaxed); });
+  ReadPlan plan(wanted, num_wanted, request, any_direct ? ReadPlan::kPageBytes : 1, kMaxReadBytes);
   ReadCounters counted;
   std::unique_ptr<Queue> queue = take_queue(cancelled);
   Request run(*this, *queue, plan, counted, cancelled);
@@ -442,41 +497,50 @@ void FileReader::read_once(const RowsWanted* wanted, int num_wanted, const RowRe
   }
   give_queue(std::move(queue));
   plan.copy_duplicates();
-  check_unchanged(request.ids[0]);
+  check_unchanged(wanted, num_wanted, request.ids, request.count);
   if (counters != nullptr) {
     counters->reads += counted.reads;
     counters->moved_bytes += counted.moved_bytes;
   }
 }
 
-void FileReader::read_range(int64_t offset, int64_t bytes, std::byte* out) const {
-  EK_CHECK(offset >= 0 && bytes >= 0 && bytes <= size_ - offset,
-           "FileReader: bytes " << offset << " + " << bytes << " are not inside " << path_ << " of " << size_ << " bytes");
+void FileReader::read_range(int file, int64_t offset, int64_t bytes, std::byte* out) const {
+  EK_CHECK(file >= 0 && static_cast<size_t>(file) < files_.size(),
+           "FileReader: file is " << file << ", expected [0, " << files_.size() << ")");
+  const File& from = *files_[static_cast<size_t>(file)];
+  EK_CHECK(offset >= 0 && bytes >= 0 && bytes <= from.size - offset, "FileReader: bytes " << offset << " + " << bytes
+                                                                                          << " are not inside " << from.path
+                                                                                          << " of " << from.size << " bytes");
   for (int64_t done = 0; done < bytes;) {
     const auto want = static_cast<size_t>(std::min(kPieceBytes, bytes - done));
-    const ssize_t got = pread(fd_, out + done, want, offset + done);
+    const ssize_t got = pread(from.fd, out + done, want, offset + done);
     if (got > 0) {
       done += got;
     } else if (got == 0 || errno != EINTR) {
       const int error = got == 0 ? EIO : errno;
-      EK_THROW_READ(error, path_ << ": bytes from " << offset + done
-                                 << " on cannot be read: " << (got == 0 ? "the file was cut short" : std::strerror(error)));
+      EK_THROW_READ(error, from.path << ": bytes from " << offset + done
+                                     << " on cannot be read: " << (got == 0 ? "the file was cut short" : std::strerror(error)));
     }
   }
-  check_unchanged(0);
+  from.check_unchanged(0);
 }
 
-void FileReader::check_unchanged(int64_t row) const {
-  const FileState now = state_of(fd_, path_);
-  if (now.size != size_) {
-    EK_THROW_READ(EIO, path_ << ": the file has " << now.size << " bytes; it had " << size_ << " when it was opened; row " << row
-                             << " is not what it was");
+void FileReader::check_unchanged(const RowsWanted* wanted, int num_wanted, const int64_t* ids, int64_t count) const {
+  if (count == 0) return;
+  if (files_.size() == 1) return files_[0]->check_unchanged(ids[0]);
+  std::vector<int64_t> row_of(files_.size(), -1);  // a row of each file that was read from
+  for (int w = 0; w < num_wanted; ++w) {
+    const FileRows& rows = *wanted[w].rows;
+    if (rows.row_bytes == 0) continue;
+    size_t part = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      part = rows.part_of(ids[i], part);
+      int64_t& row = row_of[static_cast<size_t>(rows.parts[part].file)];
+      if (row < 0) row = ids[i];
+    }
   }
-  if (now.changed_ns != changed_ns_) {
-    EK_THROW_READ(EIO,
-                  path_ << ": the file was written to after it was opened, or touched (its time of change is another, its size "
-                           "is not); row "
-                        << row << " may not be what it was; if its rows are those that are meant, open the table again");
+  for (size_t f = 0; f < files_.size(); ++f) {
+    if (row_of[f] >= 0) files_[f]->check_unchanged(row_of[f]);
   }
 }
 

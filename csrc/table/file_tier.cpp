@@ -91,7 +91,7 @@ void FileTier::fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows
   }
   FetchCounters counted;
   ReadCounters reads;
-  const RowsWanted wanted[2] = {{rows_, rows_out}, {scales_, scales_out}};
+  const RowsWanted wanted[2] = {{&rows_, rows_out}, {&scales_, scales_out}};
   const int num_wanted = scales_.row_bytes > 0 ? 2 : 1;
   if (cache_slots_ == 0) {
     reader_->read(wanted, num_wanted, {distinct_ids, count}, &reads, cancelled);
@@ -100,12 +100,12 @@ void FileTier::fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows
     copy_cached(distinct_ids, count, rows_out, scales_out, &missed);
     const auto num_missed = static_cast<int64_t>(missed.ids.size());
     counted.cache_hits = count - num_missed;
-    if (num_missed == 0) {
-      reader_->check_unchanged(distinct_ids[0]);
-    } else {
+    if (num_missed > 0) {
       reader_->read(wanted, num_wanted, {missed.ids.data(), num_missed, missed.positions.data()}, &reads, cancelled);
-      keep(missed, rows_out, scales_out);
     }
+    // those that were cached may be of other files than those that were read
+    if (num_missed < count && (num_missed == 0 || reader_->num_files() > 1)) check_unchanged(distinct_ids, count);
+    keep(missed, rows_out, scales_out);
   }
   counted.rows = count;
   counted.file_rows = count - counted.cache_hits;
@@ -116,6 +116,11 @@ void FileTier::fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows
                           counted.payload_bytes, counted.moved_bytes, counted.reads};
   for (int i = 0; i < 6; ++i) totals_[i].fetch_add(add[i], std::memory_order_relaxed);
   if (counters != nullptr) *counters += counted;
+}
+
+void FileTier::check_unchanged(const int64_t* ids, int64_t count) const {
+  const RowsWanted wanted[2] = {{&rows_, nullptr}, {&scales_, nullptr}};
+  reader_->check_unchanged(wanted, 2, ids, count);
 }
 
 void FileTier::copy_cached(const int64_t* ids, int64_t count, std::byte* rows_out, std::byte* scales_out,

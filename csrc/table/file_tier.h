@@ -1,11 +1,11 @@
-// Rows of one table that lie in one file: values and, where they lie apart, scales; a row cache in memory in front of it.
+// Rows of one table that lie in files: values and, where they lie apart, scales; a row cache in memory in front of them.
 //
 // Scope       raw rows by id; no formats, no duplicates (the caller has made ids distinct).
 // Ownership   shares the FileReader; the cache is its own, at most `cache_bytes` with its directory.
 // Threads     `fetch` may be called from several threads at once; see file_reader.h for how many read at the same time. After a
 //             fork the child starts with queues, threads and a cache of its own.
 // Failure     FileReadError names tier, path and row; the outputs are then unspecified and nothing of the request is cached. A
-//             file that was cut short or written to since it was opened fails every fetch, cached rows included.
+//             file that was cut short or written to since it was opened fails every fetch of its rows, cached ones included.
 #pragma once
 
 #include <atomic>
@@ -41,6 +41,9 @@ class FileTier {
   // `*cancelled` (may be null) is looked at between submissions; once it is true the call ends with FetchCancelled.
   void fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows_out, std::byte* scales_out, FetchCounters* counters,
              const std::atomic<bool>* cancelled);
+
+  // FileReadError where a file that holds one of the rows is not what was opened.
+  void check_unchanged(const int64_t* ids, int64_t count) const;
 
   int64_t row_bytes() const { return rows_.row_bytes; }
   int64_t scale_bytes() const { return scales_.row_bytes; }

@@ -20,6 +20,7 @@ struct IoRead {
   int64_t offset;
   int64_t bytes;  // below 2^31
   std::byte* to;
+  bool direct = false;  // past the page cache, in whole sectors
 };
 
 struct IoDone {
@@ -46,13 +47,13 @@ struct IoQueueBroken : std::runtime_error {
 // registered where that is allowed, which saves pinning them at each read.
 std::unique_ptr<IoQueue> make_io_uring_queue(int depth, std::byte* buffers, int64_t bytes, std::string* why);
 
-// Threads that call pread for all queues of one file; started when there is work for them, at most `max_threads`.
+// Threads that call pread for all queues of one reader; started when there is work for them, at most `max_threads`.
 class PreadPool;
 std::shared_ptr<PreadPool> make_pread_pool(int max_threads);
 std::unique_ptr<IoQueue> make_pread_queue(std::shared_ptr<PreadPool> pool);
 
 // Makes another queue of one that it takes over: how tests put faults between a reader and the system. `number` counts the queues
-// of a reader, `direct_fd` is its descriptor that reads past the page cache, or -1.
-using IoQueueWrapper = IoQueue* (*)(IoQueue* queue, uint64_t number, int direct_fd, void* context);
+// of a reader.
+using IoQueueWrapper = IoQueue* (*)(IoQueue* queue, uint64_t number, void* context);
 
 }  // namespace engram_kernels

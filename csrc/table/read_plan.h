@@ -1,4 +1,5 @@
-// Which reads a request takes: the pages of its rows in file order, each page once, neighbouring pages in one read.
+// Which reads a request takes: the pages of its rows, part by part in file order, each page once per part, neighbouring pages
+// in one read.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +10,17 @@
 
 namespace engram_kernels {
 
-// One row of one array: its place in the file and where it goes.
+// One row of one array: its place in a file and where it goes.
 struct Piece {
+  int file;
   int64_t offset, bytes;
   std::byte* out;
   int64_t row;
 };
 
-// Bytes [begin, end) of the file, of which [begin, needed) hold parts of the pieces first..last.
+// Bytes [begin, end) of a file, of which [begin, needed) hold parts of the pieces first..last.
 struct PlannedRead {
+  int file;
   int64_t begin, end, needed;
   int64_t first, last;
 };
@@ -31,7 +34,7 @@ class ReadPlan {
   ReadPlan(const RowsWanted* wanted, int num_wanted, const RowRequest& request, int64_t align_bytes, int64_t max_bytes);
 
   bool next(PlannedRead* read);                                // false: all rows are covered
-  Piece piece(int64_t k) const;                                // in file order
+  Piece piece(int64_t k) const;                                // array by array, in the order of the rows
   PlannedRead only(const PlannedRead& read, int64_t k) const;  // the part of a read that piece k needs
   void copy_out(const PlannedRead& read, const std::byte* bytes) const;
   void copy_duplicates() const;  // once all reads are copied out: rows that were asked for twice are read once
@@ -41,7 +44,8 @@ class ReadPlan {
   int64_t down(int64_t at) const { return at / align_bytes_ * align_bytes_; }
   int64_t up(int64_t at) const { return down(at + align_bytes_ - 1); }
 
-  std::vector<RowsWanted> wanted_;  // by place in the file
+  std::vector<RowsWanted> wanted_;     // by place in the files
+  mutable std::vector<size_t> parts_;  // of each of these, the part that the last piece lay in
   RowRequest request_;
   int64_t align_bytes_, max_bytes_;
   std::vector<int64_t> order_;                           // indices of distinct ids, ascending by id; empty: all, as given

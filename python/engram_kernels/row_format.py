@@ -48,7 +48,7 @@ ROW_FORMATS = {
     "f16": RowFormat(torch.float16, ("F16",), is_float=True),
     "fp8_e4m3_block32": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.uint8, ("F8_E8M0", "U8"), has_blocks=True),
     "fp8_e4m3_block32_packed": RowFormat(torch.uint8, ("U8",), has_blocks=True),
-    "fp8_e4m3_tensor": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",)),
+    "fp8_e4m3_tensor": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32", "BF16", "F16")),
     "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),
 }
 FLOAT_FORMATS = {name: f.dtype for name, f in ROW_FORMATS.items() if f.is_float}

@@ -197,10 +197,11 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
   source.format = RowFormat::kF32;
   source.row_stride_bytes = kRowDim * 4;
   if (traits_of(way.fetch).reads_file) {
-    auto reader = std::make_shared<FileReader>(fd, "table", 16, way.io);
+    auto reader = std::make_shared<FileReader>(std::vector{FileReader::NamedFile(fd, "table")}, 16, way.io);
     reader->wrap_queues(&add_io_faults, &faults);
-    const FileRows rows{0, kRowDim * 4, kRowDim * 4, kNumRows};
-    options.stager.file = std::make_shared<FileTier>(reader, rows, FileRows{0, 0, 0, kNumRows}, 200'000);
+    const int64_t row_bytes = kRowDim * 4, split = kNumRows / 3;  // the same rows, in two parts that lie in order
+    const FileRows rows{row_bytes, row_bytes, kNumRows, {{0, 0, 0}, {0, split * row_bytes, split}}};
+    options.stager.file = std::make_shared<FileTier>(reader, rows, FileRows{}, 200'000);
   } else {
     source.rows = reinterpret_cast<const std::byte*>(table.data());
   }

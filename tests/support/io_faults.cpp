@@ -14,15 +14,12 @@ namespace {
 
 class FaultyQueue final : public IoQueue {
  public:
-  FaultyQueue(IoQueue* queue, const IoFaults& faults, uint64_t number, int direct_fd)
-      : queue_(queue),
-        faults_(faults),
-        refused_fd_(faults.refuse_direct ? direct_fd : -1),
-        random_(faults.seed * 1'000'003 + number) {}
+  FaultyQueue(IoQueue* queue, const IoFaults& faults, uint64_t number)
+      : queue_(queue), faults_(faults), random_(faults.seed * 1'000'003 + number) {}
 
   void submit(const IoRead& read) override {
     const bool bad = read.offset < faults_.bad_end && read.offset + read.bytes > faults_.bad_begin;
-    if (read.fd == refused_fd_) {
+    if (faults_.refuse_direct && read.direct) {
       ready_.push_back({read.slot, -EINVAL});
     } else if (bad || draw(faults_.eio)) {
       ready_.push_back({read.slot, -EIO});
@@ -71,7 +68,6 @@ class FaultyQueue final : public IoQueue {
 
   std::unique_ptr<IoQueue> queue_;
   IoFaults faults_;
-  int refused_fd_;
   std::mt19937_64 random_;
   std::vector<IoDone> ready_;
   std::vector<Cut> cuts_;  // by slot
@@ -80,8 +76,8 @@ class FaultyQueue final : public IoQueue {
 
 }  // namespace
 
-IoQueue* add_io_faults(IoQueue* queue, uint64_t number, int direct_fd, void* faults) {
-  return new FaultyQueue(queue, *static_cast<const IoFaults*>(faults), number, direct_fd);
+IoQueue* add_io_faults(IoQueue* queue, uint64_t number, void* faults) {
+  return new FaultyQueue(queue, *static_cast<const IoFaults*>(faults), number);
 }
 
 }  // namespace engram_kernels

@@ -20,6 +20,6 @@ struct IoFaults {
 };
 
 // As FileReader::wrap_queues takes it; `faults` is an IoFaults that outlives the reader.
-IoQueue* add_io_faults(IoQueue* queue, uint64_t number, int direct_fd, void* faults);
+IoQueue* add_io_faults(IoQueue* queue, uint64_t number, void* faults);
 
 }  // namespace engram_kernels

@@ -9,7 +9,7 @@ import torch
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
-from engram_kernels.table import row_table
+from engram_kernels.table import open_table
 from engram_kernels.testing import random_rows
 
 if not COMPILE_ERROR:
@@ -49,12 +49,12 @@ class Tables:
 
     def __init__(self, folder, monkeypatch):
         self.path, self.reader = folder / "table.safetensors", None
-        make_reader = row_table.make_reader
+        make_reader = open_table.make_files_reader
 
         def keep(*args):
             self.reader = make_reader(*args)
             return self.reader
-        monkeypatch.setattr(row_table, "make_reader", keep)
+        monkeypatch.setattr(open_table, "make_files_reader", keep)
 
     def make(self, tier, row_format="fp8_e4m3_block32", **open_options):
         rows, scales = make_rows(row_format)

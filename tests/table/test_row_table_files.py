@@ -130,7 +130,7 @@ def test_row_table_open_rejects_metadata(metadata, message, tmp_path):
 def test_row_table_open_unreadable(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"RowTable.open: No such file.*missing"):
         RowTable.open(tmp_path / "missing")
-    with pytest.raises(ValueError, match="is a directory, expected a safetensors file"):
+    with pytest.raises(ValueError, match="is a directory without safetensors files; it has none"):
         RowTable.open(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is no regular file"):

@@ -22,12 +22,15 @@ def safetensors(path, header, data=bytes(32)):
 
 def test_row_table_open_says_what_other_file_it_was_given(tmp_path):
     safetensors(tmp_path / "model-00001-of-00002.safetensors", {"rows": ROWS})
-    with pytest.raises(ValueError, match="is a directory, .*; name one that is in it: model-00001-of-00002.safetensors"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: tensor should name the rows; there are rows$"):
         RowTable.open(tmp_path)
     index, pointer = tmp_path / "model.safetensors.index.json", tmp_path / "pointer.safetensors"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(ValueError, match="it is JSON; .*weight_map names"):
+    with pytest.raises(ValueError, match="index.json: tensor should name the rows; there are a$"):
         RowTable.open(index)
+    (tmp_path / "config").write_text("{}")
+    with pytest.raises(ValueError, match="it is JSON, expected a header"):
+        RowTable.open(tmp_path / "config")
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(ValueError, match="Git LFS pointer.*git lfs pull"):
         RowTable.open(pointer)

@@ -14,10 +14,11 @@ def add_arguments(commands: Any) -> None:
     """Adds the command to the parser of `engram-kernels`."""
     pack = commands.add_parser("pack", help="rewrite fp8 values and scales into one extent per row, for one read per row",
                                formatter_class=HelpFormatter)
-    pack.add_argument("source", type=Path, help="a safetensors file with fp8 rows and block scales apart")
+    pack.add_argument("source", type=Path, help="a safetensors file, or the folder or index of a checkpoint, with fp8 "
+                                                "rows and block scales apart")
     pack.add_argument("target", type=Path, help="the packed table; a run that was stopped goes on from TARGET.part")
-    pack.add_argument("--tensor", metavar="NAME", help='name of the rows; default: "rows"')
-    pack.add_argument("--scales", metavar="NAME", help='name of the scales; default: "scales" where --tensor is not given')
+    pack.add_argument("--tensor", metavar="NAME", help='name of the rows, with {} for the number of a part; default: "rows"')
+    pack.add_argument("--scales", metavar="NAME", help='of the scales, likewise; default: "scales" where --tensor is not given')
     pack.add_argument("--verify", default="sample", choices=("sample", "all"), help="rows compared with the source at the end")
     pack.set_defaults(run=run)
 

@@ -22,6 +22,7 @@ from engram_kernels import capacity
 from engram_kernels._files import write_all
 from engram_kernels._terminal import Progress, no_progress
 from engram_kernels.row_format import ROW_FORMATS
+from engram_kernels.table.checkpoint_files import Names, Source
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.table.safetensors_file import Extent, lay_out
 
@@ -45,17 +46,16 @@ class PackResult:
     verified_rows: int  # compared with the source at the end
 
 
-def pack_table(source: str | os.PathLike[str], target: str | os.PathLike[str], tensor: str | None = None,
-               scales: str | None = None, *, verify_all: bool = False, progress: Progress | None = None,
-               chunk_rows: int | None = None) -> PackResult:
+def pack_table(source: Source, target: str | os.PathLike[str], tensor: Names | None = None, scales: Names | None = None, *,
+               verify_all: bool = False, progress: Progress | None = None, chunk_rows: int | None = None) -> PackResult:
     """Writes a packed copy of a table of row format fp8_e4m3_block32.
 
     Args:
-        source: a safetensors file, as `RowTable.open` takes it.
+        source: a safetensors file, the folder of a checkpoint, or whatever else `RowTable.open` takes.
         target: the new file, a table with row format fp8_e4m3_block32_packed; it must not exist. What a stopped run left is
             used where it is of the same source, unchanged since, and its checksums hold; else it is written anew.
-        tensor: name of the rows in `source`; None: "rows".
-        scales: name of the scales; None: "scales" where `tensor` is None.
+        tensor: name of the rows in `source`, or of their parts; None: "rows".
+        scales: name of the scales, or of their parts; None: "scales" where `tensor` is None.
         verify_all: compare every row with the source at the end; else 65,536 at random, and the last.
         progress: opens a progress bar and gives what advances it; None: no bar.
         chunk_rows: rows written and synced together; None: 64 MiB of them.
@@ -72,10 +72,10 @@ def pack_table(source: str | os.PathLike[str], target: str | os.PathLike[str], t
     Source: docs/ops.md, "Row formats".
     """
     capacity.expect_linux("pack")
-    source, target = Path(source), Path(target)
+    target = Path(target)
     table = RowTable.open(source, tensor, scales)
     if table.row_format != _UNPACKED or table._file is None or table._file.scales is None:
-        raise ValueError(f"pack: {source} has row_format {table.row_format!r}, expected {_UNPACKED!r} with scales apart")
+        raise ValueError(f"pack: {table.path} has row_format {table.row_format!r}, expected {_UNPACKED!r} with scales apart")
     if target.exists():
         raise FileExistsError(errno.EEXIST, "pack: the target exists already", str(target))
     width = ROW_FORMATS[_PACKED].width(table.row_dim)
@@ -83,9 +83,7 @@ def pack_table(source: str | os.PathLike[str], target: str | os.PathLike[str], t
     metadata = {"format": "pt", "row_format": _PACKED, "row_dim": str(table.row_dim),
                 "zero_scale_is_zero": "true" if table.zero_scale_is_zero else "false"}
     header, extents, file_bytes = lay_out({"rows": ("U8", (table.num_rows, width))}, metadata)
-    info = source.stat()
-    identity = {"source_bytes": info.st_size, "source_mtime_ns": info.st_mtime_ns, "source_inode": info.st_ino,
-                "rows_at": table._file.rows.offset, "scales_at": table._file.scales.offset, "num_rows": table.num_rows,
+    identity = {"source": list(table._file.source), "places": table._file.places(), "num_rows": table.num_rows,
                 "row_dim": table.row_dim, "chunk_rows": chunk_rows}
     with _Part(target, identity, extents["rows"], file_bytes, progress or no_progress) as part:
         resumed = part.resume()
@@ -130,7 +128,7 @@ def _verify(table: RowTable, part: _Part, verify_all: bool, chunk_rows: int) -> 
 class _Part:
     """TARGET.part and its log, held by one process at a time."""
 
-    def __init__(self, target: Path, identity: dict[str, int], rows: Extent, file_bytes: int, progress: Progress):
+    def __init__(self, target: Path, identity: dict[str, Any], rows: Extent, file_bytes: int, progress: Progress):
         self.target, self.progress = target, progress
         self.path = target.with_name(target.name + ".part")
         self._log_path = target.with_name(target.name + ".part.log")

@@ -14,11 +14,11 @@ from engram_kernels._library import IO_NOTE
 from engram_kernels._terminal import Progress
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
 from engram_kernels.table import reopen, shared_table, staging
-from engram_kernels.table.file_reader import make_reader
+from engram_kernels.table.checkpoint_files import Names, Source
 from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, memory_stats, pin_host_memory
+from engram_kernels.table.open_table import open_table
 from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
-from engram_kernels.table.safetensors_file import open_regular, read_header
-from engram_kernels.table.table_file import TableFile, find_tensor, metadata_int
+from engram_kernels.table.table_file import TableFile
 from engram_kernels.table.table_writer import Chunk, write_table
 
 __all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
@@ -38,7 +38,7 @@ class RowTable:
         row_format: how a row is stored; a name of docs/ops.md, "Row formats".
         row_dim: D.
         zero_scale_is_zero: a scale byte of 0 means 0.0, not 2^-127.
-        path: the file of a file table.
+        path: the file of a file table, or the folder or index of the checkpoint that it was opened from.
         tier: "host" (in memory; "device" on another device), or "file".
 
     Ownership: tensors are held, not copied, unless asked for; a file stays open until the table goes. Threads: all methods
@@ -163,66 +163,46 @@ class RowTable:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], tensor: str | None = None, scales: str | None = None,
-             row_format: str | None = None, *, row_dim: int | None = None, zero_scale_is_zero: bool | None = None,
-             queue_depth: int = 64, cache_bytes: int = 0, io: str = "auto") -> RowTable:
-        """A table of a safetensors file: one that `create` wrote, or a checkpoint shard whose tensors are named.
+    def open(cls, source: Source, tensor: Names | None = None, scales: Names | None = None, row_format: str | None = None, *,
+             row_dim: int | None = None, zero_scale_is_zero: bool | None = None, queue_depth: int = 64, cache_bytes: int = 0,
+             io: str = "auto") -> RowTable:
+        """A table of safetensors files, in place: one that `create` wrote, or the tensors of a checkpoint that are named.
 
-        Only the header is read; rows are read when they are asked for, many at a time (csrc/table/file_reader.h).
-        The file must stay as it is: after a write, or a `touch`, which nothing tells from a write of as many bytes, every read
-        raises, and the file has to be opened again.
+        Only headers are read; rows are read when they are asked for, many at a time (csrc/table/file_reader.h).
+        The files must stay as they are: after a write, or a `touch`, which nothing tells from a write of as many bytes, every
+        read of that file raises, and the table has to be opened again.
 
         Args:
-            path: the file.
-            tensor: name of the tensor that holds the rows, such as "layers.1.engram.embed.weight"; None: "rows".
-            scales: name of the tensor with the scales; None: "scales" where `tensor` is None and the format has any.
+            source: a file; the folder of a checkpoint, or its index (model.safetensors.index.json). Or files whose tensors are
+                parts under the same name, such as those of ranks: a list of paths in the order of the rows, or a path with one
+                {} for the number of the rank, "model{}-mp4.safetensors".
+            tensor: name of the tensor that holds the rows, such as "layers.1.engram.embed.weight"; or the names of its parts,
+                whose rows lie one behind the other: a list, or a name with one {} for their number, in numeric order from 0
+                without gaps. None: "rows", where the source is a file.
+            scales: likewise of the scales, which may lie in other files and other parts, and where the format has one for all
+                rows may be float32, bfloat16 or float16, [1] or []; None: "scales" where `tensor` is None and the format has any.
             row_format: how rows are stored; None: as the file says, or as the dtypes say.
             row_dim: D; None: as the file says, or the width of the rows.
             zero_scale_is_zero: what a scale byte of 0 means; None: as the file says, or False.
-            queue_depth: reads in flight, 1..4096.
+            queue_depth: reads in flight, 1..4096, for all files together.
             cache_bytes: memory for rows that were read before, at most; 0: none. A cached row equals the file's.
             io: "io_uring" or "preadv" (threads), both past the page cache where the file system allows that;
                 "io_uring_buffered" or "preadv_buffered" through it; "auto": io_uring where the system allows it, through the page
-                cache where the file takes less than a quarter of the free memory. EK_FILE_IO names another default.
+                cache where the files take less than a quarter of the free memory. EK_FILE_IO names another default.
 
         Returns:
             A table of tier "file".
 
         Raises:
-            OSError: the file is missing or cannot be read.
-            ValueError: it is no regular file, is empty, truncated or corrupt, lacks a tensor, or dtypes and shapes do not fit;
-                names the path and the numbers that disagree. Or the io that is named cannot be had.
+            TypeError: an argument is neither a name nor a list of names.
+            OSError: a file is missing or cannot be read.
+            ValueError: one is no regular file, is empty, truncated or corrupt, lacks a tensor, or dtypes and shapes do not fit; a
+                part is missing, there twice, or of another dtype or width; names the path, the tensor and the numbers that
+                disagree. Or the io that is named cannot be had.
 
         Source: huggingface/safetensors, format; docs/ops.md, "Row formats".
         """
-        path = Path(path)
-        fd = open_regular(path)
-        try:
-            # first the reader, which notes the file's size and times: a change while the header is read is seen later
-            reader = make_reader(fd, str(path), queue_depth, io)
-            header = read_header(fd, path)
-            described = header.metadata if tensor is None else {}
-            if scales is None and tensor is None and "scales" in header.extents:
-                scales = "scales"
-            try:
-                rows_extent = find_tensor(header.extents, "rows" if tensor is None else tensor)
-                scales_extent = None if scales is None else find_tensor(header.extents, scales)
-                file = TableFile.described(rows_extent, scales_extent, row_format or described.get("row_format"),
-                                            row_dim or metadata_int(described, "row_dim"))
-            except ValueError as err:
-                raise ValueError(f"RowTable.open: {path}: {err}") from None
-            noted = os.fstat(fd)
-            file.source = (str(path.resolve()), f"{noted.st_dev}:{noted.st_ino}", noted.st_mtime_ns)
-            file.attach(reader, cache_bytes)
-        finally:
-            os.close(fd)
-        if zero_scale_is_zero is None:
-            zero_scale_is_zero = described.get("zero_scale_is_zero") == "true"
-        file.opened_as(path=os.path.abspath(path), tensor=tensor, scales=scales, row_format=file.row_format, row_dim=file.row_dim,
-                       zero_scale_is_zero=zero_scale_is_zero, queue_depth=queue_depth, cache_bytes=cache_bytes, io=io)
-        table = cls(*file.stand_ins(), file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file)
-        staging.remember(file.name, table)
-        return table
+        return open_table(cls, source, tensor, scales, row_format, (row_dim, zero_scale_is_zero), (queue_depth, cache_bytes, io))
 
     def read_rows(self, row_ids: Tensor, out_rows: Tensor | None = None,
                   out_scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

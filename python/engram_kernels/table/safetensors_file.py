@@ -46,25 +46,20 @@ def open_regular(path: Path) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as err:
         raise OSError(err.errno, f"RowTable.open: {err.strerror}", str(path)) from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    except ValueError as err:  # a name with a zero byte
+        raise ValueError(f"RowTable.open: {shorten(str(path))!r} is no path: {err}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        kind = "no regular file, expected a safetensors file"
-        if stat.S_ISDIR(mode):
-            inside = sorted(x.name for x in path.iterdir() if x.suffix == ".safetensors")
-            kind = ("a directory, expected a safetensors file"
-                    + (f"; name one that is in it: {shorten(', '.join(inside))}" if inside else ""))
-        raise ValueError(f"RowTable.open: {path} is {kind}")
+        raise ValueError(f"RowTable.open: {path} is no regular file, expected a safetensors file")
     return fd
 
 
-def _other_kind(first: bytes) -> str | None:
+def other_kind(first: bytes) -> str | None:
     """What a file is that begins so, where that is a known kind and no safetensors file."""
     if first.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, which stands for the file: fetch the file itself with `git lfs pull`"
     if first.lstrip().startswith(b"{"):
-        return ("it is JSON; a model.safetensors.index.json only says in which file each tensor lies: open that file, which its "
-                "weight_map names")
+        return "it is JSON, expected a header of 8 bytes first; an index of a checkpoint has a name that ends with .json"
     return None
 
 
@@ -81,15 +76,15 @@ def read_header(fd: int, path: Path) -> Header:
         return ValueError(f"RowTable.open: {path} is no whole safetensors file: {why}")
 
     try:
-        if (kind := _other_kind(_read(fd, 0, 64))) is not None:
+        if (kind := other_kind(read_bytes(fd, 0, 64))) is not None:
             raise refuse(kind)
         if file_bytes < 8:
             raise refuse(f"it has {file_bytes} bytes, the header length alone takes 8")
-        header_bytes = int.from_bytes(_read(fd, 0, 8), "little")
+        header_bytes = int.from_bytes(read_bytes(fd, 0, 8), "little")
         if header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
             raise refuse(f"its header should have {header_bytes} bytes, the file has {file_bytes - 8} after the length "
                          f"(and at most {MAX_HEADER_BYTES} are allowed)")
-        text = _read(fd, 8, header_bytes)
+        text = read_bytes(fd, 8, header_bytes)
     except OSError as err:
         raise OSError(err.errno, f"RowTable.open: {err.strerror}", str(path)) from None
     if len(text) != header_bytes:
@@ -147,7 +142,8 @@ def _check_cover(extents: dict[str, Extent], data_start: int, file_bytes: int, r
                      (" (truncated)" if end > file_bytes else ""))
 
 
-def _read(fd: int, at: int, num_bytes: int) -> bytes:
+def read_bytes(fd: int, at: int, num_bytes: int) -> bytes:
+    """Bytes of an open file; fewer where it ends before."""
     pieces = []
     while num_bytes > 0 and (piece := os.pread(fd, num_bytes, at)):
         pieces.append(piece)

@@ -1,29 +1,111 @@
-"""Which parts of a safetensors file are a table, and reading its rows."""
+"""Which parts of safetensors files are a table, and reading its rows."""
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engram_kernels import _modes
+from engram_kernels._files import shorten
 from engram_kernels.row_format import ROW_FORMATS, check_shape, row_format_of
 from engram_kernels.table.file_reader import FileExtent
 from engram_kernels.table.safetensors_file import Extent
 
+_SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # each a float32 without rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor in one of the files of a table."""
+
+    name: str
+    path: Path
+    file: int  # its number
+    extent: Extent
+
+    @property
+    def is_one_value(self) -> bool:
+        """Whether it has one element and no rows: a scale of a whole table."""
+        return self.extent.shape in ((), (1,))
+
+    def __str__(self) -> str:
+        return f"{shorten(self.name)!r} in {self.path.name} is {self.extent.dtype} {list(self.extent.shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of rows in one part, or in several that follow one another."""
+
+    extent: Extent  # of all parts as one tensor; its offset is that of the first
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def joined(cls, parts: list[Part]) -> Array:
+        """The parts as one array. ValueError names the first that is of another dtype or width."""
+        first = parts[0].extent
+        if len(parts) == 1 or all(part.is_one_value for part in parts):
+            return cls(first, tuple(parts))
+        for number, part in enumerate(parts):
+            if part.extent.dtype != first.dtype or len(part.extent.shape) < 1 or part.extent.shape[1:] != first.shape[1:]:
+                wanted = ", ".join(["rows", *map(str, first.shape[1:])])
+                raise ValueError(f"part {number}, {part}, expected {first.dtype} [{wanted}] like part 0, "
+                                 f"{shorten(parts[0].name)!r}")
+        num_rows = sum(part.extent.shape[0] for part in parts)
+        return cls(Extent(first.dtype, (num_rows, *first.shape[1:]), first.offset, sum(p.extent.num_bytes for p in parts)),
+                   tuple(parts))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row to the next."""
+        return self.extent.num_bytes // self.extent.shape[0] if self.extent.shape and self.extent.shape[0] else 0
+
+    def file_extent(self) -> FileExtent:
+        """Where the rows lie, as a reader takes it; nothing where there is no row of several elements."""
+        if len(self.extent.shape) != 2:
+            return (0, 0, [])
+        places = [(part.file, part.extent.offset, part.extent.shape[0]) for part in self.parts]
+        return (self.row_bytes, self.row_bytes, places)
+
+    def read_span(self, reader: Any, begin: int, out: Any) -> None:
+        """Fills a vector of bytes with the rows from `begin` on: a few large reads."""
+        first = done = 0
+        for part in self.parts:
+            end = first + part.extent.shape[0]
+            at = begin + done // self.row_bytes  # the next row
+            if first <= at < end and done < out.size:
+                taken = min((end - at) * self.row_bytes, out.size - done)
+                reader.read_range(part.extent.offset + (at - first) * self.row_bytes, out[done:done + taken], part.file)
+                done += taken
+            first = end
+
+
+def expect_same_heights(rows: Array, scales: Array | None) -> None:
+    """Raises ValueError where rows and scales lie in equally many parts that do not have the same rows."""
+    if scales is None or len(scales.parts) < 2 or len(scales.parts) != len(rows.parts):
+        return
+    for number, (part, of_part) in enumerate(zip(rows.parts, scales.parts, strict=True)):
+        if not of_part.is_one_value and part.extent.shape[:1] != of_part.extent.shape[:1]:
+            raise ValueError(f"part {number} of the scales, {of_part}, expected as many rows as part {number} of the rows, "
+                             f"{part}")
+
 
 @dataclasses.dataclass
 class TableFile:
-    """The part of an open file that is a table."""
+    """The parts of open files that are a table."""
 
     rows: Extent
     scales: Extent | None
     row_format: str
     row_dim: int
-    source: tuple[str, str, int] = ("", "", 0)  # when it was opened: path, device and inode, time of change in nanoseconds
+    # when it was opened: path, device and inode, time of change in nanoseconds. Of several files: the first and how many others,
+    # a digest of all of them, the latest time
+    source: tuple[str, str, int] = ("", "", 0)
+    rows_in: Array | None = None
+    scales_in: Array | None = None
     tier: Any = None  # a FileTier
     reader: Any = None  # its FileReader
     opened: dict[str, Any] = dataclasses.field(default_factory=dict)  # the arguments of `RowTable.open` that open it again
@@ -56,14 +138,20 @@ class TableFile:
                              f"{' or '.join(fmt.scale_file_dtypes)} {list(wanted)} for rows {list(rows.shape)}")
         return cls(rows, scales, row_format, row_dim)
 
-    def attach(self, reader: Any, cache_bytes: int) -> None:
+    def attach(self, reader: Any, cache_bytes: int, rows: Array, scales: Array | None) -> None:
         """Makes the tier that `read` reads from."""
-        self.reader = reader
-        self.tier = reader.tier(_file_extent(self.rows), _file_extent(self.scales), cache_bytes)
+        self.reader, self.rows_in, self.scales_in = reader, rows, scales
+        nothing: FileExtent = (0, 0, [])
+        self.tier = reader.tier(rows.file_extent(), nothing if scales is None else scales.file_extent(), cache_bytes)
 
     def opened_as(self, **options: Any) -> None:
         """Notes the arguments of `RowTable.open` that open it again."""
         self.opened, self.name = options, json.dumps(options, sort_keys=True)
+
+    def places(self) -> list[list[int]]:
+        """Where every part lies: the number of its file, its offset and its bytes; rows first, then scales."""
+        return [[part.file, part.extent.offset, part.extent.num_bytes] for array in (self.rows_in, self.scales_in)
+                if array is not None for part in array.parts]
 
     def stand_ins(self) -> tuple[Tensor, Tensor | None]:
         """Rows and scales on the meta device, for their shape and dtype; a scale of the whole table as it is."""
@@ -73,28 +161,32 @@ class TableFile:
             if self.scales is not None and fmt.scale_dtype is not None:
                 scales = torch.empty(self.scales.shape, dtype=fmt.scale_dtype, device="meta")
                 if not fmt.has_blocks:
-                    scales = torch.empty(1, dtype=torch.float32, device="cpu")
-                    self.reader.read_rows(self.scales.offset, 4, 4, 1, np.zeros(1, dtype=np.int64), scales.numpy())
+                    scales = self._one_scale()
         return rows, scales
 
+    def _one_scale(self) -> Tensor:
+        """The scale of the whole table, as float32: exactly what the file says. ValueError where the files of ranks differ."""
+        assert self.scales_in is not None
+        values = []
+        for part in self.scales_in.parts:
+            value = torch.empty(1, dtype=_SCALE_DTYPES[part.extent.dtype], device="cpu")
+            self.reader.read_range(part.extent.offset, value.view(torch.uint8).numpy(), part.file)
+            values.append(value.float())
+            if values[-1].view(torch.int32).item() != values[0].view(torch.int32).item():
+                raise ValueError(f"RowTable.open: {part.path}: the scale {shorten(part.name)!r} is {value.item()!r}, but "
+                                 f"{values[0].item()!r} in {self.scales_in.parts[0].path}: one scale is needed for all rows")
+        return values[0]
+
     def read_span(self, begin: int, out_rows: Tensor, out_scales: Tensor | None) -> None:
-        """Fills the outputs with the rows from `begin` on and their scales, as they lie in the file: a few large reads."""
-        for extent, out in ((self.rows, out_rows), (self.scales, out_scales)):
-            if extent is not None and out is not None and out.numel():
-                row_bytes = extent.num_bytes // extent.shape[0]
-                self.reader.read_range(extent.offset + begin * row_bytes, out.view(torch.uint8).numpy())
+        """Fills the outputs with the rows from `begin` on and their scales, as they lie in the files: a few large reads."""
+        for array, out in ((self.rows_in, out_rows), (self.scales_in, out_scales)):
+            if array is not None and out is not None and out.numel():
+                array.read_span(self.reader, begin, out.view(torch.uint8).view(-1).numpy())
 
     def read(self, ids: Tensor, out_rows: Tensor, out_scales: Tensor | None) -> None:
         """Fills the outputs with the rows at `ids` (int64, distinct, in range) and their scales."""
         scales = None if out_scales is None else out_scales.view(torch.uint8).numpy()
         self.tier.fetch(ids.numpy(), out_rows.view(torch.uint8).numpy(), scales)
-
-
-def _file_extent(extent: Extent | None) -> FileExtent:
-    if extent is None or len(extent.shape) != 2 or extent.shape[0] == 0:
-        return (0, 0, 0, 0 if extent is None else extent.shape[0] if extent.shape else 1)
-    row_bytes = extent.num_bytes // extent.shape[0]
-    return (extent.offset, row_bytes, row_bytes, extent.shape[0])
 
 
 def find_tensor(extents: dict[str, Extent], name: str) -> Extent:
