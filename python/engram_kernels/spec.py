@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_kernels import presets
+from engram_kernels import counts, presets
 from engram_kernels._files import parse_json, shorten, write_atomic
 from engram_kernels.layout import Layout, derive_layout
 from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
@@ -154,6 +154,47 @@ class EngramSpec:
     def bytes_per_row(self) -> int:
         """Bytes that a row takes, its scales and padding included."""
         return self.row_stride_bytes or ROW_FORMATS[self.row_format].row_bytes(self.head_dim)
+
+    @property
+    def num_table_parameters(self) -> int:
+        """Elements of all tables: the rows of the true moduli, no padding."""
+        return sum(self.layout().num_rows) * self.head_dim
+
+    @property
+    def num_module_parameters(self) -> int:
+        """Parameters of the modules of all layers: projections, norms, convolution. 0 with variant "none"."""
+        return counts.module_parameters(self, self.hidden_size, self.branches)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the memory: tables and modules of all layers."""
+        return self.num_table_parameters + self.num_module_parameters
+
+    def flops_per_token(self, hidden: int | None = None, branches: int | None = None) -> int:
+        """Floating-point operations per token, forward, of the modules of all layers. See `counts.flops_per_token`.
+
+        Args:
+            hidden: H; None: the spec's.
+            branches: M; None: the spec's.
+
+        Raises:
+            ValueError: one of them is no integer that a spec may have.
+        """
+        other = dataclasses.replace(self, hidden_size=self.hidden_size if hidden is None else hidden,
+                                    branches=self.branches if branches is None else branches)
+        return counts.flops_per_token(other, other.hidden_size, other.branches)
+
+    def bytes(self, row_format: str | None = None) -> int:
+        """Bytes of all tables, scales included.
+
+        Args:
+            row_format: one of `ROW_FORMATS`, without padding; None: the spec's own, its padding included.
+
+        Raises:
+            ValueError: there is no such format, or it does not take rows of `head_dim` elements.
+        """
+        spec = self if row_format is None else dataclasses.replace(self, row_format=row_format, row_stride_bytes=None)
+        return sum(self.layout().num_rows) * spec.bytes_per_row
 
     @property
     def num_ids(self) -> int:

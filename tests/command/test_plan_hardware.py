@@ -54,14 +54,15 @@ def test_module_compute_by_hand():
     spec = EngramSpec.deepseek_v41()
     node, tokens = assumed_hardware("h100"), given(4096, "tokens", "test")
     weights = 6144 * 5 * 5120
-    by_hand = 2 * (2 * 4096 * weights / 989e12 + 4096 * (5 + 13) * 5120 * 2 / 3.35e12)
+    flops = 2 * weights + 10 * 4 * 5120  # the gate's ten per branch and element
+    by_hand = 2 * (4096 * flops / 989e12 + 4096 * (5 + 13) * 5120 * 2 / 3.35e12)
     assert module_seconds(spec, tokens, node).value == pytest.approx(by_hand)
     few = module_seconds(spec, given(1, "tokens", "test"), node)  # reads the weights
-    assert few.value == pytest.approx(2 * (2 * weights + 18 * 5120 * 2) / 3.35e12) and few.provenance is Provenance.ASSUMED
+    assert few.value == pytest.approx(2 * (2 * (weights + 2 * 4 * 5120) + 18 * 5120 * 2) / 3.35e12) and few.provenance is Provenance.ASSUMED
     assert module_seconds(spec, tokens, assumed_hardware("none")) is None
     longcat = 3072 * 3072  # C * D to H; the projection is written, read with the word embedding, and the average is written
     assert module_seconds(EngramSpec.longcat(), tokens, node).value == pytest.approx(
-        2 * 4096 * longcat / 989e12 + 4096 * 4 * 3072 * 2 / 3.35e12)
+        4096 * (2 * longcat + 2 * 3072) / 989e12 + 4096 * 4 * 3072 * 2 / 3.35e12)
     assert module_seconds(EngramSpec.longcat(variant="none"), tokens, node) is None
     demo = EngramSpec.demo_v1()
     assert module_seconds(demo, tokens, node).value > module_seconds(dataclasses.replace(

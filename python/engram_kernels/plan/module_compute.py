@@ -10,15 +10,15 @@ _BYTES = 2  # of a weight and of an activation: bf16
 
 
 def products(spec: EngramSpec, tokens: Quantity, node: Hardware) -> Quantity | None:
-    """Seconds of one layer's projections, C * D values to M keys and a value of H ("longcat": to H): arithmetic, or reading the
-    weights once.
+    """Seconds of one layer's products, as `EngramSpec` counts them: arithmetic, or reading the weights once.
 
     None: the spec names no module, or the machine has no GPU.
     """
     if spec.variant == "none" or node.device_stream is None or node.flops is None:
         return None
-    weights = spec.num_columns * spec.row_dim * _vectors(spec) * spec.hidden_size
-    return derived("s", lambda t, rate, flops: max(weights * _BYTES / rate, 2 * t * weights / flops), tokens, node.device_stream,
+    layers = len(spec.layer_ids)
+    weights, work = spec.num_module_parameters / layers, spec.flops_per_token() / layers
+    return derived("s", lambda t, rate, flops: max(weights * _BYTES / rate, t * work / flops), tokens, node.device_stream,
                    node.flops)
 
 

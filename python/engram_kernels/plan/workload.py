@@ -104,4 +104,4 @@ def touched(num_bytes: int, unit: int) -> float:
 
 def table_bytes(spec: EngramSpec) -> Quantity:
     """Bytes of all tables of a spec."""
-    return given(sum(spec.layout().num_rows) * spec.bytes_per_row, "B", f"spec {spec.name}")
+    return given(spec.bytes(), "B", f"spec {spec.name}")

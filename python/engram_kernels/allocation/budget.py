@@ -1,0 +1,265 @@
+"""ek.budget: the split of a model's sparse parameters between routed experts and a memory, one row per rho."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from engram_kernels.allocation import curve
+from engram_kernels.allocation.memory_shape import memory_shape
+from engram_kernels.allocation.moe_model import MoeModel, model_of_config, model_of_totals
+from engram_kernels.allocation.number import Number
+from engram_kernels.allocation.split import OPTIMIZERS, Split
+from engram_kernels.row_format import ROW_FORMATS
+from engram_kernels.spec import EngramSpec
+
+_INT32_MAX = 2**31 - 1
+DEFAULT_RHOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What `budget` found.
+
+    Attributes:
+        model: the model, as configured.
+        rows: a `Split` per number of experts, from the most experts to the fewest.
+        chosen: the row nearest to `choose` that can be.
+        configured: the split that the configuration itself has, where it has a memory; else None.
+        outside: what of this configuration the paper's curve was not measured for.
+        inputs: every input, by name.
+        merged: rhos that were asked for and give the same experts as another row.
+    """
+    model: MoeModel
+    rows: tuple[Split, ...]
+    chosen: Split
+    configured: Split | None
+    outside: tuple[str, ...]
+    inputs: dict[str, Number]
+    merged: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """The model, the memory's shape (its table sizes stand for nothing yet), and what experts may be."""
+    model: MoeModel
+    shape: EngramSpec
+    multiple: int
+    whole: float  # parameters in all, the configured memory's included
+
+    @property
+    def most(self) -> float:
+        """Routed experts without a memory, as a real number."""
+        m = self.model
+        return m.experts + (self.whole - m.total) / (m.expert_parameters + m.router_parameters)
+
+    @property
+    def fewest(self) -> int:
+        """Routed experts at rho 0 or above: a token takes that many."""
+        return -(-self.model.top_k // self.multiple) * self.multiple
+
+    @property
+    def largest(self) -> int:
+        """The most routed experts that the multiple and the budget allow."""
+        return math.floor(self.most + 1e-9) // self.multiple * self.multiple
+
+    def rho_of(self, experts: float) -> float:
+        """Idle experts over those without a memory, before the projections are paid for."""
+        return (experts - self.model.top_k) / (self.most - self.model.top_k)
+
+    def experts_at(self, rho: float) -> int:
+        """The whole number of experts nearest to a rho."""
+        real = self.model.top_k + rho * (self.most - self.model.top_k)
+        nearest = math.floor(real / self.multiple + 0.5) * self.multiple
+        return min(max(nearest, self.fewest), self.largest)
+
+
+def budget(config: Any = None, *, total: float | None = None, active: float | None = None,
+           rho: float | Sequence[float] = DEFAULT_RHOS, choose: float | None = None, experts_multiple: int = 1,
+           layers: Sequence[int] | None = None, orders: Sequence[int] | None = None, heads: int | None = None,
+           head_dim: int | None = None, row_format: str | None = None, branches: int | None = None,
+           profile: str | os.PathLike[str] | None = None, tokens_per_step: int | None = None, step_ms: float | None = None,
+           **shape: int | None) -> Budget:
+    """Splits a model's sparse parameters between routed experts and a memory, at the same number of parameters.
+
+    ``rho = idle routed experts / sparse``, sparse being the idle experts and the rows that a token does not read. The experts
+    are whole numbers of `experts_multiple`. The memory gets what the others leave: its projections first, then tables of
+    distinct primes. Active parameters grow by the projections and the rows of one token, which every row shows.
+
+    Args:
+        config: of a mixture-of-experts model: dict, object, path of a config.json or its folder; None: `total` and `active`.
+        total, active: parameters; beside `config`: published counts instead of those counted from it.
+        rho: one share or several, in 0..1.
+        choose: the row that is chosen is the nearest to it; None: 0.75, or the only rho.
+        experts_multiple: such as the expert-parallel size.
+        layers: decoder layers with a memory, zero based; None: the configuration's, else 1 and half of the layers less 1.
+        orders: 2 up to the longest n-gram; None: the configuration's, else 2, 3.
+        heads: per order; None: the configuration's, else 8.
+        head_dim: elements of a row; None: the configuration's, else half of the hidden size over the columns, rounded up to
+            16 (32 where the row format has scales per 32).
+        row_format: of the tables at inference; None: the configuration's, else bf16.
+        branches: hyper-connection streams; None: the configuration's, else 1 (4 without a configuration).
+        profile: a report of ``engram-kernels profile --json``; adds exposed times by the planner.
+        tokens_per_step, step_ms: the planner's workload; None: its defaults.
+        shape: without `config`: experts, top_k, hidden_size, num_layers, vocab_size; None: those of the paper's 27B model.
+
+    Returns:
+        The rows, the chosen one with its `EngramSpec`, and where the configuration lies outside the paper's measurements.
+
+    Raises:
+        ValueError: an input makes no sense, no whole number of experts meets it, or no row can be; names the value and the
+            nearest that works.
+        OSError: a file cannot be read.
+
+    Source: arXiv 2601.07372, section 3 (rho, the curve) and table 5; docs/budget.md has every formula.
+    """
+    rhos, choose = _rhos(rho, choose)
+    if config is None:
+        if total is None or active is None:
+            raise ValueError("budget: neither a configuration nor both of total and active are given, expected --config, or "
+                             "--total and --active")
+        model = model_of_totals(total, active, branches=branches, **shape)
+    else:
+        if given := [name for name, value in shape.items() if value is not None]:
+            raise ValueError(f"budget: {', '.join(given)} beside a configuration, which says it itself; expected without")
+        model = model_of_config(config, total, active, branches)
+    inputs = dict(model.inputs)
+    spec = memory_shape(model, layers, orders, heads, head_dim, row_format, inputs)
+    whole = model.total + (0 if model.memory is None else model.memory.num_parameters)
+    ask = _Question(model, spec, _multiple(model, whole, experts_multiple), whole)
+    by_experts: dict[int, float] = {}
+    merged = []
+    for one in rhos:
+        experts = ask.experts_at(one)
+        if experts in by_experts and abs(ask.rho_of(experts) - by_experts[experts]) <= abs(ask.rho_of(experts) - one):
+            merged.append(one)
+            continue
+        if experts in by_experts:
+            merged.append(by_experts[experts])
+        by_experts[experts] = one
+    rows = [_split(ask, experts, one) for experts, one in by_experts.items()]
+    rows.sort(key=lambda row: -row.routed_experts)
+    if profile is not None:
+        rows = _with_exposed(rows, profile, model.num_layers, tokens_per_step, step_ms)
+    chosen = _choose(ask, rows, choose)
+    configured = None if model.memory is None else _measure(ask, model.experts, model.memory, math.nan)
+    orders_now = tuple(range(2, spec.max_order + 1))
+    far = curve.outside(model, whole, chosen.active, orders_now)
+    return Budget(model, tuple(rows), chosen, configured, tuple(far), inputs, tuple(merged))
+
+
+def _rhos(rho: float | Sequence[float], choose: float | None) -> tuple[list[float], float]:
+    rhos = [float(rho)] if isinstance(rho, int | float) else [float(one) for one in rho]
+    if not rhos:
+        raise ValueError("budget: no rho is given, expected at least one in 0..1")
+    for name, one in [*(("rho", one) for one in rhos), *([] if choose is None else [("choose", choose)])]:
+        if not 0 <= one <= 1:  # nan, too
+            nearest = "1" if one > 1 else "0" if one < 0 else "0.75"
+            raise ValueError(f"budget: {name} is {one:g}, expected a share in 0..1; nearest: {nearest}")
+    return rhos, choose if choose is not None else rhos[0] if len(rhos) == 1 else curve.DEFAULT_RHO
+
+
+def _multiple(model: MoeModel, whole: float, multiple: int) -> int:
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"budget: experts_multiple is {multiple!r}, expected an integer of at least 1; nearest: 1")
+    most = math.floor(_Question(model, model.memory, 1, whole).most + 1e-9)  # type: ignore[arg-type]
+    if -(-model.top_k // multiple) * multiple > most:
+        raise ValueError(f"budget: no multiple of {multiple} lies between the {model.top_k} experts that a token takes and the "
+                         f"{most} that the budget has; the nearest --experts-multiple that works: {most}")
+    return multiple
+
+
+def _split(ask: _Question, experts: int, asked: float) -> Split:
+    """The row of a number of experts."""
+    room = ask.whole - _without_memory(ask.model, experts)
+    modules = ask.shape.num_module_parameters
+    if experts == ask.largest and (asked == 1 or room < 2 * modules or ask.model.memory is None):
+        return _measure(ask, experts, None, asked)
+    per_head = (room - modules) / (ask.shape.head_dim * ask.shape.rows_per_token)
+    why = None
+    if per_head < 2:
+        why = (f"{experts} experts leave {room:,.0f} parameters, of which the memory's projections take {modules:,}: nothing is "
+               "left for rows")
+    elif per_head * ask.shape.num_columns > _INT32_MAX:
+        why = (f"{experts} experts leave {per_head * ask.shape.num_columns:,.0f} rows per layer, and row ids are int32: at most "
+               f"{_INT32_MAX:,}; more layers or a larger head dim make them fewer")
+    if why is not None:
+        return Split(asked, experts, ask.rho_of(experts), why_not=why)
+    return _measure(ask, experts, _fill(ask.shape, room - modules), asked)
+
+
+def _without_memory(model: MoeModel, experts: int) -> float:
+    return model.total + (experts - model.experts) * (model.expert_parameters + model.router_parameters)
+
+
+def _fill(shape: EngramSpec, parameters: float) -> EngramSpec:
+    """The memory whose tables, at their true moduli, have as many parameters as fit into `parameters`, within some primes."""
+    columns, rows = shape.rows_per_token, parameters / shape.head_dim
+    base = int(rows / columns)
+    while True:
+        spec = dataclasses.replace(shape, table_sizes=(max(base, 1),) * (shape.max_order - 1))
+        excess = sum(spec.layout().num_rows) - rows
+        if excess <= 0 or base <= 1:
+            return spec
+        base -= max(math.ceil(excess / columns), 1)
+
+
+def _measure(ask: _Question, experts: int, spec: EngramSpec | None, asked: float) -> Split:
+    """Everything that is computed of a split."""
+    model = ask.model
+    tables, modules = (0, 0) if spec is None else (spec.num_table_parameters, spec.num_module_parameters)
+    rows_read = 0 if spec is None else spec.rows_per_token * spec.row_dim
+    idle = (experts - model.top_k) * model.expert_parameters
+    total = _without_memory(model, experts) + tables + modules
+    active = model.active + (experts - model.experts) * model.router_parameters + modules + rows_read
+    sparse = idle + tables - rows_read
+    formats = {}
+    for name in ROW_FORMATS if spec is not None else ():
+        try:
+            formats[name] = spec.bytes(name)  # type: ignore[union-attr]
+        except ValueError:  # blocks that do not divide the row
+            continue
+    num_rows = tables // spec.head_dim if spec is not None else 0
+    products = model.active - model.lookups + (experts - model.experts) * model.router_parameters
+    removed = (ask.most - experts) * (model.expert_parameters + model.router_parameters)
+    narrower = math.ceil(modules / model.shared_width_parameters) if model.shared_width_parameters else 0
+    return Split(
+        asked=asked, routed_experts=experts, rho=idle / sparse if sparse else 0.0, spec=spec, total=total, active=active,
+        sparse=sparse, tables=tables, modules=modules, unspent=ask.whole - total,
+        flops=2 * products + (0 if spec is None else spec.flops_per_token()), loss=curve.loss(idle / sparse if sparse else 0.0),
+        table_bytes=formats, bytes_per_token=0 if spec is None else spec.rows_per_token * spec.bytes_per_row,
+        training_bytes={name: tables * each + num_rows * row for name, (each, row, _) in OPTIMIZERS.items()},
+        freed_bytes=0 if spec is None else removed * model.weight_bytes - 2 * modules,
+        narrower=narrower if 0 < narrower < model.shared_width else None)
+
+
+def _choose(ask: _Question, rows: list[Split], choose: float) -> Split:
+    """The row nearest to a rho; where one rho alone was asked for, it must be a memory of that rho."""
+    able = [row for row in rows if row.why_not is None]
+    if not able:
+        works = next((n for n in range(ask.largest - ask.multiple, ask.fewest - 1, -ask.multiple)
+                      if _split(ask, n, 0.0).why_not is None), None)
+        nearest = f"nearest rho that works: {ask.rho_of(works):.3f}, {works} experts" if works is not None else (
+            "no rho works with this shape of the memory")
+        raise ValueError(f"budget: rho {rows[0].asked:g}: {rows[0].why_not}; {nearest}")
+    if len(rows) == 1 and rows[0].spec is None and rows[0].asked < 1:
+        below = ask.largest - ask.multiple
+        nearest = f"{ask.rho_of(below):.3f}, {below} experts" if below >= ask.fewest else "1"
+        raise ValueError(f"budget: rho {rows[0].asked:g} leaves no expert to give up in multiples of {ask.multiple}: the nearest "
+                         f"whole number is all {ask.largest}; nearest rho that works: {nearest}")
+    with_memory = [row for row in able if row.spec is not None] or able
+    return min(with_memory if choose < 1 else able, key=lambda row: abs(row.rho - choose))
+
+
+def _with_exposed(rows: list[Split], profile: str | os.PathLike[str], num_layers: int, tokens: int | None,
+                  step_ms: float | None) -> list[Split]:
+    from engram_kernels.allocation.exposed import exposed_of
+    specs = [row.spec for row in rows if row.spec is not None]
+    found = iter(exposed_of(specs, profile, num_layers, tokens, step_ms))
+    out = []
+    for row in rows:
+        placement, exposed = (None, None) if row.spec is None else next(found)
+        out.append(dataclasses.replace(row, placement=placement, exposed=exposed))
+    return out

@@ -1,0 +1,42 @@
+"""A number with where it comes from, and the words for it."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+GIVEN, COMPUTED, ELSEWHERE, ASSUMED = "given", "computed", "measured elsewhere", "assumed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """One number.
+
+    Attributes:
+        value: in `unit`.
+        unit: "parameters", "flop", "B", "experts", "layers", "elements" or "1".
+        provenance: "given" (config, spec or command line), "computed" from what is given, "measured elsewhere" (the paper), or
+            "assumed" (a default).
+        source: which field, which formula, which table.
+    """
+    value: float
+    unit: str
+    provenance: str
+    source: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For a JSON file, in the form that `engram-kernels plan` has."""
+        return dataclasses.asdict(self)
+
+
+def computed(value: float, unit: str, formula: str) -> Number:
+    """What follows from the inputs by a formula."""
+    return Number(value, unit, COMPUTED, formula)
+
+
+def count_text(value: float) -> str:
+    """A count with three or four digits: 26.70B, 32.8M, 5,120."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.2f}{letter}" if abs(scaled) < 100 else f"{scaled:.1f}{letter}"
+    return f"{value:,.0f}"
