@@ -12,8 +12,7 @@ def module_parameters(spec: EngramSpec, hidden: int, branches: int) -> int:
 
     With H = `hidden`, M = `branches`, K = C * D values of a token's rows and W taps: a gated module has a projection of
     ``K (M + 1) H`` and norm weights of ``2 M H``; the demo's has biases of ``(M + 1) H``; a convolution has ``M H (W + 1)``, its
-    norm included. LongCat's has ``K H``; its word embedding is the model's
-    own and left out.
+    norm included. LongCat's has ``K H``; its word embedding is the model's own and left out.
 
     Source: the parameters of `engram_kernels.Engram`; docs/ops.md, "The module".
     """
@@ -35,7 +34,8 @@ def flops_per_token(spec: EngramSpec, hidden: int, branches: int) -> int:
 
     A multiply-add is two. Projections: 2 per weight, 1 per bias. Gate, per branch and element: 2 for each of two mean squares,
     4 for the dot product with its two weights, 1 for the weighted value, 1 for the residual. Convolution: 4 for the norm, 2 per
-    tap, 1 for SiLU, 1 for the sum. LongCat: 2 per element for the mean. Roots, exponentials and the few scalars per branch are left out, and so is decoding a row.
+    tap, 1 for SiLU, 1 for the sum. LongCat: 2 per element for the mean. Roots, exponentials and the few
+    scalars per branch are left out, and so is decoding a row.
 
     Source: docs/ops.md, the formulas of `gate` and `short_conv`.
     """

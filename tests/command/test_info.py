@@ -38,7 +38,8 @@ def test_info_exit_codes_are_in_the_help(capsys):
     assert stop.value.code == 2 and "usage: engram-kernels profile" in said and "--no-such-option" in said
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--help"], ["budget", "--help"], ["demo", "--no-such-option"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "--help"], ["budget", "--help"],
+                                       ["demo", "--no-such-option"]])
 def test_commands_answer_before_torch_is_imported(tmp_path, arguments):
     """What the command needs to read its arguments takes half a second at most of a CPU, and imports neither torch nor numpy."""
     start = tmp_path / "start.py"

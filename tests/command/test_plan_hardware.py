@@ -58,7 +58,8 @@ def test_module_compute_by_hand():
     by_hand = 2 * (4096 * flops / 989e12 + 4096 * (5 + 13) * 5120 * 2 / 3.35e12)
     assert module_seconds(spec, tokens, node).value == pytest.approx(by_hand)
     few = module_seconds(spec, given(1, "tokens", "test"), node)  # reads the weights
-    assert few.value == pytest.approx(2 * (2 * (weights + 2 * 4 * 5120) + 18 * 5120 * 2) / 3.35e12) and few.provenance is Provenance.ASSUMED
+    assert few.value == pytest.approx(2 * (2 * (weights + 2 * 4 * 5120) + 18 * 5120 * 2) / 3.35e12)
+    assert few.provenance is Provenance.ASSUMED
     assert module_seconds(spec, tokens, assumed_hardware("none")) is None
     longcat = 3072 * 3072  # C * D to H; the projection is written, read with the word embedding, and the average is written
     assert module_seconds(EngramSpec.longcat(), tokens, node).value == pytest.approx(
