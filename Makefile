@@ -28,7 +28,7 @@ CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu') $(shell find python t
 COMPILER = $(if $(filter default,$(origin CXX)),c++,$(CXX))
 ASAN_LIBS = $(shell $(COMPILER) -print-file-name=libasan.so) $(shell $(COMPILER) -print-file-name=libubsan.so)
 
-.PHONY: demo wheel test-wheel test test-all test-avx512 test-asan test-stress test-cuda-build test-gpu bench bench-check bench-gpu cuda-report lint format clean
+.PHONY: demo wheel test-wheel test test-all test-avx512 test-asan test-stress test-cuda-build test-gpu gpu-run gpu-results bench bench-check bench-gpu cuda-report lint format clean
 
 demo: $(VENV)/.built
 	engram-kernels demo $(ARGS)
@@ -118,6 +118,15 @@ test-gpu: $(GPU_READY)
 
 bench-gpu: $(GPU_READY)
 	$(GPU_RUN) bench/gpu.py $(ARGS)
+
+# Twelve minutes on a borrowed GPU: what settles most comes first, every step has a limit and leaves its file. One architecture.
+gpu-run: export CUDAARCHS ?= 90
+gpu-run: $(GPU_READY)
+	$(GPU_RUN) bench/gpu_run.py $(ARGS)
+
+# bench/results and docs/performance.md out of what came back from it
+gpu-results: $(VENV)/.python
+	python bench/gpu_results.py $(FOLDER)
 
 cuda-report: $(VENV)/.built
 	python tests/sim/cuda_sim/report.py --page docs/cuda.md

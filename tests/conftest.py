@@ -47,7 +47,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 ISAS = () if COMPILE_ERROR else INSTRUCTION_SETS[:INSTRUCTION_SETS.index(_C.best_cpu_isa()) + 1]
 # folders and files whose tests all need what is not here: a path, and why not
 ABSENT = {
-    "gpu": "" if torch.cuda.is_available() else "torch sees no GPU",
+    "gpu": "" if torch.cuda.is_available() or os.environ.get("EK_COLLECT_GPU") == "1" else "torch sees no GPU",
     "cuda_build": CUDA_ERROR if CUDA_ERROR and os.environ.get("EK_EXPECT_CUDA_BUILD") != "1" else "",
     "sim/ptxsim/tests/test_triton.py": "it compiles with Triton; make test-all runs it in a process with TRITON_INTERPRET=0"
                                        if os.environ.get("TRITON_INTERPRET") == "1" else "",
