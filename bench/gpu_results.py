@@ -1,6 +1,6 @@
 """Makes pages of what `make gpu-run` left: `make gpu-results FOLDER=build-gpu/run`.
 
-It writes bench/results/DATE_DEVICE.md, with every line that was measured and how each step ended, and puts the table of
+It writes a page into bench/results, with every line that was measured and how each step ended, and puts the table of
 docs/performance.md between its marks. A folder of a dry run, or one without a measured line, is refused.
 """
 import argparse

@@ -108,7 +108,7 @@ def derive_layout(spec: EngramSpec) -> Layout:
         ValueError: a table has too many rows for int32 row ids, or the terms of a polynomial hash could overflow int64.
 
     Source: `xor_prime`: deepseek-ai/Engram `engram_demo_v1.py` (`NgramHashMapping`). `xor_prime_int32`: AI-Hypercomputer/maxtext
-    `src/maxtext/layers/engram.py`, where the products and their remainder are int32. `xor_splitmix`:
+    `maxtext.layers.engram`, where the products and their remainder are int32. `xor_splitmix`:
     huggingface/transformers `models/qwen4_exp/modular_qwen4_exp.py` (`Qwen4ExpTextNGramEmbedding`). `polynomial`:
     LongCat-Flash-Lite `modeling_longcat_ngram.py` (`NgramEmbedding`).
     """
