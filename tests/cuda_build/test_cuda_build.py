@@ -64,8 +64,9 @@ def call_inputs(device, grad=False):
     cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * T
     ids = torch.zeros(T, C, dtype=torch.int32, device=device)
     hidden, key, value, w_hidden, w_key = randn(T, M, H), randn(T, M, H), randn(T, H), randn(M, H), randn(M, H)
-    rows, w_kv = randn(50, D), torch.randn((M + 1) * H, C * D, device=device, dtype=torch.bfloat16)
+    rows, w_kv = randn(50, D), randn((M + 1) * H, C * D)
     leaves = {"gate": (hidden, key, value, w_hidden, w_key), "gather_gate": (hidden, rows, w_hidden, w_key),
+              "engram_forward": (hidden, rows, w_kv, w_hidden, w_key),
               "gather_rows": (rows,), "short_conv": (hidden, conv := randn(M, H, 4), norm := randn(M, H)), "ngram_hash": ()}
     table = RowTable.from_tensor(rows)
     calls = {
@@ -90,7 +91,7 @@ def test_fake_tensors(op, device):
         assert (tuple(out.shape), out.dtype, out.device) == (shape, dtype, torch.device(device))
 
 
-@pytest.mark.parametrize("op", ["gate", "gather_gate", "gather_rows", "short_conv"])
+@pytest.mark.parametrize("op", ["gate", "gather_gate", "gather_rows", "short_conv", "engram_forward"])
 @pytest.mark.parametrize("device", ["cuda:0", "meta"])
 def test_autograd_on_fake_tensors(op, device):
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -145,7 +145,7 @@ def gradients(device, dtype):
     tokens, branches, size = 37, 2, 4 * 64
     hidden, key, value = leaf(tokens, branches, size), leaf(tokens, branches, size), leaf(tokens, size)
     w_hidden, w_key, rows = leaf(branches, size), leaf(branches, size), leaf(50, 64)
-    conv, norm = leaf(branches, size, 4), leaf(branches, size)
+    conv, norm, w_kv = leaf(branches, size, 4), leaf(branches, size), leaf((branches + 1) * size, size)
     ids = torch.randint(-1, 50, (tokens, 4), generator=rand).to(device)
     cu_seqlens = torch.tensor([0, 5, 5, tokens], dtype=torch.int32, device=device)
     weight = torch.randn(tokens, branches, size, generator=rand).to(device)
@@ -154,6 +154,8 @@ def gradients(device, dtype):
         "gather_rows": (lambda: ek.gather_rows(table, ids, dtype).view(tokens, 1, size), (rows,)),
         "gate": (lambda: ek.gate(hidden, key, value, w_hidden, w_key), (hidden, key, value, w_hidden, w_key)),
         "gather_gate": (lambda: ek.gather_gate(hidden, table, ids, w_hidden, w_key), (hidden, rows, w_hidden, w_key)),
+        "engram_forward": (lambda: ek.engram_forward(hidden, table, ids, w_kv / 16, w_hidden, w_key),
+                           (hidden, rows, w_kv, w_hidden, w_key)),
         "short_conv": (lambda: ek.short_conv(hidden, conv, norm, cu_seqlens, 3), (hidden, conv, norm)),
     }
     return {op: [g.cpu() for g in torch.autograd.grad((call().float() * weight).sum(), leaves)]

@@ -32,8 +32,7 @@ class Op:
 
     def __init__(self, name: str, arguments: str, *, empty: Callable[..., Tensor], reference: Callable[..., Tensor],
                  check: Callable[..., None], check_data: Callable[..., None] | None = None,
-                 differentiable: Sequence[str] = (), in_place: str | None = None, no_gradient: str | None = None,
-                 writes: Sequence[str] = ()):
+                 differentiable: Sequence[str] = (), in_place: str | None = None, writes: Sequence[str] = ()):
         """Defines the op and registers its backends.
 
         Args:
@@ -46,7 +45,6 @@ class Op:
             check_data: raises where the data is wrong, for the backends whose kernels do not look.
             differentiable: names of the arguments that may require grad.
             in_place: name of the argument that `out` may be.
-            no_gradient: why there is no derivative, where only the reference has one.
             writes: names of the arguments that the op writes, besides `out`. Such an op has no derivative: an input that
                 requires grad is an error.
         """
@@ -56,7 +54,7 @@ class Op:
         self._empty, self._compute, self._check, self._check_data = empty, reference, check, check_data
         self._differentiable = tuple(self.names.index(x) for x in differentiable)
         self._writes = tuple(self.names.index(x) for x in writes)
-        self._in_place, self._no_gradient = in_place, no_gradient
+        self._in_place = in_place
         self._rows = self.names.index("rows") if "rows" in self.names else None
         LIB.define(f"{name}({arguments}) -> Tensor")
         LIB.define(f"{name}.out({arguments}, *, Tensor(out!) out) -> ()")
@@ -67,8 +65,6 @@ class Op:
         # what the overloads call, for half a microsecond less
         self._eager_default, self._eager_out = packet.default._op, packet.out._op
         self._dtype_at = self.names.index("out_dtype") if "out_dtype" in self.names else None
-        if no_gradient is not None:
-            register_autograd(name, self._refuse_backward, None, LIB)
         if writes:
             for namespace, library in libraries_of(name, LIB).items():
                 twin = getattr(getattr(torch.ops, namespace), name)
@@ -93,8 +89,6 @@ class Op:
         self.check(args, out, table)
         like = args[2] if self._rows == 0 else args[0]  # the ids say where rows are gathered
         run = backends.select(self.name, like.device, backend)
-        if self._no_gradient is not None and run != self.reference and self._wants_grad(args):
-            raise NotImplementedError(self._no_gradient)
         if table is not None and table.tier == "file":
             args = self._staged(args, table)
         return lambda out: run(*args, out=out)
@@ -162,16 +156,19 @@ class Op:
         result = self._compute(*args)
         return result if out is None else out.copy_(result)
 
-    def derive(self, returns: str, fake: Callable[..., Any], *, finish: Callable[..., Any] | None = None) -> None:
-        """Defines `<name>_bwd(Tensor grad_out, arguments) -> returns` and makes it the derivative of the op.
+    def derive(self, returns: str, fake: Callable[..., Any], *, finish: Callable[..., Any] | None = None,
+               costly: Sequence[str] = ()) -> None:
+        """Defines `<name>_bwd(Tensor grad_out, arguments, bool needs_<costly>..) -> returns`, the derivative of the op.
 
         Args:
             returns: of the schema: one gradient per differentiable argument, in their order.
             fake: the gradients for grad_out and the arguments.
             finish: takes the namespace of the ops, ctx and the gradients; returns them changed. None: they are as they should be.
+            costly: names of differentiable arguments whose gradient is computed only where it is needed; else it is any tensor.
         """
         bwd = f"{self.name}_bwd"
-        LIB.define(f"{bwd}(Tensor grad_out, {self.arguments}) -> {returns}")
+        needs = "".join(f", bool needs_{name}" for name in costly)
+        LIB.define(f"{bwd}(Tensor grad_out, {self.arguments}{needs}) -> {returns}")
         torch.library.register_fake(f"engram_kernels::{bwd}", fake, lib=LIB)
 
         def setup_context(ctx, inputs, output):
@@ -181,25 +178,21 @@ class Op:
         def backward(ops, ctx, grad_out):
             if grad_out.stride(-1) != 1:  # as from .sum(), whose gradient is one element with strides 0
                 grad_out = grad_out.contiguous()
-            grads = getattr(ops, bwd).default(grad_out, *ctx.saved_tensors, *ctx.options)
+            needed = [ctx.needs_input_grad[self.names.index(name)] for name in costly]
+            grads = getattr(ops, bwd).default(grad_out, *ctx.saved_tensors, *ctx.options, *needed)
             grads = grads if finish is None else finish(ops, ctx, *grads)
             result = [None] * len(self.names)
             for index, grad in zip(self._differentiable, grads, strict=True):
-                result[index] = grad
+                result[index] = grad if ctx.needs_input_grad[index] else None
             return tuple(result)
 
         register_autograd(self.name, backward, setup_context, LIB)
         register_autograd(bwd, no_second_derivative(self.name), None, LIB)
 
     def _differentiated(self, args: tuple[Any, ...], out: Tensor | None) -> Tensor:
-        if self._no_gradient is not None:
-            raise NotImplementedError(self._no_gradient)
         if out is not None or self._writes:
             raise ValueError(f"{self.public_name}: the op writes, and an input requires grad")  # `check` has better words
         return self._default(*args)
-
-    def _refuse_backward(self, ops, ctx, grad_out):
-        raise NotImplementedError(self._no_gradient)
 
     def _without_derivative(self, overload: Any) -> Callable[..., Any]:
         """A kernel for autograd's place in the dispatch, where nothing would refuse an op that writes its arguments."""

@@ -7,7 +7,7 @@ from engram_kernels._checks import expect_tensor
 from engram_kernels._library import LIB
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.ops.gate import check_options, empty_like_hidden, expect_hidden, expect_weights_mask_out
-from engram_kernels.ops.gather_gate import dense, expect_ids_of_tokens
+from engram_kernels.ops.gather_gate import dense, expect_ids_of_tokens, sum_rows
 from engram_kernels.reference.engram_forward import engram_forward as _reference
 from engram_kernels.table.row_ids import check_row_ids
 from engram_kernels.table.row_table import RowTable
@@ -23,7 +23,9 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
     ``e[t] = concat(table[row_ids[t, 0]], ..., table[row_ids[t, C-1]])``, dequantized and rounded to the dtype of `hidden`;
     ``[key_0 .. key_{M-1}, value] = e @ w_kv.T`` in float32, and ``out = gate(hidden, key, value)`` with the formula of
     `gate`. Keys and value are rounded to the dtype of `hidden`, as a matrix product gives them, and held for some tokens at a
-    time: 256 on the CPU, 1,664 on a GPU. The product is torch's, with torch's settings for products. For inference: no gradients.
+    time: 256 on the CPU, 1,664 on a GPU. The product is torch's, with torch's settings for products.
+
+    Differentiable by recomputing: nothing but the inputs is saved, and the backward has keys and value of 1,664 tokens at a time.
 
     Args:
         hidden: [T, M, H] bfloat16, float16 or float32. The last dimension is dense, the strides of the others are free.
@@ -39,11 +41,12 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
         zero_sign: sign of the score where x is 0: "copysign" (that of the zero) or "sign" (the score is 0).
         add_residual: False gives the update alone; masked tokens are then zeros.
         out: [T, M, H] of the dtype of `hidden`, contiguous, written instead of a new tensor. May be `hidden` itself (in
-            place); any other overlap with an input is an error.
+            place); any other overlap with an input is an error. Not with inputs that require grad.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        [T, M, H] contiguous, dtype and device of `hidden`; `out` when given. T = 0 gives an empty tensor.
+        [T, M, H] contiguous, dtype and device of `hidden`; `out` when given. T = 0 gives an empty tensor. Gradients reach
+        hidden, w_kv, w_hidden, w_key and, in formats f32, bf16 and f16, `table.rows` (as in `gather_rows`).
 
     Raises:
         TypeError: an argument is no tensor, or `table` no RowTable.
@@ -51,7 +54,7 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
         IndexError: a row id is out of range; names the position and the value, nothing is written. On a GPU
             such an id gives zeros, and `check_errors` raises later, for `gather_rows`.
         RuntimeError: the named backend is not available.
-        NotImplementedError: an input requires grad, and the backend is not "reference".
+        NotImplementedError: forward-mode or second derivatives of a compiled backend; the reference has both.
 
     Source: arXiv 2601.07372 section 2; the published DeepSeek-V4.1 model code (wkv without bias).
     """
@@ -91,9 +94,24 @@ def _out_on_cuda(*args, out):
     _steps.forward(OPS.gather_rows.out, OPS.gate.out, *args, out=out)
 
 
+@torch.library.impl(LIB, "engram_forward_bwd", "CPU")
+@torch.library.impl(LIB, "engram_forward_bwd", "CUDA")
+def _bwd(grad_out, *args):
+    *checked, _, _ = args
+    _OP.check(tuple(checked), None)
+    hidden = args[0]
+    expect_tensor("engram_forward", "grad_out", grad_out, (hidden.dtype,), hidden.shape, hidden.device, dense_dims=1)
+    return _steps.backward(OPS.gather_rows.out, OPS.gate_bwd.default, grad_out, *args)
+
+
+def _fake_bwd(grad_out, hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask, row_format, row_dim, *options):
+    *_, needs_rows, needs_w_kv = options
+    return (hidden.new_empty(hidden.shape), hidden.new_empty((*row_ids.shape, row_dim) if needs_rows else (0,)),
+            w_kv.new_empty(w_kv.shape if needs_w_kv else (0,)), w_hidden.new_empty(w_hidden.shape), w_key.new_empty(w_key.shape))
+
+
 _OP = Op("engram_forward", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, "
          "Tensor w_key, Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, "
          "str zero_sign, bool add_residual", empty=empty_like_hidden, reference=_reference, check=_check, check_data=_check_data,
-         differentiable=("hidden", "rows", "w_kv", "w_hidden", "w_key"), in_place="hidden",
-         no_gradient="engram_forward: the op is for inference and has no derivative; use torch.no_grad(), backend='reference', "
-         "or gather_rows, a Linear and gate")
+         differentiable=("hidden", "rows", "w_kv", "w_hidden", "w_key"), in_place="hidden")
+_OP.derive("(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_bwd, finish=sum_rows, costly=("rows", "w_kv"))

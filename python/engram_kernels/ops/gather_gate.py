@@ -89,13 +89,13 @@ def _fake_bwd(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, ro
             w_key.new_empty(w_key.shape))
 
 
-def _finish_gradients(ops, ctx, grad_hidden, grad_rows, grad_w_hidden, grad_w_key):
-    _, rows, _, row_ids, _, _, mask = ctx.saved_tensors
-    grad_table = None
+def sum_rows(ops, ctx, grad_hidden, grad_rows, *grads):
+    """The gradients, those of each position's row summed to that of the table where it is needed."""
+    _, rows, _, row_ids, *_, mask = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
-        grad_table = ops.gather_rows_bwd.default(grad_rows, ids.contiguous(), rows.shape[0], rows.dtype)
-    return grad_hidden, grad_table, grad_w_hidden, grad_w_key
+        grad_rows = ops.gather_rows_bwd.default(grad_rows, ids.contiguous(), rows.shape[0], rows.dtype)
+    return grad_hidden, grad_rows, *grads
 
 
 _OP = Op("gather_gate", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_hidden, Tensor w_key, "
@@ -103,4 +103,4 @@ _OP = Op("gather_gate", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_
          "bool add_residual",
          empty=empty_like_hidden, reference=_reference, check=_check, check_data=_check_data,
          differentiable=("hidden", "rows", "w_hidden", "w_key"), in_place="hidden")
-_OP.derive("(Tensor, Tensor, Tensor, Tensor)", _fake_bwd, finish=_finish_gradients)
+_OP.derive("(Tensor, Tensor, Tensor, Tensor)", _fake_bwd, finish=sum_rows)

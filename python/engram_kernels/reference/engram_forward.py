@@ -14,7 +14,8 @@ def engram_forward(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids:
     tokens, branches, size = hidden.shape
     ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
     memory = gather_rows(rows, scales, ids, row_format, row_dim, zero_scale_is_zero, hidden.dtype)
-    keys_and_value = memory.to(dtype).view(tokens, w_kv.shape[1]) @ w_kv.to(dtype).T  # [T, (M + 1) * H]
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes of the tensors hold
+        keys_and_value = memory.to(dtype).view(tokens, w_kv.shape[1]) @ w_kv.to(dtype).T  # [T, (M + 1) * H]
     kv = keys_and_value.view(tokens, branches + 1, size)
     out = gate(hidden.to(dtype), kv[:, :-1], kv[:, -1], w_hidden, w_key, mask, eps, clamp, zero_sign, add_residual)
     if mask is None or not add_residual:
