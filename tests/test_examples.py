@@ -54,3 +54,12 @@ def test_plain_model_runs_as_a_script():
 
 def test_plain_model_puts_its_layout_on_the_device(example):
     assert example.build("auto", "meta").layout.moduli.device.type == "meta"
+
+
+def test_hf_generate_says_the_same_with_its_rows_in_a_file():
+    env = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    done = subprocess.run([sys.executable, ROOT / "examples/hf_generate.py"], capture_output=True, text=True, env=env, check=True)
+    sizes = [float(size) for size in re.findall(r"([\d.]+) MiB of parameters", done.stdout)]
+    assert done.stdout.endswith("the same tokens from both\n") and len(sizes) == 2
+    rows = 16 * 20_000 * 8 * 2 / 2**20  # 16 heads of 20,000 rows of 8 bfloat16 values
+    assert 0 <= sizes[0] - sizes[1] - rows < 0.1

@@ -1,5 +1,5 @@
 """engram_kernels: conditional memory for language models. Public names only; everything else is private."""
-from engram_kernels import backends
+from engram_kernels import backends, integrations
 from engram_kernels.allocation.budget import budget
 from engram_kernels.backends import check_errors
 from engram_kernels.layout import Layout
@@ -17,4 +17,4 @@ from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 __all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "RowPrefetcher", "RowTable", "TokenMap", "backends", "budget",
-           "check_errors", "engram_forward", "gate", "gather_gate", "gather_rows", "ngram_hash", "short_conv"]
+           "check_errors", "engram_forward", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash", "short_conv"]

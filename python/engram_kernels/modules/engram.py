@@ -1,7 +1,7 @@
 """Engram: one memory layer as an nn.Module, thin over the ops."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -141,30 +141,39 @@ class Engram(MemoryModule):
         """
         carried = {"state": state, "positions": positions, "state_indices": state_indices, "state_ends": state_ends}
         self._check_hidden(hidden, carried)
-        if dead_mask is not None:
-            expect_tensor("Engram", "dead_mask", dead_mask, (torch.bool,), hidden.shape[:1], hidden.device, dense_dims=1)
         if history is None and token_ids is not None and state is not None and positions is not None and cu_seqlens is not None:
             history = history_of_new_sequences(token_ids, positions, cu_seqlens.shape[0] - 1, self.layout.max_order)
+        out = self.gated(hidden, token_ids, cu_seqlens, row_ids, rows, history, dead_mask, backend)
+        return out if self.spec.conv_width is None else self.convolved(out, cu_seqlens, dead_mask, backend, **carried)
+
+    def gated(self, hidden: Tensor, token_ids: Tensor | None, cu_seqlens: Tensor | None, row_ids: Tensor | None = None,
+              rows: Tensor | None = None, history: Tensor | None = None, dead_mask: Tensor | None = None,
+              backend: str = "auto") -> Tensor:
+        """What the gate gives, [T, M, H]: the new hidden state, or what the convolution takes. Arguments as of `forward`."""
+        self._check_hidden(hidden, {})
+        if dead_mask is not None:
+            expect_tensor("Engram", "dead_mask", dead_mask, (torch.bool,), hidden.shape[:1], hidden.device, dense_dims=1)
         rows = self._rows(hidden, token_ids, cu_seqlens, row_ids, rows, history, dead_mask, backend)
-        spec = self.spec
-        if dead_mask is not None and (_transforms.active() or wants_grad(rows, *self.wkv.parameters())):
+        if dead_mask is not None and (_transforms.active() or wants_grad(rows, *self._projection_parameters())):
             rows = rows.masked_fill(dead_mask[:, None], 0)  # its gradient is 0, but 0 * NaN in that of wkv is not
-        keys_and_value = self._project(rows, hidden)
-        keys, value = keys_and_value[:, :-1], keys_and_value[:, -1]
+        keys, value = self._project(rows, hidden)
+        spec = self.spec
         w_hidden, w_key = self._norm_weights(hidden, self.w_hidden, self.w_key)
         if self.rounding == "published":
-            out = published_gate(hidden, keys, value, w_hidden, w_key, dead_mask, spec.gate_eps, spec.gate_clamp)
-        else:
-            out = gate(hidden, keys, value, w_hidden, w_key, dead_mask, eps=spec.gate_eps, clamp=spec.gate_clamp,
-                       zero_sign=spec.zero_sign, add_residual=spec.add_residual, backend=backend)
-        if spec.conv_width is None:
-            return out
+            return published_gate(hidden, keys, value, w_hidden, w_key, dead_mask, spec.gate_eps, spec.gate_clamp)
+        return gate(hidden, keys, value, w_hidden, w_key, dead_mask, eps=spec.gate_eps, clamp=spec.gate_clamp,
+                    zero_sign=spec.zero_sign, add_residual=spec.add_residual, backend=backend)
+
+    def convolved(self, gated: Tensor, cu_seqlens: Tensor | None, dead_mask: Tensor | None = None, backend: str = "auto",
+                  **carried: Tensor | None) -> Tensor:
+        """`gated` and the short convolution of it, [T, M, H]. Arguments as of `forward`, `carried` being what `state` needs."""
         if cu_seqlens is None:
             raise ValueError("Engram: cu_seqlens is None, but the short convolution needs it")
+        spec = self.spec
         assert spec.conv_dilation is not None
-        conv_weight = self.conv_weight.float() if spec.variant == "qwen4_ple" else self._weights_for(hidden, self.conv_weight)[0]
+        conv_weight = self.conv_weight.float() if spec.variant == "qwen4_ple" else self._weights_for(gated, self.conv_weight)[0]
         conv: Callable[..., Tensor] = published_conv if self.rounding == "published" else short_conv
-        out = conv(out, conv_weight, *self._norm_weights(hidden, self.conv_norm), cu_seqlens, spec.conv_dilation, spec.conv_eps,
+        out = conv(gated, conv_weight, *self._norm_weights(gated, self.conv_norm), cu_seqlens, spec.conv_dilation, spec.conv_eps,
                    **carried, backend=backend)
         return out if dead_mask is None else out.masked_fill(dead_mask[:, None, None], 0)
 
@@ -193,8 +202,11 @@ class Engram(MemoryModule):
         expect_tensor("Engram", "rows", rows, tuple({hidden.dtype, dtype}), shape, hidden.device)
         return rows if flat else rows.flatten(1)
 
-    def _project(self, rows: Tensor, hidden: Tensor) -> Tensor:
-        """Keys and value [T, M+1, H] in the dtype of `hidden`. `wkv` may be quantized, adapted or offloaded."""
+    def _projection_parameters(self) -> Iterator[Tensor]:
+        return self.wkv.parameters()
+
+    def _project(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [T, M, H] and value [T, H] in the dtype of `hidden`. `wkv` may be quantized, adapted or offloaded."""
         try:
             projected = self.wkv(rows)
         except RuntimeError as err:
@@ -203,7 +215,8 @@ class Engram(MemoryModule):
                 raise
             raise ValueError(f"Engram: hidden must be {weight.dtype}, the dtype of wkv.weight, outside of autocast; got "
                              f"{hidden.dtype}") from err
-        return projected.to(hidden.dtype).unflatten(1, (self.branches + 1, self.hidden_size))
+        keys_and_value = projected.to(hidden.dtype).unflatten(1, (self.branches + 1, self.hidden_size))
+        return keys_and_value[:, :-1], keys_and_value[:, -1]
 
     def _weights_for(self, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         """Weights in a dtype that the ops take beside `hidden`: under autocast they are brought to float32."""
