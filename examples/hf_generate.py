@@ -16,8 +16,8 @@ CONFIG = dict(
     vocab_size=1000, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
     linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=64,
     shared_expert_intermediate_size=64, num_experts_per_tok=2, num_experts=4, ple_layer_ids=[2], ngram_vocab_size_base=20_000,
-    split_ngram_parts=4, hc_lowrank=16, eos_token_id=3, pad_token_id=0, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32,
-    indexer_budget=64, indexer_compress_ratio=4,
+    split_ngram_parts=4, hc_lowrank=16, eos_token_id=3, pad_token_id=0, indexer_n_heads=2, indexer_kv_heads=1,
+    indexer_head_dim=32, indexer_budget=64, indexer_compress_ratio=4,
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 3, 3]))
 LAYER = 1  # the published layer 2: published numbers count from one
 
