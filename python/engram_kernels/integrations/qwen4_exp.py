@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_kernels.integrations.convolution_state import conv_reach, convolve_behind, packed_bounds
-from engram_kernels.modules.engram import Engram
+from engram_kernels.modules.engram import Engram, checked_rounding
 from engram_kernels.modules.memory_module import MemoryModule
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
@@ -45,7 +45,7 @@ class Qwen4ExpMemory(Engram):
 
     def __init__(self, layer: Any, spec: EngramSpec, table: RowTable | None, rounding: str = "once", backend: str = "auto"):
         MemoryModule.__init__(self, spec, layer.layer_idx, None, None)
-        self.rounding, self.backend, self.layer_idx = rounding, backend, layer.layer_idx
+        self.rounding, self.backend, self.layer_idx = checked_rounding(rounding, spec), backend, layer.layer_idx
         self.hidden_size, self.branches = layer.hidden_size, layer.hc_count
         self._check_constants(layer.ple_embedding)
         for name in ("ple_embedding", "key_proj", "value_proj", "norm_key", "norm_query", "norm_conv", "conv1d"):

@@ -70,10 +70,7 @@ class Engram(MemoryModule):
                  table: RowTable | None = None, token_map: TokenMap | None = None, dtype: torch.dtype = torch.bfloat16,
                  device: torch.device | str | None = None, rounding: str = "once"):
         super().__init__(spec, layer_id, table, token_map)
-        if rounding not in ROUNDINGS or (rounding == "published" and spec.variant != "qwen4_ple"):
-            raise ValueError(f"Engram: rounding is {rounding!r} with variant {spec.variant!r}, expected 'once', or 'published' "
-                             "with variant 'qwen4_ple'")
-        self.rounding = rounding
+        self.rounding = checked_rounding(rounding, spec)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"Engram: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16")
         self.hidden_size = expect_int("Engram", "hidden_size", spec.hidden_size if hidden_size is None else hidden_size, 1)
@@ -263,3 +260,10 @@ class Engram(MemoryModule):
         """
         assign_published(self, weights, prefix)
 
+
+def checked_rounding(rounding: str, spec: EngramSpec) -> str:
+    """`rounding`, where a module of `spec` has it; ValueError elsewhere."""
+    if rounding not in ROUNDINGS or (rounding == "published" and spec.variant != "qwen4_ple"):
+        raise ValueError(f"Engram: rounding is {rounding!r} with variant {spec.variant!r}, expected 'once', or 'published' with "
+                         "variant 'qwen4_ple'")
+    return rounding
