@@ -12,21 +12,20 @@ from bench_gather_gate import TOKENS, make_table, steps
 PAIRS = 41
 
 
-def seconds(run):
-    start = time.perf_counter()
+def seconds(run, clock):
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def ratios(row_format, branches):
-    """Time of the two steps over that of the fused op, pair by pair; which goes first alternates."""
-    fused, two = (steps(make_table(row_format), TOKENS, branches, which) for which in (True, False))
+def ratios(fused, apart, pairs=PAIRS, clock=time.perf_counter):
+    """Time of the steps apart over that of the fused op, pair by pair; which goes first alternates."""
     for _ in range(4):
-        fused(), two()
+        fused(), apart()
     result = []
-    for pair in range(PAIRS):
-        first = seconds(fused if pair % 2 else two)
-        second = seconds(two if pair % 2 else fused)
+    for pair in range(pairs):
+        first = seconds(fused if pair % 2 else apart, clock)
+        second = seconds(apart if pair % 2 else fused, clock)
         result.append(second / first if pair % 2 else first / second)
     return result
 
@@ -37,7 +36,8 @@ def main():
     for row_format in ("bf16", "int8_group32", "fp8_e4m3_block32_packed", "f32"):
         cells = []
         for branches in (1, 2, 4):
-            low, middle, high = statistics.quantiles(ratios(row_format, branches), n=4)
+            fused, two = (steps(make_table(row_format), TOKENS, branches, which) for which in (True, False))
+            low, middle, high = statistics.quantiles(ratios(fused, two), n=4)
             cells.append(f"{middle:.2f}x ({low:.2f} to {high:.2f})")
         print(f"| {row_format} | {' | '.join(cells)} |")
 

@@ -224,6 +224,7 @@ REJECTED = {  # name: (position, new value, words of the message)
     "no_column": (2, lambda x: x[:, :0], "row_ids has no column"),
     "w_kv_shape": (3, lambda x: x[:-1], r"w_kv must have shape \[120, 96\]"),
     "w_kv_dtype": (3, lambda x: x.float(), "w_kv must be torch.bfloat16"),
+    "w_kv_fp8": (3, lambda x: x.to(torch.float8_e4m3fn), "w_kv is torch.float8_e4m3fn, and no backend .* expected one decoded"),
     "w_kv_strides": (3, lambda x: x.t().contiguous().t(), "dimensions of w_kv must be contiguous"),
     "w_key": (5, lambda x: x.float(), "w_key must be torch.bfloat16"),
 }

@@ -72,6 +72,9 @@ def _check(args, out, table=None):
     columns = expect_ids_of_tokens(op, hidden, table, row_ids)
     if columns == 0:
         raise ValueError(f"{op}: row_ids has no column")
+    if isinstance(w_kv, torch.Tensor) and w_kv.is_floating_point() and w_kv.element_size() == 1:
+        raise ValueError(f"{op}: w_kv is {w_kv.dtype}, and no backend multiplies by a quantized projection; expected one "
+                         f"decoded to {hidden.dtype}, as Engram.load_published does it")
     expect_tensor(op, "w_kv", w_kv, (hidden.dtype,), ((branches + 1) * size, columns * row_dim), hidden.device, dense_dims=2)
     expect_weights_mask_out(op, hidden, w_hidden, w_key, mask, out)
     check_options(op, eps, clamp, zero_sign, add_residual)
