@@ -188,10 +188,6 @@ FileReader::~FileReader() {
   if (queues != nullptr && queues->process == getpid()) delete queues;
 }
 
-bool FileReader::direct() const {
-  return std::all_of(files_.begin(), files_.end(), [](const auto& file) { return file->direct.load(std::memory_order_relaxed); });
-}
-
 void FileReader::choose_backend(const std::string& wanted) {
   const char* forced = std::getenv("EK_FILE_IO");
   const std::string io = wanted == "auto" && forced != nullptr && *forced != '\0' ? forced : wanted;
@@ -202,7 +198,10 @@ void FileReader::choose_backend(const std::string& wanted) {
   int64_t size = 0;
   for (const auto& file : files_) size += file->size;
   if (any ? size > available_memory_bytes() / 4 : !buffered) {
-    for (const auto& file : files_) file->open_direct();
+    for (const auto& file : files_) {
+      file->open_direct();
+      direct_files_ += file->direct ? 1 : 0;
+    }
   }
   use_io_uring_ = backend != "preadv";
   if (use_io_uring_) {
@@ -375,7 +374,7 @@ class FileReader::Request {
     File& from = file(flight.read.file);
     int error = -1;
     if (done.result == -EINVAL && flight.direct) {  // refused at the first read, not at open, as some file systems do
-      from.direct.store(false, std::memory_order_relaxed);
+      if (from.direct.exchange(false, std::memory_order_relaxed)) --reader_.direct_files_;
       flight.direct = false;
     } else if (done.result == -EINTR || done.result == -EAGAIN) {
       if (++flight.stalls > kMaxStalls) error = static_cast<int>(-done.result);
@@ -482,8 +481,7 @@ void FileReader::read(const RowsWanted* wanted, int num_wanted, const RowRequest
 
 void FileReader::read_once(const RowsWanted* wanted, int num_wanted, const RowRequest& request, ReadCounters* counters,
                            const std::atomic<bool>* cancelled) {
-  const bool any_direct =
-      std::any_of(files_.begin(), files_.end(), [](const auto& file) { return file->direct.load(std::memory_order_relaxed); });
+  const bool any_direct = direct_files_.load(std::memory_order_relaxed) > 0;
   ReadPlan plan(wanted, num_wanted, request, any_direct ? ReadPlan::kPageBytes : 1, kMaxReadBytes);
   ReadCounters counted;
   std::unique_ptr<Queue> queue = take_queue(cancelled);

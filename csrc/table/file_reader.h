@@ -117,7 +117,8 @@ class FileReader {
   void check_unchanged(const RowsWanted* wanted, int num_wanted, const int64_t* ids, int64_t count) const;
 
   const char* backend() const { return use_io_uring_ ? "io_uring" : "preadv"; }
-  bool direct() const;  // whether all files are read past the page cache
+  // Whether all files are read past the page cache.
+  bool direct() const { return direct_files_.load(std::memory_order_relaxed) == static_cast<int>(files_.size()); }
   size_t num_files() const { return files_.size(); }
   int queue_depth() const { return queue_depth_; }
 
@@ -143,6 +144,7 @@ class FileReader {
   int queue_depth_;
   std::atomic<bool> use_io_uring_{true};
   bool any_io_ = false;  // no backend was named: preadv may take over
+  std::atomic<int> direct_files_{0};
   IoQueueWrapper wrapper_ = nullptr;
   void* wrapper_context_ = nullptr;
   std::atomic<Queues*> queues_{nullptr};

@@ -1,86 +1,22 @@
-"""Tables of many tensors and files, in the naming of the published checkpoints: equal to memory, or refused in words."""
-import json
+"""Tables of many tensors and files, in the naming of the published checkpoints: equal to memory in every tier."""
 import os
 import pickle
+import re
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from checkpoint_cases import LONGCAT, V41, V41_SCALE, check, longcat, qwen, qwen_fp8, stored, v41, v41_int8
+from io_faults import inject_faults
+from safetensors.torch import load_file, save_file
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels.table.file_reader import make_files_reader
 from engram_kernels.table.pack import pack_table
-from engram_kernels.testing import random_rows
 
 pytest_plugins = ("shared_worker",)
 pytestmark = pytest.mark.usefixtures("compiled")
-QWEN = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.shard_{}.weight"
-QWEN_SCALE = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.weight_scale"
-LONGCAT = "model.ngram_embeddings.embedders.{}.weight"
-V41, V41_SCALE = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
-
-
-def stored(row_format, num_rows, row_dim, seed=0):
-    return random_rows(row_format, num_rows, row_dim, torch.Generator().manual_seed(seed))
-
-
-def write(folder, files, index=True):
-    """A checkpoint of these tensors by file, each file with another tensor first; its index in the order of the text."""
-    folder.mkdir(exist_ok=True)
-    weight_map = {}
-    for number, (file, tensors) in enumerate(files.items()):
-        save_file({f"a.{number}": torch.randn(number + 1), **tensors}, folder / file)
-        weight_map.update({name: file for name in tensors})
-    if index:
-        text = {"metadata": {"total_size": 1}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(text))
-    return folder
-
-
-def qwen(folder, num_parts=128, height=5, width=160, **options):
-    rows, _ = stored("bf16", num_parts * height, width)
-    files = {}
-    for n in range(num_parts):  # neighbours in other files, and in another order than their numbers
-        part = rows[n * height:n * height + height].clone()
-        files.setdefault(f"model-0000{n * 7 % 5 + 1}-of-00005.safetensors", {})[QWEN.format(n)] = part
-    return write(folder, files, **options), (QWEN,), RowTable.from_tensor(rows)
-
-
-def qwen_fp8(folder):
-    rows, _ = stored("fp8_e4m3_tensor", 60, 160)
-    scale = torch.tensor([0.0123]).bfloat16()
-    files = {f"model-{n % 2}.safetensors": {} for n in range(2)}
-    for n in range(12):
-        files[f"model-{n % 2}.safetensors"][QWEN.format(n)] = rows[n * 5:n * 5 + 5].clone().view(torch.float8_e4m3fn)
-    files["model-9.safetensors"] = {QWEN_SCALE: scale}
-    return write(folder, files), (QWEN, QWEN_SCALE), RowTable.from_tensor(rows, scale.float(), "fp8_e4m3_tensor")
-
-
-def longcat(folder):
-    heights = [21 + 2 * i for i in range(12)]
-    rows, _ = stored("bf16", sum(heights), 256)
-    parts = dict(zip([LONGCAT.format(i) for i in range(12)], [x.clone() for x in rows.split(heights)], strict=True))
-    names = list(parts)
-    files = {"a.safetensors": {n: parts[n] for n in names[6:]}, "b.safetensors": {n: parts[n] for n in names[:6]}}
-    return write(folder, files, index=False), (LONGCAT,), RowTable.from_tensor(rows)
-
-
-def v41(folder):
-    rows, scales = stored("fp8_e4m3_block32", 301, 64)
-    shard = {V41: rows.view(torch.float8_e4m3fn), V41_SCALE: scales.view(torch.float8_e8m0fnu)}
-    other = {"layers.14.engram.embed.weight": rows.view(torch.float8_e4m3fn)}
-    files = {"model-00047-of-00048.safetensors": shard, "model-00048-of-00048.safetensors": other}
-    return write(folder, files), (V41, V41_SCALE), RowTable.from_tensor(rows, scales, "fp8_e4m3_block32")
-
-
-def v41_int8(folder):
-    """Scales in another file, in other parts than the rows."""
-    rows, scales = stored("int8_group32", 301, 256)
-    files = {"model-00047.safetensors": {V41: rows}, "s.safetensors": {f"{V41_SCALE}.1": scales[200:].clone()},
-             "t.safetensors": {f"{V41_SCALE}.0": scales[:200].clone()}}
-    return write(folder, files), (V41, V41_SCALE + ".{}"), RowTable.from_tensor(rows, scales, "int8_group32")
-
-
 LAYOUTS = {f.__name__: f for f in (qwen, qwen_fp8, longcat, v41, v41_int8)}
 
 
@@ -88,17 +24,6 @@ LAYOUTS = {f.__name__: f for f in (qwen, qwen_fp8, longcat, v41, v41_int8)}
 def checkpoint(request, tmp_path):
     """A folder, the names of its table, and its rows in memory."""
     return LAYOUTS[request.param](tmp_path / "checkpoint")
-
-
-def check(table, memory, seed=0):
-    """Every row, by random ids with duplicates and in order."""
-    assert (table.num_rows, table.row_dim, table.row_format) == (memory.num_rows, memory.row_dim, memory.row_format)
-    ids = torch.randint(-1, memory.num_rows, (60, 7), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    for some in (ids, torch.arange(memory.num_rows), torch.tensor([memory.num_rows - 1, 0])):
-        torch.testing.assert_close(gather_rows(table, some), gather_rows(memory, some), rtol=0, atol=0)
-    for got, want in zip(table.read_rows(torch.arange(memory.num_rows)), memory.read_rows(torch.arange(memory.num_rows)),
-                         strict=True):
-        assert got is want is None or torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 @pytest.mark.parametrize("io, cache_bytes", [("auto", 0), ("io_uring", 5000), ("preadv", 0), ("preadv_buffered", 1 << 20)])
@@ -189,3 +114,117 @@ def test_checkpoint_table_of_ranks(row_format, tmp_path):
     os.unlink(files[1])
     with pytest.raises(ValueError, match=r"is called 'model\{\}-mp4.safetensors' with 1 for \{\}: there are 3, the last is 3"):
         RowTable.open(tmp_path / "model{}-mp4.safetensors", V41, V41_SCALE, row_format=row_format)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.1), torch.tensor([0.1]).bfloat16(), torch.tensor([6e-8]).half(),
+                                   torch.tensor(-0.0).bfloat16(), torch.tensor([float("inf")]).bfloat16()], ids=str)
+def test_checkpoint_table_widens_one_scale_exactly(scale, tmp_path):
+    rows, _ = stored("fp8_e4m3_tensor", 20, 64)
+    save_file({"w": rows.view(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    save_file({"s": scale}, tmp_path / "b.safetensors")
+    table = RowTable.open(tmp_path, "w", "s")
+    assert table.row_format == "fp8_e4m3_tensor" and table.scales.dtype == torch.float32 and table.scales.shape == (1,)
+    assert table.scales.view(torch.int32).item() == scale.reshape(1).float().view(torch.int32).item()
+    save_file({"s": scale.double()}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="F64"):
+        RowTable.open(tmp_path, "w", "s")
+
+
+@pytest.mark.parametrize("io", ["io_uring", "preadv_buffered"])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("change", ["touched", "cut", "gone"])
+def test_checkpoint_table_file_changes_while_open(change, cache_bytes, io, tmp_path, shm):
+    """The rows of that file fail, cached ones too; those of the others are read on. Opened anew it is another state."""
+    folder, names, memory = qwen(tmp_path / "c", num_parts=12, width=16)
+    table = RowTable.open(folder, *names, io=io, cache_bytes=cache_bytes)
+    check(table, memory)
+    sent, path = pickle.dumps(table), folder / "model-00003-of-00005.safetensors"
+    of_file = [int(name.split("_")[-1].split(".")[0]) for name in load_file(path) if "shard" in name]
+    inside = torch.tensor([row for n in of_file for row in range(n * 5, n * 5 + 5)])
+    outside = torch.tensor([row for row in range(60) if row not in inside])
+    if change == "touched":
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    elif change == "cut":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        os.unlink(path)
+        check(table, memory)  # what was opened is read
+        with pytest.raises(FileNotFoundError, match="model-00003-of-00005.safetensors"):
+            pickle.loads(sent)
+        return
+    for ids in (inside, inside[-1:], torch.arange(60)):
+        with pytest.raises(OSError, match=r"tier file: \S+model-00003-of-00005.safetensors: .*row (\d+)") as caught:
+            table.read_rows(ids)
+        assert int(re.search(r"row (\d+)", str(caught.value))[1]) in inside
+    assert torch.equal(table.read_rows(outside)[0], memory.rows[outside])
+    with pytest.raises(OSError, match="model-00003-of-00005.safetensors"):
+        table.share("changes", directory=shm)
+
+
+def test_checkpoint_table_of_another_state_is_another_table_to_share(tmp_path, shm):
+    """A file that was written again: the fingerprint need not see it."""
+    folder, names, _ = qwen(tmp_path / "c", num_parts=12, width=16)
+    held = RowTable.open(folder, *names).share("state", directory=shm)
+    again = RowTable.open(folder, *names)
+    assert RowTable.attach("state", like=again, directory=shm).fingerprint() == held.fingerprint()
+    path = folder / "model-00003-of-00005.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))  # older than the others
+    with pytest.raises(FileExistsError, match="holds another table: the file is"):
+        RowTable.open(folder, *names).share("state", directory=shm)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("io", ["io_uring", "preadv_buffered"])
+def test_parts_of_any_shape_read_as_one_array(seed, io, tmp_path):
+    """The reader itself, under short reads, reordering and delays: parts of any height at odd offsets of any files, rows that
+    cross pages, scales in parts of their own."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_files = 300, int(rng.integers(1, 6))
+    arrays = [rng.integers(0, 256, (num_rows, int(rng.integers(1, width))), dtype=np.uint8) for width in (9000, 40)]
+    content, extents = [bytes(rng.integers(0, 256, int(rng.integers(0, 5000)), dtype=np.uint8)) for _ in range(num_files)], []
+    for array in arrays:
+        cuts = np.sort(rng.integers(0, num_rows + 1, int(rng.integers(0, 12))))
+        pieces = list(enumerate(np.split(array, cuts)))
+        places = {}
+        for number in rng.permutation(len(pieces)):  # in another order than the rows
+            piece, file = pieces[number][1], int(rng.integers(0, num_files))
+            places[number] = (file, len(content[file]), len(piece))
+            content[file] += piece.tobytes() + bytes(int(rng.integers(0, 3)))
+        parts = [places[number] for number in range(len(pieces))]
+        extents.append((array.shape[1], array.shape[1], parts))
+    fds = []
+    for number, data in enumerate(content):
+        (tmp_path / str(number)).write_bytes(data)
+        fds.append(os.open(tmp_path / str(number), os.O_RDONLY))
+    reader = make_files_reader([(fd, str(n)) for n, fd in enumerate(fds)], 7, io)
+    for fd in fds:
+        os.close(fd)
+    inject_faults(reader, seed=seed, shorter=0.3, reorder=True, max_delay_us=50)
+    for cache_bytes in (0, 100_000):
+        tier = reader.tier(*extents, cache_bytes)
+        for count in (1, 2, 50, num_rows):
+            ids = rng.permutation(num_rows)[:count]
+            rows, scales = (np.full((count, a.shape[1]), 0xA5, np.uint8) for a in arrays)
+            tier.fetch(ids, rows, scales)
+            assert np.array_equal(rows, arrays[0][ids]) and np.array_equal(scales, arrays[1][ids])
+
+
+def test_parts_outside_their_files_are_refused(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(100))
+    fd = os.open(tmp_path / "a", os.O_RDONLY)
+    reader = make_files_reader([(fd, "a"), (fd, "b")])
+    os.close(fd)
+    nothing = (0, 0, [])
+    for parts, message in (([(0, 0, 5), (1, 90, 2)], "2 rows of 10 bytes from byte 90 are not inside b of 100 bytes"),
+                           ([(2, 0, 5)], r"part 0 is in file 2, expected \[0, 2\)"), ([(-1, 0, 5)], r"part 0 is in file -1"),
+                           ([(0, -1, 5)], "from byte -1"), ([(0, 0, -5)], "a part has -5 rows"),
+                           ([(0, 0, 2**62), (0, 0, 2**62 - 1)], "rows of 10 bytes from byte 0 are not inside"),
+                           ([(0, 0, 2**63 - 1), (0, 0, 1)], "a part has 1 rows")):
+        with pytest.raises(ValueError, match=f"FileReader: .*{message}"):
+            reader.tier((10, 10, parts), nothing, 0)
+    with pytest.raises(ValueError, match="there are scales for 4 rows, expected 5"):
+        reader.tier((10, 10, [(0, 0, 5)]), (1, 1, [(0, 0, 4)]), 0)
+    with pytest.raises(ValueError, match="there are no files"):
+        make_files_reader([])
+    with pytest.raises(ValueError, match=r"file is 2, expected \[0, 2\)"):
+        reader.read_range(0, np.zeros(1, np.uint8), 2)
