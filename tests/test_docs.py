@@ -23,7 +23,8 @@ ENDS = {"/".join(Path(t).parts[n:]) for t in TRACKED if (ROOT / t).exists() for 
 CODE = sorted(t for t in TRACKED if t.endswith((".py", ".h", ".cpp", ".cu")) and not t.startswith("tests/golden/"))
 MAX_LINES, MAX_WORDS, MAX_PARAGRAPH_WORDS, MAX_CELL = 150, 1300, 50, 120
 # files of other projects and of the user that a comment may name
-FOREIGN = re.compile(r"(engram_demo_v1|modular_\w+|modeling_\w+|longcat_flash_ngram|convert)\.py|(liburing|mempolicy|nvml|malloc)\.h")
+FOREIGN = re.compile(r"(engram_demo_v1|modular_\w+|modeling_\w+|longcat_flash_ngram|convert)\.py|"
+                     r"(liburing|mempolicy|nvml|malloc)\.h")
 FILE = re.compile(r"(?<![\w/.*{-])((?:[\w.<>-]+/)*[\w<>-]+\.(?:py|h|cpp|cu|md|png))\b(?!\()")
 
 
