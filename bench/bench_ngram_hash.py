@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engram_kernels import _C
-from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.ops.ngram_hash import ngram_hash, ngram_hash_and_commit
 from harness import measure
 from workloads import DEEPSEEK_V41_DECODE, DEEPSEEK_V41_PREFILL
 
@@ -77,3 +77,39 @@ def test_numpy_decode(benchmark):
     window = np.concatenate([np.zeros(layout.max_order - 1, np.int32), ids.numpy()])
     measure(benchmark, lambda: numpy_demo(window, layout)[:, -1:], group=DECODE,
             contender="numpy (the demo's)", units=48, unit="id", rounds=500)
+
+
+def committing(batch):
+    """(ids, cu_seqlens, layout, history) of a decode step of so many sequences."""
+    layout = DEEPSEEK_V41_DECODE.spec.layout()
+    ids = torch.randint(0, layout.num_ids, (batch,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return ids, torch.arange(batch + 1, dtype=torch.int32), layout, torch.zeros(batch, layout.max_order - 1, dtype=torch.int32)
+
+
+def torch_hash_and_commit(ids, layout, history):
+    """A decode step of one token per sequence in torch ops: products, XOR, remainders, and the history moved on."""
+    window = torch.cat([ids[:, None], history], dim=1)
+    products = window.long()[None] * layout.multipliers[:, None]  # [L, B, N]
+    mixes = [products[..., 0]]
+    for s in range(1, layout.max_order):
+        mixes.append(mixes[-1] ^ products[..., s])
+    mix = torch.stack(mixes[1:], dim=-1).repeat_interleave(layout.heads, dim=-1)
+    rows = (mix % layout.moduli[:, None] + layout.offsets[:, None]).int()
+    history.copy_(window[:, :-1])
+    return rows
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("how", ["hash_and_commit", "hash alone", "torch ops"])
+def test_commit(benchmark, batch, how):
+    """The updated history against the hash alone and against torch ops."""
+    ids, cu, layout, history = committing(batch)
+    run = {"hash_and_commit": lambda: ngram_hash_and_commit(ids, cu, layout, history, backend="cpu"),
+           "hash alone": lambda: ngram_hash(ids, cu, layout, history=history, backend="cpu"),
+           "torch ops": lambda: torch_hash_and_commit(ids, layout, history)}[how]
+    twin = history.clone()
+    assert torch.equal(ngram_hash_and_commit(ids, cu, layout, history), torch_hash_and_commit(ids, layout, twin))
+    assert torch.equal(history, twin)
+    with torch.inference_mode():
+        measure(benchmark, run, group=f"ngram_hash_and_commit, one token each of {batch} sequences, call included",
+                contender=how, role="ours" if how == "hash_and_commit" else "peer", units=48 * batch, unit="id", rounds=2000)

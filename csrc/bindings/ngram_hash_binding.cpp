@@ -7,16 +7,17 @@ namespace {
 
 constexpr const char* kOp = "ngram_hash";
 
-void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-         const Tensor& multipliers, const std::optional<Tensor>& token_map, const std::optional<Tensor>& history,
-         const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+// What the op and its form that commits share; no history yet.
+NgramHashParams make_params(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
+                            const Tensor& multipliers, const std::optional<Tensor>& token_map,
+                            const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id,
+                            const Tensor& out) {
   expect_one_device(kOp, {{"token_ids", &token_ids},
                           {"cu_seqlens", &cu_seqlens},
                           {"moduli", &moduli},
                           {"offsets", &offsets},
                           {"multipliers", &multipliers},
                           {"token_map", or_null(token_map)},
-                          {"history", or_null(history)},
                           {"dead_mask", or_null(dead_mask)},
                           {"out", &out}});
   NgramHashParams p{};
@@ -48,10 +49,6 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
     expect_dtype(kOp, "token_map", *token_map, {ScalarType::Int});
     expect_shape(kOp, "token_map", *token_map, {kAnySize}, 1);
   }
-  if (history.has_value()) {
-    expect_dtype(kOp, "history", *history, {token_ids.scalar_type()});
-    expect_shape(kOp, "history", *history, {p.num_sequences, p.max_order - 1}, 2);
-  }
   if (dead_mask.has_value()) {
     expect_dtype(kOp, "dead_mask", *dead_mask, {ScalarType::Bool});
     expect_shape(kOp, "dead_mask", *dead_mask, {p.num_tokens}, 1);
@@ -61,7 +58,6 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
   p.token_ids = token_ids.const_data_ptr();
   p.token_stride = token_ids.stride(0);
   p.ids_are_int64 = token_ids.scalar_type() == ScalarType::Long;
-  p.history = data_or_null<void>(history);
   p.dead_mask = data_or_null<uint8_t>(dead_mask);
   p.token_map = data_or_null<int32_t>(token_map);
   p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
@@ -73,6 +69,10 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
   p.vocab_size = token_map.has_value() ? token_map->numel() : num_ids;
   p.boundary_id = boundary_id;
   p.eos_id = eos_id;
+  return p;
+}
+
+void run(NgramHashParams p, const Tensor& token_ids) {
 #ifdef EK_WITH_CUDA
   const CudaLaunch launch(kOp, token_ids);
   p.error_count = launch.error_count();
@@ -84,12 +84,20 @@ void run(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli
 #endif
 }
 
-Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-                  const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
-                  std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
-  Tensor out = torch::stable::new_empty(token_ids, {moduli.size(0), token_ids.numel(), moduli.size(1)}, ScalarType::Int);
-  run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id, out);
-  return out;
+void hash_into(const Tensor& out, const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
+               const Tensor& multipliers, const std::optional<Tensor>& token_map, const std::optional<Tensor>& history,
+               const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
+  NgramHashParams p =
+      make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, dead_mask, num_ids, boundary_id, eos_id, out);
+  if (history.has_value()) {
+    expect_one_device(kOp, {{"token_ids", &token_ids}, {"history", &*history}});
+    expect_dtype(kOp, "history", *history, {token_ids.scalar_type()});
+    expect_shape(kOp, "history", *history, {p.num_sequences, p.max_order - 1}, 2);
+    p.history = history->const_data_ptr();
+    p.num_histories = p.num_sequences;
+    p.history_width = p.history_stride = p.max_order - 1;
+  }
+  run(p, token_ids);
 }
 
 void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
@@ -104,7 +112,104 @@ void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Ten
                      {"token_map", or_null(token_map)},
                      {"history", or_null(history)},
                      {"dead_mask", or_null(dead_mask)}});
-  run(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id, out);
+  hash_into(out, token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id,
+            eos_id);
+}
+
+Tensor new_row_ids(const Tensor& token_ids, const Tensor& moduli) {
+  expect_shape(kOp, "moduli", moduli, {kAnySize, kAnySize}, 2);
+  return torch::stable::new_empty(token_ids, {moduli.size(0), token_ids.numel(), moduli.size(1)}, ScalarType::Int);
+}
+
+Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
+                  const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
+                  std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
+  Tensor out = new_row_ids(token_ids, moduli);
+  hash_into(out, token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id,
+            eos_id);
+  return out;
+}
+
+// The pool of histories, which row of it each sequence has, and what is dropped of it.
+void set_state(NgramHashParams* p, const Tensor& token_ids, const Tensor& history, const std::optional<Tensor>& state_indices,
+               const std::optional<Tensor>& rejected) {
+  expect_one_device(kOp, {{"token_ids", &token_ids},
+                          {"history", &history},
+                          {"state_indices", or_null(state_indices)},
+                          {"rejected", or_null(rejected)}});
+  expect_dtype(kOp, "history", history, {token_ids.scalar_type()});
+  expect_shape(kOp, "history", history, {state_indices.has_value() ? kAnySize : p->num_sequences, kAnySize}, 1);
+  p->num_histories = history.size(0);
+  p->history_width = history.size(1);
+  p->history_stride = history.stride(0);
+  EK_CHECK(p->spare() >= 0, kOp << ": history has " << p->history_width << " columns, expected at least " << p->max_order - 1
+                                << ", max_order - 1");
+  EK_CHECK(p->num_histories <= 1 || p->history_stride >= p->history_width, kOp << ": the rows of history share memory");
+  p->history = p->committed = history.mutable_data_ptr();
+  if (state_indices.has_value()) {
+    expect_dtype(kOp, "state_indices", *state_indices, {ScalarType::Int, ScalarType::Long});
+    expect_shape(kOp, "state_indices", *state_indices, {p->num_sequences}, 0);
+    p->state_indices = state_indices->const_data_ptr();
+    p->index_stride = state_indices->stride(0);
+    p->indices_are_int64 = state_indices->scalar_type() == ScalarType::Long;
+  }
+  if (rejected.has_value()) {
+    expect_dtype(kOp, "rejected", *rejected, {ScalarType::Int, ScalarType::Long});
+    expect_shape(kOp, "rejected", *rejected, {p->num_sequences}, 0);
+    p->rejected = rejected->const_data_ptr();
+    p->rejected_stride = rejected->stride(0);
+    p->rejected_are_int64 = rejected->scalar_type() == ScalarType::Long;
+  }
+}
+
+void hash_and_commit(const Tensor& out, const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli,
+                     const Tensor& offsets, const Tensor& multipliers, const Tensor& history,
+                     const std::optional<Tensor>& token_map, const std::optional<Tensor>& dead_mask,
+                     const std::optional<Tensor>& state_indices, const std::optional<Tensor>& rejected, int64_t num_ids,
+                     int64_t boundary_id, int64_t eos_id) {
+  NgramHashParams p =
+      make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, dead_mask, num_ids, boundary_id, eos_id, out);
+  set_state(&p, token_ids, history, state_indices, rejected);
+  expect_apart_from(kOp, history,
+                    {{"token_ids", &token_ids},
+                     {"cu_seqlens", &cu_seqlens},
+                     {"moduli", &moduli},
+                     {"offsets", &offsets},
+                     {"multipliers", &multipliers},
+                     {"token_map", or_null(token_map)},
+                     {"dead_mask", or_null(dead_mask)},
+                     {"state_indices", or_null(state_indices)},
+                     {"rejected", or_null(rejected)}});
+  run(p, token_ids);
+}
+
+void ngram_hash_update_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
+                           const Tensor& multipliers, const Tensor& history, std::optional<Tensor> token_map,
+                           std::optional<Tensor> dead_mask, std::optional<Tensor> state_indices, std::optional<Tensor> rejected,
+                           int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+  expect_apart_from(kOp, out,
+                    {{"token_ids", &token_ids},
+                     {"cu_seqlens", &cu_seqlens},
+                     {"moduli", &moduli},
+                     {"offsets", &offsets},
+                     {"multipliers", &multipliers},
+                     {"history", &history},
+                     {"token_map", or_null(token_map)},
+                     {"dead_mask", or_null(dead_mask)},
+                     {"state_indices", or_null(state_indices)},
+                     {"rejected", or_null(rejected)}});
+  hash_and_commit(out, token_ids, cu_seqlens, moduli, offsets, multipliers, history, token_map, dead_mask, state_indices,
+                  rejected, num_ids, boundary_id, eos_id);
+}
+
+Tensor ngram_hash_update(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
+                         const Tensor& multipliers, const Tensor& history, std::optional<Tensor> token_map,
+                         std::optional<Tensor> dead_mask, std::optional<Tensor> state_indices, std::optional<Tensor> rejected,
+                         int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
+  Tensor out = new_row_ids(token_ids, moduli);
+  hash_and_commit(out, token_ids, cu_seqlens, moduli, offsets, multipliers, history, token_map, dead_mask, state_indices,
+                  rejected, num_ids, boundary_id, eos_id);
+  return out;
 }
 
 }  // namespace
@@ -113,4 +218,6 @@ void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Ten
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("ngram_hash", TORCH_BOX(&engram_kernels::ngram_hash));
   m.impl("ngram_hash.out", TORCH_BOX(&engram_kernels::ngram_hash_out));
+  m.impl("ngram_hash_update", TORCH_BOX(&engram_kernels::ngram_hash_update));
+  m.impl("ngram_hash_update.out", TORCH_BOX(&engram_kernels::ngram_hash_update_out));
 }

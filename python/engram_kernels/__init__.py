@@ -9,12 +9,13 @@ from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate
 from engram_kernels.ops.gather_rows import gather_rows
-from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.ops.ngram_hash import ngram_hash, ngram_hash_and_commit
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
-__all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "RowPrefetcher", "RowTable", "TokenMap", "backends", "budget",
-           "check_errors", "engram_forward", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash", "short_conv"]
+__all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "RowPrefetcher", "RowTable", "TokenMap", "backends",
+           "budget", "check_errors", "engram_forward", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash",
+           "ngram_hash_and_commit", "short_conv"]

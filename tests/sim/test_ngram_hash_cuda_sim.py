@@ -23,15 +23,17 @@ def random_ids(count, vocab_size, seed=0, low=0):
     return torch.randint(low, vocab_size, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-def simulate(layout, ids, cu, token_map=None, history=None, dead=None, device=None, misalign=0):
-    """Row ids [L, T, C], the number of errors counted, the launches."""
+def simulate(layout, ids, cu, token_map=None, history=None, dead=None, device=None, misalign=0, state_indices=None, rejected=None,
+             commits=False):
+    """Row ids [L, T, C], the number of errors counted, the launches. With `commits` the history is brought up to date."""
     device = device or Device()
     num_layers, columns = layout.moduli.shape
     room = poisoned(num_layers * len(ids) * columns + misalign)
     errors = np.zeros(1, np.uint32)
     at = device.address
     params = NgramHashParams(
-        token_ids=at(ids, "token_ids"), history=at(history, "history"), dead_mask=at(dead, "dead_mask"),
+        token_ids=at(ids, "token_ids"), history=at(history, "history"), state_indices=at(state_indices, "state_indices"),
+        rejected=at(rejected, "rejected"), dead_mask=at(dead, "dead_mask"),
         cu_seqlens=at(cu, "cu_seqlens"), token_map=at(token_map, "token_map"), multipliers=at(layout.multipliers),
         moduli=at(layout.moduli), offsets=at(layout.offsets), row_ids=at(room, "row_ids") + 4 * misalign,
         num_tokens=len(ids), token_stride=ids.stride(0), num_sequences=len(cu) - 1,
@@ -39,6 +41,13 @@ def simulate(layout, ids, cu, token_map=None, history=None, dead=None, device=No
         boundary_id=layout.boundary_id, eos_id=layout.eos_id, num_layers=num_layers, max_order=layout.max_order,
         heads=layout.heads, ids_are_int64=ids.dtype == torch.int64, per_column=layout.multipliers.dim() == 3,
         error_count=at(errors, "error_count"))
+    if history is not None:
+        params.num_histories, params.history_width, params.history_stride = *history.shape, history.stride(0)
+        params.committed = params.history if commits else None
+    for name, x in (("indices", state_indices), ("rejected", rejected)):
+        if x is not None:
+            setattr(params, f"{name.replace('indices', 'index')}_stride", x.stride(0))
+            setattr(params, f"{name}_are_int64", x.dtype == torch.int64)
     launches = device.run(OP, params)
     rows = torch.from_numpy(room[misalign:].reshape(num_layers, len(ids), columns))
     return rows, int(errors[0]), launches

@@ -1,4 +1,8 @@
 // Checks of ngram_hash on host memory: constants and token data. Compiled once, for the plainest instruction set.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "common/cu_seqlens.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
@@ -32,25 +36,73 @@ void check_params(const NgramHashParams& p) {
   }
 }
 
-void check_host_data(const NgramHashParams& p) {
-  check_cu_seqlens("ngram_hash", p.cu_seqlens, p.num_sequences, p.num_tokens);
-  for (int64_t t = 0; t < p.num_tokens; ++t) {
+namespace {
+
+// Throws if two sequences with tokens have one row: which of them it would be the history of is anybody's guess.
+void check_rows_differ(const NgramHashParams& p) {
+  bool increase = true;  // as a scheduler has them, mostly
+  for (int64_t b = 1; b < p.num_sequences; ++b) increase = increase && p.index(b - 1) < p.index(b);
+  if (increase) return;
+  std::vector<std::pair<int64_t, int64_t>> users;  // (row, sequence)
+  users.reserve(static_cast<size_t>(p.num_sequences));
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    if (p.index(b) != kSkipped) users.emplace_back(p.index(b), b);
+  }
+  std::sort(users.begin(), users.end());
+  for (size_t i = 1; i < users.size(); ++i) {
+    EK_CHECK(users[i].first != users[i - 1].first,
+             "ngram_hash: state_indices[" << users[i - 1].second << "] and state_indices[" << users[i].second << "] are both "
+                                          << users[i].first << ", expected a history for each sequence");
+  }
+}
+
+void check_rows(const NgramHashParams& p) {
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    const int64_t row = p.index(b), dropped = p.num_rejected(b);
+    EK_CHECK_INDEX(row >= kSkipped && row < p.num_histories, "ngram_hash: state_indices[" << b << "] is " << row
+                                                                                          << ", expected [0, " << p.num_histories
+                                                                                          << ") or -1 (skip the sequence)");
+    if (row == kSkipped) continue;
+    EK_CHECK(dropped >= 0 && dropped <= p.spare(), "ngram_hash: rejected[" << b << "] is " << dropped << ", expected [0, "
+                                                                           << p.spare()
+                                                                           << "], the columns of history beyond max_order - 1");
+  }
+  if (p.state_indices != nullptr) check_rows_differ(p);
+}
+
+void check_token_ids(const NgramHashParams& p, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
     if (p.dead(t)) continue;
     const int64_t id = p.token_id(t);
     EK_CHECK_INDEX(id >= 0 && id < p.vocab_size, "ngram_hash: token_ids[" << t << "] is " << id << ", expected [0, "
                                                                           << p.vocab_size
                                                                           << "); unresolved placeholders must not be hashed");
   }
+}
+
+}  // namespace
+
+void check_host_data(const NgramHashParams& p) {
+  check_cu_seqlens("ngram_hash", p.cu_seqlens, p.num_sequences, p.num_tokens);
+  if (p.state_indices != nullptr || p.rejected != nullptr) check_rows(p);
+  if (p.state_indices == nullptr) {
+    check_token_ids(p, 0, p.num_tokens);
+  } else {
+    for (int64_t b = 0; b < p.num_sequences; ++b) {
+      if (p.index(b) != kSkipped) check_token_ids(p, p.cu_seqlens[b], p.cu_seqlens[b + 1]);
+    }
+  }
   if (p.history == nullptr) return;
   for (int64_t b = 0; b < p.num_sequences; ++b) {
-    for (int back = 1; back < p.max_order; ++back) {
+    const int64_t row = p.history_row(b), first = p.num_rejected(b) - 1;
+    for (int back = 1; row != kSkipped && back < p.max_order; ++back) {
       const int64_t id = p.history_id(b, back);
-      EK_CHECK_INDEX(id >= kDeadToken && id < p.vocab_size, "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id
+      EK_CHECK_INDEX(id >= kDeadToken && id < p.vocab_size, "ngram_hash: history[" << row << ", " << first + back << "] is " << id
                                                                                    << ", expected [0, " << p.vocab_size
                                                                                    << "), -1 (before the start) or -2 (dead)");
       EK_CHECK_INDEX(id == kBeforeStart || back == 1 || p.history_id(b, back - 1) != kBeforeStart,
-                     "ngram_hash: history[" << b << ", " << back - 1 << "] is " << id << ", older than a -1 (before the start),"
-                                            << " expected -1; unresolved placeholders must not be hashed");
+                     "ngram_hash: history[" << row << ", " << first + back << "] is " << id << ", older than a -1 (before the"
+                                            << " start), expected -1; unresolved placeholders must not be hashed");
     }
   }
 }

@@ -232,22 +232,37 @@ void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups
   }
 }
 
+// No row for tokens of a skipped sequence.
+void fill_block(const NgramHashParams& p, int64_t first, int64_t stop) {
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    int32_t* out = p.row_ids + (layer * p.num_tokens + first) * p.columns();
+    std::fill(out, out + (stop - first) * p.columns(), static_cast<int32_t>(kNoRow));
+  }
+}
+
 }  // namespace
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
-  if (p.num_tokens == 0) return;
-  const std::vector<ColumnGroup> groups = make_groups(p);
-  parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
-    Block block;
-    int64_t sequence = sequence_of(p.cu_seqlens, p.num_sequences, begin);
-    for (int64_t first = begin; first < end;) {
-      while (p.cu_seqlens[sequence + 1] <= first) ++sequence;
-      const int64_t stop = std::min<int64_t>({end, p.cu_seqlens[sequence + 1], first + kBlock});
-      load_block(p, sequence, first, static_cast<int>(stop - first), &block);
-      hash_block(p, groups, block, first, static_cast<int>(stop - first));
-      first = stop;
-    }
-  });
+  if (p.num_tokens > 0) {
+    const std::vector<ColumnGroup> groups = make_groups(p);
+    parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
+      Block block;
+      int64_t sequence = sequence_of(p.cu_seqlens, p.num_sequences, begin);
+      for (int64_t first = begin; first < end;) {
+        while (p.cu_seqlens[sequence + 1] <= first) ++sequence;
+        const int64_t stop = std::min<int64_t>({end, p.cu_seqlens[sequence + 1], first + kBlock});
+        if (p.history_row(sequence) == kSkipped) {
+          fill_block(p, first, stop);
+        } else {
+          load_block(p, sequence, first, static_cast<int>(stop - first), &block);
+          hash_block(p, groups, block, first, static_cast<int>(stop - first));
+        }
+        first = stop;
+      }
+    });
+  }
+  if (p.committed == nullptr) return;
+  for (int64_t b = 0; b < p.num_sequences; ++b) p.commit(b);
 }
 
 }  // namespace engram_kernels::EK_ISA

@@ -5,6 +5,8 @@
 //   2. mix     each thread mixes whole tokens, in every order and layer
 //   3. reduce  each thread keeps kWidth columns of one layer in registers and walks over the tokens, so that warps store
 //              whole stretches of the output. A remainder takes no division, six machine instructions: Column
+//   4. commit  each thread updates the histories of whole sequences. Other blocks may still read them where there are any:
+//              then a second kernel does it
 // Traffic  4 or 8 bytes per token (and 4 of the token map) read once per kMaxLayers layers, 4 bytes * columns * layers
 //          written.
 // Limits   the constants of a block's columns must fit in 48 KiB of shared memory: about 2,000 columns.
@@ -17,10 +19,13 @@ namespace {
 constexpr int kMaxLayers = 2;  // layers of one block: token ids are read once for all of them
 constexpr int kMaxThreads = 256;
 constexpr int kMinThreads = 96;
-constexpr int kTilesPerSm = 4;  // before tiles grow
-constexpr int kMaxTile = 512;   // tokens; amortises the constants of the columns
-constexpr int kMinTile = 32;    // tokens
+constexpr int kTilesPerSm = 4;        // before tiles grow
+constexpr int kMaxTile = 512;         // tokens; amortises the constants of the columns
+constexpr int kMinTile = 32;          // tokens
+constexpr int kMaxFusedTokens = 128;  // one block takes a step of so many, and updates the histories too
+constexpr int kCommitThreads = 128;
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
+constexpr int kNoHistory = -1, kNotHashed = -2;  // in place of a token's sequence: its lookback stays in the chunk; skipped
 
 // ---- remainders -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ struct Plan {
   int mixes_at;            // uint64 [layers][tile][mix_stride]
   int windows_at;          // uint32 [tile][window_stride]: canonical ids of a token and its lookback
   int words_at;            // int32 [kMaxOrder + tile], token j at kMaxOrder + j, see Reader
-  int sequences_at;        // int32 [tile]: the sequence of a token among its first max_order - 1, else -1
+  int sequences_at;        // int32 [tile]: the sequence of a token among its first max_order - 1, or kNoHistory, or kNotHashed
   int shared_bytes;
 };
 
@@ -161,30 +166,46 @@ __device__ int64_t find_sequence(const NgramHashParams& p, int64_t t, int lane) 
   return begin;
 }
 
-// Marks the tokens whose lookback passes the start of their sequence; counts what is wrong with cu_seqlens. One warp.
+// Counts what check_host_data refuses of sequence b, but for its tokens and the values of its history.
+__device__ void count_sequence_errors(const NgramHashParams& p, int64_t b) {
+  const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
+  if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens)) count_error(p.error_count);
+  const int64_t row = p.history_row(b);
+  if (row == kRefused) count_error(p.error_count);
+  if (row < 0) return;
+  for (int64_t other = 0; p.state_indices != nullptr && other < b; ++other) {
+    if (p.index(other) == row) count_error(p.error_count);
+  }
+  if (p.history == nullptr || begin >= end) return;
+  bool before_start = false;
+  for (int back = 1; back < p.max_order; ++back) {
+    const bool is_before_start = p.history_id(b, back) == kBeforeStart;
+    if (before_start && !is_before_start) count_error(p.error_count);
+    before_start = before_start || is_before_start;
+  }
+}
+
+// Marks the tokens whose lookback passes the start of their sequence, and those that are not hashed; counts what is wrong with
+// sequences. One warp.
 __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan, int first, int count, int lane) {
   int32_t* sequences = shared_at<int32_t>(plan.sequences_at);
   static_assert(kMinTile == 32, "one pass of 16 bytes per lane clears 128 tokens");
 #pragma unroll 1
-  for (int j = 4 * lane; j < plan.tile; j += 128) *reinterpret_cast<int4*>(sequences + j) = make_int4(-1, -1, -1, -1);
+  for (int j = 4 * lane; j < plan.tile; j += 128)
+    *reinterpret_cast<int4*>(sequences + j) = make_int4(kNoHistory, kNoHistory, kNoHistory, kNoHistory);
   __syncwarp();
   for (int64_t b = find_sequence(p, first, lane) + lane; b < p.num_sequences; b += 32) {
     const int64_t begin = int64_t{p.cu_seqlens[b]} - first, end = min(int64_t{p.cu_seqlens[b + 1]} - first, int64_t{count});
     if (begin >= count) break;
-    const int stop = static_cast<int>(min(end, begin + p.max_order - 1));
-    for (int j = static_cast<int>(max(begin, int64_t{0})); j < stop; ++j) sequences[j] = static_cast<int32_t>(b);
+    const bool skipped = p.history_row(b) < 0;
+    const int stop = static_cast<int>(skipped ? end : min(end, begin + p.max_order - 1));
+    for (int j = static_cast<int>(max(begin, int64_t{0})); j < stop; ++j) {
+      sequences[j] = skipped ? kNotHashed : static_cast<int32_t>(b);
+    }
   }
   if (blockIdx.y != 0) return;
   for (int64_t b = int64_t{blockIdx.x} * 32 + lane; b < p.num_sequences; b += int64_t{gridDim.x} * 32) {
-    const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
-    if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens)) count_error(p.error_count);
-    if (p.history == nullptr || begin >= end) continue;
-    bool before_start = false;
-    for (int back = 1; back < p.max_order; ++back) {
-      const bool is_before_start = p.history_id(b, back) == kBeforeStart;
-      if (before_start && !is_before_start) count_error(p.error_count);
-      before_start = before_start || is_before_start;
-    }
+    count_sequence_errors(p, b);
   }
 }
 
@@ -337,48 +358,10 @@ __device__ __forceinline__ bool stage_constants(const NgramHashParams& p, const 
   return false;
 }
 
-// blockDim = (vectors, token slots, layers); gridDim = (tiles, groups of layers)
-template <int kWidth, bool kPerColumn, int kLayers>
-__global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramHashParams p, const Plan plan) {
-  const int threads = blockDim.x * blockDim.y * blockDim.z;
-  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  const int first_layer = blockIdx.y * kLayers, layers = min(kLayers, p.num_layers - first_layer);
-  const int first = blockIdx.x * plan.tile, count = min(plan.tile, static_cast<int>(p.num_tokens) - first);
-  const Reader reader(p);
-
-  if (thread < 32) {
-    mark_sequence_starts(p, plan, first, count, thread);
-  } else {
-    int32_t* words = shared_at<int32_t>(plan.words_at) + kMaxOrder;
-#pragma unroll 1
-    for (int j = thread - 32 - (p.max_order - 1); j < count; j += threads - 32) {
-      words[j] = reader.token(first + j, j >= 0 && blockIdx.y == 0);
-    }
-  }
-  const bool can_wrap = stage_constants<kPerColumn>(p, plan, first_layer, layers, thread, threads);
-  const bool is_signed = __syncthreads_or(can_wrap);
-
-#pragma unroll 1
-  for (int j = thread; j < count; j += threads) {
-    if constexpr (kPerColumn) {
-      uint32_t* window = shared_at<uint32_t>(plan.windows_at) + j * plan.window_stride;
-      for_each_lookback(p, plan, reader, first, j, [&](int s, int32_t id) { window[s] = static_cast<uint32_t>(id); });
-    } else {
-      const uint64_t* multipliers = shared_at<uint64_t>(plan.multipliers_at);
-      uint64_t* to = shared_at<uint64_t>(plan.mixes_at) + j * plan.mix_stride;
-      uint64_t mix[kLayers] = {};
-      for_each_lookback(p, plan, reader, first, j, [&](int s, int32_t id) {
-        const ulonglong2 both = *reinterpret_cast<const ulonglong2*>(multipliers + s * kMaxLayers);
-#pragma unroll
-        for (int layer = 0; layer < kLayers; ++layer) {
-          mix[layer] ^= static_cast<uint32_t>(id) * static_cast<uint64_t>(layer == 0 ? both.x : both.y);
-          if (s > 0) to[layer * plan.layer_mixes + (s - 1)] = mix[layer];  // nobody looks at a layer that is not there
-        }
-      });
-    }
-  }
-  __syncthreads();
-
+// Row ids of the block's tokens, by all threads.
+template <int kWidth, bool kPerColumn>
+__device__ __forceinline__ void reduce_columns(const NgramHashParams& p, const Plan& plan, int first_layer, int layers, int first,
+                                               int count, bool is_signed) {
   const int layer = threadIdx.z;
   if (layer >= layers) return;
   const int slot = threadIdx.y, slots = blockDim.y, out_step = slots * plan.num_columns;
@@ -407,6 +390,78 @@ __global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramH
   }
 }
 
+// Puts kNoRow where a token is not hashed, behind what was written there.
+__device__ void clear_rows_not_hashed(const NgramHashParams& p, const Plan& plan, int first_layer, int layers, int first,
+                                      int count, int thread, int threads) {
+  const int32_t* sequences = shared_at<int32_t>(plan.sequences_at);
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) {
+    if (sequences[j] != kNotHashed) continue;
+    for (int layer = first_layer; layer < first_layer + layers; ++layer) {
+      int32_t* out = p.row_ids + (layer * p.num_tokens + first + j) * plan.num_columns;
+      for (int c = thread; c < plan.num_columns; c += threads) out[c] = static_cast<int32_t>(kNoRow);
+    }
+  }
+}
+
+// blockDim = (vectors, token slots, layers); gridDim = (tiles, groups of layers)
+template <int kWidth, bool kPerColumn, int kLayers>
+__global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramHashParams p, const Plan plan) {
+  const int threads = blockDim.x * blockDim.y * blockDim.z;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const int first_layer = blockIdx.y * kLayers, layers = min(kLayers, p.num_layers - first_layer);
+  const int first = blockIdx.x * plan.tile, count = min(plan.tile, static_cast<int>(p.num_tokens) - first);
+  const bool can_skip = p.state_indices != nullptr || p.rejected != nullptr;
+  const Reader reader(p);
+
+  if (thread < 32) {
+    mark_sequence_starts(p, plan, first, count, thread);
+  } else {
+    int32_t* words = shared_at<int32_t>(plan.words_at) + kMaxOrder;
+#pragma unroll 1
+    for (int j = thread - 32 - (p.max_order - 1); j < count; j += threads - 32) {
+      words[j] = reader.token(first + j, j >= 0 && blockIdx.y == 0 && !can_skip);
+    }
+  }
+  const bool can_wrap = stage_constants<kPerColumn>(p, plan, first_layer, layers, thread, threads);
+  const bool is_signed = __syncthreads_or(can_wrap);
+
+#pragma unroll 1
+  for (int j = thread; j < count; j += threads) {
+    if (can_skip && blockIdx.y == 0 && shared_at<int32_t>(plan.sequences_at)[j] != kNotHashed) reader.token(first + j, true);
+    if constexpr (kPerColumn) {
+      uint32_t* window = shared_at<uint32_t>(plan.windows_at) + j * plan.window_stride;
+      for_each_lookback(p, plan, reader, first, j, [&](int s, int32_t id) { window[s] = static_cast<uint32_t>(id); });
+    } else {
+      const uint64_t* multipliers = shared_at<uint64_t>(plan.multipliers_at);
+      uint64_t* to = shared_at<uint64_t>(plan.mixes_at) + j * plan.mix_stride;
+      uint64_t mix[kLayers] = {};
+      for_each_lookback(p, plan, reader, first, j, [&](int s, int32_t id) {
+        const ulonglong2 both = *reinterpret_cast<const ulonglong2*>(multipliers + s * kMaxLayers);
+#pragma unroll
+        for (int layer = 0; layer < kLayers; ++layer) {
+          mix[layer] ^= static_cast<uint32_t>(id) * static_cast<uint64_t>(layer == 0 ? both.x : both.y);
+          if (s > 0) to[layer * plan.layer_mixes + (s - 1)] = mix[layer];  // nobody looks at a layer that is not there
+        }
+      });
+    }
+  }
+  __syncthreads();
+
+  reduce_columns<kWidth, kPerColumn>(p, plan, first_layer, layers, first, count, is_signed);
+  if (p.committed != nullptr && gridDim.x == 1 && gridDim.y == 1) {
+    for (int64_t b = thread; b < p.num_sequences; b += threads) p.commit(b);
+  }
+  if (!can_skip) return;
+  __syncthreads();
+  clear_rows_not_hashed(p, plan, first_layer, layers, first, count, thread, threads);
+}
+
+__global__ void ngram_hash_commit_kernel(const NgramHashParams p) {
+  const int64_t b = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (b < p.num_sequences) p.commit(b);
+}
+
 // Lays out the shared memory: 16-byte things first.
 void lay_out_shared(const NgramHashParams& p, Plan* plan) {
   int64_t bytes = 0;
@@ -430,7 +485,9 @@ Plan make_plan(const NgramHashParams& p, int width) {
   Plan plan{};
   const int sms = num_multiprocessors();
   plan.tile = kMaxTile;
-  while (plan.tile > kMinTile && ceil_div(p.num_tokens, plan.tile) < int64_t{kTilesPerSm} * sms) plan.tile /= 2;
+  const int64_t least = p.committed != nullptr && p.num_tokens <= kMaxFusedTokens ? p.num_tokens : 0;
+  while (plan.tile > kMinTile && plan.tile / 2 >= least && ceil_div(p.num_tokens, plan.tile) < int64_t{kTilesPerSm} * sms)
+    plan.tile /= 2;
   plan.layers = p.num_layers < kMaxLayers ? p.num_layers : kMaxLayers;
   plan.num_columns = p.columns();
   plan.vectors = p.columns() / width;
@@ -458,6 +515,14 @@ dim3 make_block(const Plan& plan, int width) {
   return dim3(x, least, plan.layers);
 }
 
+void launch_commit(const NgramHashParams& p, cudaStream_t stream) {
+  if (p.num_sequences == 0) return;
+  const int64_t blocks = ceil_div(p.num_sequences, kCommitThreads);
+  EK_CHECK(blocks <= kMaxGridX, "ngram_hash: num_sequences is " << p.num_sequences);
+  ngram_hash_commit_kernel<<<static_cast<unsigned>(blocks), kCommitThreads, 0, stream>>>(p);
+  EK_CUDA_CHECK(cudaGetLastError());
+}
+
 template <int kWidth, bool kPerColumn, int kLayers>
 void launch(const NgramHashParams& p, const Plan& plan, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.num_tokens, plan.tile), groups = ceil_div(p.num_layers, plan.layers);
@@ -465,6 +530,7 @@ void launch(const NgramHashParams& p, const Plan& plan, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(groups));
   ngram_hash_kernel<kWidth, kPerColumn, kLayers><<<grid, make_block(plan, kWidth), plan.shared_bytes, stream>>>(p, plan);
   EK_CUDA_CHECK(cudaGetLastError());
+  if (p.committed != nullptr && tiles * groups > 1) launch_commit(p, stream);
 }
 
 template <int kWidth>
@@ -481,7 +547,10 @@ void launch_of_width(const NgramHashParams& p, cudaStream_t stream) {
 
 void ngram_hash_cuda(const NgramHashParams& p, void* stream) {
   check_sizes(p);
-  if (p.num_tokens == 0) return;  // an empty grid is a launch error, an empty batch is not
+  if (p.num_tokens == 0) {  // an empty grid is a launch error, an empty batch is not
+    if (p.committed != nullptr) launch_commit(p, static_cast<cudaStream_t>(stream));
+    return;
+  }
   EK_CHECK(p.num_tokens <= INT32_MAX && p.num_sequences >= 1,
            "ngram_hash: " << p.num_tokens << " tokens in " << p.num_sequences << " sequences");
   // four columns of a 16-byte store must share an order and lie on a 16-byte boundary

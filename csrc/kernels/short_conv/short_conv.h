@@ -21,12 +21,11 @@
 #include "common/math.h"
 #include "common/parallel.h"
 #include "common/row_format.h"
+#include "common/state_index.h"
 
 namespace engram_kernels {
 
 constexpr int kMaxTaps = 8;
-constexpr int64_t kSkipped = -1;  // an entry of state_indices, and what ring_of gives for it
-constexpr int64_t kRefused = -2;  // what ring_of gives where check_host_data throws
 
 struct ShortConvParams {
   const void* x;              // [num_tokens, branches, hidden_size] of dtype, last dimension dense

@@ -65,7 +65,7 @@ class Op:
         # what the overloads call, for half a microsecond less
         self._eager_default, self._eager_out = packet.default._op, packet.out._op
         self._dtype_at = self.names.index("out_dtype") if "out_dtype" in self.names else None
-        if writes:
+        if writes and differentiable:
             for namespace, library in libraries_of(name, LIB).items():
                 twin = getattr(getattr(torch.ops, namespace), name)
                 library.impl(name, self._without_derivative(twin.default), "Autograd")
@@ -137,13 +137,15 @@ class Op:
             args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
         if out is None:
             out = self._eager_default(*args)
-        elif self._writes and not inference:
+        elif self._writes and self._differentiable and not inference:
             with below_autograd():  # where `_without_derivative` is, which costs as much as the rest of the way
                 self._eager_out(*args, out=out)
         else:
             self._eager_out(*args, out=out)
         # autograd does not know of the writes: a backward pass that saved one of these must raise
-        if self._writes:
+        if self._writes and written is None and len(self._writes) == 1:
+            increment_version((args[self._writes[0]],))
+        elif self._writes:
             increment_version([x for x in (written, *(args[i] for i in self._writes)) if x is not None])
         elif written is not None:
             increment_version((written,))

@@ -27,6 +27,31 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: T
     return torch.stack(columns, dim=-1).to(torch.int32)
 
 
+def ngram_hash_update(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: Tensor, multipliers: Tensor,
+                      history: Tensor, token_map: Tensor | None, dead_mask: Tensor | None, state_indices: Tensor | None,
+                      rejected: Tensor | None, num_ids: int, boundary_id: int, eos_id: int) -> Tensor:
+    """Row ids [L, T, C] int32; leaves in the rows of `history` what the sequences' next chunks need."""
+    reach, width = multipliers.shape[-1] - 1, history.shape[1]
+    bounds = list(itertools.pairwise(cu_seqlens.tolist()))
+    rows = list(range(len(bounds))) if state_indices is None else state_indices.tolist()
+    dropped = [0] * len(bounds) if rejected is None else rejected.tolist()
+    before = [history.new_full((reach,), -1) if row == -1 else history[row, drop:drop + reach]
+              for row, drop in zip(rows, dropped, strict=True)]
+    skipped = torch.zeros_like(token_ids, dtype=torch.bool)
+    for row, (begin, end) in zip(rows, bounds, strict=True):
+        skipped[begin:end] = row == -1
+    dead = skipped if dead_mask is None else skipped | dead_mask
+    ids = ngram_hash(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map,
+                     torch.stack(before) if before else history.new_empty(0, reach), dead, num_ids, boundary_id, eos_id)
+    for row, drop, (begin, end) in zip(rows, dropped, bounds, strict=True):
+        if row != -1:
+            chunk = torch.where(dead[begin:end], -2, token_ids[begin:end]).flip(0).to(history.dtype)
+            lost = -1 if history[row, -1] == -1 else -3  # what nobody can know any more
+            line = torch.cat([chunk, history[row, drop:], history.new_full((drop,), lost)])
+            history[row] = line[:width]
+    return ids.masked_fill(skipped[:, None], -1)
+
+
 def _windows(token_ids: Tensor, cu_seqlens: Tensor, token_map: Tensor | None, history: Tensor | None,
              dead_mask: Tensor | None, max_order: int, boundary_id: int, eos_id: int) -> Tensor:
     """Canonical id of every token and its lookbacks [T, max_order], boundary_id where blocked."""

@@ -11,7 +11,7 @@ from engram_kernels.spec import EngramSpec
 from engram_kernels.triton_kernels.gate import gate, gate_bwd
 from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
-from engram_kernels.triton_kernels.ngram_hash import ngram_hash
+from engram_kernels.triton_kernels.ngram_hash import ngram_hash, ngram_hash_update
 from engram_kernels.triton_kernels.short_conv import short_conv, short_conv_bwd
 from engram_kernels.triton_runtime import launch
 from engram_kernels.triton_runtime.tuning import SMALL_BATCH, target_name
@@ -31,7 +31,8 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
         backward: also the gradients.
 
     Returns:
-        How many variants there are. Not among them: row ids in int64 (`ngram_hash` gives int32), tensors that are not 16-byte
+        How many variants there are. Not among them: row ids in int64 (`ngram_hash` gives int32), `ngram_hash_and_commit` of one
+        layer alone or without a pool, tensors that are not 16-byte
         aligned and strides other than those of contiguous tensors; the first launch of such a variant compiles it.
 
     Raises:
@@ -75,6 +76,10 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
             tokens, history = make(num_tokens, dtype=id_dtype), make(1, spec.max_order - 1, dtype=id_dtype) if chunked else None
             yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, history, mask,
                                     layout.num_ids, layout.boundary_id, layout.eos_id)
+    for token_map, id_dtype, mask in itertools.product(token_maps, id_dtypes, (None, dead)):  # as `MemoryState` does
+        history, index = make(1, spec.max_order + 3, dtype=id_dtype), make(1, dtype=torch.int64)
+        yield functools.partial(ngram_hash_update, make(num_tokens, dtype=id_dtype), bounds, *constants, history, token_map, mask,
+                                index, index, layout.num_ids, layout.boundary_id, layout.eos_id)
 
     stored = ROW_FORMATS[spec.row_format]
     width = (spec.row_stride_bytes or stored.row_bytes(spec.head_dim)) if stored.is_packed else spec.head_dim

@@ -7,12 +7,13 @@ from engram_kernels import row_format
 
 
 class NgramHashParams(Structure):
-    _fields_ = [(name, c_void_p) for name in ("token_ids", "history", "dead_mask", "cu_seqlens", "token_map", "multipliers",
-                                              "moduli", "offsets", "row_ids")] + [
-        (name, c_int64) for name in ("num_tokens", "token_stride", "num_sequences", "vocab_size", "num_ids", "boundary_id",
-                                     "eos_id")] + [
+    _fields_ = [(name, c_void_p) for name in ("token_ids", "history", "committed", "state_indices", "rejected", "dead_mask",
+                                              "cu_seqlens", "token_map", "multipliers", "moduli", "offsets", "row_ids")] + [
+        (name, c_int64) for name in ("num_tokens", "token_stride", "num_sequences", "num_histories", "history_width",
+                                     "history_stride", "index_stride", "rejected_stride", "vocab_size", "num_ids",
+                                     "boundary_id", "eos_id")] + [
         ("num_layers", c_int), ("max_order", c_int), ("heads", c_int), ("ids_are_int64", c_bool), ("per_column", c_bool),
-        ("error_count", c_void_p)]
+        ("indices_are_int64", c_bool), ("rejected_are_int64", c_bool), ("error_count", c_void_p)]
 
 
 ROW_FORMATS = tuple(row_format.ROW_FORMATS)  # in the order of the C++ enum: the place of a name is its value there
