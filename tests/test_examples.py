@@ -63,3 +63,29 @@ def test_hf_generate_says_the_same_with_its_rows_in_a_file():
     assert done.stdout.endswith("the same tokens from both\n") and len(sizes) == 2
     rows = 16 * 20_000 * 8 * 2 / 2**20  # 16 heads of 20,000 rows of 8 bfloat16 values
     assert 0 <= sizes[0] - sizes[1] - rows < 0.1
+
+
+def output_of(name, *arguments):
+    """What an example prints."""
+    env = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    return subprocess.run([sys.executable, ROOT / "examples" / name, *arguments], capture_output=True, text=True, env=env,
+                          check=True, timeout=300).stdout
+
+
+def test_serve_serves_every_request(compiled):
+    out = output_of("serve.py", "5")
+    assert re.search(r"5 requests, \d+ tokens in \d+ steps: \d+ tokens per second", out)
+    assert re.search(r"exposed wait for rows: \d+ us per step, [\d.]+% of the time", out)
+
+
+def test_speculative_decoding_says_the_same_in_fewer_steps():
+    out = output_of("speculative.py")
+    plain, drafted = map(int, re.search(r"plain: (\d+) steps; with 3 drafts: (\d+) steps", out).groups())
+    assert "same tokens" in out and drafted < plain
+
+
+def test_train_and_generate_recites_the_text(compiled):
+    out = output_of("train_and_generate.py")
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 3 and losses[-1] < 0.05
+    assert out.endswith("ows are hashed, fetched and gated into the hidden state.\n")

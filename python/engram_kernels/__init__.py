@@ -5,17 +5,19 @@ from engram_kernels.backends import check_errors
 from engram_kernels.layout import Layout
 from engram_kernels.modules.engram import Engram
 from engram_kernels.modules.longcat import LongcatEmbedding
+from engram_kernels.modules.memory_state import MemoryState
 from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash, ngram_hash_and_commit
 from engram_kernels.ops.short_conv import short_conv
+from engram_kernels.prefetch.memory_prefetcher import MemoryPrefetcher
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
-__all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "RowPrefetcher", "RowTable", "TokenMap", "backends",
-           "budget", "check_errors", "engram_forward", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash",
-           "ngram_hash_and_commit", "short_conv"]
+__all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "MemoryPrefetcher", "MemoryState", "RowPrefetcher",
+           "RowTable", "TokenMap", "backends", "budget", "check_errors", "engram_forward", "gate", "gather_gate",
+           "gather_rows", "integrations", "ngram_hash", "ngram_hash_and_commit", "short_conv"]
