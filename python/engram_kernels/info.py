@@ -11,6 +11,8 @@ import torch
 
 from engram_kernels import backends, capacity
 from engram_kernels._library import COMPILE_ERROR
+from engram_kernels.row_format import ROW_FORMATS
+from engram_kernels.spec import EngramSpec
 from engram_kernels.table.file_reader import make_reader
 
 # of /proc/cpuinfo: what the kernels use, or could
@@ -24,6 +26,24 @@ def collect() -> dict[str, Any]:
     return {"versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             "machine": _machine(), "limits": _limits(), "gpu": _gpus(), "file_reads": file_reads(),
             "backends": {op: {name: _explain(op, name) for name in backends.BACKENDS} for op in backends.ops()}}
+
+
+def memory_of(spec: EngramSpec) -> dict[str, Any]:
+    """What a memory holds and costs, as JSON types: what `info --spec` shows of it.
+
+    Args:
+        spec: the memory; `table_bytes` names the row formats that take rows of its width.
+    """
+    table_bytes = {}
+    for name in ROW_FORMATS:
+        try:
+            table_bytes[name] = spec.bytes(name)
+        except ValueError:  # blocks that do not divide the row
+            continue
+    return {"name": spec.name, "num_rows": list(spec.layout().num_rows), "layer_ids": list(spec.layer_ids),
+            "table_parameters": spec.num_table_parameters, "module_parameters": spec.num_module_parameters,
+            "flops_per_token": spec.flops_per_token(), "rows_per_token": spec.rows_per_token,
+            "bytes_per_row": spec.bytes_per_row, "row_format": spec.row_format, "bytes": spec.bytes(), "table_bytes": table_bytes}
 
 
 def memory_room(found: dict[str, Any]) -> int | None:

@@ -60,6 +60,14 @@ def test_budget_golden_engram_27b():
     assert row.spec.head_dim == 80 and row.spec.rows_per_token == 32 and row.spec.branches == 4
 
 
+@pytest.mark.parametrize(("total", "active", "most", "fewest"), [(5.7e9, 568e6, 106, 46), (9.9e9, 993e6, 99, 43)])
+def test_budget_golden_sweeps_of_the_paper(total, active, most, fewest):
+    """Experts at rho 1 and 0.4."""
+    found = ek.budget(total=total, active=active, experts=most, rho=(0.4, 1))
+    assert [row.routed_experts for row in found.rows] == [most, fewest]
+    assert found.rows[1].rho == pytest.approx(0.4, abs=0.005)
+
+
 def test_budget_golden_engram_40b():
     small = ek.budget(PAPER_27B_CONFIG, rho=0.743, **PAPER).chosen
     large = ek.budget(PAPER_27B_CONFIG | PAPER_40B_MEMORY | {"n_routed_experts": 55}, total=39.5e9, active=3.8e9).configured
@@ -91,6 +99,11 @@ def test_spec_flops_per_token_by_hand():
     assert spec.flops_per_token(64, 1) == 2 * (2 * 6144 * 2 * 64 + 10 * 64)
     demo = ek.EngramSpec.demo_v1()  # biases, no residual, 4 taps
     assert demo.flops_per_token() == 2 * ((2 * 1024 + 1) * 5 * 1024 + (9 + 6 + 8) * 4 * 1024)
+    longcat = ek.EngramSpec.longcat()
+    assert (longcat.num_module_parameters, longcat.flops_per_token()) == (3072 * 3072, (2 * 3072 + 2) * 3072)
+    assert longcat.num_table_parameters == 256 * 122_683_536
+    bare = ek.EngramSpec.deepseek_v41(variant="none")
+    assert (bare.num_module_parameters, bare.flops_per_token()) == (0, 0)
     with pytest.raises(ValueError, match="hidden_size is 0"):
         spec.flops_per_token(hidden=0)
 
@@ -137,6 +150,9 @@ def test_budget_experts_are_the_nearest_multiple():
         assert row.routed_experts % 8 == 0
         exact = 6 + row.asked * 66
         assert abs(row.routed_experts - exact) <= 4
+    odd = ek.budget(QWEN3_30B_CONFIG, experts_multiple=100)
+    assert [(row.routed_experts, row.spec is None) for row in odd.rows] == [(128, True), (100, False)]
+    assert odd.chosen.routed_experts == 100 and odd.chosen.unspent < 1e-4 * odd.chosen.total
     assert ek.budget(PAPER_27B_CONFIG, rho=0.743, experts_multiple=8, **PAPER).chosen.routed_experts == 56
 
 
@@ -183,12 +199,14 @@ def test_curve_is_the_papers_and_ends_where_it_was_measured():
     (dict(row_format="fp7"), "row_format is 'fp7', expected one of f32"),
     (dict(head_dim=33, row_format="int8_group32"), "head_dim"),
     (dict(experts_multiple=0), "experts_multiple is 0"),
-    (dict(experts_multiple=100, rho=0.75), "rho 0.75 leaves no expert"),
+    (dict(experts_multiple=128), "rho 0.5 leaves no expert to give up in multiples of 128: the nearest whole number is all 128; "
+                                 "nearest --experts-multiple that works: 127"),
     (dict(experts_multiple=200), "no multiple of 200 lies between the 8 experts that a token takes and the 128 that the "
                                  "budget has; the nearest --experts-multiple that works: 128"),
     (dict(rho=0.999), "rho 0.999 leaves no expert to give up in multiples of 1: the nearest whole number is all 128; nearest rho "
                       "that works: 0.992, 127 experts"),
     (dict(rho=0.5, heads=1, orders=(2,), head_dim=1), "row ids are int32"),
+    (dict(rho=0.5, heads=1, orders=(2,), head_dim=1), "nearest rho that works: 0.850, 110 experts"),
     (dict(experts=4), "experts beside a configuration"), (dict(total=1e9), "one of --total and --active is given"),
     (dict(total=1e9, active=2e9), "--active 2e+09 is not below --total 1e+09"),
     (dict(total=30e9, active=29e9), None), (dict(total=2e9, active=1e9), "leave no room for 120 idle experts"),
@@ -209,7 +227,10 @@ def test_budget_rejects(arguments, said):
     ({"model_type": "qwen9"}, "the attention of model_type 'qwen9' is not counted here"),
     ({"layer_types": ["linear_attention"] * 48}, "with layer_types is not counted here"),
     ({"hidden_size": "big"}, "hidden_size is 'big' in the configuration"), ({"hidden_size": None}, "has no field hidden_size"),
-    ({"mlp_only_layers": list(range(48))}, "none of the 48 layers"), ({"num_experts": 0}, "num_experts is 0"),
+    ({"mlp_only_layers": list(range(48))}, "none of the 48 layers"), ({"mlp_only_layers": "x"}, "mlp_only_layers is 'x'"),
+    ({"engram_layer_ids": [1]}, "its memory: the configuration has no field engram_max_ngram_size"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000 in the configuration, expected an integer in [1, 100000]"),
+    ({"hc_mult": "4"}, "hc_mult is '4'"), ({"num_experts": 0}, "num_experts is 0"),
     ({"num_attention_heads": True}, "num_attention_heads is True")], ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
 def test_budget_rejects_configurations(change, said, config, capsys):
     config.write_text(json.dumps(QWEN3_30B_CONFIG | change))
@@ -219,7 +240,8 @@ def test_budget_rejects_configurations(change, said, config, capsys):
 
 @pytest.mark.parametrize("arguments", [
     [], ["--total", "3e9"], ["--total", "3e9", "--active", "5e9"], ["--config", "no/such/file"], ["--layers", "99"],
-    ["--choose", "1.5"], ["--experts-multiple", "1000"], ["--profile", "no/such/profile"], ["--row-format", "x"]],
+    ["--choose", "1.5"], ["--rho", "1", "--write", "bud_no_spec"], ["--plot", "a.xyz"], ["--step-ms", "5"],
+    ["--experts-multiple", "1000"], ["--profile", "no/such/profile"], ["--row-format", "x"]],
     ids=lambda a: "_".join(a).replace("/", ".") or "none")
 def test_budget_usage_errors(arguments, config, capsys):
     model = [] if not arguments or {"--total", "--config"} & set(arguments) else ["--config", config]
@@ -287,6 +309,13 @@ def test_budget_without_matplotlib_says_so(config, capsys, monkeypatch, tmp_path
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else real(name))
     code, out = run(capsys, "--config", config, "--plot", tmp_path / "a.png")
     assert code == 5 and "needs matplotlib" in out.err and out.out == ""
+
+
+def test_budget_of_totals_that_no_memory_meets():
+    with pytest.raises(ValueError, match=r"rho 0.75: .* of which the memory's projections take .*; no rho works with this shape"):
+        ek.budget(total=100, active=50)
+    with pytest.raises(ValueError, match="row ids are int32"):
+        ek.budget(total=1e15, active=1e14)
 
 
 def test_budget_leaves_matplotlib_alone_unless_asked(config, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_kernels import backends, capacity, info
+from engram_kernels import EngramSpec, backends, capacity, info
 from engram_kernels.cli import bench as bench_command
 from engram_kernels.cli import info as info_command
 from engram_kernels.cli import main as cli
@@ -25,6 +25,17 @@ def test_info_names_every_backend_and_reason(capsys):
     if Path("/proc/cpuinfo").exists():
         assert set(found["machine"]["cpu_features"]) <= set(Path("/proc/cpuinfo").read_text().split())
         assert "sse2" in found["machine"]["cpu_features"] or platform.machine() != "x86_64"
+
+
+def test_info_says_what_a_memory_holds(capsys):
+    assert cli.main(["info", "--spec", "deepseek_v41", "--json"]) == 0
+    memory, spec = json.loads(capsys.readouterr().out)["memory"], EngramSpec.deepseek_v41()
+    assert memory["table_parameters"] + memory["module_parameters"] == spec.num_parameters
+    assert memory["flops_per_token"] == spec.flops_per_token() and memory["bytes"] == spec.bytes()
+    assert memory["table_bytes"]["bf16"] == spec.bytes("bf16")
+    text = "\n".join(info_command.memory_lines(memory))
+    assert "196,613,849,600 parameters in rows" in text and "188.8 GiB as fp8_e4m3_block32" in text
+    assert cli.main(["info", "--spec", "no_such_spec"]) == 2 and "no_such_spec" in capsys.readouterr().err
 
 
 def test_info_exit_codes_are_in_the_help(capsys):

@@ -65,12 +65,19 @@ class _Question:
         """The most routed experts that the multiple and the budget allow."""
         return math.floor(self.most + 1e-9) // self.multiple * self.multiple
 
+    @property
+    def baseline(self) -> int:
+        """Routed experts of the model without a memory: as configured, whatever the multiple, unless it has a memory itself."""
+        return self.model.experts if self.model.memory is None else self.largest
+
     def rho_of(self, experts: float) -> float:
         """Idle experts over those without a memory, before the projections are paid for."""
         return (experts - self.model.top_k) / (self.most - self.model.top_k)
 
     def experts_at(self, rho: float) -> int:
         """The whole number of experts nearest to a rho."""
+        if rho == 1:
+            return self.baseline
         real = self.model.top_k + rho * (self.most - self.model.top_k)
         nearest = math.floor(real / self.multiple + 0.5) * self.multiple
         return min(max(nearest, self.fewest), self.largest)
@@ -143,7 +150,7 @@ def budget(config: Any = None, *, total: float | None = None, active: float | No
     rows.sort(key=lambda row: -row.routed_experts)
     if profile is not None:
         rows = _with_exposed(rows, profile, model.num_layers, tokens_per_step, step_ms)
-    chosen = _choose(ask, rows, choose)
+    chosen = _choose(ask, rows, choose, min(rhos))
     configured = None if model.memory is None else _measure(ask, model.experts, model.memory, math.nan)
     orders_now = tuple(range(2, spec.max_order + 1))
     far = curve.outside(model, whole, chosen.active, orders_now)
@@ -173,21 +180,30 @@ def _multiple(model: MoeModel, whole: float, multiple: int) -> int:
 
 def _split(ask: _Question, experts: int, asked: float) -> Split:
     """The row of a number of experts."""
-    room = ask.whole - _without_memory(ask.model, experts)
-    modules = ask.shape.num_module_parameters
-    if experts == ask.largest and (asked == 1 or room < 2 * modules or ask.model.memory is None):
+    room, modules = _room(ask, experts)
+    if experts == ask.baseline and (asked == 1 or room < 2 * modules):
         return _measure(ask, experts, None, asked)
-    per_head = (room - modules) / (ask.shape.head_dim * ask.shape.rows_per_token)
-    why = None
-    if per_head < 2:
-        why = (f"{experts} experts leave {room:,.0f} parameters, of which the memory's projections take {modules:,}: nothing is "
-               "left for rows")
-    elif per_head * ask.shape.num_columns > _INT32_MAX:
-        why = (f"{experts} experts leave {per_head * ask.shape.num_columns:,.0f} rows per layer, and row ids are int32: at most "
-               f"{_INT32_MAX:,}; more layers or a larger head dim make them fewer")
-    if why is not None:
+    if (why := _why_not(ask, experts)) is not None:
         return Split(asked, experts, ask.rho_of(experts), why_not=why)
     return _measure(ask, experts, _fill(ask.shape, room - modules), asked)
+
+
+def _room(ask: _Question, experts: int) -> tuple[float, int]:
+    """Parameters that these experts leave, and those of them that the memory's modules take."""
+    return ask.whole - _without_memory(ask.model, experts), ask.shape.num_module_parameters
+
+
+def _why_not(ask: _Question, experts: int) -> str | None:
+    """Why no memory goes with so many experts; None: one does."""
+    room, modules = _room(ask, experts)
+    per_head = (room - modules) / (ask.shape.head_dim * ask.shape.rows_per_token)
+    if per_head < 2:
+        return (f"{experts} experts leave {room:,.0f} parameters, of which the memory's projections take {modules:,}: nothing is "
+                "left for rows")
+    if per_head * ask.shape.num_columns > _INT32_MAX - 2**20:  # the primes lie above the base size
+        return (f"{experts} experts leave {per_head * ask.shape.num_columns:,.0f} rows per layer, and row ids are int32: at most "
+                f"{_INT32_MAX - 2**20:,}; more layers or a larger head dim make them fewer")
+    return None
 
 
 def _without_memory(model: MoeModel, experts: int) -> float:
@@ -235,22 +251,24 @@ def _measure(ask: _Question, experts: int, spec: EngramSpec | None, asked: float
         narrower=narrower if 0 < narrower < model.shared_width else None)
 
 
-def _choose(ask: _Question, rows: list[Split], choose: float) -> Split:
-    """The row nearest to a rho; where one rho alone was asked for, it must be a memory of that rho."""
+def _choose(ask: _Question, rows: list[Split], choose: float, asked: float) -> Split:
+    """The row nearest to a rho; where all that were asked for, from `asked` up, give none a memory, they cannot be met."""
     able = [row for row in rows if row.why_not is None]
-    if not able:
-        works = next((n for n in range(ask.largest - ask.multiple, ask.fewest - 1, -ask.multiple)
-                      if _split(ask, n, 0.0).why_not is None), None)
+    with_memory = [row for row in able if row.spec is not None]
+    if with_memory or asked == 1:
+        return min(with_memory if with_memory and choose < 1 else able, key=lambda row: abs(row.rho - choose))
+    if failed := [row for row in rows if row.why_not is not None]:
+        first = min(failed, key=lambda row: abs(row.asked - choose))
+        counts = range(ask.fewest, ask.largest, ask.multiple)
+        works = min((n for n in counts if _why_not(ask, n) is None), key=lambda n: abs(n - first.routed_experts), default=None)
         nearest = f"nearest rho that works: {ask.rho_of(works):.3f}, {works} experts" if works is not None else (
             "no rho works with this shape of the memory")
-        raise ValueError(f"budget: rho {rows[0].asked:g}: {rows[0].why_not}; {nearest}")
-    if len(rows) == 1 and rows[0].spec is None and rows[0].asked < 1:
-        below = ask.largest - ask.multiple
-        nearest = f"{ask.rho_of(below):.3f}, {below} experts" if below >= ask.fewest else "1"
-        raise ValueError(f"budget: rho {rows[0].asked:g} leaves no expert to give up in multiples of {ask.multiple}: the nearest "
-                         f"whole number is all {ask.largest}; nearest rho that works: {nearest}")
-    with_memory = [row for row in able if row.spec is not None] or able
-    return min(with_memory if choose < 1 else able, key=lambda row: abs(row.rho - choose))
+        raise ValueError(f"budget: rho {first.asked:g}: {first.why_not}; {nearest}")
+    below, most = ask.largest - ask.multiple, math.floor(ask.most + 1e-9)
+    nearest = (f"nearest rho that works: {ask.rho_of(below):.3f}, {below} experts" if below >= ask.fewest else
+               f"nearest --experts-multiple that works: {most - 1}")
+    raise ValueError(f"budget: rho {asked:g} leaves no expert to give up in multiples of {ask.multiple}: the nearest whole number "
+                     f"is all {ask.largest}; {nearest}")
 
 
 def _with_exposed(rows: list[Split], profile: str | os.PathLike[str], num_layers: int, tokens: int | None,

@@ -16,6 +16,7 @@ from engram_kernels.spec import EngramSpec
 COUNTED = ("deepseek", "deepseek_v2", "deepseek_v3", "kimi_k2", "mixtral", "qwen2_moe", "qwen3_moe")
 EXPERT_FIELDS = ("n_routed_experts", "num_experts", "num_local_experts")
 _MOST = 1 << 53
+_MOST_LAYERS = 100_000  # as a spec has them
 
 
 class InputError(ValueError):
@@ -135,7 +136,8 @@ def model_of_config(config: Any, total: float | None = None, active: float | Non
     inputs: dict[str, Number] = {}
     experts = get.integer(field)
     top_k = get.integer("num_experts_per_tok")
-    hidden, layers, vocab = get.integer("hidden_size"), get.integer("num_hidden_layers"), get.integer("vocab_size")
+    hidden, vocab = get.integer("hidden_size"), get.integer("vocab_size", high=2**31 - 1)
+    layers = get.integer("num_hidden_layers", high=_MOST_LAYERS)
     if top_k >= experts:
         raise InputError(f"budget: num_experts_per_tok is {top_k} of {experts} experts, so nothing is sparse; the nearest that "
                          f"works is {experts - 1}")
@@ -171,7 +173,7 @@ def model_of_config(config: Any, total: float | None = None, active: float | Non
                         ("width of the shared expert", shared)):
         inputs[name] = Number(value, "1", GIVEN, "configuration")
     inputs["parameters of one routed expert, all layers"] = Number(one, "parameters", COMPUTED, "MoE layers * 3 * hidden * width")
-    streams = branches if branches is not None else get("hc_mult", "hc_count")
+    streams = branches if branches is not None else get.integer("hc_mult", "hc_count", default=0)
     inputs["branches"] = Number(streams or 1, "1", GIVEN if streams else ASSUMED, "--branches" if branches is not None else
                                 "configuration" if streams else "default: the configuration names no hyper-connections")
     weight_bytes = _weight_bytes(get)
@@ -191,7 +193,10 @@ def _active_of(memory: EngramSpec | None) -> int:
 
 def _moe_layers(get: _Fields, kind: str, layers: int) -> int:
     """Layers with routed experts. The rules are those of transformers' models of these names."""
-    if (dense := get("mlp_only_layers")) is not None or get("decoder_sparse_step") is not None:
+    dense = get("mlp_only_layers")
+    if dense is not None and not isinstance(dense, list | tuple):
+        raise InputError(f"budget: mlp_only_layers is {shorten(repr(dense))} in the configuration, expected a list of layers")
+    if dense is not None or get("decoder_sparse_step") is not None:
         step = get.integer("decoder_sparse_step", default=1)
         sparse = [i for i in range(layers) if i not in (dense or []) and (i + 1) % step == 0]
     else:
@@ -278,7 +283,10 @@ def _memory_of(config: Any, get: _Fields) -> EngramSpec | None:
     marks = ("engram_layer_ids", "n_head_per_ngram", "ple_layer_ids", "emb_neighbor_num", "oe_neighbor_num")
     if all(get(name) in (None, [], ()) for name in marks):
         return None
-    return EngramSpec.from_hf_config(config)
+    try:
+        return EngramSpec.from_hf_config(config)
+    except ValueError as error:
+        raise InputError(f"budget: its memory: {str(error).removeprefix('EngramSpec: ')}") from None
 
 
 class _Fields:
@@ -302,15 +310,15 @@ class _Fields:
     def __call__(self, *names: str) -> Any:
         return next((v for name in names for part in self._parts if (v := self._read(part, name)) is not None), None)
 
-    def integer(self, *names: str, default: int | None = None, low: int = 1) -> int:
-        """A field that is an integer of at least `low`; ValueError where it is missing or another thing."""
+    def integer(self, *names: str, default: int | None = None, low: int = 1, high: int = 2**24) -> int:
+        """A field that is an integer in [low, high]; InputError where it is missing or another thing."""
         value = self(*names)
         if value is None and default is not None:
             return default
         if value is None:
             raise InputError(f"budget: the configuration has no field {' or '.join(names)}")
         whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-        if not whole or not low <= value <= _MOST:
-            raise InputError(f"budget: {names[0]} is {shorten(repr(value))} in the configuration, expected an integer of at "
-                             f"least {low}")
+        if not whole or not low <= value <= high:
+            raise InputError(f"budget: {names[0]} is {shorten(repr(value))} in the configuration, expected an integer in "
+                             f"[{low}, {high}]")
         return int(value)

@@ -197,7 +197,6 @@ def write_plot(found: Budget, path: Path) -> None:
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: matplotlib writes no such file.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")

@@ -77,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         print("engram-kernels budget: --plot needs matplotlib: pip install 'engram-kernels[profile]'", file=sys.stderr)
         return NO_CAPABILITY
+    if args.plot is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+        if (kind := args.plot.suffix[1:].lower()) not in FigureCanvasBase.get_supported_filetypes():
+            raise UsageError(f"--plot {args.plot}: {kind or 'no suffix'} is no kind of figure; the nearest that works: .png")
     from engram_kernels.allocation import report
     from engram_kernels.allocation.budget import budget
     from engram_kernels.allocation.moe_model import InputError
@@ -90,15 +94,14 @@ def run(args: argparse.Namespace) -> int:
         raise
     except ValueError as err:
         raise UsageError(str(err).removeprefix("budget: ")) from None
+    if args.write is not None and found.chosen.spec is None:
+        raise UsageError("--write: the chosen row has no memory, so there is no spec to write; nearest --rho that has one: 0.75")
     printer = Printer(sys.stderr if args.json == "-" else None)
     report.print_budget(found, printer, args.explain)
     if args.write is not None:
         _write_choice(args.write, found, report.choice_json(found), printer)
     if args.plot is not None:
-        try:
-            report.write_plot(found, args.plot)
-        except ValueError as err:  # no such kind of file
-            raise UsageError(f"--plot {args.plot}: {err}") from None
+        report.write_plot(found, args.plot)
         printer.say(f"figure: {args.plot}")
     _write_json(args.json, report.budget_json(found))
     return 0
@@ -111,6 +114,11 @@ def _check_paths(args: argparse.Namespace) -> None:
     for option, path in (("--config", args.config), ("--profile", args.profile)):
         if path is not None and not path.exists():
             raise UsageError(f"{option} {path} is no file")
+    if args.config is not None and args.config.is_dir() and not (args.config / "config.json").is_file():
+        raise UsageError(f"--config {args.config} is a folder without a config.json")
+    for option, value in (("--tokens-per-step", args.tokens_per_step), ("--step-ms", args.step_ms)):
+        if value is not None and args.profile is None:
+            raise UsageError(f"{option} {value:g} says something to --profile alone, which is not given")
     expect_writable("--json", None if args.json in (None, "-") else Path(args.json))
     expect_writable("--plot", args.plot)
     expect_writable_folder("--write", args.write)
@@ -118,8 +126,6 @@ def _check_paths(args: argparse.Namespace) -> None:
 
 def _write_choice(folder: Path, found: Any, choice: dict[str, Any], printer: Printer) -> None:
     from engram_kernels._files import write_atomic
-    if found.chosen.spec is None:
-        raise UsageError("--write: the chosen row has no memory, so there is no spec to write")
     found.chosen.spec.to_json(folder / "spec.json")
     write_atomic("budget", folder / "choice.json", (json.dumps(choice, indent=2) + "\n").encode())
     printer.say(f"written: {folder / 'spec.json'}, {folder / 'choice.json'}")

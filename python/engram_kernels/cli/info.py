@@ -9,6 +9,7 @@ from typing import Any
 
 from engram_kernels._names import BACKENDS
 from engram_kernels._terminal import terminal_columns
+from engram_kernels.cli.options import SPEC_HELP, load_spec
 
 _INDENT = 11  # of what follows the name of a line
 
@@ -17,20 +18,31 @@ def add_arguments(commands: Any) -> None:
     """Adds the command to the parser of `engram-kernels`."""
     command = commands.add_parser("info", help="say which versions, machine and limits there are, and which backends run here")
     command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.add_argument("--spec", help=f"also say what a memory holds and costs: {SPEC_HELP}")
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was found."""
     from engram_kernels import info
-    found = info.collect()
+    spec = None if args.spec is None else load_spec(args.spec)
+    found = info.collect() | ({} if spec is None else {"memory": info.memory_of(spec)})
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
     width = terminal_columns(sys.stdout)
-    for line in lines(found):
+    for line in [*([] if spec is None else memory_lines(found["memory"])), *lines(found)]:
         print(line if width is None else textwrap.fill(line, max(width, 40), subsequent_indent=" " * _INDENT))
     return 0
+
+
+def memory_lines(memory: dict[str, Any]) -> list[str]:
+    """What `engram_kernels.info.memory_of` found, as two lines."""
+    formats = ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in memory["table_bytes"].items())
+    return [f"spec       {memory['name']}: {memory['table_parameters']:,} parameters in rows, {memory['module_parameters']:,} in "
+            f"modules, {memory['flops_per_token']:,} flop per token, {memory['rows_per_token']} rows of "
+            f"{memory['bytes_per_row']} bytes per token",
+            f"tables     {_gib(memory['bytes'])} as {memory['row_format']}; by row format: {formats}"]
 
 
 def lines(found: dict[str, Any]) -> list[str]:
