@@ -240,7 +240,7 @@ def test_budget_rejects_configurations(change, said, config, capsys):
 
 @pytest.mark.parametrize("arguments", [
     [], ["--total", "3e9"], ["--total", "3e9", "--active", "5e9"], ["--config", "no/such/file"], ["--layers", "99"],
-    ["--choose", "1.5"], ["--rho", "1", "--write", "bud_no_spec"], ["--plot", "a.xyz"], ["--step-ms", "5"],
+    ["--choose", "1.5"], ["--plot", "a.xyz"], ["--step-ms", "5"],
     ["--experts-multiple", "1000"], ["--profile", "no/such/profile"], ["--row-format", "x"]],
     ids=lambda a: "_".join(a).replace("/", ".") or "none")
 def test_budget_usage_errors(arguments, config, capsys):
@@ -297,6 +297,8 @@ def test_budget_writes_what_plan_reads(config, capsys, tmp_path):
     assert choice["routed_experts"] == 98 and choice["spec"]["table_sizes"] == list(spec.table_sizes)
     assert spec == ek.budget(QWEN3_30B_CONFIG, rho=0.75).chosen.spec
     assert load_spec(str(folder / "spec.json")) == spec
+    code, out = run(capsys, "--config", config, "--rho", "1", "--write", folder)
+    assert code == 2 and "the chosen row has no memory" in out.err and out.out == ""
     small = dataclasses.replace(spec, table_sizes=(50, 50), hidden_size=16, row_format="f32")
     memory = ek.Engram(small, 1, table=ek.RowTable.from_tensor(torch.randn(small.layout().num_rows[0], small.head_dim),
                                                                 row_format="f32"),

@@ -267,8 +267,8 @@ def _choose(ask: _Question, rows: list[Split], choose: float, asked: float) -> S
     below, most = ask.largest - ask.multiple, math.floor(ask.most + 1e-9)
     nearest = (f"nearest rho that works: {ask.rho_of(below):.3f}, {below} experts" if below >= ask.fewest else
                f"nearest --experts-multiple that works: {most - 1}")
-    raise ValueError(f"budget: rho {asked:g} leaves no expert to give up in multiples of {ask.multiple}: the nearest whole number "
-                     f"is all {ask.largest}; {nearest}")
+    raise ValueError(f"budget: rho {asked:g} leaves no expert to give up in multiples of {ask.multiple}: the nearest whole "
+                     f"number is all {ask.largest}; {nearest}")
 
 
 def _with_exposed(rows: list[Split], profile: str | os.PathLike[str], num_layers: int, tokens: int | None,
