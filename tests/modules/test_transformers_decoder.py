@@ -103,7 +103,11 @@ def test_cache_operations_reach_the_memory(model):
     torch.testing.assert_close(step(model, ids[:, 13:15], cache), whole(model, ids[:, :15])[:, 13:], **CLOSE)
     torch.testing.assert_close(step(model, IDS[[2, 0, 0], 12:14], copied), whole(model, IDS[[2, 0, 0], :14])[:, 12:], **CLOSE)
     cache.reset()
-    torch.testing.assert_close(step(model, IDS[:, :7], cache), whole(model, IDS[:, :7]), **CLOSE)
+    if cache.get_seq_length():  # of 5.16: it keeps its length, and zeros in place of what it held
+        with pytest.raises(ValueError, match="layer 0 of the cache holds 15 tokens, of which the memory has seen 0"):
+            step(model, IDS[:, :7], cache)
+    else:
+        torch.testing.assert_close(step(model, IDS[:, :7], cache), whole(model, IDS[:, :7]), **CLOSE)
 
 
 def test_two_generations_take_turns(model):
