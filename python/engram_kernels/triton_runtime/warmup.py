@@ -67,7 +67,7 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     make = functools.partial(torch.empty, device="meta")
     layout = spec.layout()
     bounds, id_dtypes = make(2, dtype=torch.int32), (torch.int32, torch.int64)
-    constants = tuple(x.to("meta") for x in (layout.moduli, layout.offsets, layout.multipliers))
+    constants = layout.moduli.to("meta"), layout.offsets.to("meta"), layout.multipliers.to("meta")
     token_maps = [None] if spec.num_classes is None else [None, make(spec.vocab_size, dtype=torch.int32)]
     dead = make(num_tokens, dtype=torch.bool)
     # all layers at once, or one as `Engram` does
