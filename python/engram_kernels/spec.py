@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from engram_kernels import counts, presets
 from engram_kernels._files import parse_json, shorten, write_atomic
 from engram_kernels.layout import Layout, derive_layout
 from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
+from engram_kernels.spec_fields import INT32_MAX, check_float, check_hash_fields, check_int, require
 from engram_kernels.token_ids import mark_ids
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ BOUNDARIES = ("pad", "eos_reset", "stop")
 VARIANTS = ("deepseek_v41", "demo_v1", "qwen4_ple", "longcat", "none")
 ZERO_SIGNS = ("copysign", "sign")
 AVERAGES = ("mean", "root")
-_INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,39 +99,39 @@ class EngramSpec:
     branches: int = 1
 
     def __post_init__(self) -> None:
-        _require(self, "name", isinstance(self.name, str), "a string")
+        require(self, "name", isinstance(self.name, str), "a string")
         for field, choices in (("hash_family", HASH_FAMILIES), ("boundary", BOUNDARIES), ("row_format", tuple(ROW_FORMATS)),
                                ("variant", VARIANTS), ("zero_sign", ZERO_SIGNS), ("average", AVERAGES)):
-            _require(self, field, getattr(self, field) in choices, " or ".join(map(repr, choices)))
+            require(self, field, getattr(self, field) in choices, " or ".join(map(repr, choices)))
         for field in ("zero_scale_is_zero", "add_residual", "zero_is_dead"):
-            _require(self, field, isinstance(getattr(self, field), bool), "True or False")
+            require(self, field, isinstance(getattr(self, field), bool), "True or False")
         for field in ("gate_eps", "gate_clamp", "conv_eps"):
-            _check_float(self, field)
-        _check_hash_fields(self)
+            check_float(self, field)
+        check_hash_fields(self)
         self._check_rows_and_module()
 
     def _check_rows_and_module(self) -> None:
-        _check_int(self, "head_dim", 1, 2**20)
+        check_int(self, "head_dim", 1, 2**20)
         with_format, row_format = f"with row_format {self.row_format!r}", ROW_FORMATS[self.row_format]
         if row_format.has_blocks:
-            _require(self, "head_dim", self.head_dim % SCALE_BLOCK == 0, f"a multiple of {SCALE_BLOCK} {with_format}")
+            require(self, "head_dim", self.head_dim % SCALE_BLOCK == 0, f"a multiple of {SCALE_BLOCK} {with_format}")
         if row_format.is_packed:
-            _check_int(self, "row_stride_bytes", row_format.row_bytes(self.head_dim), _INT32_MAX, none=True)
+            check_int(self, "row_stride_bytes", row_format.row_bytes(self.head_dim), INT32_MAX, none=True)
         else:
-            _require(self, "row_stride_bytes", self.row_stride_bytes is None, f"None {with_format}")
-        _check_int(self, "hidden_size", 1, 2**24)
-        _check_int(self, "branches", 1, 64)
-        _check_int(self, "conv_width", 1, 64, none=True)
-        _check_int(self, "conv_dilation", 1, 4096, none=self.conv_width is None)
+            require(self, "row_stride_bytes", self.row_stride_bytes is None, f"None {with_format}")
+        check_int(self, "hidden_size", 1, 2**24)
+        check_int(self, "branches", 1, 64)
+        check_int(self, "conv_width", 1, 64, none=True)
+        check_int(self, "conv_dilation", 1, 4096, none=self.conv_width is None)
         if self.conv_width is None:
-            _require(self, "conv_dilation", self.conv_dilation is None, "None where conv_width is None")
+            require(self, "conv_dilation", self.conv_dilation is None, "None where conv_width is None")
         wants_conv = {"deepseek_v41": False, "demo_v1": True, "qwen4_ple": True, "longcat": False}.get(self.variant)
         if wants_conv is not None:
-            _require(self, "conv_width", (self.conv_width is not None) == wants_conv,
+            require(self, "conv_width", (self.conv_width is not None) == wants_conv,
                      f"{'a width' if wants_conv else 'None'} with variant {self.variant!r}")
 
-        _require(self, "branches", self.branches == 1 or self.variant != "longcat", "1 with variant 'longcat'")
-        _require(self, "average", self.average == "mean" or self.variant == "longcat", "'mean' without variant 'longcat'")
+        require(self, "branches", self.branches == 1 or self.variant != "longcat", "1 with variant 'longcat'")
+        require(self, "average", self.average == "mean" or self.variant == "longcat", "'mean' without variant 'longcat'")
 
     @property
     def num_columns(self) -> int:
@@ -355,70 +353,3 @@ class EngramSpec:
         if missing := [name for name, required in fields.items() if required and name not in data]:
             raise ValueError(f"EngramSpec: missing field {', '.join(missing)} in {where}")
         return cls(**data)
-
-
-def _check_hash_fields(spec: EngramSpec) -> None:
-    """Checks the fields of a spec that its layout derives from; ValueError names the first that is wrong."""
-    _check_int(spec, "vocab_size", 1, _INT32_MAX)
-    _check_int(spec, "num_classes", 1, spec.vocab_size, none=True)
-    _check_int(spec, "max_order", 2, 8)
-    _check_int(spec, "heads", 1, 1024)
-    _check_int(spec, "seed", 0, 2**62)
-    _check_ints(spec, "layer_ids", 0, 100_000)
-    _require(spec, "layer_ids", len(set(spec.layer_ids)) == len(spec.layer_ids) > 0, "distinct layers, at least one")
-    _check_ints(spec, "table_sizes", 1, _INT32_MAX)
-    _require(spec, "table_sizes", len(spec.table_sizes) == spec.max_order - 1,
-            f"{spec.max_order - 1} sizes, for orders 2..{spec.max_order}")
-    _check_int(spec, "pad_token_id", 0, spec.vocab_size - 1)
-    if spec.num_classes is None:
-        _require(spec, "pad_class", spec.pad_class is None, "None where num_classes is None")
-    else:
-        _check_int(spec, "pad_class", 0, spec.num_classes - 1)
-    _check_ints(spec, "ignored_token_ids", 0, _INT32_MAX)
-    _require(spec, "zero_is_dead", not spec.zero_is_dead or spec.hash_family == "polynomial",
-             "False, but with hash_family 'polynomial'")
-    _check_int(spec, "eos_token_id", 0, spec.vocab_size - 1, none=spec.boundary != "eos_reset")
-    if spec.eos_token_id is not None:
-        _require(spec, "eos_token_id", spec.boundary != "pad", "None with boundary 'pad', where EOS means nothing")
-        _require(spec, "num_classes", spec.num_classes is None, "None where EOS counts: it is found among raw ids")
-
-
-def _require(spec: EngramSpec, field: str, holds: bool, expected: str) -> None:
-    """Raises ValueError with the field's name, its value and what was expected, unless `holds`."""
-    if not holds:
-        raise ValueError(f"EngramSpec: {field} is {shorten(repr(getattr(spec, field)))}, expected {expected}")
-
-
-def _check_int(spec: EngramSpec, field: str, low: int, high: int, none: bool = False) -> None:
-    """Checks that the field is an integer in [low, high] (with `none`: or None), and stores it as a plain int."""
-    value = getattr(spec, field)
-    if none and value is None:
-        return
-    number = _as_int(value)
-    _require(spec, field, number is not None and low <= number <= high,
-            f"an integer in [{low}, {high}]" + (" or None" if none else ""))
-    object.__setattr__(spec, field, number)
-
-
-def _check_ints(spec: EngramSpec, field: str, low: int, high: int) -> None:
-    """Checks that the field is a tuple or list of integers in [low, high], and stores it as a tuple of plain ints."""
-    value = getattr(spec, field)
-    numbers = [_as_int(v) for v in value] if isinstance(value, tuple | list) else [None]
-    _require(spec, field, all(n is not None and low <= n <= high for n in numbers), f"integers in [{low}, {high}]")
-    object.__setattr__(spec, field, tuple(numbers))
-
-
-def _check_float(spec: EngramSpec, field: str) -> None:
-    """Checks that the field is a finite number >= 0, and stores it as a float."""
-    value = getattr(spec, field)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _require(spec, field, is_number and math.isfinite(value) and value >= 0, "a finite number >= 0")
-    object.__setattr__(spec, field, float(value))
-
-
-def _as_int(value: Any) -> int | None:
-    """`value` as an int (numpy's integers too); None for anything else, bools included."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
