@@ -1,14 +1,19 @@
 """README, docs and what the code says about files: blocks run, links resolve, named files exist, the README keeps its budget."""
 import ast
+import atexit
 import contextlib
 import functools
 import io
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import tempfile
 import tokenize
 from pathlib import Path
 
+import miniatures
 import pytest
 import torch
 
@@ -56,10 +61,26 @@ def run_block(page, index):
     """(names after it, what it printed) of a Python block; the blocks of a page run one after the other, as a reader's would."""
     names = {} if index == 0 else dict(run_block(page, index - 1)[0])
     block = [text for lang, text in fences(page) if lang == "python"][index]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(block, f"{page}, Python block {index}", "exec"), names)
+    out, here = io.StringIO(), Path.cwd()
+    os.chdir(published_models() if page == "docs/models.md" else here)
+    try:
+        with contextlib.redirect_stdout(out):
+            exec(compile(block, f"{page}, Python block {index}", "exec"), names)
+    finally:
+        os.chdir(here)
     return names, out.getvalue()
+
+
+@functools.cache
+def published_models():
+    """A folder with miniatures under the names of the published models, which docs/models.md opens."""
+    folder = Path(tempfile.mkdtemp(prefix="engram-kernels-docs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, make in (("DeepSeek-V4.1-Flash", miniatures.v41), ("DeepSeek-V4.1-Flash-int8", lambda: miniatures.v41("int8")),
+                       ("Qwen3.8-Flash-Next", miniatures.qwen), ("Qwen3.8-Flash-Next-FP8", lambda: miniatures.qwen("fp8")),
+                       ("LongCat-Flash-Lite", miniatures.longcat), ("Engram-demo", miniatures.demo)):
+        make().write(folder / name)
+    return folder
 
 
 def shown_after(page, index):

@@ -4,6 +4,7 @@ from engram_kernels.allocation.budget import budget
 from engram_kernels.backends import check_errors
 from engram_kernels.layout import Layout
 from engram_kernels.modules.engram import Engram
+from engram_kernels.modules.from_checkpoint import from_checkpoint
 from engram_kernels.modules.longcat import LongcatEmbedding
 from engram_kernels.modules.memory_state import MemoryState
 from engram_kernels.ops.engram_forward import engram_forward
@@ -19,5 +20,5 @@ from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 __all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "MemoryPrefetcher", "MemoryState", "RowPrefetcher",
-           "RowTable", "TokenMap", "backends", "budget", "check_errors", "engram_forward", "gate", "gather_gate",
-           "gather_rows", "integrations", "ngram_hash", "ngram_hash_and_commit", "short_conv"]
+           "RowTable", "TokenMap", "backends", "budget", "check_errors", "engram_forward", "from_checkpoint",
+           "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash", "ngram_hash_and_commit", "short_conv"]

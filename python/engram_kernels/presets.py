@@ -84,6 +84,15 @@ def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, An
     return fields, declared
 
 
+def family_of(config: Any) -> str:
+    """The name of the preset that a configuration belongs to. Arguments and errors: `read_hf_config`, as far as that goes."""
+    get = _Fields(config)
+    found = [preset["name"] for marks, preset, _ in _FAMILIES if get(*marks, default=None) not in (None, [], ())]
+    if len(found) != 1:
+        read_hf_config(config, {})  # says what is wrong
+    return str(found[0])
+
+
 class _Fields:
     """get(*names, default): the value of a field of a configuration under any of its names, from `text_config` first."""
 

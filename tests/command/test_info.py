@@ -88,7 +88,7 @@ assert engram_kernels.gate.__module__ == "engram_kernels.ops.gate" and torch.ops
 
 
 def test_help_shows_a_default_only_where_there_is_one(capsys):
-    for command in ("demo", "info", "profile", "plan", "bench", "pack"):
+    for command in ("demo", "info", "check", "profile", "plan", "bench", "pack"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         said = " ".join(capsys.readouterr().out.split())

@@ -1,7 +1,10 @@
 """What every memory module has: its table, its token map, and the constants of its hash on the device of its parameters."""
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +12,18 @@ from torch.compiler import is_compiling
 
 from engram_kernels import _modes
 from engram_kernels._checks import FLOAT_DTYPES
+from engram_kernels._files import shorten
 from engram_kernels.layout import Layout
 from engram_kernels.modules.module_table import ModuleTable, as_table
+from engram_kernels.modules.published import assign_published
+from engram_kernels.modules.published_model import OF_FOLDER, PublishedModel
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
+
+_Module = TypeVar("_Module", bound="MemoryModule")
 
 
 class MemoryModule(nn.Module):
@@ -34,6 +42,7 @@ class MemoryModule(nn.Module):
 
     op: ClassVar[str]  # what errors begin with
     variants: ClassVar[tuple[str, ...]]
+    unused_tensors: tuple[str, ...] = ()  # of a checkpoint: those of this layer that were not read
 
     def __init__(self, spec: EngramSpec, layer_id: int, table: RowTable | None, token_map: TokenMap | None):
         super().__init__()
@@ -50,6 +59,60 @@ class MemoryModule(nn.Module):
         self._table: RowTable | None = None
         self._trains_rows = False
         self.table, self.token_map = as_table(self.op, table), token_map  # a Module would be registered, past the property
+
+    @classmethod
+    def from_checkpoint(cls: type[_Module], source: str | os.PathLike[str], layer: int | None = None, *,
+                        token_map: TokenMap | str | None = OF_FOLDER, dtype: torch.dtype | None = None,
+                        device: torch.device | str | None = None, rounding: str = "once",
+                        overrides: Mapping[str, Any] | None = None, **table_options: Any) -> _Module:
+        """A memory layer of a published model, from the folder of its checkpoint.
+
+        Reads config.json, finds the tensors by model.safetensors.index.json (or by the headers of the files), compares shapes,
+        rows and the checkpoint's own multipliers, sizes and offsets with what the configuration gives, dequantizes projections,
+        and copies norms. The table is opened in place: no row is read. Tensors of the layer that were not read are in
+        `unused_tensors`, and a warning names them.
+
+        Args:
+            source: the folder, its index, or one safetensors file beside a config.json.
+            layer: a decoder layer with a memory, zero based; None: the only one.
+            token_map: "folder": made from the folder's tokenizer.json where the model compresses token ids; a TokenMap; None:
+                token ids are classes already.
+            dtype: of the parameters; None: as they are stored, bfloat16 where they are quantized.
+            device: of the parameters.
+            rounding: as the module takes it.
+            overrides: fields of the spec that replace what config.json says.
+            table_options: of `RowTable.open`: queue_depth, cache_bytes, io, zero_scale_is_zero.
+
+        Returns:
+            The module, with its table and its token map.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a tensor, a shard or config.json is missing, or something contradicts the configuration; says what, with
+                the numbers. `engram-kernels check` lists all of it.
+
+        Source: the published checkpoints; docs/models.md names the tensors.
+        """
+        model = PublishedModel(source, token_map, **(overrides or {}))
+        if model.spec.variant not in cls.variants:
+            raise ValueError(f"{cls.op}: {source} is a model of variant {model.spec.variant!r}, expected "
+                             f"{' or '.join(map(repr, cls.variants))}")
+        return cls.from_model(model, layer, dtype, device, rounding, table_options)
+
+    @classmethod
+    def from_model(cls: type[_Module], model: PublishedModel, layer: int | None, dtype: torch.dtype | None,
+                   device: torch.device | str | None, rounding: str, table_options: Mapping[str, Any]) -> _Module:
+        """The same of a model that was looked at already. Arguments and errors: `from_checkpoint`."""
+        found, spec, table = model.open_layer(cls.op, layer, table_options)
+        more: dict[str, Any] = model.module_options(found) | ({} if rounding == "once" else {"rounding": rounding})
+        more |= {"dtype": dtype or model.stored_dtype(found), "device": device}
+        module = cls(spec, found.layer_id, table=table, **more)
+        assign_published(module, model.checkpoint, found.prefix, model.weight_block)
+        module.unused_tensors = found.unused
+        if found.unused:
+            warnings.warn(f"{cls.op}: {model.source} has tensors of this layer that are not used: "
+                          f"{shorten(', '.join(found.unused))}", stacklevel=3)
+        return module
 
     def device_of_parameters(self) -> torch.device | None:
         """Where the parameters are; None: there are none yet."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import FLOAT_DTYPES
-from engram_kernels._files import shorten
 
 if TYPE_CHECKING:
     from engram_kernels.modules.memory_module import MemoryModule
 
 ROUNDINGS = ("once", "published")
+# one parameter, which the published model has under both names
+WORD_EMBEDDINGS = ("embed_tokens.weight", "ngram_embeddings.word_embeddings.weight")
 SCALE_NAMES = ("scale", "weight_scale_inv", "weight_scale")
 _SCALE_DTYPES = (torch.float8_e8m0fnu, torch.uint8, *FLOAT_DTYPES)
 
@@ -24,7 +25,7 @@ def assign_published(module: MemoryModule, weights: Mapping[str, Tensor], prefix
     """Copies published tensors into the parameters of a module, all of them or none. Arguments and errors: `load_published`.
 
     Args:
-        block: rows and columns that share a scale in a quantized weight, where the configuration says so.
+        block: rows and columns that share a scale in most quantized weights, where the configuration says so.
     """
     found = published_tensors(module, weights, prefix, block)
     for name, value in found.items():
@@ -68,16 +69,15 @@ def _longcat_tensors(module: Any, get: Callable[[str], Tensor], weights: Mapping
     pieces = [get(f"ngram_embeddings.post_projs.{i}.weight") for i in range(module.spec.num_columns)]
     found = {"post_proj.weight": torch.cat(pieces, dim=1)}
     if module.word_embeddings is not None:
-        shared = "ngram_embeddings.word_embeddings.weight"  # the same parameter, which some editions write under both names
-        found["word_embeddings.weight"] = get(shared if prefix + shared in weights else "embed_tokens.weight")
+        found["word_embeddings.weight"] = get(next((n for n in WORD_EMBEDDINGS if prefix + n in weights), WORD_EMBEDDINGS[0]))
     return found
 
 
 def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequence[int] | None = None) -> Tensor:
     """weights[name.weight], times its scales where it is fp8: one for the tensor, one per row, or one per block.
 
-    The last block of a row or a column may be partial. Where `block` does not say how many elements share a scale, it is the
-    power of two that gives as many blocks as there are scales, else their exact share.
+    The last block of a row or a column may be partial. As many elements share a scale as `block` says where that gives as many
+    blocks as there are scales; else it is the power of two that does, else their exact share.
 
     Raises:
         KeyError: a tensor is missing.
@@ -106,8 +106,7 @@ def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequen
              for dim, (n, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True))]
     rows, columns = sizes
     if rows is None or columns is None:
-        raise ValueError(f"{op}: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks"
-                         + ("" if block is None else f" of {shorten(repr(list(block)))}, the configuration's weight_block_size"))
+        raise ValueError(f"{op}: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
     result = weight.float()
     for i in range(scale.shape[0]):  # a row of blocks at a time: no second copy of the whole weight
         factors = scale[i].repeat_interleave(columns)[:weight.shape[1]]
@@ -117,8 +116,8 @@ def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequen
 
 def _block_size(size: int, blocks: int, wanted: int | None) -> int | None:
     """Elements per block; None: no block size gives so many blocks."""
-    if wanted is not None and blocks != 1 and blocks != size:
-        return wanted if blocks == -(-size // wanted) else None
+    if wanted is not None and blocks == -(-size // wanted):
+        return wanted
     powers = [2**e for e in range(31) if blocks and -(-size // 2**e) == blocks]
     if powers:
         return powers[0]

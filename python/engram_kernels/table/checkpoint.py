@@ -4,16 +4,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram_kernels._files import parse_json, shorten
+from engram_kernels.table.checkpoint_files import INDEX_NAME, files_of, indexed_file
 from engram_kernels.table.safetensors_file import Extent, Header, open_regular, read_header
 
-INDEX = "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 64 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
@@ -31,24 +28,19 @@ class Checkpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, source: str | os.PathLike[str]):
-        path = Path(source)
+        path, found = Path(source), files_of(source)
         self.folder = path if path.is_dir() else path.parent
+        self.index = None if found.index is None else found.index_path
+        self.files: dict[str, Path] = {}
         self._headers: dict[Path, Header] = {}
-        index = path if path.name.endswith(".json") else self.folder / INDEX
-        self.index = index if index.is_file() and (path.is_dir() or path == index) else None
-        if self.index is not None:
-            self.files = {name: self.folder / file for name, file in _read_index(self.index).items()}
-        else:
-            self.files = {}
-            found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-            if not found:
-                raise ValueError(f"{path} has neither a {INDEX} nor a safetensors file")
-            for file in found:
-                for name in self.header_of(file).extents:
-                    if name in self.files:
-                        raise ValueError(f"{name} is in {self.files[name].name} and in {file.name}, and there is no {INDEX} that "
-                                         "says which one counts")
-                    self.files[name] = file
+        for name, file in (found.index or {}).items():
+            self.files[name] = indexed_file(found.index_path, name, file)
+        for file in found.paths:
+            for name in self.header_of(file).extents:
+                if name in self.files:
+                    raise ValueError(f"{name} is in {self.files[name].name} and in {file.name}, and there is no {INDEX_NAME} "
+                                     "that says which one counts")
+                self.files[name] = file
 
     def header_of(self, file: Path) -> Header:
         """What a file says it holds."""
@@ -69,7 +61,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         if name not in self.files:
             raise KeyError(name)
-        file, index = self.files[name], INDEX if self.index is None else self.index.name
+        file, index = self.files[name], INDEX_NAME if self.index is None else self.index.name
         if not file.exists():
             raise ValueError(f"{index} says that {name} is in {file.name}, but there is no such file")
         extents = self.header_of(file).extents
@@ -99,18 +91,3 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-
-def _read_index(path: Path) -> dict[str, str]:
-    if path.stat().st_size > _MAX_INDEX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_INDEX_BYTES}")
-    try:
-        content: Any = parse_json(path.read_bytes())
-    except ValueError as err:
-        raise ValueError(f"{path} is not JSON: {shorten(str(err))}") from None
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map of tensor names to file names")
-    for file in set(weight_map.values()):
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise ValueError(f"{path} names the file {shorten(repr(file))}, expected one in its folder")
-    return weight_map

@@ -100,7 +100,8 @@ def _read_index(path: Path) -> dict[str, Any]:
     return found
 
 
-def _indexed_file(index: Path, name: str, file: Any) -> Path:
+def indexed_file(index: Path, name: str, file: Any) -> Path:
+    """The path of a file that an index names. ValueError where that is no file beside the index."""
     if not isinstance(file, str) or not file or "\0" in file or os.path.isabs(file) or ".." in Path(file).parts:
         raise ValueError(f"{_OP}: {index} says that tensor {shorten(name)!r} lies in {shorten(repr(file))}, expected the name of "
                          "a file beside the index")
@@ -233,7 +234,7 @@ class Finder:
         if files.index is not None:
             if name not in files.index:
                 raise ValueError(f"{_OP}: {files.label}: the index has no tensor {shorten(name)!r}; it has {self.candidates()}")
-            return [(name, _indexed_file(files.index_path, name, files.index[name]))]
+            return [(name, indexed_file(files.index_path, name, files.index[name]))]
         if files.is_one_file:
             return [(name, files.paths[0])]
         paths = self._headers().get(name, [])
