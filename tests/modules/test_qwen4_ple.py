@@ -1,4 +1,4 @@
-"""The variant qwen4_ple of Engram: what it does not share with the others. tests/modules/test_transformers_ple.py holds it to
+"""The variant qwen4_ple of Engram: what it does not share with the others. tests/modules/test_transformers_qwen4.py holds it to
 the published code itself."""
 import pytest
 import torch
