@@ -32,19 +32,25 @@ def layers_of(family):
     return layers, spec
 
 
-def run(family, seed, calls, backend):
+def run(family, seed, calls, backend, with_layers=False):
     layers, spec = layers_of(family)
-    traffic = Traffic(layers, spec, seed % 4, backend, seed)
+    # the interpreter takes seconds per call of a layer: its layers run in one test, elsewhere its hash alone
+    traffic = Traffic(layers, spec, seed % 4, backend, seed, "auto" if backend == "triton" and not with_layers else None)
     with torch.no_grad():
         for _ in range(calls):
             traffic.call()
-    assert seed % 7 or traffic.sequences
+    assert traffic.compared or calls < 10  # a few calls may all be removals
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_state_any_mix_equals_the_whole(family, backend):
     for seed in (3, 5):
         run(family, seed, 5 if backend == "triton" else 20, backend)
+
+
+@pytest.mark.slow
+def test_memory_state_any_mix_with_layers_in_triton():
+    run("qwen4_ple", 3, 3, "triton", with_layers=True)
 
 
 @pytest.mark.slow

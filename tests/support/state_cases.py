@@ -16,14 +16,16 @@ class Traffic:
         layers: memory modules of one spec; none: the hash alone.
         spec: their spec.
         max_drafts: K.
-        backend: of hash and layers.
+        backend: of the hash.
         seed: of the draw.
+        layer_backend: of the layers; None: as the hash.
     """
 
-    def __init__(self, layers, spec, max_drafts, backend, seed):
-        self.draw, self.layers, self.spec, self.backend = random.Random(seed), layers, spec, backend
+    def __init__(self, layers, spec, max_drafts, backend, seed, layer_backend=None):
+        self.draw, self.layers, self.spec, self.backend = random.Random(seed), layers, spec, layer_backend or backend
         self.state = MemoryState(layers or spec, SLOTS, max_drafts=max_drafts, dtype=torch.float32, backend=backend)
         self.layout, self.branches, self.size = spec.layout(), spec.branches, spec.hidden_size
+        self.compared = 0  # chunks
         self.sequences = {}  # slot: [(token id, hidden state)] accepted so far
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -53,6 +55,7 @@ class Traffic:
             end = begin + len(chunk)
             if slot >= 0:
                 before = self.sequences.setdefault(slot, [])
+                self.compared += 1
                 rows, outs = self.whole(before + chunk)
                 assert torch.equal(row_ids[:, begin:end], rows[:, len(before):])
                 for got, want in zip(outputs, outs, strict=True):
