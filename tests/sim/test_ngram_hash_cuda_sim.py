@@ -251,7 +251,7 @@ def test_ngram_hash_bank_conflicts(v41):
 
 def test_ngram_hash_uses_no_local_memory():
     usages = build().usage(OP)
-    assert len(usages) == 8
+    assert len(usages) == 17  # each with a pool of histories too; the last commits those that other blocks may still read
     for usage in usages.values():
         assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 64
 
@@ -260,7 +260,7 @@ def test_ngram_hash_uses_no_local_memory():
 def test_ngram_hash_machine_code(v41):
     """No call (a division would be one), and under 50 executed instructions per id."""
     sass = build().sass(OP)
-    assert len(sass) == 8
+    assert len(sass) == 17
     for code in sass.values():
         assert not [op for _, _, op, _ in code if op.startswith(("CALL", "MUFU.RCP64", "LDL", "STL"))]
     code = sass[v41.kernel]

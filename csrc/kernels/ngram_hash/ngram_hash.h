@@ -69,6 +69,10 @@ struct NgramHashParams {
   EK_INLINE int64_t history_id(int64_t sequence, int back) const {  // back >= 1
     return load_history(history_row(sequence), num_rejected(sequence) + back - 1);
   }
+  // The same where sequence b has row b of max_order - 1 columns and nothing is rejected.
+  EK_INLINE int64_t own_history_id(int64_t sequence, int back) const {
+    return load(history, sequence * (max_order - 1) + back - 1, ids_are_int64);
+  }
   // Entries that may be rejected and leave a history that is long enough.
   EK_INLINE int64_t spare() const { return history_width - (max_order - 1); }
   EK_INLINE int64_t num_rejected(int64_t b) const {

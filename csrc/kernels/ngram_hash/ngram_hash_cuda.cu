@@ -125,6 +125,7 @@ __device__ __forceinline__ T* shared_at(int bytes) {
 
 // Token ids as words: a canonical id; ~eos_id for EOS; `dead` for what is dead, bad or before the text. Negative words
 // block a lookback.
+template <bool kPooled>
 struct Reader {
   const NgramHashParams& p;
   int32_t dead;
@@ -146,7 +147,7 @@ struct Reader {
 
   __device__ int32_t before(int64_t sequence, int back, bool count_errors) const {
     if (p.history == nullptr) return dead;
-    const int64_t raw = p.history_id(sequence, back);
+    const int64_t raw = kPooled ? p.history_id(sequence, back) : p.own_history_id(sequence, back);
     if (static_cast<uint64_t>(raw) < static_cast<uint64_t>(p.vocab_size)) return word(raw);
     if (count_errors && raw != kBeforeStart && raw != kDeadToken) count_error(p.error_count);
     return dead;
@@ -167,19 +168,22 @@ __device__ int64_t find_sequence(const NgramHashParams& p, int64_t t, int lane) 
 }
 
 // Counts what check_host_data refuses of sequence b, but for its tokens and the values of its history.
+template <bool kPooled>
 __device__ void count_sequence_errors(const NgramHashParams& p, int64_t b) {
   const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
   if (begin > end || (b == 0 && begin != 0) || (b + 1 == p.num_sequences && end != p.num_tokens)) count_error(p.error_count);
-  const int64_t row = p.history_row(b);
-  if (row == kRefused) count_error(p.error_count);
-  if (row < 0) return;
-  for (int64_t other = 0; p.state_indices != nullptr && other < b; ++other) {
-    if (p.index(other) == row) count_error(p.error_count);
+  if constexpr (kPooled) {
+    const int64_t row = p.history_row(b);
+    if (row == kRefused) count_error(p.error_count);
+    if (row < 0) return;
+    for (int64_t other = 0; p.state_indices != nullptr && other < b; ++other) {
+      if (p.index(other) == row) count_error(p.error_count);
+    }
   }
   if (p.history == nullptr || begin >= end) return;
   bool before_start = false;
   for (int back = 1; back < p.max_order; ++back) {
-    const bool is_before_start = p.history_id(b, back) == kBeforeStart;
+    const bool is_before_start = (kPooled ? p.history_id(b, back) : p.own_history_id(b, back)) == kBeforeStart;
     if (before_start && !is_before_start) count_error(p.error_count);
     before_start = before_start || is_before_start;
   }
@@ -187,6 +191,7 @@ __device__ void count_sequence_errors(const NgramHashParams& p, int64_t b) {
 
 // Marks the tokens whose lookback passes the start of their sequence, and those that are not hashed; counts what is wrong with
 // sequences. One warp.
+template <bool kPooled>
 __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan, int first, int count, int lane) {
   int32_t* sequences = shared_at<int32_t>(plan.sequences_at);
   static_assert(kMinTile == 32, "one pass of 16 bytes per lane clears 128 tokens");
@@ -197,7 +202,7 @@ __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan,
   for (int64_t b = find_sequence(p, first, lane) + lane; b < p.num_sequences; b += 32) {
     const int64_t begin = int64_t{p.cu_seqlens[b]} - first, end = min(int64_t{p.cu_seqlens[b + 1]} - first, int64_t{count});
     if (begin >= count) break;
-    const bool skipped = p.history_row(b) < 0;
+    const bool skipped = kPooled && p.history_row(b) < 0;
     const int stop = static_cast<int>(skipped ? end : min(end, begin + p.max_order - 1));
     for (int j = static_cast<int>(max(begin, int64_t{0})); j < stop; ++j) {
       sequences[j] = skipped ? kNotHashed : static_cast<int32_t>(b);
@@ -205,15 +210,15 @@ __device__ void mark_sequence_starts(const NgramHashParams& p, const Plan& plan,
   }
   if (blockIdx.y != 0) return;
   for (int64_t b = int64_t{blockIdx.x} * 32 + lane; b < p.num_sequences; b += int64_t{gridDim.x} * 32) {
-    count_sequence_errors(p, b);
+    count_sequence_errors<kPooled>(p, b);
   }
 }
 
 // Calls use(s, c) with the canonical id c of the s-th lookback of token j, s = 0 .. max_order - 1; c is boundary_id where the
 // lookback is blocked.
-template <class F>
-__device__ __forceinline__ void for_each_lookback(const NgramHashParams& p, const Plan& plan, const Reader& reader, int first,
-                                                  int j, const F& use) {
+template <bool kPooled, class F>
+__device__ __forceinline__ void for_each_lookback(const NgramHashParams& p, const Plan& plan, const Reader<kPooled>& reader,
+                                                  int first, int j, const F& use) {
   const int32_t* word = shared_at<int32_t>(plan.words_at) + j + kMaxOrder;
   const int32_t boundary = static_cast<int32_t>(p.boundary_id), sequence = shared_at<int32_t>(plan.sequences_at)[j];
   const int32_t own = word[0];
@@ -404,18 +409,19 @@ __device__ void clear_rows_not_hashed(const NgramHashParams& p, const Plan& plan
   }
 }
 
-// blockDim = (vectors, token slots, layers); gridDim = (tiles, groups of layers)
-template <int kWidth, bool kPerColumn, int kLayers>
+// blockDim = (vectors, token slots, layers); gridDim = (tiles, groups of layers). kPooled: histories are rows of a pool, may be
+// skipped and are committed; a hash without pays nothing for that.
+template <int kWidth, bool kPerColumn, int kLayers, bool kPooled>
 __global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramHashParams p, const Plan plan) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   const int first_layer = blockIdx.y * kLayers, layers = min(kLayers, p.num_layers - first_layer);
   const int first = blockIdx.x * plan.tile, count = min(plan.tile, static_cast<int>(p.num_tokens) - first);
-  const bool can_skip = p.state_indices != nullptr || p.rejected != nullptr;
-  const Reader reader(p);
+  const bool can_skip = kPooled && (p.state_indices != nullptr || p.rejected != nullptr);
+  const Reader<kPooled> reader(p);
 
   if (thread < 32) {
-    mark_sequence_starts(p, plan, first, count, thread);
+    mark_sequence_starts<kPooled>(p, plan, first, count, thread);
   } else {
     int32_t* words = shared_at<int32_t>(plan.words_at) + kMaxOrder;
 #pragma unroll 1
@@ -449,7 +455,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramH
   __syncthreads();
 
   reduce_columns<kWidth, kPerColumn>(p, plan, first_layer, layers, first, count, is_signed);
-  if (p.committed != nullptr && gridDim.x == 1 && gridDim.y == 1) {
+  if (kPooled && p.committed != nullptr && gridDim.x == 1 && gridDim.y == 1) {
     for (int64_t b = thread; b < p.num_sequences; b += threads) p.commit(b);
   }
   if (!can_skip) return;
@@ -523,23 +529,33 @@ void launch_commit(const NgramHashParams& p, cudaStream_t stream) {
   EK_CUDA_CHECK(cudaGetLastError());
 }
 
-template <int kWidth, bool kPerColumn, int kLayers>
+template <int kWidth, bool kPerColumn, int kLayers, bool kPooled>
 void launch(const NgramHashParams& p, const Plan& plan, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.num_tokens, plan.tile), groups = ceil_div(p.num_layers, plan.layers);
   EK_CHECK(groups <= kMaxGridY, "ngram_hash: " << p.num_layers << " layers are too many for one launch");
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(groups));
-  ngram_hash_kernel<kWidth, kPerColumn, kLayers><<<grid, make_block(plan, kWidth), plan.shared_bytes, stream>>>(p, plan);
+  ngram_hash_kernel<kWidth, kPerColumn, kLayers, kPooled><<<grid, make_block(plan, kWidth), plan.shared_bytes, stream>>>(p, plan);
   EK_CUDA_CHECK(cudaGetLastError());
   if (p.committed != nullptr && tiles * groups > 1) launch_commit(p, stream);
 }
 
-template <int kWidth>
+template <int kWidth, bool kPooled>
 void launch_of_width(const NgramHashParams& p, cudaStream_t stream) {
   const Plan plan = make_plan(p, kWidth);
   if (p.per_column) {
-    plan.layers == 1 ? launch<kWidth, true, 1>(p, plan, stream) : launch<kWidth, true, 2>(p, plan, stream);
+    plan.layers == 1 ? launch<kWidth, true, 1, kPooled>(p, plan, stream) : launch<kWidth, true, 2, kPooled>(p, plan, stream);
   } else {
-    plan.layers == 1 ? launch<kWidth, false, 1>(p, plan, stream) : launch<kWidth, false, 2>(p, plan, stream);
+    plan.layers == 1 ? launch<kWidth, false, 1, kPooled>(p, plan, stream) : launch<kWidth, false, 2, kPooled>(p, plan, stream);
+  }
+}
+
+template <bool kPooled>
+void launch_pooled(const NgramHashParams& p, cudaStream_t stream) {
+  // four columns of a 16-byte store must share an order and lie on a 16-byte boundary
+  if (p.heads % 4 == 0 && reinterpret_cast<uintptr_t>(p.row_ids) % 16 == 0) {
+    launch_of_width<4, kPooled>(p, stream);
+  } else {
+    launch_of_width<1, kPooled>(p, stream);
   }
 }
 
@@ -553,11 +569,10 @@ void ngram_hash_cuda(const NgramHashParams& p, void* stream) {
   }
   EK_CHECK(p.num_tokens <= INT32_MAX && p.num_sequences >= 1,
            "ngram_hash: " << p.num_tokens << " tokens in " << p.num_sequences << " sequences");
-  // four columns of a 16-byte store must share an order and lie on a 16-byte boundary
-  if (p.heads % 4 == 0 && reinterpret_cast<uintptr_t>(p.row_ids) % 16 == 0) {
-    launch_of_width<4>(p, static_cast<cudaStream_t>(stream));
+  if (p.committed != nullptr || p.state_indices != nullptr || p.rejected != nullptr) {
+    launch_pooled<true>(p, static_cast<cudaStream_t>(stream));
   } else {
-    launch_of_width<1>(p, static_cast<cudaStream_t>(stream));
+    launch_pooled<false>(p, static_cast<cudaStream_t>(stream));
   }
 }
 
