@@ -106,3 +106,14 @@ def parse_json(data: str | bytes) -> Any:
         return json.loads(data, object_pairs_hook=without_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def write_json(where: str | None, content: dict[str, Any]) -> None:
+    """Writes what a command found as JSON: to the file `where`, to the output for "-", nowhere for None."""
+    if where is None:
+        return
+    text = json.dumps(content, indent=2) + "\n"
+    if where == "-":
+        print(text, end="")
+        return
+    Path(where).write_text(text, encoding="utf-8")

@@ -55,7 +55,7 @@ def test_memory_state_any_mix_with_layers_in_triton():
 
 @pytest.mark.slow
 @given(st.integers(0, 10**6), st.sampled_from(FAMILIES))
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))  # an example takes seconds
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_memory_state_property(backend, seed, family):
     run(family, seed, 4 if backend == "triton" else 25, backend)
 

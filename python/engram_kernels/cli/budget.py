@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engram_kernels._files import write_json
 from engram_kernels._terminal import Printer, UsageError, expect_writable, expect_writable_folder, finite
 
 NO_CAPABILITY = 5  # exit code
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         report.write_plot(found, args.plot)
         printer.say(f"figure: {args.plot}")
-    _write_json(args.json, report.budget_json(found))
+    write_json(args.json, report.budget_json(found))
     return 0
 
 
@@ -129,16 +130,6 @@ def _write_choice(folder: Path, found: Any, choice: dict[str, Any], printer: Pri
     found.chosen.spec.to_json(folder / "spec.json")
     write_atomic("budget", folder / "choice.json", (json.dumps(choice, indent=2) + "\n").encode())
     printer.say(f"written: {folder / 'spec.json'}, {folder / 'choice.json'}")
-
-
-def _write_json(where: str | None, content: dict[str, Any]) -> None:
-    if where is None:
-        return
-    text = json.dumps(content, indent=2) + "\n"
-    if where == "-":
-        print(text, end="")
-        return
-    Path(where).write_text(text, encoding="utf-8")
 
 
 def _count(text: str) -> float:

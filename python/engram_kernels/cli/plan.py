@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engram_kernels._files import write_json
 from engram_kernels._names import GPUS, KINDS, PAPER_ROWS, PHASES, PLACEMENTS
 from engram_kernels._terminal import Printer, Progress, UsageError, expect_writable, finite, no_progress, progress_bar
 from engram_kernels.cli.options import SPEC_HELP, check_spec, load_spec
@@ -101,7 +101,7 @@ def _paper(args: argparse.Namespace) -> int:
     comparisons = [compare_with_paper(name) for name in (PAPER_ROWS if args.preset == "paper" else [args.preset])]
     if args.json != "-":
         report.print_comparisons(comparisons, Printer())
-    _write_json(args.json, {"schema_version": report.SCHEMA_VERSION, "paper": [report.comparison_json(c) for c in comparisons]})
+    write_json(args.json, {"schema_version": report.SCHEMA_VERSION, "paper": [report.comparison_json(c) for c in comparisons]})
     return 0
 
 
@@ -141,7 +141,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.simulate:
         with progress("simulates the schedule", 1):
             simulated = _simulate(args, work, node, plan.winner, printer)
-    _write_json(args.json, report.plan_json(plan, work, node, trial, simulated))
+    write_json(args.json, report.plan_json(plan, work, node, trial, simulated))
     return 0 if plan.winner is not None else 1
 
 
@@ -167,13 +167,3 @@ def _simulate(args: argparse.Namespace, work: Workload, node: Hardware, winner: 
         printer.say(line)
     printer.say(f"trace: {args.simulate}, opens in https://ui.perfetto.dev")
     return simulated
-
-
-def _write_json(where: str | None, content: dict[str, Any]) -> None:
-    if where is None:
-        return
-    text = json.dumps(content, indent=2) + "\n"
-    if where == "-":
-        print(text, end="")
-        return
-    Path(where).write_text(text, encoding="utf-8")
