@@ -123,16 +123,13 @@ struct Loader {
   __device__ __forceinline__ bool has(int j) const { return has_vector<kVectors>(tile, token, j); }
 };
 
-// Where a thread writes the gradients of a step.
+// Where a thread writes the gradients of a step's branches.
 struct Writer {
   const Arrays& arrays;
-  std::byte *hidden, *key, *value;
+  std::byte *hidden, *key;
 
   __device__ __forceinline__ Writer(const Arrays& a, const Step& s, int first)
-      : arrays(a),
-        hidden(a.grad_hidden.at(s.token, first)),
-        key(a.grad_key.at(s.token, first)),
-        value(a.grad_value.at(s.token, first)) {
+      : arrays(a), hidden(a.grad_hidden.at(s.token, first)), key(a.grad_key.at(s.token, first)) {
     if (s.branch > 0) arrays.grad_hidden.go_branches(&hidden, s.branch), arrays.grad_key.go_branches(&key, s.branch);
   }
   __device__ __forceinline__ void next_branch(bool back) {
@@ -234,7 +231,8 @@ __device__ __forceinline__ void write_gradients(const Step& now, const GateSlope
       }
     }
     pack_vector<kType>(grad_value, packed);
-    store_if(mine, writer.value + offset, packed);
+    // the address is computed here: one that is kept from the start spills registers on sm_100
+    store_if(mine, loader.arrays.grad_value.at(now.token, first_vector<kVectors>()) + offset, packed);
   }
 }
 
