@@ -410,9 +410,9 @@ __device__ void clear_rows_not_hashed(const NgramHashParams& p, const Plan& plan
 }
 
 // blockDim = (vectors, token slots, layers); gridDim = (tiles, groups of layers). kPooled: histories are rows of a pool, may be
-// skipped and are committed; a hash without pays nothing for that.
+// skipped and are committed, for which 64 registers are too few; a hash without pays nothing for that.
 template <int kWidth, bool kPerColumn, int kLayers, bool kPooled>
-__global__ void __launch_bounds__(kMaxThreads, 4) ngram_hash_kernel(const NgramHashParams p, const Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, kPooled ? 3 : 4) ngram_hash_kernel(const NgramHashParams p, const Plan plan) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   const int first_layer = blockIdx.y * kLayers, layers = min(kLayers, p.num_layers - first_layer);
