@@ -15,10 +15,11 @@ from engram_kernels.ops.ngram_hash import ngram_hash, ngram_hash_and_commit
 from engram_kernels.ops.short_conv import short_conv
 from engram_kernels.prefetch.memory_prefetcher import MemoryPrefetcher
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
+from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 __all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "MemoryPrefetcher", "MemoryState", "RowPrefetcher",
-           "RowTable", "TokenMap", "backends", "budget", "check_errors", "engram_forward", "from_checkpoint",
+           "RowTable", "ShardedRows", "TokenMap", "backends", "budget", "check_errors", "engram_forward", "from_checkpoint",
            "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash", "ngram_hash_and_commit", "short_conv"]

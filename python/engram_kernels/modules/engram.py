@@ -14,6 +14,7 @@ from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.modules.published_rounding import published_conv, published_gate
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
+from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
@@ -31,7 +32,8 @@ class Engram(MemoryModule):
     and `w_key` [M, H] (norm weights of hidden state and key), and with a convolution `conv_weight` [M, H, W] and `conv_norm`
     [M, H]. A table made of an ``nn.Parameter`` is registered as `rows` and trained. `forward` and `table` read that parameter
     when they are called, so whatever a framework puts in its place counts: another dtype or device, FSDP's gathered tensor,
-    `functional_call`, a parametrization. Any other table stays where it is. `load_published` reads the published names.
+    `functional_call`, a parametrization. Any other table stays where it is, such as a `ShardedRows`, whose `parameter` an
+    optimizer is given beside the module's. `load_published` reads the published names.
 
     The constants of the hash (`layout`) and `token_map` follow the module to another device. They are no buffers: they are
     derived or given, so that a module made on the meta device has them right after `to_empty`.
@@ -54,7 +56,7 @@ class Engram(MemoryModule):
             convolution, as the published code does. That is further from the exact result, slower, and equal to it.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable, `token_map` no TokenMap.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, `token_map` no TokenMap.
         ValueError: the spec has no such layer or no module variant, table or token map do not belong to it, or `rounding` is
             neither word or not for this variant.
 
@@ -67,8 +69,8 @@ class Engram(MemoryModule):
     variants = ("deepseek_v41", "demo_v1", "qwen4_ple")
 
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
-                 table: RowTable | None = None, token_map: TokenMap | None = None, dtype: torch.dtype = torch.bfloat16,
-                 device: torch.device | str | None = None, rounding: str = "once"):
+                 table: RowTable | ShardedRows | None = None, token_map: TokenMap | None = None,
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once"):
         super().__init__(spec, layer_id, table, token_map)
         self.rounding = checked_rounding(rounding, spec)
         if dtype not in FLOAT_DTYPES:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
 from engram_kernels.modules.published import ROUNDINGS, assign_published
+from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 
@@ -38,7 +39,7 @@ class LongcatEmbedding(MemoryModule):
             "published": C products, each added in the dtype, as the published code does; slower, and equal to it.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, or `table` no RowTable.
+        TypeError: `spec` is no EngramSpec, or `table` no RowTable or ShardedRows.
         ValueError: the spec has another variant or no such layer, the table does not belong to it, or `rounding` is neither word.
 
     Source: docs/ops.md, "The module"; LongCat-Flash-Lite and LongCat-Next `modeling_longcat_ngram.py` (`NgramEmbedding`);
@@ -49,8 +50,8 @@ class LongcatEmbedding(MemoryModule):
     variants = ("longcat",)
 
     def __init__(self, spec: EngramSpec, layer_id: int | None = None, hidden_size: int | None = None, *,
-                 num_embeddings: int | None = None, table: RowTable | None = None, dtype: torch.dtype = torch.bfloat16,
-                 device: torch.device | str | None = None, rounding: str = "once"):
+                 num_embeddings: int | None = None, table: RowTable | ShardedRows | None = None,
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once"):
         first = spec.layer_ids[0] if isinstance(spec, EngramSpec) and layer_id is None else layer_id
         super().__init__(spec, first, table, None)  # type: ignore[arg-type]  # a None is refused as no layer
         if rounding not in ROUNDINGS:

@@ -19,6 +19,7 @@ from engram_kernels.modules.published import assign_published
 from engram_kernels.modules.published_model import OF_FOLDER, PublishedModel
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
@@ -32,11 +33,11 @@ class MemoryModule(nn.Module):
     Args:
         spec: the descriptor.
         layer_id: which of ``spec.layer_ids``.
-        table: the layer's rows, or None.
+        table: the layer's rows (a `ShardedRows` stays outside of the module's parameters and state), or None.
         token_map: compression of token ids, or None.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable, `token_map` no TokenMap.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, `token_map` no TokenMap.
         ValueError: the spec has another variant or no such layer, or table or token map do not belong to it.
     """
 
@@ -44,7 +45,7 @@ class MemoryModule(nn.Module):
     variants: ClassVar[tuple[str, ...]]
     unused_tensors: tuple[str, ...] = ()  # of a checkpoint: those of this layer that were not read
 
-    def __init__(self, spec: EngramSpec, layer_id: int, table: RowTable | None, token_map: TokenMap | None):
+    def __init__(self, spec: EngramSpec, layer_id: int, table: RowTable | ShardedRows | None, token_map: TokenMap | None):
         super().__init__()
         if not isinstance(spec, EngramSpec):
             raise TypeError(f"{self.op}: spec is a {type(spec).__name__}, expected an EngramSpec")
@@ -56,7 +57,7 @@ class MemoryModule(nn.Module):
         self.spec, self.layer_id = spec, layer_id
         self._layout = spec.layout().of_layer(layer_id)
         self._elsewhere: dict[torch.device, tuple[Layout, TokenMap | None]] = {}
-        self._table: RowTable | None = None
+        self._table: RowTable | ShardedRows | None = None
         self._trains_rows = False
         self.table, self.token_map = as_table(self.op, table), token_map  # a Module would be registered, past the property
 
@@ -119,12 +120,12 @@ class MemoryModule(nn.Module):
         raise NotImplementedError
 
     @property
-    def table(self) -> RowTable | None:
+    def table(self) -> RowTable | ShardedRows | None:
         """The rows: the table that was given or, where they are trained, one that reads the parameter `rows` when it is used."""
         return ModuleTable(self) if self._trains_rows else self._table
 
     @table.setter
-    def table(self, table: RowTable | None) -> None:
+    def table(self, table: RowTable | ShardedRows | None) -> None:
         table = as_table(self.op, table)
         if table is not None and table.row_dim != self.spec.row_dim:
             raise ValueError(f"{self.op}: the table has rows of {table.row_dim}, spec {self.spec.name} has rows of "
@@ -132,7 +133,7 @@ class MemoryModule(nn.Module):
         if table is not None and table.num_rows < self.layout.num_rows[0]:
             raise ValueError(f"{self.op}: the table has {table.num_rows} rows, layer {self.layer_id} needs "
                              f"{self.layout.num_rows[0]}")
-        parameter = table.rows if table is not None and isinstance(table.rows, nn.Parameter) else None
+        parameter = table.rows if isinstance(table, RowTable) and isinstance(table.rows, nn.Parameter) else None
         if parameter is not None or self._trains_rows:
             self.register_parameter("rows", parameter)
         self._table, self._trains_rows = (table, False) if parameter is None else (None, True)
@@ -175,6 +176,8 @@ class MemoryModule(nn.Module):
         table = self.table
         if table is None:
             raise ValueError(f"{self.op}: {given} needs a table, and the module was made without one")
+        if isinstance(table, ShardedRows):
+            return table.gather(row_ids, dtype, backend=backend)
         return gather_rows(table.snapshot() if isinstance(table, ModuleTable) else table, row_ids, dtype, backend=backend)
 
     def _apply(self, fn, recurse=True):

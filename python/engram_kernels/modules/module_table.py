@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ def checked_rows(module: MemoryModule, rows: Any) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def as_table(op: str, table: object) -> RowTable | None:
+def as_table(op: str, table: object) -> RowTable | ShardedRows | None:
     """`table` if a module can read it. TypeError says how to make a table of a tensor or a path."""
-    if table is None or isinstance(table, RowTable):
+    if table is None or isinstance(table, RowTable | ShardedRows):
         return table
     got, how = type(table).__name__, ""
     if isinstance(table, Tensor):

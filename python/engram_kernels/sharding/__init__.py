@@ -1,0 +1,1 @@
+"""Rows of one table that lie on several ranks of torch.distributed."""
