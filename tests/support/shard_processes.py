@@ -145,6 +145,38 @@ def check_sparse_gradients_train_the_shards(world):
             assert not sharded.gather(ids).requires_grad
 
 
+def check_what_may_go_ahead_does(world):
+    """After `submit` ids have crossed without a `wait`, and rows too where nothing trains them; the ids may change then."""
+    group, rank = world.groups[4], world.rank
+    table = table_of("f32")
+    begin, end = ShardedRows.range_of(R, rank, 4)
+    for gradients in ("rows", "none"):
+        with ShardedRows(table.rows[begin:end], group, gradients=gradients, timeout_s=30) as sharded:
+            ids = torch.arange(R)
+            ticket = sharded.submit(ids)
+            ids.fill_(5)
+            crossed, end_s = "ids_bytes" if sharded.trains else "rows_bytes", time.monotonic() + 25
+            while not sharded.stats()[crossed] and time.monotonic() < end_s:
+                time.sleep(0.01)
+            assert sharded.stats()[crossed] > 0 and (not sharded.trains or sharded.stats()["rows_bytes"] == 0)
+            assert torch.equal(sharded.wait(ticket), table.rows) and sharded.stats()["in_flight"] == 0
+
+
+def check_compiled_layers_take_shards(world):
+    if world.full(2) is None:
+        return
+    group, rank = world.full(2)
+    layer, ids, hidden = make_layer("demo_v1")
+    rows, cu = layer.table.rows, torch.tensor([0, T], dtype=torch.int32)
+    want = layer(hidden, ids, cu)
+    begin, end = ShardedRows.range_of(rows.shape[0], rank, 2)
+    with ShardedRows(nn.Parameter(rows[begin:end].clone()), group, timeout_s=30) as sharded:
+        layer.table = sharded
+        out = torch.compile(layer, backend="eager")(hidden, ids, cu)
+        out.square().sum().backward()
+        assert torch.equal(out, want) and sharded.parameter.grad.is_sparse
+
+
 def check_rows_are_those_of_the_last_step(world):
     group, rank = world.groups[4], world.rank
     begin, end = ShardedRows.range_of(R, rank, 4)

@@ -133,12 +133,13 @@ class ShardedRows:
         """Whether rows carry a gradient."""
         return self.gradients != "none"
 
+    @_disable_dynamo
     def submit(self, row_ids: Tensor) -> int:
         """Starts the exchange of `row_ids` behind the caller's compute; returns a ticket.
 
         Args:
-            row_ids: int32 or int64, any shape, contiguous; -1 (no row) or in [0, R) of the whole table. May have no elements.
-                Must not change until `wait`.
+            row_ids: int32 or int64, any shape, contiguous; -1 (no row) or in [0, R) of the whole table; copied. May have no
+                elements.
 
         Returns:
             A ticket for `wait`. Ids that name no row fail it, on every rank.
@@ -147,7 +148,8 @@ class ShardedRows:
             ConnectionError: a rank died before, or this was closed.
         """
         ticket = next(self._numbers)
-        wanted = self._channel.submit(self._exchange.ids, ticket, row_ids)
+        kept = row_ids.clone() if isinstance(row_ids, Tensor) else row_ids
+        wanted = self._channel.submit(self._exchange.ids, ticket, kept)
         rows = None if self.trains else self._channel.submit(_rows_of, self._exchange, wanted)
         self._flying[ticket] = (wanted, rows)
         return ticket
@@ -206,6 +208,7 @@ class ShardedRows:
             out = _Gathered.apply(self._anchor, out, self, arrived.wanted)
         return out
 
+    @_disable_dynamo
     def gather(self, row_ids: Tensor, out_dtype: torch.dtype | None = None, *, backend: str = "auto") -> Tensor:
         """`submit` and `wait` in one: as ``gather_rows(whole table, row_ids, out_dtype)``."""
         return self.wait(self.submit(row_ids), out_dtype, backend=backend)
