@@ -82,11 +82,20 @@ def test_gate_matches_reference(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gate_of_few_tokens_takes_a_block_a_branch(dtype):
-    for case, multiprocessors, branches in (((3, 4, 520), 12, 1), ((3, 4, 520), 11, 2 if dtype == torch.float16 else 4)):
+def test_gate_of_few_tokens_takes_as_many_blocks_as_there_are_multiprocessors(dtype):
+    for case, multiprocessors, branches in (((3, 4, 520), 12, 1), ((3, 4, 520), 11, 2), ((3, 4, 520), 6, 2),
+                                            ((3, 4, 520), 5, 2 if dtype == torch.float16 else 4)):
         device = Device(multiprocessors=multiprocessors)
         launch, = check(make_inputs(*case, dtype, weight_dtype=dtype), torch.arange(3) == 1, device)
         assert launch.grid == (3, 4 // branches, 1) and f"Li{branches}E" in launch.kernel
+
+
+def test_gate_of_few_tokens_gives_a_multiprocessor_half_the_work():
+    """Warp instructions of a block of two branches, against one of all four."""
+    inputs = make_inputs(1, 4, 5120, weight_dtype=torch.bfloat16)
+    two, four = (simulate(inputs, device=Device(multiprocessors=n))[1][0] for n in (2, 1))
+    assert (two.grid[1], four.grid[1]) == (2, 1)
+    assert two.result.warp_instructions / 2 <= 0.5 * four.result.warp_instructions
 
 
 @pytest.mark.parametrize("zero_sign", ["copysign", "sign"])

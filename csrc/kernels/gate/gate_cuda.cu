@@ -191,7 +191,7 @@ struct Shape {
   int branches;  // at a time
   int vectors_per_thread;
   void (*launch)(const GateParams& p, const Arrays& arrays, const TokenTile& tile, cudaStream_t stream);
-  bool only_for_few_tokens;
+  bool only_for_few_tokens;  // so few that each of its blocks has a multiprocessor and one token
 };
 
 template <DType kType, int kBranches, int kVectors>
@@ -205,7 +205,8 @@ constexpr auto shapes() {
   if constexpr (kType == DType::kF16) {  // four branches spill registers on sm_90
     return std::array{shape<kType, 1, 2>(true), shape<kType, 2, 4>(), shape<kType, 1, 8>()};
   } else {
-    return std::array{shape<kType, 1, 2>(true), shape<kType, 4, 2>(), shape<kType, 2, 4>(), shape<kType, 1, 8>()};
+    return std::array{shape<kType, 1, 2>(true), shape<kType, 2, 4>(true), shape<kType, 4, 2>(), shape<kType, 2, 4>(),
+                      shape<kType, 1, 8>()};
   }
 }
 
@@ -224,8 +225,8 @@ bool launch_tokens(const GateParams& p, cudaStream_t stream) {
   Arrays arrays;
   if (!arrays_of<kType>(p, &arrays) || p.num_tokens > INT32_MAX / 2) return false;
   const int64_t vectors = p.hidden_size / kVectorElements<kType>;
-  const bool few = p.num_tokens * p.branches <= num_multiprocessors();
   for (const Shape& shape : shapes<kType>()) {
+    const bool few = p.num_tokens * (p.branches / shape.branches) <= num_multiprocessors();
     if ((shape.only_for_few_tokens && !few) || !fits<kType>(shape, p.branches, vectors)) continue;
     const int warps = lanes_for(vectors, shape.vectors_per_thread) / kWarp;
     shape.launch(p, arrays, {static_cast<int>(vectors), warps, 1, static_cast<int>(p.num_tokens)}, stream);
