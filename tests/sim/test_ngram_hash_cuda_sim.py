@@ -252,8 +252,9 @@ def test_ngram_hash_bank_conflicts(v41):
 def test_ngram_hash_uses_no_local_memory():
     usages = build().usage(OP)
     assert len(usages) == 17  # each with a pool of histories too; the last commits those that other blocks may still read
-    for usage in usages.values():
-        assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 64
+    for name, usage in usages.items():
+        pooled = "ELb1EEEv" in name  # three blocks per multiprocessor, else four
+        assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= (80 if pooled else 64)
 
 
 @pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
