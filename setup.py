@@ -63,6 +63,9 @@ class CMakeBuild(build_ext):
             f"-DEK_REQUIRE_IO_URING={'ON' if os.environ.get('ENGRAM_KERNELS_REQUIRE_IO_URING') == '1' else 'OFF'}",
             f"-DEK_SANITIZE={'ON' if os.environ.get('EK_SANITIZE') == '1' else 'OFF'}"])
         subprocess.check_call(["cmake", "--build", str(build)])
+        if not CUDA and not self.inplace:  # setuptools packs whatever an earlier build left there
+            for left in out.glob("_C_cuda.*"):
+                left.unlink()
 
 
 setup(

@@ -48,6 +48,10 @@ def test_install_wheel_holds_the_package(unpacked):
         assert (unpacked / "engram_kernels" / name).is_file(), name
 
 
+def test_install_wheel_is_without_the_cuda_kernels_of_an_earlier_build(unpacked):
+    assert list(unpacked.glob("engram_kernels/_C.*.so")) and not list(unpacked.glob("engram_kernels/_C_cuda*"))
+
+
 def test_install_wheel_names_no_path_of_its_build_machine(unpacked):
     paths = [str(p).encode() for p in (ROOT, Path(sys.prefix), Path(sys.base_prefix))]
     files = [p for p in unpacked.rglob("*") if p.is_file()]
