@@ -144,3 +144,22 @@ def test_checkpoint_table_ranks_disagree_on_the_scale(tmp_path):
                   tmp_path / f"model{rank}-mp2.safetensors")
     with pytest.raises(ValueError, match=r"model1-mp2.safetensors: the scale 's' is 2.0, but 1.0 in \S+model0-mp2.safetensors"):
         RowTable.open(tmp_path / "model{}-mp2.safetensors", "w", "s")
+
+
+OPTIONS = {  # name: value, error, what the message says
+    "queue_depth": [(0, ValueError, "0, expected at least 1"), (4097, ValueError, "4097, expected at most 4096"),
+                    ("8", TypeError, "'8', expected an integer"), (True, TypeError, "True, expected an integer")],
+    "cache_bytes": [(-1, ValueError, "-1, expected at least 0"), (1.5, TypeError, "1.5, expected an integer"),
+                    (2**63, ValueError, "9223372036854775808, expected at most ")],
+    "io": [("mmap", ValueError, "'mmap', expected 'auto' or 'io_uring' or 'preadv' or"),
+           (None, ValueError, "None, expected 'auto'")],
+    "row_dim": [(0, ValueError, "0, expected at least 1"), ("16", TypeError, "'16', expected an integer")],
+}
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name, cases in OPTIONS.items() for case in cases])
+def test_table_open_names_the_option(name, case, tmp_path):
+    value, error, message = case
+    save_file({"rows": torch.zeros(4, 16)}, tmp_path / "t.safetensors")
+    with pytest.raises(error, match=rf"^RowTable.open: {name} is {message}"):
+        RowTable.open(tmp_path / "t.safetensors", "rows", row_format="f32", **{name: value})

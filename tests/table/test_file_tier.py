@@ -86,7 +86,7 @@ def test_file_tier_cache_is_exact_and_bounded(io, tmp_path):
 def test_file_tier_options(tmp_path, monkeypatch):
     RowTable.create(tmp_path / "t", torch.zeros(100, 8), row_format="f32")
     for options, message in (({"queue_depth": 0}, "queue_depth is 0, expected"), ({"queue_depth": 5000}, "queue_depth is 5000"),
-                             ({"io": "mmap"}, "io is 'mmap', expected auto"), ({"cache_bytes": -1}, "cache_bytes is -1")):
+                             ({"io": "mmap"}, "io is 'mmap', expected 'auto'"), ({"cache_bytes": -1}, "cache_bytes is -1")):
         with pytest.raises(ValueError, match=message):
             RowTable.open(tmp_path / "t", **options)
     monkeypatch.setenv("EK_FILE_IO", "preadv_buffered")

@@ -117,7 +117,7 @@ class MemoryModule(nn.Module):
 
     def device_of_parameters(self) -> torch.device | None:
         """Where the parameters are; None: there are none yet."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.device_of_parameters: each module says where its own are")
 
     @property
     def table(self) -> RowTable | ShardedRows | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels._files import shorten
 from engram_kernels.table import staging
 from engram_kernels.table.checkpoint_files import Files, Finder, Located, Names, Source, files_of, matching
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from engram_kernels.table.row_table import RowTable
 
 _OP = "RowTable.open"
+_IO = ("auto", "io_uring", "preadv", "io_uring_buffered", "preadv_buffered")
 
 
 class _OpenFiles:
@@ -95,6 +97,11 @@ def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales
     """A table of files. Arguments and errors: `RowTable.open`; `described_as`: its `row_dim` and `zero_scale_is_zero`;
     `reading`: its `queue_depth`, `cache_bytes` and `io`."""
     (row_dim, zero_scale_is_zero), (queue_depth, cache_bytes, io) = described_as, reading
+    queue_depth = expect_int(_OP, "queue_depth", queue_depth, 1, 4096)
+    cache_bytes = expect_int(_OP, "cache_bytes", cache_bytes, 0, 2**63 - 1)
+    expect_choice(_OP, "io", io, _IO)
+    if row_dim is not None:
+        row_dim = expect_int(_OP, "row_dim", row_dim, 1, 2**31 - 1)
     files = files_of(source)
     finder = Finder(files)
     if tensor is None and not files.is_one_file:
