@@ -1,4 +1,5 @@
 """What `profile` measures of the host: loops, ids, memory and NUMA nodes."""
+import contextlib
 import itertools
 import random
 import shutil
@@ -99,7 +100,8 @@ def test_profile_gather_figures_are_those_of_plain_c(tmp_path, compiled):
     def in_c():
         return plain(memory.data.ctypes.data, 512, ids.ctypes.data, ids.size, out.ctypes.data, 16)
 
-    loop, op = (probes_host._gather_sample(memory, probes_host.Shape(512, 256 * MIB, "uniform", 1, ids.size, prefetch), [mine], 1)
+    loop, op = (probes_host._gather_sample(memory, probes_host.Shape(512, 256 * MIB, "uniform", 1, ids.size, prefetch), [mine], 1,
+                                           contextlib.ExitStack())
                 for prefetch, mine in ((16, of_loop), (None, of_op)))
 
     def ratios():
