@@ -1,5 +1,12 @@
 """Fixtures of the simulator tests."""
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

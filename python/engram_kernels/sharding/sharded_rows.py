@@ -94,7 +94,6 @@ class ShardedRows:
         self.by, self.reduce, self.gradients, self.timeout_s = by, reduce, facts["gradients"], facts["timeout_s"]
         if self.gradients != "sparse":
             self.parameter = None
-        self.by, self.reduce, self.timeout_s = by, reduce, float(timeout_s)
         self.num_rows, self.row_dim = partition.num_rows, self.table.row_dim
         self._exchange = Exchange(self.table, partition, Channel(group, self.timeout_s))
         self._channel, self.first_row = self._exchange.channel, self._exchange.first_row
