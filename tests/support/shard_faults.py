@@ -8,6 +8,7 @@ from shard_cases import R, ids_of, raises, table_of
 from torch import nn
 
 from engram_kernels import RowTable, ShardedRows, gather_rows
+from engram_kernels.sharding import exchange
 
 DEADLINE_S = 3.0
 LAST = ("check_a_rank_that_does_not_come_is_an_error_in_time", "check_a_rank_that_dies_is_an_error_on_every_other")
@@ -75,6 +76,21 @@ def check_a_bad_file_is_an_error_on_every_rank(world):
             os.truncate(path, 300)
         raises(OSError, ["bad3.safetensors"], lambda: sharded.gather(torch.arange(R)))
         raises(ValueError, ["is its own checkpoint"], sharded.state_dict)
+
+
+def check_gradients_that_cannot_be_summed_are_an_error_on_every_rank(world):
+    group, rank = world.groups[4], world.rank
+    sum_rows = exchange.sum_rows
+
+    def has_no_memory(*args):
+        raise MemoryError("no memory for the sums")
+    with ShardedRows(table_of("f32", *ShardedRows.range_of(R, rank, 4)), group, gradients="rows", timeout_s=30) as sharded:
+        out = sharded.gather(ids_of(rank))
+        exchange.sum_rows = has_no_memory if rank == 1 else sum_rows
+        raises(MemoryError, ["no memory", *([] if rank == 1 else ["rank 1 of 4"])], lambda: out.sum().backward())
+        exchange.sum_rows = sum_rows
+        sharded.gather(ids_of(rank)).sum().backward()  # later ones go on
+        assert sharded.take_gradients()[0].numel() > 0
 
 
 def check_a_rank_that_does_not_come_is_an_error_in_time(world):

@@ -89,7 +89,8 @@ class Exchange:
         return Arrived(wanted, arrived, scales)
 
     def gradients(self, wanted: Wanted, grad: Tensor) -> Tensor:
-        """Sums the gradients of each distinct row in the order of the positions and sends them to their owners.
+        """Sums the gradients of each distinct row in the order of the positions and sends them to their owners. What fails here
+        is raised on every rank.
 
         Args:
             wanted: of the forward.
@@ -98,9 +99,12 @@ class Exchange:
         Returns:
             [rows asked of this rank, D] float32, in the order of `Wanted.asked`.
         """
-        channel = self.channel
-        summed = sum_rows(grad, wanted.inverse.to(grad.device), sum(wanted.counts)).to(self.table.device)
-        channel.agree("gradients", wanted.ticket, None)
+        channel, error, summed = self.channel, None, grad
+        try:
+            summed = sum_rows(grad, wanted.inverse.to(grad.device), sum(wanted.counts)).to(self.table.device)
+        except Exception as err:
+            error = err
+        channel.agree("gradients", wanted.ticket, error)
         return channel.exchange("gradients", summed, wanted.counts, wanted.asked_counts)
 
     def stats(self) -> dict[str, Any]:
