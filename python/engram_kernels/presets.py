@@ -1,14 +1,12 @@
 """The published memories: their specs, and the readers of their Hugging Face configurations."""
 import itertools
 import math
-import operator
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from engram_kernels._files import parse_json, shorten
+from engram_kernels._files import shorten
+from engram_kernels.config_fields import ConfigFields
 
 _DEEPSEEK_CLASSES = 99_092  # of the 129,280 token ids of the DeepSeek V4 tokenizer
 
@@ -37,6 +35,7 @@ LONGCAT: dict[str, Any] = dict(
     eos_token_id=2, max_order=4, heads=4, head_dim=256, layer_ids=(0,),
     table_sizes=(78 * 131_072,) * 3, row_format="bf16", variant="longcat", hidden_size=3072, branches=1)
 
+_SEEDS = 2**62  # as far as a spec takes them
 LAYER_SEED_STEP = 10007  # between the seeds of two layers, in every xor family
 
 # a configuration's field that says something of an n-gram memory, whichever family it belongs to
@@ -59,69 +58,51 @@ def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, An
         ValueError: no n-gram memory in it; a field is missing, of the wrong type, contradicted, or not understood.
         OSError: the file cannot be read.
     """
-    get = _Fields(config)
-    found = [family for family in _FAMILIES if get(*family[0], default=None) not in (None, [], ())]
+    get = _MemoryFields(config, "EngramSpec")
+    found = [family for family in _FAMILIES if get(*family[0]) not in (None, [], ())]
     if not found:
         raise ValueError("EngramSpec: the configuration has no n-gram memory: none of "
                          f"{', '.join(name for marks, _, _ in _FAMILIES for name in marks)} is set")
     if len(found) > 1:  # the fields of one would be passed over in silence
         raise ValueError("EngramSpec: the configuration has the fields of more than one memory: "
-                         f"{', '.join(name for marks, _, _ in found for name in marks if get(name, default=None) is not None)}")
+                         f"{', '.join(name for marks, _, _ in found for name in marks if get(name) is not None)}")
     _, preset, read = found[0]
-    try:
-        shared = dict(vocab_size=get("vocab_size", default=None), branches=get("hc_mult", "hc_count", default=None),
-                      hidden_size=get("hidden_size", default=None))
-        fields = preset | {k: v for k, v in (shared | read(get)).items() if v is not None} | overrides
-        declared = get("engram_num_embeddings", default=None)
-        if declared is not None and not isinstance(declared, list | tuple):
-            raise ValueError(f"EngramSpec: engram_num_embeddings is {shorten(declared)}, expected a list: the rows of each layer")
-        declared = None if declared is None else tuple(declared)
-        if preset is DEEPSEEK_V41 or preset is DEMO_V1:
-            fields["pad_class"] = overrides["pad_class"] if "pad_class" in overrides else _known_pad_class(fields)
-    except (TypeError, IndexError, OverflowError) as error:
-        raise ValueError(f"EngramSpec: the configuration has a field of the wrong type: {shorten(str(error))}") from error
+    shared = dict(vocab_size=get.integer_if_set("vocab_size"), branches=get.integer_if_set("hc_mult", "hc_count"),
+                  hidden_size=get.integer_if_set("hidden_size"))
+    fields = preset | {k: v for k, v in (shared | read(get)).items() if v is not None} | overrides
+    declared = None if get("engram_num_embeddings") is None else get.integers("engram_num_embeddings")
+    if preset is DEEPSEEK_V41 or preset is DEMO_V1:
+        fields["pad_class"] = overrides["pad_class"] if "pad_class" in overrides else _known_pad_class(fields)
     get.refuse_unread()
     return fields, declared
 
 
 def family_of(config: Any) -> str:
     """The name of the preset that a configuration belongs to. Arguments and errors: `read_hf_config`, as far as that goes."""
-    get = _Fields(config)
-    found = [preset["name"] for marks, preset, _ in _FAMILIES if get(*marks, default=None) not in (None, [], ())]
+    get = _MemoryFields(config, "EngramSpec")
+    found = [preset["name"] for marks, preset, _ in _FAMILIES if get(*marks) not in (None, [], ())]
     if len(found) != 1:
         read_hf_config(config, {})  # says what is wrong
     return str(found[0])
 
 
-class _Fields:
-    """get(*names, default): the value of a field of a configuration under any of its names, from `text_config` first."""
+class _MemoryFields(ConfigFields):
+    """Refuses a configuration that contradicts itself, and knows which fields were asked for."""
 
-    def __init__(self, config: Any):
-        if isinstance(config, str | os.PathLike):
-            path = Path(config, "config.json") if Path(config).is_dir() else Path(config)
-            try:
-                config = parse_json(path.read_bytes())
-            except ValueError as error:
-                raise ValueError(f"EngramSpec: {path} is not JSON: {shorten(str(error))}") from error
-        self._parts = (config, self._field(config, "text_config"))
+    def __init__(self, config: Any, reader: str):
+        super().__init__(config, reader)
         self._read: set[str] = set()
 
-    @staticmethod
-    def _field(part: Any, name: str) -> Any:
-        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
-
-    def __call__(self, *names: str, default: Any = ...) -> Any:
+    def found(self, *names: str) -> list[tuple[str, Any]]:
         self._read.update(names)
-        found = {name: v for part in self._parts for name in names if (v := self._field(part, name)) is not None}
-        if any(v != first for first, v in itertools.pairwise(found.values())):
+        found = super().found(*names)
+        if any(v != first for (_, first), (_, v) in itertools.pairwise(found)):
             raise ValueError("EngramSpec: the configuration contradicts itself: "
-                             + shorten(", ".join(f"{name} is {v!r}" for name, v in found.items())))
-        if not found and default is ...:
-            raise ValueError(f"EngramSpec: the configuration has no field {' or '.join(names)}")
-        return next(iter(found.values()), default)
+                             + shorten(", ".join(f"{name} is {v!r}" for name, v in found)))
+        return found
 
     def _set(self) -> Iterator[str]:
-        for part in self._parts:
+        for part in self.parts:
             for name, value in (part if isinstance(part, Mapping) else getattr(part, "__dict__", {})).items():
                 if isinstance(name, str) and value is not None:
                     yield name
@@ -149,80 +130,89 @@ def _repeat(size: int, order: int) -> tuple[int, ...]:
     return (size,) * min(order - 1, 8)  # an absurd order is refused later, but not multiplied out
 
 
+def _number(get: ConfigFields, *names: str) -> float | None:
+    value = get(*names)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf):
+        raise get.wrong(names, "a finite number >= 0")
+    return value
+
+
 def _split(name: str, total: int, parts: int) -> int:
     if parts < 1 or total % parts:
         raise ValueError(f"EngramSpec: {name} is {shorten(repr(total))}, expected a multiple of the {parts} columns or heads")
     return total // parts
 
 
-def _read_v41(get: Callable[..., Any]) -> dict[str, Any]:
-    order = get("engram_max_ngram_size")
-    return dict(layer_ids=get("engram_layer_ids"), max_order=order, heads=get("engram_n_heads"),
-                head_dim=get("engram_head_dim"), table_sizes=_repeat(get("engram_vocab_size"), order),
-                num_classes=get("engram_compressed_vocab_size"), gate_eps=get("rms_norm_eps", "norm_eps", default=None),
-                hidden_size=get("hidden_size", "dim", default=None),
-                pad_token_id=get("engram_pad_id", "engram_pad_token_id"))
+def _read_v41(get: ConfigFields) -> dict[str, Any]:
+    order = get.integer("engram_max_ngram_size")
+    return dict(layer_ids=get.integers("engram_layer_ids"), max_order=order, heads=get.integer("engram_n_heads"),
+                head_dim=get.integer("engram_head_dim"), table_sizes=_repeat(get.integer("engram_vocab_size"), order),
+                num_classes=get.integer("engram_compressed_vocab_size"), gate_eps=_number(get, "rms_norm_eps", "norm_eps"),
+                hidden_size=get.integer_if_set("hidden_size", "dim"),
+                pad_token_id=get.integer("engram_pad_id", "engram_pad_token_id", low=0))
 
 
-def _read_demo(get: Callable[..., Any]) -> dict[str, Any]:
-    order, heads = get("max_ngram_size"), get("n_head_per_ngram")
-    return dict(layer_ids=get("layer_ids"), max_order=order, heads=heads, table_sizes=get("engram_vocab_size"),
-                head_dim=_split("n_embed_per_ngram", get("n_embed_per_ngram"), heads), pad_token_id=get("pad_id"),
-                seed=get("seed"), conv_width=get("kernel_size", default=None), conv_dilation=order)
+def _read_demo(get: ConfigFields) -> dict[str, Any]:
+    order, heads = get.integer("max_ngram_size"), get.integer("n_head_per_ngram")
+    return dict(layer_ids=get.integers("layer_ids"), max_order=order, heads=heads, table_sizes=get.integers("engram_vocab_size"),
+                head_dim=_split("n_embed_per_ngram", get.integer("n_embed_per_ngram"), heads),
+                pad_token_id=get.integer("pad_id", low=0), seed=get.integer("seed", low=0, high=_SEEDS),
+                conv_width=get.integer_if_set("kernel_size"), conv_dilation=order)
 
 
-def _read_qwen4(get: Callable[..., Any]) -> dict[str, Any]:
-    order, heads, eos = get("ngram_size", default=3), get("heads_per_ngram", default=8), get("eos_token_id")
-    if isinstance(eos, list | tuple):
-        if not eos:
-            raise ValueError("EngramSpec: eos_token_id is [], expected a token id or several")
-        eos = eos[0]
-    eps, dtype = get("rms_norm_eps", default=None), get("ple_embedding_dtype", default=None)
+def _read_qwen4(get: ConfigFields) -> dict[str, Any]:
+    order, heads = get.integer("ngram_size", default=3), get.integer("heads_per_ngram", default=8)
+    eos = get.required("eos_token_id")
+    if isinstance(eos, list | tuple) and not eos:
+        raise get.wrong(("eos_token_id",), "a token id or several")
+    eos = get.integers("eos_token_id")[0] if isinstance(eos, list | tuple) else get.integer("eos_token_id", low=0)
+    eps, dtype = _number(get, "rms_norm_eps"), get("ple_embedding_dtype")
     if dtype is not None and str(dtype).removeprefix("torch.") not in _PLE_ROW_FORMATS:
-        raise ValueError(f"EngramSpec: ple_embedding_dtype is {shorten(repr(dtype))}, expected one of "
-                         f"{', '.join(_PLE_ROW_FORMATS)}: there is no row format for others")
-    width = get("ple_embed_dim", default=None) or get("hidden_size")
-    return dict(layer_ids=[i - 1 for i in sorted(set(get("ple_layer_ids")))], max_order=order, heads=heads,
-                head_dim=_split("ple_embed_dim", width, (order - 1) * heads), seed=get("seed", default=1234),
-                table_sizes=_repeat(get("ngram_vocab_size_base", default=20_000_000), order), pad_token_id=eos,
-                eos_token_id=eos, conv_width=get("ple_conv_kernel_size", default=4), conv_dilation=order, gate_eps=eps,
+        raise get.wrong(("ple_embedding_dtype",), f"one of {', '.join(_PLE_ROW_FORMATS)}: there is no row format for others")
+    width = get.integer("hidden_size" if get("ple_embed_dim") in (None, 0) else "ple_embed_dim")
+    return dict(layer_ids=[i - 1 for i in sorted(set(get.integers("ple_layer_ids")))], max_order=order, heads=heads,
+                head_dim=_split("ple_embed_dim", width, (order - 1) * heads),
+                seed=get.integer("seed", default=1234, low=0, high=_SEEDS), pad_token_id=eos, eos_token_id=eos,
+                table_sizes=_repeat(get.integer("ngram_vocab_size_base", default=20_000_000), order),
+                conv_width=get.integer("ple_conv_kernel_size", default=4), conv_dilation=order, gate_eps=eps,
                 conv_eps=eps, row_format=None if dtype is None else _PLE_ROW_FORMATS[str(dtype).removeprefix("torch.")])
 
 
-def _read_longcat(get: Callable[..., Any]) -> dict[str, Any]:
-    order, heads = get("emb_neighbor_num", "oe_neighbor_num"), get("emb_split_num", "oe_split_num")
-    ratio = get("ngram_vocab_size_ratio", "oe_vocab_size_ratio")
-    if not isinstance(ratio, int | float) or not math.isfinite(ratio):
-        raise ValueError(f"EngramSpec: ngram_vocab_size_ratio is {shorten(repr(ratio))}, expected a finite number")
-    if (fixed := get("ngram_fix_normalize_factor", default=False)) not in (True, False):
-        raise ValueError(f"EngramSpec: ngram_fix_normalize_factor is {shorten(repr(fixed))}, expected True or False")
+def _read_longcat(get: ConfigFields) -> dict[str, Any]:
+    order, heads = get.integer("emb_neighbor_num", "oe_neighbor_num"), get.integer("emb_split_num", "oe_split_num")
+    get.required("ngram_vocab_size_ratio", "oe_vocab_size_ratio")
+    ratio = _number(get, "ngram_vocab_size_ratio", "oe_vocab_size_ratio") or 0.0
+    if (fixed := get("ngram_fix_normalize_factor")) not in (True, False, None):
+        raise get.wrong(("ngram_fix_normalize_factor",), "True or False")
     special = _read_special_tokens(get)
-    text_ids = operator.index(special.get("vocab_size", get("vocab_size")))
-    return dict(max_order=order, heads=heads, table_sizes=_repeat(int(ratio * text_ids), order), eos_token_id=get("eos_token_id"),
-                head_dim=_split("hidden_size", get("hidden_size"), heads * (order - 1)),
+    rows = ratio * special.get("vocab_size", get.integer("vocab_size"))
+    if not 1 <= rows < 2**31:
+        raise get.wrong(("ngram_vocab_size_ratio", "oe_vocab_size_ratio"), "a ratio that makes 1 to 2^31 - 1 rows")
+    return dict(max_order=order, heads=heads, table_sizes=_repeat(int(rows), order),
+                eos_token_id=get.integer("eos_token_id", low=0),
+                head_dim=_split("hidden_size", get.integer("hidden_size"), heads * (order - 1)),
                 average="root" if fixed else "mean") | special
 
 
-def _read_special_tokens(get: Callable[..., Any]) -> dict[str, Any]:
+def _read_special_tokens(get: ConfigFields) -> dict[str, Any]:
     """Fields of the spec for LongCat-Next's ignored ids, or for the special tokens of the serving engine tokenspeed.
 
     LongCat-Next (`modeling_longcat_ngram.py`): ignored ids count as 0, 0 and EOS end an n-gram, and a hash of 0 reads no row;
     the hash goes by the text's vocabulary. tokenspeed: ids of `special_token_scope`, "begin:end,..", end an n-gram and keep
     their word embedding, where `ngram_exclude_sp_token` says so.
     """
-    excluded, scope = get("ngram_exclude_sp_token", default=False), get("special_token_scope", default=None)
-    if excluded not in (True, False) or (scope is not None and not isinstance(scope, str)):
+    excluded, scope = get("ngram_exclude_sp_token"), get("special_token_scope")
+    if excluded not in (True, False, None) or (scope is not None and not isinstance(scope, str)):
         raise ValueError(f"EngramSpec: ngram_exclude_sp_token is {shorten(repr(excluded))} and special_token_scope "
                          f"{shorten(repr(scope))}, expected True or False, and ranges such as '0:4,36:55'")
-    ignored = get("oe_ignored_token_ids", "ignored_token_ids", default=None)
-    text_ids = get("text_vocab_size", "vocab_size_text", default=None)
-    get("text_vocab_plus_multimodal_special_token_size", default=None)  # the end of the ignored ids, which are named one by one
-    if ignored is not None and not isinstance(ignored, list | tuple):
-        raise ValueError(f"EngramSpec: oe_ignored_token_ids is {shorten(repr(ignored))}, expected a list of token ids")
+    names = ("oe_ignored_token_ids", "ignored_token_ids")
+    ignored = None if get(*names) is None else get.integers(*names)
+    text_ids = get.integer_if_set("text_vocab_size", "vocab_size_text")
+    get("text_vocab_plus_multimodal_special_token_size")  # the end of the ignored ids, which are named one by one
     if not excluded:
         if ignored is None and text_ids is None:
             return {}
-        return dict(ignored_token_ids=tuple(ignored or ()), zero_is_dead=True) | ({} if text_ids is None else
+        return dict(ignored_token_ids=ignored or (), zero_is_dead=True) | ({} if text_ids is None else
                                                                                   dict(vocab_size=text_ids))
     if ignored or text_ids is not None:
         raise ValueError("EngramSpec: ngram_exclude_sp_token and oe_ignored_token_ids or text_vocab_size are both set: they are "

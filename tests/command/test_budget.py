@@ -226,10 +226,10 @@ def test_budget_rejects(arguments, said):
                                    "nearest that works is 127"),
     ({"model_type": "qwen9"}, "the attention of model_type 'qwen9' is not counted here"),
     ({"layer_types": ["linear_attention"] * 48}, "with layer_types is not counted here"),
-    ({"hidden_size": "big"}, "hidden_size is 'big' in the configuration"), ({"hidden_size": None}, "has no field hidden_size"),
+    ({"hidden_size": "big"}, "hidden_size is 'big', expected an integer"), ({"hidden_size": None}, "has no field hidden_size"),
     ({"mlp_only_layers": list(range(48))}, "none of the 48 layers"), ({"mlp_only_layers": "x"}, "mlp_only_layers is 'x'"),
     ({"engram_layer_ids": [1]}, "its memory: the configuration has no field engram_max_ngram_size"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000 in the configuration, expected an integer in [1, 100000]"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected an integer in [1, 100000]"),
     ({"hc_mult": "4"}, "hc_mult is '4'"), ({"num_experts": 0}, "num_experts is 0"),
     ({"num_attention_heads": True}, "num_attention_heads is True")], ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
 def test_budget_rejects_configurations(change, said, config, capsys):

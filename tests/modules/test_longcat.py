@@ -226,7 +226,7 @@ def test_longcat_next_configuration():
     ({"ngram_exclude_sp_token": "yes"}, "ngram_exclude_sp_token is 'yes'"),
     ({"ngram_exclude_sp_token": False, "oe_ignored_token_ids": 3}, "oe_ignored_token_ids is 3, expected a list"),
     ({"ngram_fix_normalize_factor": 2}, "ngram_fix_normalize_factor is 2"),
-    ({"ngram_exclude_sp_token": False, "text_vocab_size": "many"}, "wrong type")])
+    ({"ngram_exclude_sp_token": False, "text_vocab_size": "many"}, "text_vocab_size is 'many', expected an integer")])
 def test_longcat_rules_that_contradict_are_refused(change, message):
     config = {**LONGCAT_CONFIG, "ngram_exclude_sp_token": True, "special_token_scope": "0:4", **change}
     with pytest.raises(ValueError, match=message):

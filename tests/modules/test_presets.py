@@ -51,19 +51,29 @@ def test_presets_a_field_that_is_not_understood_is_refused_by_name(config, name)
     ({**V41, "engram_num_embeddings": list(range(10**5))}, r"engram_num_embeddings is \[0, 1, 2.*\.\.\., but"),
     ({**V41, "hidden_size": "x" * 10**5}, r"hidden_size is 'xxx.*\.\.\., expected"),
     ({**QWEN4, "eos_token_id": []}, r"eos_token_id is \[\]"),
-    ({**QWEN4, "ple_layer_ids": 3}, "wrong type"),
+    ({**QWEN4, "ple_layer_ids": 3}, "ple_layer_ids is 3, expected a list of integers"),
     ({**QWEN4, "ple_embedding_dtype": "nvfp4"}, "ple_embedding_dtype is 'nvfp4'"),
-    ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": 1e308}, "wrong type"),
-    ({**LONGCAT_CONFIG, "vocab_size": "many"}, "wrong type"),
+    ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": 1e308}, r"ngram_vocab_size_ratio is 1e\+308, expected a ratio that makes"),
+    ({**LONGCAT_CONFIG, "vocab_size": "many"}, "vocab_size is 'many', expected an integer"),
     ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": "78"}, "ngram_vocab_size_ratio is '78', expected a finite number"),
     ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": float("nan")}, "ngram_vocab_size_ratio is nan, expected a finite number"),
-    ({**V41, "rms_norm_eps": float("nan")}, "gate_eps is nan, expected a finite number"),
+    ({**V41, "rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a finite number"),
     ({**V41, "ple_layer_ids": [2]}, "more than one memory: engram_layer_ids, ple_layer_ids"),
     (5, "no n-gram memory"), (None, "no n-gram memory"), ([1], "no n-gram memory")])
 def test_presets_wrong_values_are_refused(config, words):
     with pytest.raises(ValueError, match=f"(?s){words}") as error:
         EngramSpec.from_hf_config(config)
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("value", ["x", ["a"], {"a": 1}, 3.5, float("inf"), [[1]], -10**30])
+@pytest.mark.parametrize("config", [V41, DEMO_CONFIG, QWEN4, LONGCAT_CONFIG], ids=["v41", "demo", "qwen4", "longcat"])
+def test_presets_a_value_of_the_wrong_type_is_refused_by_its_fields_name(config, value):
+    for name, right in config.items():
+        not_read = config is LONGCAT_CONFIG and name == "rms_norm_eps"  # its layers have no gate
+        if right is not None and not not_read and not (value == 3.5 and ("eps" in name or "ratio" in name)):
+            with pytest.raises(ValueError, match=f"{name} is"):
+                EngramSpec.from_hf_config({**config, name: value})
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -353,10 +353,10 @@ BAD_CONFIGS = {  # name: (configuration, part of the message)
     "rows_differ": (_text(engram_num_embeddings=[384006168, 384016680]),
                     r"\[384006168, 384016680\].*\[384006168, 384016682\]"),
     "pad_class_unknown": (_text(engram_compressed_vocab_size=90000), r"pad_class=int\(token_map\.map\[pad\]\)"),
-    "order_text": (_text(engram_max_ngram_size="4"), "wrong type"),
-    "order_absurd": (_text(engram_max_ngram_size=10**12), "max_order is 1000000000000"),
+    "order_text": (_text(engram_max_ngram_size="4"), "engram_max_ngram_size is '4'"),
+    "order_absurd": (_text(engram_max_ngram_size=10**12), "engram_max_ngram_size is 1000000000000"),
     "row_not_divisible": ({**DEMO_CONFIG, "n_embed_per_ngram": 500}, "n_embed_per_ngram is 500, expected a multiple"),
-    "heads_negative": ({**DEMO_CONFIG, "n_head_per_ngram": -1}, "n_embed_per_ngram is 512, expected a multiple"),
+    "heads_negative": ({**DEMO_CONFIG, "n_head_per_ngram": -1}, "n_head_per_ngram is -1, expected an integer"),
 }
 
 

@@ -2,14 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from engram_kernels._files import parse_json, shorten
+from engram_kernels._files import shorten
 from engram_kernels.allocation.number import ASSUMED, COMPUTED, GIVEN, Number
+from engram_kernels.config_fields import ConfigFields
 from engram_kernels.spec import EngramSpec
 
 # model types whose attention is counted below, parameter by parameter
@@ -126,7 +124,7 @@ def model_of_config(config: Any, total: float | None = None, active: float | Non
         ValueError: no routed experts in it, a field is missing or makes no sense, or its attention is not counted here.
         OSError: the file cannot be read.
     """
-    get = _Fields(config)
+    get = ConfigFields(config, "budget", InputError)
     field = next((name for name in EXPERT_FIELDS if get(name) is not None), None)
     kind = str(get("model_type") or "unknown")
     if field is None:
@@ -191,7 +189,7 @@ def _active_of(memory: EngramSpec | None) -> int:
     return 0 if memory is None else memory.num_module_parameters + memory.rows_per_token * memory.row_dim
 
 
-def _moe_layers(get: _Fields, kind: str, layers: int) -> int:
+def _moe_layers(get: ConfigFields, kind: str, layers: int) -> int:
     """Layers with routed experts. The rules are those of transformers' models of these names."""
     dense = get("mlp_only_layers")
     if dense is not None and not isinstance(dense, list | tuple):
@@ -210,13 +208,13 @@ def _moe_layers(get: _Fields, kind: str, layers: int) -> int:
     return len(sparse)
 
 
-def _shared_width(get: _Fields, width: int) -> int:
+def _shared_width(get: ConfigFields, width: int) -> int:
     if get("shared_expert_intermediate_size") is not None:
         return get.integer("shared_expert_intermediate_size", low=0)
     return get.integer("n_shared_experts", default=0, low=0) * width
 
 
-def _counted(get: _Fields, kind: str, layers: int, moe_layers: int, hidden: int, shared: int) -> int:
+def _counted(get: ConfigFields, kind: str, layers: int, moe_layers: int, hidden: int, shared: int) -> int:
     """Parameters beside embeddings, head, routed experts and routers: attention, norms, dense layers, shared experts."""
     extra = [name for name in ("layer_types", "index_topk", "linear_num_value_heads", "compress_ratios") if _is_other(get(name))]
     if kind not in COUNTED or extra:
@@ -238,7 +236,7 @@ def _is_other(value: Any) -> bool:
     return value is not None
 
 
-def _latent_attention(get: _Fields, hidden: int) -> int:
+def _latent_attention(get: ConfigFields, hidden: int) -> int:
     """Multi-head latent attention, one layer. Source: transformers `models/deepseek_v3/modeling_deepseek_v3.py`."""
     heads, rope, nope = (get.integer(n) for n in ("num_attention_heads", "qk_rope_head_dim", "qk_nope_head_dim"))
     value, latent = get.integer("v_head_dim"), get.integer("kv_lora_rank")
@@ -252,7 +250,7 @@ def _latent_attention(get: _Fields, hidden: int) -> int:
     return query + keys + heads * value * hidden + (hidden if bias else 0)
 
 
-def _attention(get: _Fields, kind: str, hidden: int) -> int:
+def _attention(get: ConfigFields, kind: str, hidden: int) -> int:
     """Grouped-query attention, one layer. Source: transformers `models/{mixtral,qwen2_moe,qwen3_moe}/modeling_*.py`."""
     heads = get.integer("num_attention_heads")
     groups, dim = get.integer("num_key_value_heads", default=heads), get.integer("head_dim", default=hidden // heads)
@@ -266,7 +264,7 @@ def _attention(get: _Fields, kind: str, hidden: int) -> int:
     return count
 
 
-def _weight_bytes(get: _Fields) -> Number:
+def _weight_bytes(get: ConfigFields) -> Number:
     quantized = get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
     if method == "fp8":
@@ -278,7 +276,7 @@ def _weight_bytes(get: _Fields) -> Number:
     return Number(2, "B", ASSUMED, "default: bf16")
 
 
-def _memory_of(config: Any, get: _Fields) -> EngramSpec | None:
+def _memory_of(config: Any, get: ConfigFields) -> EngramSpec | None:
     """The n-gram memory that the configuration has; None: none of the fields that mark one is set."""
     marks = ("engram_layer_ids", "n_head_per_ngram", "ple_layer_ids", "emb_neighbor_num", "oe_neighbor_num")
     if all(get(name) in (None, [], ()) for name in marks):
@@ -287,38 +285,3 @@ def _memory_of(config: Any, get: _Fields) -> EngramSpec | None:
         return EngramSpec.from_hf_config(config)
     except ValueError as error:
         raise InputError(f"budget: its memory: {str(error).removeprefix('EngramSpec: ')}") from None
-
-
-class _Fields:
-    """get(*names): the value of a field of a configuration under the first of its names that is set; None: none is."""
-
-    def __init__(self, config: Any):
-        if isinstance(config, str | os.PathLike):
-            path = Path(config, "config.json") if Path(config).is_dir() else Path(config)
-            try:
-                config = parse_json(path.read_bytes())
-            except ValueError as error:
-                raise InputError(f"budget: {path} is not JSON: {shorten(str(error))}") from error
-            if not isinstance(config, Mapping):
-                raise InputError(f"budget: {path} holds a {type(config).__name__}, expected an object")
-        self._parts = [part for part in (self._read(config, "text_config"), config) if part is not None]
-
-    @staticmethod
-    def _read(part: Any, name: str) -> Any:
-        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
-
-    def __call__(self, *names: str) -> Any:
-        return next((v for name in names for part in self._parts if (v := self._read(part, name)) is not None), None)
-
-    def integer(self, *names: str, default: int | None = None, low: int = 1, high: int = 2**24) -> int:
-        """A field that is an integer in [low, high]; InputError where it is missing or another thing."""
-        value = self(*names)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise InputError(f"budget: the configuration has no field {' or '.join(names)}")
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-        if not whole or not low <= value <= high:
-            raise InputError(f"budget: {names[0]} is {shorten(repr(value))} in the configuration, expected an integer in "
-                             f"[{low}, {high}]")
-        return int(value)
