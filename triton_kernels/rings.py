@@ -22,8 +22,8 @@ def ring_of(b, there, tokens, positions, state_indices, state_ends, position_str
         known = there & (ring >= 0) & (ring < num_rings)
         end = tl.load(state_ends + ring * 2, mask=known, other=0)
         furthest = tl.load(state_ends + ring * 2 + 1, mask=known, other=0)
-        gone = (furthest > position) & (furthest - position > spare)
-        refused = refused | ((position > 0) & (tokens > 0) & ((position > end) | gone))
+        follows = (position <= end) & (end <= furthest) & (furthest - position <= spare)
+        refused = refused | ((position > 0) & (tokens > 0) & ~follows)
     return tl.where(skipped, SKIPPED, tl.where(refused, REFUSED, ring)), position
 
 

@@ -93,7 +93,7 @@ def call(backend, **change):
     return short_conv(**args | change, backend=backend)
 
 
-ENDS = [[20, 20], [9, 11], [0, 0]]  # of rings that hold 20 inputs; 9, of 11 that there were; none
+ENDS = [[20, 20], [9, 11], [0, 0], [7, 5]]  # of rings that hold 20 inputs; 9, of 11 that there were; none; what cannot be
 REFUSED = {  # name: (positions, indices, error, message)
     "too_far_back": ([17, 0], None, ValueError, r"positions\[0\] is 17, 3 before the furthest input, expected at most 2"),
     "too_far_back_after_going_back": ([20, 8], None, ValueError, r"positions\[1\] is 8, 3 before the furthest"),
@@ -102,7 +102,8 @@ REFUSED = {  # name: (positions, indices, error, message)
     "inputs_of_an_empty_ring": ([0, 1], [0, 2], ValueError, r"positions\[1\] is 1, expected at most 0.*state_ends\[2\]"),
     "negative": ([0, -1], [0, 1], ValueError, r"positions.*-1"),
     "past_int64": ([2**63 - 2, 0], [0, 1], ValueError, r"positions\[0\] is 9223372036854775806, .*room for the 2 tokens"),
-    "index_past_the_pool": ([0, 0], [0, 3], IndexError, r"state_indices\[1\] is 3, expected \[0, 3\) or -1"),
+    "ends_that_contradict_themselves": ([0, 6], [0, 3], ValueError, r"state_ends\[3\] is \[7, 5\], expected"),
+    "index_past_the_pool": ([0, 0], [0, 4], IndexError, r"state_indices\[1\] is 4, expected \[0, 4\) or -1"),
     "index_negative": ([0, 0], [-2, 0], IndexError, r"state_indices\[0\] is -2"),
     "index_twice": ([0, 0], [1, 1], ValueError, r"state_indices\[0\] and state_indices\[1\] are both 1"),
 }
@@ -123,7 +124,7 @@ def test_short_conv_state_refuses_what_a_ring_cannot_follow(case, backend, devic
 
 def test_short_conv_state_ends_follow(backend, device):
     """Back by K, over the end, from the start again; a sequence without tokens and a skipped one stay."""
-    ends = torch.tensor([*ENDS, [5, 5], [6, 6]], device=device)
+    ends = torch.tensor([*ENDS[:3], [5, 5], [6, 6]], device=device)
     weight, norm_weight = weights(3, device)
     state = torch.zeros(5, 6, BRANCHES, SIZE, device=device)
     positions, indices = torch.tensor([18, 9, 0, 77, 6], device=device), torch.tensor([0, 1, 2, 3, -1], device=device)

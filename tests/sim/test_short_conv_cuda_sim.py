@@ -190,14 +190,15 @@ def test_short_conv_rejected_drafts_in_a_pool(kernel, size, tokens):
 
 
 def test_short_conv_refused_sequences_are_counted_and_skipped():
-    """What the CPU refuses: positions a ring cannot follow, rings outside the pool, a ring for two."""
-    x, weight, norm_weight, cu = make_inputs([2] * 7, 2, 64)
-    ends = torch.tensor([[20, 20], [9, 11], [0, 0], [5, 5]])
-    positions, indices = torch.tensor([17, 10, 1, 5, -1, 0, 0]), torch.tensor([0, 1, 2, 3, 3, 4, -2])
-    state = torch.full((4, 8, 2, 64), 0.5, dtype=BF16)
+    """What the CPU refuses: positions a ring cannot follow, ends that cannot be, rings outside the pool, a ring for two."""
+    x, weight, norm_weight, cu = make_inputs([2] * 8, 2, 64)
+    ends = torch.tensor([[20, 20], [9, 11], [0, 0], [5, 5], [7, 5]])
+    positions, indices = torch.tensor([17, 10, 1, 5, -1, 0, 0, 6]), torch.tensor([0, 1, 2, 3, 3, 5, -2, 4])
+    state = torch.full((5, 8, 2, 64), 0.5, dtype=BF16)
     got, errors, _ = simulate(x, weight, norm_weight, cu, 2, state, positions, indices=indices, ends=ends)
-    assert errors == 7  # six, and the ring that 3 and 4 share
-    assert (state[:3] == 0.5).all() and not (state[3] == 0.5).all() and ends.tolist() == [[20, 20], [9, 11], [0, 0], [7, 7]]
+    assert errors == 8  # seven, and the ring that 3 and 4 share
+    assert (state[[0, 1, 2, 4]] == 0.5).all() and not (state[3] == 0.5).all()
+    assert ends.tolist() == [[20, 20], [9, 11], [0, 0], [7, 7], [7, 5]]
     assert (got[:6] == 0).all() and (got[8:] == 0).all() and not (got[6:8] == 0).all()
 
 

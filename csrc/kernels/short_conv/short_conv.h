@@ -77,7 +77,7 @@ struct ShortConvParams {
   EK_INLINE bool can_resume(int64_t ring, int64_t position) const {
     if (state_ends == nullptr || position == 0) return true;
     const int64_t end = state_ends[2 * ring], furthest = state_ends[2 * ring + 1];
-    return position <= end && (furthest <= position || furthest - position <= slots - reach());
+    return position <= end && end <= furthest && furthest - position <= slots - reach();
   }
   // Notes that the ring has taken inputs [position, position + tokens). Every reader of state_ends must be
   // done.

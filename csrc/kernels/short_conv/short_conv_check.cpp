@@ -53,6 +53,9 @@ void check_host_data(const ShortConvParams& p) {
     const int64_t end = p.state_ends[2 * ring], furthest = p.state_ends[2 * ring + 1];
     EK_CHECK(position <= end, "short_conv: positions[" << b << "] is " << position << ", expected at most " << end
                                                        << ", the inputs that state_ends[" << ring << "] says the ring has");
+    EK_CHECK(end <= furthest, "short_conv: state_ends[" << ring << "] is [" << end << ", " << furthest
+                                                        << "], expected the inputs that the ring has, and at least as many "
+                                                           "as the most that it has had");
     EK_CHECK(false, "short_conv: positions[" << b << "] is " << position << ", " << furthest - position
                                              << " before the furthest input, expected at most " << p.slots - p.reach()
                                              << " (the slots of state beyond (W-1) * dilation), or 0 for a new sequence");

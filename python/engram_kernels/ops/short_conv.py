@@ -146,6 +146,9 @@ def _check_ends(b, position, ring, end, furthest, spare):
     if position > end:
         raise ValueError(f"short_conv: positions[{b}] is {position}, expected at most {end}, the inputs that state_ends[{ring}] "
                          "says the ring has")
+    if end > furthest:
+        raise ValueError(f"short_conv: state_ends[{ring}] is [{end}, {furthest}], expected the inputs that the ring has, and at "
+                         "least as many as the most that it has had")
     if furthest - position > spare:
         raise ValueError(f"short_conv: positions[{b}] is {position}, {furthest - position} before the furthest input, expected "
                          f"at most {spare} (the slots of state beyond (W-1) * dilation), or 0 for a new sequence")
