@@ -146,6 +146,7 @@ def test_ngram_hash_any_chunking_equals_whole(backend, device, data):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=0)
 
 
+@pytest.mark.slow_cases("triton")
 @given(st.lists(st.integers(0, 70), max_size=6), st.sampled_from(FAMILIES), st.sampled_from(BOUNDARIES))
 @PROPERTY
 def test_ngram_hash_packed_equals_one_by_one(backend, device, lengths, family, boundary):
@@ -157,6 +158,7 @@ def test_ngram_hash_packed_equals_one_by_one(backend, device, lengths, family, b
     torch.testing.assert_close(joint, torch.cat([joint[:, :0], *alone], dim=1), rtol=0, atol=0)
 
 
+@pytest.mark.slow_cases("triton")
 @given(st.integers(0, 40), st.integers(1, 6))
 @PROPERTY
 def test_ngram_hash_blocking_is_sticky(backend, device, blocked_at, max_order):

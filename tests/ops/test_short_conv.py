@@ -62,7 +62,8 @@ def test_short_conv_golden(backend, device):
 @PROPERTY
 def test_short_conv_any_chunking_equals_whole(backend, device, data):
     width, dilation = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
-    lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=3))
+    longest = 12 if backend == "triton" and device == "cpu" else 40  # the interpreter takes minutes for more
+    lengths = data.draw(st.lists(st.integers(0, longest), min_size=1, max_size=3))
     x, weight, norm_weight, cu = make_inputs(lengths, 2, 24, width)
     x, weight, norm_weight = x.to(device), weight.to(device), norm_weight.to(device)
     whole = short_conv(x, weight, norm_weight, cu.to(device), dilation, EPS, backend=backend)
@@ -187,7 +188,7 @@ def test_short_conv_reference_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: reference(*a, cu, 2, EPS), leaves)
 
 
-@pytest.mark.slow_cases("triton-demo_shape", "triton-one_past_a_block")
+@pytest.mark.slow_cases("triton-demo_shape", "triton-one_past_a_block", "triton-most_taps", "triton-tail_channels")
 @pytest.mark.parametrize("case", ["demo_shape", "one_past_a_block", "tail_channels", "no_taps_back", "most_taps",
                                   "reach_past_the_sequence", "empty_sequences", "no_tokens"])
 def test_short_conv_backward_matches_reference(case, backend, device):

@@ -39,6 +39,7 @@ def test_short_conv_state_golden_rejected_draft(spare, want, backend, device):
     assert got.item() == pytest.approx(want, abs=1e-4)
 
 
+@pytest.mark.slow_cases("triton-0", "triton-3", "triton-5")
 @pytest.mark.parametrize("seed", range(6))
 def test_short_conv_state_any_mix_of_chunks_and_rejected_drafts_equals_the_whole(seed, backend, device):
     """Rings in a pool, chunks of any size, drafts of NaN behind them, a skipped sequence of NaN among them."""

@@ -26,6 +26,7 @@ def without_options(variants):
     return [v for v in variants if v.types.count(ABSENT) == max(w.types.count(ABSENT) for w in variants if w.kernel is v.kernel)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_v41_compiles(target):
     from engram_kernels.triton_runtime.warmup import spec_variants
@@ -36,6 +37,7 @@ def test_triton_v41_compiles(target):
     assert_compiles_without_spills(variants, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 @pytest.mark.parametrize("preset", OTHER_PRESETS.values(), ids=OTHER_PRESETS.keys())
 def test_triton_other_presets_compile(preset, target):
@@ -59,6 +61,7 @@ def test_triton_every_row_format_and_dtype_compiles(target):
     assert_compiles_without_spills([*variants, *(v._replace(aligned=False) for v in variants[::5])], target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_gate_dtypes_and_options_compile(target):
     from engram_kernels.triton_runtime.warmup import spec_variants
@@ -69,6 +72,7 @@ def test_triton_gate_dtypes_and_options_compile(target):
     assert_compiles_without_spills([variants[0]._replace(aligned=False)], target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_gather_gate_compiles(target):
     from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
