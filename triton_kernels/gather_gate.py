@@ -42,7 +42,7 @@ def place_of(c, COLUMNS: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr, WID
 
 
 @triton.jit
-def memory_tile(rows, scales, row_ids, errors, t, alive, num_rows, row_units, scale_stride, id_token, id_column, c,
+def memory_tile(rows, scales, row_ids, errors, t, alive, num_rows, row_units, scale_stride, table_scale, id_token, id_column, c,
                 COLUMNS: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr,
                 WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr):
     """Tile c of the memory vector of token t, in float32; bad ids give zeros and are counted where `errors` is given."""
@@ -53,13 +53,13 @@ def memory_tile(rows, scales, row_ids, errors, t, alive, num_rows, row_units, sc
     present = (ids >= 0) & (ids < num_rows)
     if errors is not None and c % PIECES == 0:
         tl.atomic_add(errors + tl.zeros([COUNT], tl.int32), 1, mask=(ids != -1) & ~present, sem="relaxed")
-    return decode_rows(rows, scales, tl.where(present, ids, 0), present, row_units, scale_stride, start, CODE, D, ROW_UNIT, COUNT,
-                       WIDTH, ZERO_SCALE_IS_ZERO)
+    return decode_rows(rows, scales, tl.where(present, ids, 0), present, row_units, scale_stride, table_scale, start, CODE, D,
+                       ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
 
 
 @triton.jit
 def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out, errors, num_tokens, hidden_token, hidden_branch,
-                       num_rows, row_units, scale_stride, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr,
+                       num_rows, row_units, scale_stride, table_scale, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr,
                        BRANCHES: tl.constexpr, UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr,
                        COUNT: tl.constexpr, WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr,
                        ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
@@ -78,8 +78,8 @@ def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out
         memory = ()
         ee = 0.0
         for c in tl.static_range(CHUNKS):
-            e = memory_tile(rows, scales, row_ids, errors, t, alive, num_rows, row_units, scale_stride, id_token, id_column, c,
-                            COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
+            e = memory_tile(rows, scales, row_ids, errors, t, alive, num_rows, row_units, scale_stride, table_scale, id_token,
+                            id_column, c, COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
             ee += tl.sum(e * e)
             memory = memory + (e,)
         for m in tl.static_range(BRANCHES):
@@ -111,10 +111,10 @@ def gather_gate_kernel(hidden, rows, scales, row_ids, w_hidden, w_key, mask, out
 @triton.jit
 def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_key, mask, grad_hidden, grad_rows, slopes,
                            partial_sums, num_tokens, grad_token, grad_branch, hidden_token, hidden_branch, num_rows, row_units,
-                           scale_stride, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr, BRANCHES: tl.constexpr,
-                           UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr,
-                           WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr, SIGN_AT_ZERO: tl.constexpr,
-                           ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
+                           scale_stride, table_scale, id_token, id_column, eps, clamp, COLUMNS: tl.constexpr,
+                           BRANCHES: tl.constexpr, UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr,
+                           ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, ZERO_SCALE_IS_ZERO: tl.constexpr,
+                           SIGN_AT_ZERO: tl.constexpr, ADD_RESIDUAL: tl.constexpr, HOLD: tl.constexpr):
     CHUNKS: tl.constexpr = ((COLUMNS + COUNT - 1) // COUNT) * ((D + WIDTH - 1) // WIDTH)
     SIZE: tl.constexpr = COLUMNS * D
     dtype: tl.constexpr = grad_hidden.dtype.element_ty
@@ -130,8 +130,8 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
         memory, row_grads, new_sums = (), (), ()
         ee = 0.0
         for chunk in tl.static_range(CHUNKS):
-            e = memory_tile(rows, scales, row_ids, None, t, alive, num_rows, row_units, scale_stride, id_token, id_column, chunk,
-                            COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
+            e = memory_tile(rows, scales, row_ids, None, t, alive, num_rows, row_units, scale_stride, table_scale, id_token,
+                            id_column, chunk, COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
             ee += tl.sum(e * e)
             memory = memory + (e,)
             row_grads = row_grads + (tl.zeros([COUNT, WIDTH], tl.float32),)
@@ -184,9 +184,9 @@ def gather_gate_bwd_kernel(grad_out, hidden, rows, scales, row_ids, w_hidden, w_
 
 @triton.jit
 def gather_gate_products_bwd_kernel(hidden, rows, scales, row_ids, mask, slopes, partial_sums, num_tokens, hidden_token,
-                                    hidden_branch, num_rows, row_units, scale_stride, id_token, id_column, COLUMNS: tl.constexpr,
-                                    BRANCHES: tl.constexpr, UNIT: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr,
-                                    ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
+                                    hidden_branch, num_rows, row_units, scale_stride, table_scale, id_token, id_column,
+                                    COLUMNS: tl.constexpr, BRANCHES: tl.constexpr, UNIT: tl.constexpr, CODE: tl.constexpr,
+                                    D: tl.constexpr, ROW_UNIT: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
                                     ZERO_SCALE_IS_ZERO: tl.constexpr):
     SIZE: tl.constexpr = COLUMNS * D
     at, inside = place_of(tl.program_id(0), COLUMNS, D, COUNT, WIDTH)
@@ -198,8 +198,8 @@ def gather_gate_products_bwd_kernel(hidden, rows, scales, row_ids, mask, slopes,
         alive = True
         if mask is not None:
             alive = tl.load(mask + t) == 0
-        e = memory_tile(rows, scales, row_ids, None, t, alive, num_rows, row_units, scale_stride, id_token, id_column,
-                        tl.program_id(0), COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
+        e = memory_tile(rows, scales, row_ids, None, t, alive, num_rows, row_units, scale_stride, table_scale, id_token,
+                        id_column, tl.program_id(0), COLUMNS, CODE, D, ROW_UNIT, COUNT, WIDTH, ZERO_SCALE_IS_ZERO)
         new_sums = ()
         for m in tl.static_range(BRANCHES):
             a = tl.load(slopes + t * BRANCHES + m)
@@ -228,14 +228,14 @@ def tiles_of(columns: int, row_dim: int, num_warps: int, elements_a_thread: int 
 
 def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Tensor, w_hidden: Tensor, w_key: Tensor,
                 mask: Tensor | None, row_format: str, row_dim: int, zero_scale_is_zero: bool, eps: float, clamp: float,
-                zero_sign: str, add_residual: bool, out: Tensor | None = None) -> Tensor:
+                zero_sign: str, add_residual: bool, table_scale: float = 1.0, out: Tensor | None = None) -> Tensor:
     """Gated hidden state [T, M, H]; see `engram_kernels.gather_gate`. Ids that are out of range give zeros and are counted."""
     if out is None:
         out = empty_like(hidden)
     num_tokens, branches, _ = hidden.shape
     if num_tokens == 0:
         return out
-    columns, table = row_ids.shape[1], row_args(rows, scales, row_format, row_dim)
+    columns, table = row_ids.shape[1], row_args(rows, scales, row_format, row_dim, table_scale)
     tuned = parameters("gather_gate", hidden.device, shape_class(num_tokens))
     tiles = tiles_of(columns, row_dim, tuned["num_warps"])
     strides = hidden.stride()[:2]
@@ -243,8 +243,8 @@ def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Te
     hold = branches * tiles.number * ELEMENTS_A_THREAD <= MAX_HELD
     launch(gather_gate_kernel, (min(num_tokens, tuned["programs"]), 1, 1),
            (hidden, table.rows, table.scales, row_ids, w_hidden, w_key, mask, out, error_counter("gather_gate", hidden.device)),
-           (num_tokens, *[s // unit for s in strides], table.num_rows, table.row_units, table.scale_stride, *row_ids.stride(),
-            float(eps), float(clamp)),
+           (num_tokens, *[s // unit for s in strides], table.num_rows, table.row_units, table.scale_stride, table.table_scale,
+            *row_ids.stride(), float(eps), float(clamp)),
            (columns, branches, unit, table.code, row_dim, table.unit, *tiles[:2], zero_scale_is_zero, zero_sign == "sign",
             add_residual, hold), tuned["num_warps"])
     return out
@@ -252,10 +252,10 @@ def gather_gate(hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Te
 
 def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tensor | None, row_ids: Tensor, w_hidden: Tensor,
                     w_key: Tensor, mask: Tensor | None, row_format: str, row_dim: int, zero_scale_is_zero: bool, eps: float,
-                    clamp: float, zero_sign: str, add_residual: bool) -> tuple[Tensor, ...]:
+                    clamp: float, zero_sign: str, add_residual: bool, table_scale: float = 1.0) -> tuple[Tensor, ...]:
     """Gradients of hidden, the gathered rows [T, C, D], w_hidden and w_key; the same bits every run."""
     num_tokens, branches, size = hidden.shape
-    columns, table = row_ids.shape[1], row_args(rows, scales, row_format, row_dim)
+    columns, table = row_ids.shape[1], row_args(rows, scales, row_format, row_dim, table_scale)
     grads = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape, like in (
         (hidden.shape, hidden), ((num_tokens, columns, row_dim), hidden), (w_hidden.shape, w_hidden), (w_key.shape, w_key))]
     tuned = parameters("gather_gate_bwd", hidden.device, shape_class(num_tokens))
@@ -272,7 +272,7 @@ def gather_gate_bwd(grad_out: Tensor, hidden: Tensor, rows: Tensor, scales: Tens
         strides = (*grad_out.stride()[:2], *hidden.stride()[:2])
         unit = math.gcd(ELEMENTS_A_THREAD, *strides)
         units = tuple(s // unit for s in strides)
-        source = (table.num_rows, table.row_units, table.scale_stride, *row_ids.stride())
+        source = (table.num_rows, table.row_units, table.scale_stride, table.table_scale, *row_ids.stride())
         constants = (columns, branches, unit, table.code, row_dim, table.unit, *tiles[:2], zero_scale_is_zero)
         launch(gather_gate_bwd_kernel, (programs, 1, 1),
                (grad_out, hidden, table.rows, table.scales, row_ids, w_hidden, w_key, mask, *grads[:2], slopes,

@@ -20,7 +20,7 @@ BWD_CHUNK = 256
 
 
 @triton.jit
-def gather_rows_kernel(row_ids, rows, scales, out, errors, count, num_rows, row_units, scale_stride,
+def gather_rows_kernel(row_ids, rows, scales, out, errors, count, num_rows, row_units, scale_stride, table_scale,
                        CODE: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
                        ZERO_SCALE_IS_ZERO: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -37,8 +37,8 @@ def gather_rows_kernel(row_ids, rows, scales, out, errors, count, num_rows, row_
             at = rows + ids[:, None] * (row_units.to(tl.int64) * UNIT) + element
             values = tl.load(at, mask=present[:, None] & (element < D), other=0.0)
         else:
-            values = round_to(decode_rows(rows, scales, ids, present, row_units, scale_stride, start, CODE, D, UNIT, ROWS, CHUNK,
-                                          ZERO_SCALE_IS_ZERO), out.dtype.element_ty)
+            values = round_to(decode_rows(rows, scales, ids, present, row_units, scale_stride, table_scale, start, CODE, D,
+                                          UNIT, ROWS, CHUNK, ZERO_SCALE_IS_ZERO), out.dtype.element_ty)
         tl.store(to + element, values, mask=inside[:, None] & (element < D))
 
 
@@ -60,7 +60,7 @@ def gather_rows_bwd_kernel(grad, sorted_ids, positions, grad_rows, count, num_ro
 
 
 def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format: str, row_dim: int, zero_scale_is_zero: bool,
-                out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+                out_dtype: torch.dtype, table_scale: float = 1.0, out: Tensor | None = None) -> Tensor:
     """Rows [*row_ids.shape, row_dim]; see `engram_kernels.gather_rows`. Ids that are out of range give zeros and are counted."""
     if out is None:
         out = torch.empty((*row_ids.shape, row_dim), dtype=out_dtype, device=row_ids.device)
@@ -71,10 +71,10 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     size = shape_class(count)
     tuned = parameters("gather_rows", row_ids.device, size)
     tile_rows = max(1, tuned["tile"] // chunk)
-    table = row_args(rows, scales, row_format, row_dim)
+    table = row_args(rows, scales, row_format, row_dim, table_scale)
     launch(gather_rows_kernel, (ceil_div(count, tile_rows), 1, 1),
            (row_ids, table.rows, table.scales, out, error_counter("gather_rows", row_ids.device)),
-           (count, table.num_rows, table.row_units, table.scale_stride),
+           (count, table.num_rows, table.row_units, table.scale_stride, table.table_scale),
            (table.code, row_dim, table.unit, chunk, tile_rows, zero_scale_is_zero), tuned["num_warps"])
     return out
 

@@ -90,9 +90,10 @@ void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden
 
 Tensor engram_forward(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids, const Tensor& w_kv,
                       const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
-                      bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual) {
+                      bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual,
+                      double table_scale) {
   const EngramForwardParams p = params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
-                                       row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero));
+                                       row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, w_kv, out);
   return out;
@@ -101,7 +102,7 @@ Tensor engram_forward(const Tensor& hidden, const Tensor& rows, OptionalTensor s
 void engram_forward_out(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
                         const Tensor& w_kv, const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask,
                         std::string row_format, int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp,
-                        std::string zero_sign, bool add_residual, const Tensor& out) {
+                        std::string zero_sign, bool add_residual, double table_scale, const Tensor& out) {
   expect_apart_from(kOp, out,
                     {{"rows", &rows},
                      {"scales", or_null(scales)},
@@ -111,7 +112,7 @@ void engram_forward_out(const Tensor& hidden, const Tensor& rows, OptionalTensor
                      {"w_key", &w_key},
                      {"mask", or_null(mask)}});
   run(params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
-             row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero)),
+             row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale)),
       gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, w_kv, out);
 }
 

@@ -41,9 +41,9 @@ GatherGateParams params(const Tensor& hidden, const RowSource& table, const Tens
 }
 
 RowSource table_of(const Tensor& hidden, const Tensor& rows, const OptionalTensor& scales, const std::string& row_format,
-                   int64_t row_dim, bool zero_scale_is_zero) {
+                   int64_t row_dim, bool zero_scale_is_zero, double table_scale) {
   expect_table_readable(kOp, rows, scales, hidden);
-  return row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero);
+  return row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale);
 }
 
 void run(GatherGateParams p, const Tensor& hidden, const Tensor& out) {
@@ -61,9 +61,9 @@ void run(GatherGateParams p, const Tensor& hidden, const Tensor& out) {
 
 Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids, const Tensor& w_hidden,
                    const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
-                   double eps, double clamp, std::string zero_sign, bool add_residual) {
-  const GatherGateParams p = params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids,
-                                    w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+                   double eps, double clamp, std::string zero_sign, bool add_residual, double table_scale) {
+  const GatherGateParams p = params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale),
+                                    row_ids, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, hidden, out);
   return out;
@@ -72,7 +72,7 @@ Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scal
 void gather_gate_out(const Tensor& hidden, const Tensor& rows, OptionalTensor scales, const Tensor& row_ids,
                      const Tensor& w_hidden, const Tensor& w_key, OptionalTensor mask, std::string row_format, int64_t row_dim,
                      bool zero_scale_is_zero, double eps, double clamp, std::string zero_sign, bool add_residual,
-                     const Tensor& out) {
+                     double table_scale, const Tensor& out) {
   expect_apart_from(kOp, out,
                     {{"rows", &rows},
                      {"scales", or_null(scales)},
@@ -80,8 +80,8 @@ void gather_gate_out(const Tensor& hidden, const Tensor& rows, OptionalTensor sc
                      {"w_hidden", &w_hidden},
                      {"w_key", &w_key},
                      {"mask", or_null(mask)}});
-  run(params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key, mask,
-             gate_options(kOp, eps, clamp, zero_sign, add_residual)),
+  run(params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale), row_ids, w_hidden,
+             w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual)),
       hidden, out);
 }
 
@@ -89,11 +89,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(const Tensor& grad_ou
                                                            OptionalTensor scales, const Tensor& row_ids, const Tensor& w_hidden,
                                                            const Tensor& w_key, OptionalTensor mask, std::string row_format,
                                                            int64_t row_dim, bool zero_scale_is_zero, double eps, double clamp,
-                                                           std::string zero_sign, bool add_residual) {
+                                                           std::string zero_sign, bool add_residual, double table_scale) {
   expect_one_device(kOp, {{"grad_out", &grad_out}, {"hidden", &hidden}});
   GatherGateBwdParams p{};
-  p.forward = params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero), row_ids, w_hidden, w_key,
-                     mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
+  p.forward = params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale), row_ids,
+                     w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
   const int64_t tokens = p.forward.num_tokens, branches = p.forward.branches, size = p.forward.hidden_size;
   Tensor grad_hidden = torch::stable::new_empty(hidden, {tokens, branches, size});

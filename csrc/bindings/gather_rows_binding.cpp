@@ -26,11 +26,11 @@ void expect_one_row_an_id(const char* op, const char* name, const Tensor& x, con
 }
 
 void run(const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& row_ids, const std::string& row_format,
-         int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, const Tensor& out) {
+         int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, double table_scale, const Tensor& out) {
   expect_one_device(kOp, {{"row_ids", &row_ids}, {"out", &out}});
   expect_table_readable(kOp, rows, scales, row_ids);
   GatherRowsParams p{};
-  p.source = row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero);
+  p.source = row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale);
   p.row_ids = row_ids_of(kOp, row_ids);
   p.out_dtype = dtype_of(kOp, "out_dtype", out_dtype);
   expect_dtype(kOp, "out", out, {out_dtype});
@@ -50,18 +50,18 @@ void run(const Tensor& rows, const std::optional<Tensor>& scales, const Tensor& 
 }
 
 Tensor gather_rows(const Tensor& rows, std::optional<Tensor> scales, const Tensor& row_ids, std::string row_format,
-                   int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype) {
+                   int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, double table_scale) {
   EK_CHECK(row_dim >= 1 && row_dim <= std::numeric_limits<int>::max(), kOp << ": row_dim is " << row_dim);
   dtype_of(kOp, "out_dtype", out_dtype);
   Tensor out = torch::stable::new_empty(row_ids, with_row_dim(row_ids, row_dim), out_dtype);
-  run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out);
+  run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale, out);
   return out;
 }
 
 void gather_rows_out(const Tensor& rows, std::optional<Tensor> scales, const Tensor& row_ids, std::string row_format,
-                     int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, const Tensor& out) {
+                     int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, double table_scale, const Tensor& out) {
   expect_apart_from(kOp, out, {{"rows", &rows}, {"scales", or_null(scales)}, {"row_ids", &row_ids}});
-  run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, out);
+  run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale, out);
 }
 
 #ifdef EK_WITH_CUDA

@@ -43,6 +43,7 @@ RowSource table_of(const py::dict& o) {
   table.row_dim = option<int>(o, "row_dim");
   table.format = row_format_from_name("RowPrefetcher", option<std::string>(o, "row_format").c_str());
   table.zero_scale_is_zero = option<bool>(o, "zero_scale_is_zero");
+  table.table_scale = option<float>(o, "table_scale");
   return table;
 }
 

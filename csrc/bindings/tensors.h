@@ -225,6 +225,7 @@ inline ScalarType element_type(RowFormat format) {
     case RowElement::kInt8:
       return ScalarType::Char;
     case RowElement::kFp8E4m3:
+    case RowElement::kE2m1:
       break;
   }
   return ScalarType::Byte;
@@ -232,14 +233,14 @@ inline ScalarType element_type(RowFormat format) {
 
 // Dtype and width of the tensors are checked here, sizes against the format by check_row_source.
 inline RowSource row_source_of(const char* op, const Tensor& rows, const std::optional<Tensor>& scales,
-                               const std::string& row_format, int64_t row_dim, bool zero_scale_is_zero) {
+                               const std::string& row_format, int64_t row_dim, bool zero_scale_is_zero, double table_scale) {
   RowSource s{};
   s.format = row_format_from_name(op, row_format.c_str());
   EK_CHECK(row_dim >= 1 && row_dim <= std::numeric_limits<int>::max(), op << ": row_dim is " << row_dim);
   expect_dtype(op, "rows", rows, {element_type(s.format)});
-  const int64_t element = element_bytes(s.format);
+  const int64_t element = static_cast<int64_t>(rows.element_size());
   const bool packed = traits_of(s.format).packed;
-  expect_shape(op, "rows", rows, {kAnySize, packed ? kAnySize : row_dim}, 1);
+  expect_shape(op, "rows", rows, {kAnySize, packed ? kAnySize : value_bytes(s.format, row_dim) / element}, 1);
   EK_CHECK(!packed || rows.size(1) >= row_value_bytes(s.format, row_dim),
            op << ": rows are " << rows.size(1) << " bytes wide, expected at least " << row_value_bytes(s.format, row_dim));
   s.rows = static_cast<const std::byte*>(rows.const_data_ptr());
@@ -248,17 +249,18 @@ inline RowSource row_source_of(const char* op, const Tensor& rows, const std::op
   s.row_stride_bytes = s.num_rows > 1 ? rows.stride(0) * element : rows.size(1) * element;
   s.row_dim = static_cast<int>(row_dim);
   s.zero_scale_is_zero = zero_scale_is_zero;
+  s.table_scale = static_cast<float>(table_scale);
   const bool wants_scales = has_scales(s.format);
   EK_CHECK(scales.has_value() == wants_scales,
            op << ": row format " << row_format << (wants_scales ? " needs" : " has no") << " scales");
   if (!wants_scales) return s;
   expect_dtype(op, "scales", *scales, {scale_bytes(s.format) == 1 ? ScalarType::Byte : ScalarType::Float});
   s.scales = static_cast<const std::byte*>(scales->const_data_ptr());
-  if (!has_blocks(s.format)) {
+  if (!has_row_scales(s.format)) {
     expect_shape(op, "scales", *scales, {1}, 0);
     return s;
   }
-  expect_shape(op, "scales", *scales, {s.num_rows, row_dim / kScaleBlock}, 1);
+  expect_shape(op, "scales", *scales, {s.num_rows, scales_per_row(s.format, row_dim)}, 1);
   s.scale_stride_bytes = (s.num_rows > 1 ? scales->stride(0) : scales->size(1)) * scale_bytes(s.format);
   return s;
 }

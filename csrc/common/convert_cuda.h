@@ -55,6 +55,16 @@ __device__ __forceinline__ void unpack_int8(uint32_t word, float* values) {
   for (int i = 0; i < 4; ++i) values[i] = static_cast<float>(static_cast<int8_t>(word >> 8 * i));
 }
 
+// kCount e2m1 values, the one in the low bits first: 2^126 mends the bias, the one subnormal included, and keeps the sign.
+template <int kCount>
+__device__ __forceinline__ void unpack_e2m1(uint32_t word, float* values) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t nibble = word >> 4 * i;
+    values[i] = __uint_as_float((nibble & 7) << 22 | (nibble & 8) << 28) * 0x1p126F;
+  }
+}
+
 // kWords neighbouring words of memory, in accesses of up to 16 bytes.
 template <int kWords, class Pointer>
 __device__ __forceinline__ void load_words(Pointer from, uint32_t* words) {

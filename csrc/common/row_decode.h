@@ -21,22 +21,35 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
     constexpr DType kType = stores(kFormat, DType::kF32)    ? DType::kF32
                             : stores(kFormat, DType::kBf16) ? DType::kBf16
                                                             : DType::kF16;
-    load_floats<kType, kCount>(row + element_bytes(kFormat) * element, values);
+    load_floats<kType, kCount>(row + value_bytes(kFormat, element), values);
   } else {
-    static_assert(element_bytes(kFormat) == 1);
-    uint32_t words[kCount / 4];
-    load_words<kCount / 4>(row + element, words);
     float scale = tensor_scale;
-    if constexpr (kTraits.scale == RowScale::kGroupF32) scale = reinterpret_cast<const float*>(scales)[element / kScaleBlock];
-    if constexpr (kTraits.scale == RowScale::kBlockUe8m0) {
-      scale = unpack_ue8m0(scales[element / kScaleBlock], s.zero_scale_is_zero);
+    const int index = scale_index(kFormat, element);
+    if constexpr (kTraits.scale == RowScale::kGroupF32 || kTraits.scale == RowScale::kRowF32) {
+      scale = reinterpret_cast<const float*>(scales)[index];
     }
+    if constexpr (kTraits.scale == RowScale::kBlockUe8m0) scale = unpack_ue8m0(scales[index], s.zero_scale_is_zero);
+    if constexpr (kTraits.scale == RowScale::kBlockE4m3) scale = fp8_e4m3_to_float(scales[index]);
+    if constexpr (kTraits.element == RowElement::kE2m1) {
+      static_assert(kCount % 4 == 0 && kCount <= 8);
+      const unsigned char* from = row + element / 2;
+      unpack_e2m1<kCount>(kCount == 8 ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from),
+                          values);
+    } else {
+      static_assert(element_bits(kFormat) == 8);
+      uint32_t words[kCount / 4];
+      load_words<kCount / 4>(row + element, words);
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      kTraits.element == RowElement::kInt8 ? unpack_int8(words[i], values + 4 * i) : unpack_fp8(words[i], values + 4 * i);
+      for (int i = 0; i < kCount / 4; ++i) {
+        kTraits.element == RowElement::kInt8 ? unpack_int8(words[i], values + 4 * i) : unpack_fp8(words[i], values + 4 * i);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] *= scale;
+    if constexpr (has_table_scale(kFormat)) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] *= s.table_scale;  // the product so far is exact
+    }
   }
 }
 
@@ -54,18 +67,23 @@ __device__ inline float decode_element(const RowSource& s, int64_t id, int eleme
   const std::byte *row = s.row(id), *scales = s.row_scales(id);
   float value = 0.0F;
   with_row_decode(s.format, [&](auto format) {
-    constexpr RowFormatTraits kTraits = traits_of(decltype(format)::value);
-    const std::byte* from = row + element_bytes(decltype(format)::value) * element;
+    constexpr RowFormat kFormat = decltype(format)::value;
+    constexpr RowFormatTraits kTraits = traits_of(kFormat);
+    const std::byte *from = row + value_bytes(kFormat, element),
+                    *scale = scales + scale_index(kFormat, element) * scale_bytes(kFormat);
     if constexpr (kTraits.element == RowElement::kF32) value = load_bytes<float>(from);
     if constexpr (kTraits.element == RowElement::kBf16) value = bf16_to_float(load_bytes<uint16_t>(from));
     if constexpr (kTraits.element == RowElement::kF16) value = f16_to_float(load_bytes<uint16_t>(from));
     if constexpr (kTraits.element == RowElement::kFp8E4m3) value = fp8_e4m3_to_float(load_bytes<uint8_t>(from));
     if constexpr (kTraits.element == RowElement::kInt8) value = static_cast<float>(load_bytes<int8_t>(from));
+    if constexpr (kTraits.element == RowElement::kE2m1) value = e2m1_to_float(load_bytes<uint8_t>(from) >> element % 2 * 4);
     if constexpr (kTraits.scale == RowScale::kTensor) value *= load_bytes<float>(s.scales);
-    if constexpr (kTraits.scale == RowScale::kGroupF32) value *= load_bytes<float>(scales + element / kScaleBlock * 4);
+    if constexpr (kTraits.scale == RowScale::kGroupF32 || kTraits.scale == RowScale::kRowF32) value *= load_bytes<float>(scale);
     if constexpr (kTraits.scale == RowScale::kBlockUe8m0) {
-      value *= ue8m0_to_float(load_bytes<uint8_t>(scales + element / kScaleBlock), s.zero_scale_is_zero);
+      value *= ue8m0_to_float(load_bytes<uint8_t>(scale), s.zero_scale_is_zero);
     }
+    if constexpr (kTraits.scale == RowScale::kBlockE4m3) value *= fp8_e4m3_to_float(load_bytes<uint8_t>(scale));
+    if constexpr (has_table_scale(kFormat)) value *= s.table_scale;
   });
   return value;
 }
@@ -80,14 +98,21 @@ namespace engram_kernels::EK_ISA {
 // The scale of element i of a row whose scales lie at `scales`.
 template <RowFormat kFormat>
 EK_LANE float scale_at(const RowSource& source, const std::byte* scales, int i) {
-  if constexpr (traits_of(kFormat).scale == RowScale::kBlockUe8m0) {
-    return ue8m0_to_float(static_cast<uint8_t>(scales[i / kScaleBlock]), source.zero_scale_is_zero);
-  } else {
-    float scale;
-    std::memcpy(&scale, traits_of(kFormat).scale == RowScale::kTensor ? source.scales : scales + i / kScaleBlock * 4,
-                sizeof(scale));
-    return scale;
-  }
+  constexpr RowScale kScale = traits_of(kFormat).scale;
+  const std::byte* at = kScale == RowScale::kTensor ? source.scales : scales + scale_index(kFormat, i) * scale_bytes(kFormat);
+  if constexpr (kScale == RowScale::kBlockUe8m0) return ue8m0_to_float(static_cast<uint8_t>(*at), source.zero_scale_is_zero);
+  if constexpr (kScale == RowScale::kBlockE4m3) return fp8_e4m3_to_float(static_cast<uint8_t>(*at));
+  float scale;
+  std::memcpy(&scale, at, sizeof(scale));
+  return scale;
+}
+
+// kLanes elements of one or half a byte each, as float, times nothing.
+template <RowElement kElement>
+EK_LANE F32 load_small(const std::byte* from) {
+  if constexpr (kElement == RowElement::kInt8) return load_int8(from);
+  if constexpr (kElement == RowElement::kE2m1) return load_e2m1(from);
+  return load_fp8_e4m3(from);
 }
 
 // Elements [i, i + kLanes) of the row at `row`, with the row's scales at `scales`; i is a multiple of kLanes.
@@ -101,8 +126,8 @@ EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const st
     const Element* p = reinterpret_cast<const Element*>(row) + i;
     return count == kLanes ? load(p) : load_first(p, count);
   } else {
-    static_assert(element_bytes(kFormat) == 1);
-    const std::byte* from = row + i;
+    static_assert(element_bits(kFormat) <= 8 && (!has_blocks(kFormat) || kTraits.block % kLanes == 0));
+    const std::byte* from = row + value_bytes(kFormat, i);
     std::byte padded[kLanes] = {};
     if constexpr (!has_blocks(kFormat)) {
       if (count < kLanes) {
@@ -112,7 +137,9 @@ EK_LANE F32 decode_lanes(const RowSource& source, const std::byte* row, const st
     }
     const float scale = scale_at<kFormat>(source, scales, i);
     if (scale != scale) return splat(scale);  // of two NaNs, the compiler would choose which one comes out
-    return mul(kTraits.element == RowElement::kInt8 ? load_int8(from) : load_fp8_e4m3(from), splat(scale));
+    const F32 scaled = mul(load_small<kTraits.element>(from), splat(scale));
+    if constexpr (has_table_scale(kFormat)) return mul(scaled, splat(source.table_scale));  // the first product is exact
+    return scaled;
   }
 }
 

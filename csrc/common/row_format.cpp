@@ -13,8 +13,9 @@ RowFormat row_format_from_name(const char* op, const char* name) {
 
 void check_row_source(const char* op, const RowSource& s) {
   EK_CHECK(s.row_dim >= 1, op << ": row_dim is " << s.row_dim << ", expected at least 1");
-  EK_CHECK(!has_blocks(s.format) || s.row_dim % kScaleBlock == 0,
-           op << ": row_dim is " << s.row_dim << ", expected a multiple of " << kScaleBlock << " for this row format");
+  const int block = traits_of(s.format).block;
+  EK_CHECK(block == 0 || s.row_dim % block == 0,
+           op << ": row_dim is " << s.row_dim << ", expected a multiple of " << block << " for this row format");
   EK_CHECK(s.num_rows >= 0, op << ": num_rows is " << s.num_rows);
   EK_CHECK(s.row_stride_bytes >= row_value_bytes(s.format, s.row_dim), op << ": rows are " << s.row_stride_bytes
                                                                           << " bytes apart, expected at least "

@@ -13,21 +13,33 @@
 
 namespace engram_kernels {
 
-enum class RowFormat : int { kF32, kBf16, kF16, kFp8Block32, kFp8Block32Packed, kFp8Tensor, kInt8Group32 };
+enum class RowFormat : int {
+  kF32,
+  kBf16,
+  kF16,
+  kFp8Block32,
+  kFp8Block32Packed,
+  kFp8Tensor,
+  kInt8Group32,
+  kFp8Row,
+  kNvfp4,
+  kMxfp4
+};
 enum class DType : int { kF32, kBf16, kF16 };
 
-constexpr int kScaleBlock = 32;  // elements that share a scale in the block and group formats
-constexpr int kNumRowFormats = 7;
+constexpr int kNumRowFormats = 10;
 
-enum class RowElement : int { kF32, kBf16, kF16, kFp8E4m3, kInt8 };
-// What an element is multiplied by: nothing, one fp32 for the tensor, or one ue8m0 byte or fp32 for each kScaleBlock elements.
-enum class RowScale : int { kNone, kTensor, kBlockUe8m0, kGroupF32 };
+enum class RowElement : int { kF32, kBf16, kF16, kFp8E4m3, kInt8, kE2m1 };
+// What an element is multiplied by: nothing, one fp32 for the tensor or for its row, or of its block a ue8m0 byte, an fp32, or an
+// e4m3 byte and then RowSource::table_scale.
+enum class RowScale : int { kNone, kTensor, kRowF32, kBlockUe8m0, kGroupF32, kBlockE4m3 };
 
 struct RowFormatTraits {
   const char* name;
   RowElement element;
   RowScale scale;
-  bool packed;  // the scales of a row lie behind its values, in the row array
+  int block;            // elements that share a scale; 0: all of a row or table
+  bool packed = false;  // the scales of a row lie behind its values, in the row array
 };
 
 // One comparison: a GPU asks it for each row. Else the traits are asked for a format that is a constant, or on the host.
@@ -36,19 +48,25 @@ EK_INLINE constexpr bool is_packed(RowFormat format) { return format == RowForma
 EK_INLINE constexpr RowFormatTraits traits_of(RowFormat format) {
   switch (format) {
     case RowFormat::kF32:
-      return {"f32", RowElement::kF32, RowScale::kNone, false};
+      return {"f32", RowElement::kF32, RowScale::kNone, 0};
     case RowFormat::kBf16:
-      return {"bf16", RowElement::kBf16, RowScale::kNone, false};
+      return {"bf16", RowElement::kBf16, RowScale::kNone, 0};
     case RowFormat::kF16:
-      return {"f16", RowElement::kF16, RowScale::kNone, false};
+      return {"f16", RowElement::kF16, RowScale::kNone, 0};
     case RowFormat::kFp8Block32:
-      return {"fp8_e4m3_block32", RowElement::kFp8E4m3, RowScale::kBlockUe8m0, false};
+      return {"fp8_e4m3_block32", RowElement::kFp8E4m3, RowScale::kBlockUe8m0, 32};
     case RowFormat::kFp8Block32Packed:
-      return {"fp8_e4m3_block32_packed", RowElement::kFp8E4m3, RowScale::kBlockUe8m0, is_packed(format)};
+      return {"fp8_e4m3_block32_packed", RowElement::kFp8E4m3, RowScale::kBlockUe8m0, 32, is_packed(format)};
     case RowFormat::kFp8Tensor:
-      return {"fp8_e4m3_tensor", RowElement::kFp8E4m3, RowScale::kTensor, false};
+      return {"fp8_e4m3_tensor", RowElement::kFp8E4m3, RowScale::kTensor, 0};
     case RowFormat::kInt8Group32:
-      return {"int8_group32", RowElement::kInt8, RowScale::kGroupF32, false};
+      return {"int8_group32", RowElement::kInt8, RowScale::kGroupF32, 32};
+    case RowFormat::kFp8Row:
+      return {"fp8_e4m3_row", RowElement::kFp8E4m3, RowScale::kRowF32, 0};
+    case RowFormat::kNvfp4:
+      return {"nvfp4", RowElement::kE2m1, RowScale::kBlockE4m3, 16};
+    case RowFormat::kMxfp4:
+      return {"mxfp4", RowElement::kE2m1, RowScale::kBlockUe8m0, 32};
   }
   return {};
 }
@@ -74,6 +92,12 @@ EK_INLINE void with_row_format(RowFormat format, const F& f) {
       return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
     case RowFormat::kInt8Group32:
       return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
+    case RowFormat::kFp8Row:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Row>{});
+    case RowFormat::kNvfp4:
+      return f(std::integral_constant<RowFormat, RowFormat::kNvfp4>{});
+    case RowFormat::kMxfp4:
+      return f(std::integral_constant<RowFormat, RowFormat::kMxfp4>{});
   }
 }
 
@@ -83,7 +107,7 @@ EK_INLINE void with_row_format(RowFormat format, const F& f) {
 #endif
 template <class F>
 EK_INLINE void with_row_decode(RowFormat format, const F& f) {
-  static_assert(kNumRowFormats == 7, "a new format needs a case here");
+  static_assert(kNumRowFormats == 10, "a new format needs a case here");
   switch (format) {
     case RowFormat::kF32:
       return f(std::integral_constant<RowFormat, RowFormat::kF32>{});
@@ -95,6 +119,12 @@ EK_INLINE void with_row_decode(RowFormat format, const F& f) {
       return f(std::integral_constant<RowFormat, RowFormat::kFp8Tensor>{});
     case RowFormat::kInt8Group32:
       return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});
+    case RowFormat::kFp8Row:
+      return f(std::integral_constant<RowFormat, RowFormat::kFp8Row>{});
+    case RowFormat::kNvfp4:
+      return f(std::integral_constant<RowFormat, RowFormat::kNvfp4>{});
+    case RowFormat::kMxfp4:
+      return f(std::integral_constant<RowFormat, RowFormat::kMxfp4>{});
     default:
       return f(std::integral_constant<RowFormat, RowFormat::kFp8Block32>{});
   }
@@ -102,17 +132,37 @@ EK_INLINE void with_row_decode(RowFormat format, const F& f) {
 
 EK_INLINE constexpr int dtype_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
-EK_INLINE constexpr int element_bytes(RowFormat f) {
+EK_INLINE constexpr int element_bits(RowFormat f) {
   const RowElement element = traits_of(f).element;
-  return element == RowElement::kF32 ? 4 : element == RowElement::kBf16 || element == RowElement::kF16 ? 2 : 1;
+  return element == RowElement::kF32                                   ? 32
+         : element == RowElement::kBf16 || element == RowElement::kF16 ? 16
+         : element == RowElement::kE2m1                                ? 4
+                                                                       : 8;
 }
 
-EK_INLINE constexpr int scale_bytes(RowFormat f) { return traits_of(f).scale == RowScale::kBlockUe8m0 ? 1 : 4; }  // of one scale
+// Bytes of so many elements, whole bytes of them.
+EK_INLINE constexpr int64_t value_bytes(RowFormat f, int64_t elements) { return elements * element_bits(f) / 8; }
 
-// Whether kScaleBlock elements share a scale.
-EK_INLINE constexpr bool has_blocks(RowFormat f) {
+EK_INLINE constexpr int scale_bytes(RowFormat f) {  // of one scale
   const RowScale scale = traits_of(f).scale;
-  return scale == RowScale::kBlockUe8m0 || scale == RowScale::kGroupF32;
+  return scale == RowScale::kBlockUe8m0 || scale == RowScale::kBlockE4m3 ? 1 : 4;
+}
+
+// Whether so many elements share a scale that a row has several.
+EK_INLINE constexpr bool has_blocks(RowFormat f) { return traits_of(f).block > 0; }
+
+// Whether each row has scales of its own, one or more.
+EK_INLINE constexpr bool has_row_scales(RowFormat f) { return has_blocks(f) || traits_of(f).scale == RowScale::kRowF32; }
+
+// Whether values are multiplied by RowSource::table_scale last.
+EK_INLINE constexpr bool has_table_scale(RowFormat f) { return traits_of(f).scale == RowScale::kBlockE4m3; }
+
+// Which of a row's scales is that of an element.
+EK_INLINE constexpr int scale_index(RowFormat f, int element) { return has_blocks(f) ? element / traits_of(f).block : 0; }
+
+// Scales of a row.
+EK_INLINE constexpr int64_t scales_per_row(RowFormat f, int64_t row_dim) {
+  return has_blocks(f) ? row_dim / traits_of(f).block : has_row_scales(f) ? 1 : 0;
 }
 
 // Whether the scales are in an array of their own.
@@ -128,24 +178,25 @@ EK_INLINE constexpr bool stores(RowFormat f, DType dtype) {
 
 // Bytes that a row occupies in the row array, without padding; scales only where they are packed behind the values.
 EK_INLINE constexpr int64_t row_value_bytes(RowFormat f, int64_t row_dim) {
-  return row_dim * element_bytes(f) + (traits_of(f).packed ? row_dim / kScaleBlock * scale_bytes(f) : 0);
+  return value_bytes(f, row_dim) + (traits_of(f).packed ? scales_per_row(f, row_dim) * scale_bytes(f) : 0);
 }
 
 // Bytes of a row's scales in the scale array.
 EK_INLINE constexpr int64_t row_scale_bytes(RowFormat f, int64_t row_dim) {
-  return has_blocks(f) && has_scales(f) ? row_dim / kScaleBlock * scale_bytes(f) : 0;
+  return has_scales(f) ? scales_per_row(f, row_dim) * scale_bytes(f) : 0;
 }
 
 // A table as a kernel sees it: raw pointers, byte strides. Shared by every op that reads rows.
 struct RowSource {
   const std::byte* rows;    // row r begins at rows + r * row_stride_bytes
-  const std::byte* scales;  // ue8m0 bytes, fp32 groups, or one fp32 for the tensor; null where the format has none
+  const std::byte* scales;  // ue8m0 or e4m3 bytes, or fp32 for each group, row or the tensor; null where the format has none
   int64_t num_rows;
   int64_t row_stride_bytes;    // >= row_value_bytes
   int64_t scale_stride_bytes;  // >= row_scale_bytes; 0 for the formats without scales per row
-  int row_dim;                 // D; a multiple of 32 for block formats
+  int row_dim;                 // D; a multiple of traits_of(format).block
   RowFormat format;
-  bool zero_scale_is_zero;  // scale byte 0 means 0.0 instead of 2^-127
+  bool zero_scale_is_zero;   // scale byte 0 means 0.0 instead of 2^-127
+  float table_scale = 1.0F;  // where has_table_scale: of every value
 
   // 64-bit: byte offsets pass 2^31 long before row ids do
   EK_INLINE const std::byte* row(int64_t r) const { return rows + r * row_stride_bytes; }
@@ -186,6 +237,14 @@ EK_INLINE float fp8_e4m3_to_float(uint8_t byte) {
   const float value =
       magnitude < 8 ? static_cast<float>(magnitude) * 0.001953125F : float_from_bits((magnitude << 20) + (120U << 23));
   return float_from_bits(bits_from_float(value) | sign);
+}
+
+// OCP e2m1: 1 sign, 2 exponent (bias 1), 1 mantissa bit, the low 4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. Exact.
+EK_INLINE float e2m1_to_float(uint32_t nibble) {
+  const uint32_t sign = (nibble & 8) << 28, magnitude = nibble & 7;
+  // the bits in place of a float's are the value times 2^-126; the one subnormal is 0.5
+  const uint32_t bits = magnitude < 2 ? magnitude * 0x3F000000U : (magnitude << 22) + (126U << 23);
+  return float_from_bits(bits | sign);
 }
 
 // OCP ue8m0: 2^(byte - 127); 0 is 2^-127 (or 0.0 by the other rule found in the wild), 255 is NaN.

@@ -82,6 +82,16 @@ EK_LANE F32 load_fp8_e4m3(const std::byte* p) {
 EK_LANE F32 load_int8(const std::byte* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+// kLanes e2m1 values of kLanes / 2 bytes, the low half of a byte first
+EK_LANE F32 load_e2m1(const std::byte* p) {
+  int words[2];
+  std::memcpy(words, p, sizeof(words));
+  const __m512i each = _mm512_mask_blend_epi32(0xFF00, _mm512_set1_epi32(words[0]), _mm512_set1_epi32(words[1]));
+  const __m512i nibbles = _mm512_srlv_epi32(each, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+  const __m512 values =
+      _mm512_setr_ps(0.0F, 0.5F, 1.0F, 1.5F, 2.0F, 3.0F, 4.0F, 6.0F, -0.0F, -0.5F, -1.0F, -1.5F, -2.0F, -3.0F, -4.0F, -6.0F);
+  return _mm512_permutexvar_ps(nibbles, values);  // by the low 4 bits
+}
 
 #elif defined(__AVX2__)
 
@@ -138,6 +148,14 @@ EK_LANE F32 load_fp8_e4m3(const std::byte* p) {
 }
 EK_LANE F32 load_int8(const std::byte* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+EK_LANE F32 load_e2m1(const std::byte* p) {
+  int word;
+  std::memcpy(&word, p, sizeof(word));
+  const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+  const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_setr_ps(0.0F, 0.5F, 1.0F, 1.5F, 2.0F, 3.0F, 4.0F, 6.0F), nibbles);
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(nibbles, 28), _mm256_set1_epi32(static_cast<int>(0x80000000)));
+  return _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign));
 }
 
 #else
@@ -199,6 +217,9 @@ EK_LANE F32 load_fp8_e4m3(const std::byte* p) {
 }
 EK_LANE F32 load_int8(const std::byte* p) {
   return each_lane([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+}
+EK_LANE F32 load_e2m1(const std::byte* p) {
+  return each_lane([&](int i) { return e2m1_to_float(static_cast<uint32_t>(p[i / 2]) >> i % 2 * 4); });
 }
 
 #endif

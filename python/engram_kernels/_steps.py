@@ -16,7 +16,8 @@ CHUNK_TOKENS = 1664
 
 def forward(gather_rows: Callable[..., Any], gate: Callable[..., Any], hidden: Tensor, rows: Tensor, scales: Tensor | None,
             row_ids: Tensor, w_kv: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None, row_format: str, row_dim: int,
-            zero_scale_is_zero: bool, eps: float, clamp: float, zero_sign: str, add_residual: bool, out: Tensor) -> Tensor:
+            zero_scale_is_zero: bool, eps: float, clamp: float, zero_sign: str, add_residual: bool, table_scale: float = 1.0, *,
+            out: Tensor) -> Tensor:
     """`out`, written: the gated hidden state [T, M, H] of `engram_kernels.engram_forward`, with two ops of one backend.
 
     Args:
@@ -28,7 +29,7 @@ def forward(gather_rows: Callable[..., Any], gate: Callable[..., Any], hidden: T
     for first, ids in _chunks(row_ids, mask):
         last, count = first + len(ids), len(ids)
         keys_and_value = kv[:count].view(count, -1, hidden.shape[2])
-        gather_rows(rows, scales, ids, row_format, row_dim, zero_scale_is_zero, hidden.dtype,
+        gather_rows(rows, scales, ids, row_format, row_dim, zero_scale_is_zero, hidden.dtype, table_scale,
                     out=memory[:count].view(count, -1, row_dim))
         torch.mm(memory[:count], w_kv.t(), out=kv[:count])
         gate(hidden[first:last], keys_and_value[:, :-1], keys_and_value[:, -1], w_hidden, w_key,
@@ -39,7 +40,7 @@ def forward(gather_rows: Callable[..., Any], gate: Callable[..., Any], hidden: T
 def backward(gather_rows: Callable[..., Any], gate_bwd: Callable[..., Any], grad_out: Tensor, hidden: Tensor, rows: Tensor,
              scales: Tensor | None, row_ids: Tensor, w_kv: Tensor, w_hidden: Tensor, w_key: Tensor, mask: Tensor | None,
              row_format: str, row_dim: int, zero_scale_is_zero: bool, eps: float, clamp: float, zero_sign: str,
-             add_residual: bool, needs_rows: bool, needs_w_kv: bool) -> tuple[Tensor, ...]:
+             add_residual: bool, table_scale: float, needs_rows: bool, needs_w_kv: bool) -> tuple[Tensor, ...]:
     """Gradients of hidden, of each position's row, of w_kv, w_hidden and w_key; keys and value are computed again.
 
     Those of the weights are summed over the chunks in float32. What is not needed is an empty tensor.
@@ -52,7 +53,7 @@ def backward(gather_rows: Callable[..., Any], gate_bwd: Callable[..., Any], grad
         last, count = first + len(ids), len(ids)
         keys_and_value = kv[:count].view(count, -1, hidden.shape[2])
         known = (ids >= 0) & (ids.long() < rows.shape[0])  # forward has counted the others
-        gather_rows(rows, scales, ids.where(known, -1), row_format, row_dim, zero_scale_is_zero, hidden.dtype,
+        gather_rows(rows, scales, ids.where(known, -1), row_format, row_dim, zero_scale_is_zero, hidden.dtype, table_scale,
                     out=memory[:count].view(count, -1, row_dim))
         torch.mm(memory[:count], w_kv.t(), out=kv[:count])
         grad_hidden[first:last], grad_key, grad_value, *of_norms = gate_bwd(

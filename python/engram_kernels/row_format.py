@@ -1,13 +1,12 @@
 """How rows are stored (docs/ops.md, Row formats): what tables and files need. The kernels' copy is csrc/common/row_format.h."""
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
-
-SCALE_BLOCK = 32  # elements that share a scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,21 +18,25 @@ class RowFormat:
     scale_dtype: torch.dtype | None = None  # None: no scales, or packed behind the values
     scale_file_dtypes: tuple[str, ...] = ()
     is_float: bool = False
-    has_blocks: bool = False
+    block: int = 0  # elements that share a scale; 0: all of a row or table
+    has_row_scale: bool = False  # one for all of a row
+    per_stored: int = 1  # values of one element of the row array
+    has_table_scale: bool = False  # a float32 that every value is multiplied by last
 
     def width(self, row_dim: int) -> int:
         """Elements of a row in the row array, at least; more where packed rows are padded."""
-        return row_dim + row_dim // SCALE_BLOCK if self.is_packed else row_dim
+        return row_dim // self.per_stored + (row_dim // self.block if self.is_packed else 0)
 
     def scale_shape(self, num_rows: int, row_dim: int) -> tuple[int, ...] | None:
         """Shape of the scale array; None: there is none."""
         if self.scale_dtype is None:
             return None
-        return (num_rows, row_dim // SCALE_BLOCK) if self.has_blocks else (1,)
+        return (num_rows, row_dim // self.block if self.block else 1) if self.has_row_scales else (1,)
 
     def row_bytes(self, row_dim: int) -> int:
         """Bytes of a row, its scales included and padding not."""
-        scale_bytes = row_dim // SCALE_BLOCK * self.scale_dtype.itemsize if self.scale_dtype and self.has_blocks else 0
+        shape = self.scale_shape(1, row_dim) if self.has_row_scales else None
+        scale_bytes = 0 if shape is None or self.scale_dtype is None else shape[1] * self.scale_dtype.itemsize
         return self.width(row_dim) * self.dtype.itemsize + scale_bytes
 
     @property
@@ -41,15 +44,33 @@ class RowFormat:
         """Whether the scales stand behind the values of each row."""
         return self.has_blocks and self.scale_dtype is None
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether so many elements share a scale that a row has several."""
+        return self.block > 0
+
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether each row has scales of its own, one or more."""
+        return self.has_blocks or self.has_row_scale
+
+    @property
+    def multiple(self) -> int:
+        """What row_dim must be a multiple of."""
+        return self.block or self.per_stored
+
 
 ROW_FORMATS = {
     "f32": RowFormat(torch.float32, ("F32",), is_float=True),
     "bf16": RowFormat(torch.bfloat16, ("BF16",), is_float=True),
     "f16": RowFormat(torch.float16, ("F16",), is_float=True),
-    "fp8_e4m3_block32": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.uint8, ("F8_E8M0", "U8"), has_blocks=True),
-    "fp8_e4m3_block32_packed": RowFormat(torch.uint8, ("U8",), has_blocks=True),
+    "fp8_e4m3_block32": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.uint8, ("F8_E8M0", "U8"), block=32),
+    "fp8_e4m3_block32_packed": RowFormat(torch.uint8, ("U8",), block=32),
     "fp8_e4m3_tensor": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32", "BF16", "F16")),
-    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),
+    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), block=32),
+    "fp8_e4m3_row": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",), has_row_scale=True),
+    "nvfp4": RowFormat(torch.uint8, ("U8",), torch.uint8, ("F8_E4M3", "U8"), block=16, per_stored=2, has_table_scale=True),
+    "mxfp4": RowFormat(torch.uint8, ("U8",), torch.uint8, ("F8_E8M0", "U8"), block=32, per_stored=2),
 }
 FLOAT_FORMATS = {name: f.dtype for name, f in ROW_FORMATS.items() if f.is_float}
 
@@ -66,8 +87,8 @@ def check_shape(op: str, name: str, row_dim: object, width: int) -> None:
     row_format = row_format_of(op, name)
     if not isinstance(row_dim, int) or isinstance(row_dim, bool) or not 1 <= row_dim < 2**31:
         raise ValueError(f"{op}: row_dim is {row_dim!r}, expected an integer of at least 1")
-    if row_format.has_blocks and row_dim % SCALE_BLOCK:
-        raise ValueError(f"{op}: row_dim is {row_dim}, expected a multiple of {SCALE_BLOCK} for row_format {name!r}")
+    if row_dim % row_format.multiple:
+        raise ValueError(f"{op}: row_dim is {row_dim}, expected a multiple of {row_format.multiple} for row_format {name!r}")
     wanted = row_format.width(row_dim)
     if width < wanted or (width > wanted and not row_format.is_packed):
         least = "at least " if row_format.is_packed else ""
@@ -79,7 +100,7 @@ def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: i
     """Raises unless tensors hold rows of a format: the rows as stored, their scales, and D. Rules: `RowTable.from_tensor`."""
     fmt = row_format_of(op, row_format)
     rows = _as_stored(weight, torch.float8_e4m3fn)
-    scales = _as_stored(scales, torch.float8_e8m0fnu)
+    scales = _as_stored(scales, torch.float8_e4m3fn if fmt.has_table_scale else torch.float8_e8m0fnu)
     expect_tensor(op, "weight", rows, (fmt.dtype,), ("R", "stride"), None, 0)
     if rows.shape[0] > 1 and rows.shape[1] > 1 and rows.stride(1) != 1:
         raise ValueError(f"{op}: the elements of a row of weight must be contiguous, got strides {list(rows.stride())}")
@@ -88,7 +109,7 @@ def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: i
     if row_dim is None:
         if fmt.is_packed:
             raise ValueError(f"{op}: row_dim is needed for row_format {row_format!r}: rows may be padded")
-        row_dim = int(rows.shape[1])
+        row_dim = int(rows.shape[1]) * fmt.per_stored
     check_shape(op, row_format, row_dim, rows.shape[1])
     wanted = fmt.scale_shape(rows.shape[0], row_dim)
     if wanted is None and scales is not None:
@@ -97,7 +118,7 @@ def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: i
         assert fmt.scale_dtype is not None
         if scales is None:
             raise ValueError(f"{op}: row_format {row_format!r} needs scales of shape {list(wanted)}, got none")
-        scales = scales.reshape(1) if wanted == (1,) and scales.dim() == 0 else scales
+        scales = _as_wanted(scales, wanted) if fmt.scale_dtype == torch.float32 and not fmt.has_blocks else scales
         expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, rows.device)
         if scales.dim() == 2 and scales.shape[0] > 1 and ((scales.shape[1] > 1 and scales.stride(1) != 1)
                                                           or scales.stride(0) < scales.shape[1]):
@@ -105,5 +126,30 @@ def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: i
     return rows, scales, row_dim
 
 
+def check_table_scale(op: str, row_format: str, value: Any) -> float:
+    """The scale of a whole table as a number, 1 where the format has none. Raises unless it is given where there is one."""
+    if not row_format_of(op, row_format).has_table_scale:
+        if value is not None:
+            raise ValueError(f"{op}: row_format {row_format!r} has no table_scale, got {value!r}")
+        return 1.0
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{op}: table_scale is {value!r}, expected a number, or a float tensor of one element, for row_format "
+                         f"{row_format!r}")
+    rounded = torch.tensor(value, dtype=torch.float32).item()
+    if not math.isfinite(rounded):
+        raise ValueError(f"{op}: table_scale is {value!r}, expected a finite float32")
+    return rounded
+
+
 def _as_stored(x: Any, fp8: torch.dtype) -> Any:
     return x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == fp8 else x
+
+
+def _as_wanted(scales: Any, wanted: tuple[int, ...]) -> Any:
+    """float32 scales as published: bfloat16 is widened, and a scale of no dimension or one per row gets its dimension."""
+    if not isinstance(scales, Tensor):
+        return scales
+    scales = scales.float() if scales.dtype == torch.bfloat16 else scales
+    return scales.reshape(wanted) if scales.dim() < len(wanted) and scales.numel() == math.prod(wanted) else scales

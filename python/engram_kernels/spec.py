@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engram_kernels import counts, presets
 from engram_kernels._files import parse_json, shorten, write_atomic
 from engram_kernels.layout import Layout, derive_layout
-from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec_fields import INT32_MAX, check_float, check_hash_fields, check_int, require
 from engram_kernels.token_ids import mark_ids
 
@@ -113,8 +113,8 @@ class EngramSpec:
     def _check_rows_and_module(self) -> None:
         check_int(self, "head_dim", 1, 2**20)
         with_format, row_format = f"with row_format {self.row_format!r}", ROW_FORMATS[self.row_format]
-        if row_format.has_blocks:
-            require(self, "head_dim", self.head_dim % SCALE_BLOCK == 0, f"a multiple of {SCALE_BLOCK} {with_format}")
+        multiple = row_format.multiple
+        require(self, "head_dim", self.head_dim % multiple == 0, f"a multiple of {multiple} {with_format}")
         if row_format.is_packed:
             check_int(self, "row_stride_bytes", row_format.row_bytes(self.head_dim), INT32_MAX, none=True)
         else:

@@ -367,3 +367,10 @@ def test_bad_names_are_named():
                           (lambda: with_room(machine(), -1.0, None, None), "device_bytes is -1.0, expected at least 0")):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_plan_of_four_bit_rows_reads_values_and_scales():
+    spec = dataclasses.replace(SPEC, head_dim=160, row_format="nvfp4")
+    work = dataclasses.replace(workload(), spec=spec)
+    assert spec.bytes_per_row == work.row_bytes == 90 and work.row_parts == [80, 10]
+    assert dataclasses.replace(work, spec=dataclasses.replace(spec, row_format="bf16")).row_parts == [320]

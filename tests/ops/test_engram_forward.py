@@ -39,13 +39,14 @@ def exact(hidden, table, row_ids, w_kv, w_hidden, w_key, mask=None, add_residual
     memory = reference_gather(table.rows, table.scales, ids, table.row_format, table.row_dim, False, hidden.dtype)
     rows, ids = memory.double().flatten(0, 1), torch.arange(row_ids.numel(), device=row_ids.device).view(row_ids.shape)
     return reference(hidden.double(), rows, None, ids, w_kv.double(), w_hidden.double(), w_key.double(), mask, "f32",
-                     table.row_dim, False, 1e-6, 1e-6, "copysign", add_residual)
+                     table.row_dim, False, 1e-6, 1e-6, "copysign", add_residual, table.table_scale)
 
 
 def plain(hidden, table, row_ids, w_kv, w_hidden, w_key, mask=None, add_residual=True):
     """The three steps as ordinary PyTorch computes them, keys and value in the dtype of hidden."""
     ids = row_ids if mask is None else row_ids.masked_fill(mask[:, None], -1)
-    memory = reference_gather(table.rows, table.scales, ids, table.row_format, table.row_dim, False, hidden.dtype).flatten(1)
+    memory = reference_gather(table.rows, table.scales, ids, table.row_format, table.row_dim, False, hidden.dtype,
+                              table.table_scale).flatten(1)
     kv = (memory @ w_kv.T).view(len(hidden), -1, hidden.shape[2])
     k, w = kv[:, :-1], (w_hidden, w_key)
     x = (hidden * w[0] * k * w[1]).sum(-1, keepdim=True) * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
@@ -160,7 +161,7 @@ def test_engram_forward_threads_change_no_more_than_the_product(backend, device)
 
 def op_args(hidden, table, row_ids, w_kv, w_hidden, w_key, mask=None):
     return (hidden, table.rows, table.scales, row_ids, w_kv, w_hidden, w_key, mask, table.row_format, table.row_dim, False, 1e-6,
-            1e-6, "copysign", True)
+            1e-6, "copysign", True, table.table_scale)
 
 
 def test_engram_forward_steps_read_each_row_once_into_one_workspace(monkeypatch):

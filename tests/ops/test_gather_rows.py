@@ -1,8 +1,10 @@
 """gather_rows: every row format over all its byte values, special values, gradients, threads, bad input."""
 import mmap
 
+import numpy as np
 import pytest
 import torch
+from format_cases import every_byte, exact_values, table_options
 from on_device import on_device, raises_bad_ids
 from op_cases import make_table
 
@@ -34,7 +36,8 @@ def make_ids(*shape, num_rows, seed=0, dtype=torch.int64):
 
 
 def of_reference(table, ids, dtype):
-    return reference(table.rows, table.scales, ids, table.row_format, table.row_dim, table.zero_scale_is_zero, dtype)
+    return reference(table.rows, table.scales, ids, table.row_format, table.row_dim, table.zero_scale_is_zero, dtype,
+                     table.table_scale)
 
 
 @pytest.mark.parametrize("row_dim", [32, 256, 320], ids=["one_block", "usual", "long"])
@@ -47,7 +50,7 @@ def test_gather_rows_matches_reference(row_format, row_dim, backend):
 
 
 @pytest.mark.parametrize("row_dim", [1, 5, 17, 257])
-@pytest.mark.parametrize("row_format", [*FLOAT_FORMATS, "fp8_e4m3_tensor"])
+@pytest.mark.parametrize("row_format", [*FLOAT_FORMATS, "fp8_e4m3_tensor", "fp8_e4m3_row"])
 def test_gather_rows_odd_row_dim(row_format, row_dim, backend):
     table, ids = make_table(row_format, 20, row_dim), make_ids(41, num_rows=20)
     for dtype in DTYPES:
@@ -70,6 +73,36 @@ def test_gather_rows_fp8_every_byte_with_every_scale(row_format, zero_scale_is_z
         exact[0] = torch.where(exact[0].isnan(), exact[0], exact[0] * 0)
     for dtype in DTYPES:
         assert_same_values(gather_rows(table, ids, dtype, backend=backend), exact.to(dtype))
+
+
+@pytest.mark.parametrize("row_format", ["nvfp4", "mxfp4", "fp8_e4m3_row"])
+def test_gather_rows_every_stored_value_with_every_scale(row_format, backend):
+    rows, scales = every_byte(row_format, 256)
+    ids = torch.arange(len(rows))
+    ids[::9] = -1
+    for zero_is_zero in (False, True):
+        table = RowTable.from_tensor(rows, scales, row_format, zero_scale_is_zero=zero_is_zero, **table_options(row_format))
+        with np.errstate(all="ignore"):
+            exact = exact_values(row_format, rows, scales, zero_is_zero)
+            exact[::9] = 0
+            once = torch.from_numpy(exact.astype(np.float32))
+        for dtype in DTYPES:
+            assert_same_values(gather_rows(table, ids, dtype, backend=backend), once.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gather_rows_scales_as_published(shape, dtype, backend):
+    rows, _ = random_rows("fp8_e4m3_tensor", 20, 64, torch.Generator().manual_seed(0))
+    scale = torch.tensor(0.3).to(dtype).reshape(shape)
+    table, ids = RowTable.from_tensor(rows, scale, "fp8_e4m3_tensor"), torch.arange(-1, 20)
+    want = RowTable.from_tensor(rows, scale.float().reshape(1), "fp8_e4m3_tensor")
+    assert table.scales.shape == (1,) and table.scales.dtype == torch.float32
+    assert_same_values(gather_rows(table, ids, backend=backend), of_reference(want, ids, torch.bfloat16))
+    scales = torch.linspace(-1, 2, 20).to(dtype)
+    table = RowTable.from_tensor(rows, scales.reshape(20, *shape), "fp8_e4m3_row")
+    want = torch.cat([torch.zeros(1, 64), rows.view(torch.float8_e4m3fn).float() * scales.float()[:, None]])
+    assert_same_values(gather_rows(table, ids, torch.float32, backend=backend), want)
 
 
 def test_gather_rows_fp8_mixed_scales_in_a_row(backend):

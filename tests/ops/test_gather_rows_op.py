@@ -1,6 +1,7 @@
 """gather_rows as a torch op: gradients, opcheck, torch.compile, and direct calls without the public function's checks."""
 import pytest
 import torch
+from format_cases import table_scale_of
 
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.ops.gather_rows import gather_rows
@@ -117,7 +118,7 @@ def test_gather_rows_rejects_out_with_gradients():
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_gather_rows_opcheck(row_format):
     rows, scales = random_rows(row_format, 9, 32, torch.Generator().manual_seed(0))
-    args = (rows, scales, make_ids(4, 3, num_rows=9), row_format, 32, False, torch.bfloat16)
+    args = (rows, scales, make_ids(4, 3, num_rows=9), row_format, 32, False, torch.bfloat16, table_scale_of(row_format))
     torch.library.opcheck(OPS.gather_rows.default, args)
     torch.library.opcheck(OPS.gather_rows.out, args, {"out": torch.empty(4, 3, 32, dtype=torch.bfloat16)})
     if row_format in FLOAT_FORMATS:

@@ -15,30 +15,31 @@ FOLDERS = ("csrc", "triton_kernels", "python", "tests/sim")
 # fp8 e4m3 with one float32 per 32 elements: (a text of the file, what stands in its place)
 PATCH = {
     "csrc/common/row_format.h": [
-        ("kInt8Group32 };\nenum class DType", "kInt8Group32, kFp8Group32 };\nenum class DType"),
-        ("kNumRowFormats = 7;", "kNumRowFormats = 8;"),
-        ("RowElement::kInt8, RowScale::kGroupF32, false};",
-         "RowElement::kInt8, RowScale::kGroupF32, false};\n    case RowFormat::kFp8Group32:\n"
-         "      return {\"fp8_e4m3_group32\", RowElement::kFp8E4m3, RowScale::kGroupF32, false};"),
+        ("kMxfp4\n};", "kMxfp4,\n  kFp8Group32\n};"),
+        ("kNumRowFormats = 10;", "kNumRowFormats = 11;"),
+        ("RowElement::kInt8, RowScale::kGroupF32, 32};",
+         "RowElement::kInt8, RowScale::kGroupF32, 32};\n    case RowFormat::kFp8Group32:\n"
+         "      return {\"fp8_e4m3_group32\", RowElement::kFp8E4m3, RowScale::kGroupF32, 32};"),
         ("      return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});",
          "      return f(std::integral_constant<RowFormat, RowFormat::kInt8Group32>{});\n    case RowFormat::kFp8Group32:\n"
          "      return f(std::integral_constant<RowFormat, RowFormat::kFp8Group32>{});"),  # both switches
-        ("static_assert(kNumRowFormats == 7", "static_assert(kNumRowFormats == 8"),
+        ("static_assert(kNumRowFormats == 10", "static_assert(kNumRowFormats == 11"),
     ],
     "python/engram_kernels/row_format.py": [
-        ('    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),\n',
-         '    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), has_blocks=True),\n    "fp8_e4m3_group32": '
-         'RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",), has_blocks=True),\n'),
+        ('    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), block=32),\n',
+         '    "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), block=32),\n    "fp8_e4m3_group32": '
+         'RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",), block=32),\n'),
     ],
     "python/engram_kernels/reference/gather_rows.py": [
-        ('    if row_format == "fp8_e4m3_tensor":\n        return values * scales\n',
-         '    if row_format == "fp8_e4m3_tensor":\n        return values * scales\n    if row_format == "fp8_e4m3_group32":\n'
+        ('    if row_format in ("fp8_e4m3_tensor", "fp8_e4m3_row"):\n        return values * scales\n',
+         '    if row_format in ("fp8_e4m3_tensor", "fp8_e4m3_row"):\n        return values * scales\n'
+         '    if row_format == "fp8_e4m3_group32":\n'
          '        return _by_group(values, scales)\n'),
     ],
     "triton_kernels/decode.py": [
-        ("FLOAT, FP8_TENSOR, FP8_BLOCK, INT8_GROUP = (tl.constexpr(i) for i in range(4))",
-         "FLOAT, FP8_TENSOR, FP8_BLOCK, INT8_GROUP, FP8_GROUP = (tl.constexpr(i) for i in range(5))"),
-        ('"int8_group32": INT8_GROUP}', '"int8_group32": INT8_GROUP, "fp8_e4m3_group32": FP8_GROUP}'),
+        ("FP8_ROW, NVFP4, MXFP4 = (tl.constexpr(i) for i in range(7))",
+         "FP8_ROW, FP8_GROUP, NVFP4, MXFP4 = (tl.constexpr(i) for i in range(8))"),
+        ('"mxfp4": MXFP4}', '"mxfp4": MXFP4, "fp8_e4m3_group32": FP8_GROUP}'),
         ("        else:\n            values, factor = stored.to(tl.float32), scale\n",
          "        elif CODE == FP8_GROUP:\n            values, factor = fp8_e4m3_to_float(stored), scale\n"
          "        else:\n            values, factor = stored.to(tl.float32), scale\n"),

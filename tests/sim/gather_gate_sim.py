@@ -3,6 +3,7 @@ import numpy as np
 import torch
 from cuda_sim import Device
 from cuda_sim.params import DTYPES, ROW_FORMATS, BranchRows, GateOptions, GateWeights, GatherGateParams, RowSource
+from format_cases import table_scale_of
 from test_gate_cuda_sim import branch_rows
 from test_gather_rows_cuda_sim import bytes_of
 
@@ -35,7 +36,7 @@ class Table:
             rows=device.address(self.memory, "rows", readonly=True) + self.lead - shift_rows * self.pitch,
             scales=scales - shift_rows * scale_stride, num_rows=len(self.rows) + shift_rows, row_stride_bytes=self.pitch,
             scale_stride_bytes=scale_stride, row_dim=self.row_dim, format=ROW_FORMATS.index(self.row_format),
-            zero_scale_is_zero=self.zero_scale)
+            zero_scale_is_zero=self.zero_scale, table_scale=table_scale_of(self.row_format))
 
 
 def make_inputs(tokens, branches, columns, row_dim, dtype=torch.bfloat16, weight_dtype=torch.float32, seed=1, none=True):

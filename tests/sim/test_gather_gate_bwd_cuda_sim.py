@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, build
 from cuda_sim.params import DTYPES, ROW_FORMATS, GatherGateBwdParams
+from format_cases import table_scale_of
 from gather_gate_sim import WORDS, Table, gather_gate_params, make_inputs
 from op_cases import assert_all_as_accurate
 from test_gate_cuda_sim import branch_rows
@@ -54,7 +55,7 @@ def check(table, inputs, grad_out, mask=None, device=None, **options):
     run = functools.partial(gradients, mask, [options.get(name, default) for name, default in WORDS])
     ids = ids if mask is None else ids.masked_fill(mask[:, None], -1)
     memory = reference_rows(table.rows, table.scales, ids, table.row_format, table.row_dim, table.zero_scale,
-                            torch.float32).flatten(1)
+                            torch.float32, table_scale_of(table.row_format)).flatten(1)
     want = run(*(x.double() for x in (hidden, memory, *weights, grad_out)))
     plain = worst_draw(run, (hidden, memory.to(hidden.dtype), *weights, grad_out), want)
     assert_all_as_accurate(NAMES, got, plain, want)

@@ -8,8 +8,9 @@ import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build, bytes_asked
 from cuda_sim.params import DTYPES, ROW_FORMATS
 from cuda_sim.sass_path import executed, longest_path, token_loop
+from format_cases import every_byte, table_scale_of
 from gather_gate_sim import NUM_ROWS, OP, WORDS, Table, make_inputs, simulate
-from test_gather_rows_cuda_sim import BYTE_FORMATS, bytes_of, every_byte
+from test_gather_rows_cuda_sim import BYTE_FORMATS, bytes_of
 
 from engram_kernels.reference.gather_gate import gather_gate as reference
 from engram_kernels.reference.gather_rows import gather_rows as reference_rows
@@ -24,7 +25,7 @@ def expected(table, inputs, mask=None, exact=True, **options):
     hidden, ids, *weights = ([x.double() if exact and x.is_floating_point() else x for x in inputs])
     words = [options.get(name, default) for name, default in WORDS]
     return reference(hidden, table.rows, table.scales, ids, *weights, mask, table.row_format, table.row_dim, table.zero_scale,
-                     *words)
+                     *words, table_scale_of(table.row_format))
 
 
 def check(table, inputs, mask=None, device=None, **options):
@@ -110,7 +111,8 @@ def test_gather_gate_every_byte(row_format, row_dim, dtype):
         table = Table(row_format, row_dim, content, scales, zero_scale=zero_scale)
         inputs = [torch.zeros(len(rows), 1, row_dim, dtype=dtype), torch.arange(len(rows))[:, None], weight, weight]
         got, errors, _ = simulate(table, inputs, zero_sign="sign")
-        e = reference_rows(content, scales, inputs[1], row_format, row_dim, zero_scale, torch.float32)
+        e = reference_rows(content, scales, inputs[1], row_format, row_dim, zero_scale, torch.float32,
+                           table_scale_of(row_format))
         want = torch.where(e.isfinite().all(-1, keepdim=True), e / 2, float("nan")).to(dtype)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         assert errors == 0

@@ -22,12 +22,12 @@ def arguments(inputs, table, mask):
 
 def run(inputs, table, mask=None, add_residual=True, out=None, **options):
     from engram_kernels.triton_kernels.gather_gate import gather_gate
-    return simulate(lambda: gather_gate(*arguments(inputs, table, mask), add_residual, out), **options)
+    return simulate(lambda: gather_gate(*arguments(inputs, table, mask), add_residual, table.table_scale, out), **options)
 
 
 def run_bwd(grad_out, inputs, table, mask=None, **options):
     from engram_kernels.triton_kernels.gather_gate import gather_gate_bwd
-    return simulate(lambda: gather_gate_bwd(grad_out, *arguments(inputs, table, mask), True), **options)
+    return simulate(lambda: gather_gate_bwd(grad_out, *arguments(inputs, table, mask), True, table.table_scale), **options)
 
 
 def distinct_inputs(tokens, branches, columns, row_dim, row_format):
@@ -93,7 +93,7 @@ def assert_gradients(got, inputs, table, grad_out, mask):
     from engram_kernels.reference.gather_gate import gather_gate as reference
     from engram_kernels.reference.gather_rows import gather_rows
     memory += gather_rows(table.rows, table.scales, inputs[1].masked_fill(mask[:, None], -1).flatten(), table.row_format,
-                          table.row_dim, table.zero_scale_is_zero, torch.float32)
+                          table.row_dim, table.zero_scale_is_zero, torch.float32, table.table_scale)
     ids = torch.arange(inputs[1].numel()).view(inputs[1].shape)
     want, = gradients(lambda rows: reference(inputs[0].double(), rows, None, ids, *(w.double() for w in inputs[2:]), mask, "f32",
                                              table.row_dim, False, *OPTIONS, True), [memory], grad_out.double())

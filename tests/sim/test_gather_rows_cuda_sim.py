@@ -8,13 +8,14 @@ import torch
 from cuda_sim import MISSING_NVCC, MISSING_SASS, Device, LaunchError, build, poisoned
 from cuda_sim.params import DTYPES, ROW_FORMATS, GatherRowsParams, RowIds, RowSource
 from cuda_sim.sass_path import executed
+from format_cases import every_byte, table_scale_of
 
 from engram_kernels.reference.gather_rows import gather_rows as reference
 from engram_kernels.testing.inputs import random_rows
 
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
 OP = "gather_rows_cuda"
-BYTE_FORMATS = tuple(f for f in ROW_FORMATS if f.startswith(("fp8", "int8")))
+BYTE_FORMATS = tuple(f for f in ROW_FORMATS if f not in ("f32", "bf16", "f16"))
 
 
 MANY = 65  # ids: more than a multiprocessor holds warps
@@ -29,22 +30,6 @@ def device(request):
     for launch in device.launches:
         long_rows = launch.shared_bytes == 0 and request.node.callspec.params.get("row_dim", 0) >= 4096
         assert "warp_per_row" not in launch.kernel or request.param == "warp_per_row" or long_rows, launch.kernel
-
-
-def every_byte(row_format, row_dim):
-    """A table that holds every byte value as an element under every scale byte (or a few scales where they are floats)."""
-    values = torch.arange(256, dtype=torch.uint8).reshape(-1, 32)  # 8 blocks
-    if row_format == "fp8_e4m3_tensor":
-        return values.reshape(-1, row_dim), torch.tensor([0.3])
-    if row_format == "int8_group32":
-        scales = torch.tensor([1.0, -0.37, 3e38, 1e-40, 0.0, float("inf"), float("nan")])
-        blocks = values.repeat(len(scales), 1).view(torch.int8)
-    else:
-        scales = torch.arange(256, dtype=torch.uint8)
-        blocks = values.repeat(256, 1)
-    scales = scales.repeat_interleave(8)
-    rows, scales = blocks.reshape(-1, row_dim), scales.reshape(-1, row_dim // 32)
-    return (torch.cat([rows.view(torch.uint8), scales], dim=1), None) if row_format.endswith("packed") else (rows, scales)
 
 
 def bytes_of(x):
@@ -74,7 +59,7 @@ def simulate(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, z
         rows=at(table, "rows", readonly=True) + lead - shift_rows * pitch, scales=at(scales, "scales", readonly=True),
         num_rows=len(raw) + shift_rows, row_stride_bytes=pitch,
         scale_stride_bytes=bytes_of(scales).shape[1] if per_row else 0, row_dim=row_dim, format=ROW_FORMATS.index(row_format),
-        zero_scale_is_zero=zero_scale)
+        zero_scale_is_zero=zero_scale, table_scale=table_scale_of(row_format))
     params = GatherRowsParams(
         source=source, row_ids=RowIds(at(ids, "ids", readonly=True), len(ids), ids.dtype == torch.int64),
         out=at(out, "out") + out_lead, out_dtype=DTYPES[out_dtype], as_stored=as_stored, max_blocks=max_blocks,
@@ -89,7 +74,7 @@ def simulate(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, z
 
 def check(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, zero_scale=False, **how):
     got, errors, launches = simulate(rows, scales, ids, row_format, row_dim, out_dtype, zero_scale, **how)
-    want = reference(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype)
+    want = reference(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype, table_scale_of(row_format))
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(got) & ~got.isnan(), torch.signbit(want) & ~want.isnan())  # -0 is not 0
     assert errors == 0
@@ -159,7 +144,9 @@ def test_gather_rows_packed_strides(pitch, lead, device):
 SHAPES = {  # name: (row_format, row_dim)
     "odd_bf16": ("bf16", 33), "one_element": ("f32", 1), "odd_fp8": ("fp8_e4m3_tensor", 65), "long_f32": ("f32", 5120),
     "long_packed": ("fp8_e4m3_block32_packed", 4096), "ple_bf16": ("bf16", 160), "ple_int8": ("int8_group32", 160),
-    "one_word": ("fp8_e4m3_tensor", 4), "longest_staged": ("bf16", 1024)}
+    "one_word": ("fp8_e4m3_tensor", 4), "longest_staged": ("bf16", 1024),
+    "ple_nvfp4": ("nvfp4", 160), "one_block_nvfp4": ("nvfp4", 16), "long_nvfp4": ("nvfp4", 8192), "ple_mxfp4": ("mxfp4", 160),
+    "ple_row": ("fp8_e4m3_row", 160), "odd_row": ("fp8_e4m3_row", 65)}
 
 
 @pytest.mark.parametrize("row_format, row_dim", SHAPES.values(), ids=SHAPES.keys())
@@ -193,7 +180,7 @@ def test_gather_rows_bad_ids_give_zeros_and_are_counted(row_format, row_dim, dev
         bad = torch.cat([ids, torch.tensor(wide, dtype=torch.int64)]).repeat(10)
         got, errors, _ = simulate(rows, scales, bad, row_format, row_dim, device=device)
         good = torch.where((bad >= 0) & (bad < 3), bad, -1)
-        want = reference(rows, scales, good, row_format, row_dim, False, torch.bfloat16)
+        want = reference(rows, scales, good, row_format, row_dim, False, torch.bfloat16, table_scale_of(row_format))
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         assert errors == 10 * (4 + len(wide))
 

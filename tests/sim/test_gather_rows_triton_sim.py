@@ -3,6 +3,7 @@ import pytest
 import torch
 from cuda_sim import MISSING_NVCC
 from cuda_sim.params import DTYPES, ROW_FORMATS
+from format_cases import every_byte, table_scale_of
 from triton_sim import MISSING_TRITON, simulate, total
 
 from engram_kernels.reference.gather_rows import gather_rows as reference
@@ -13,12 +14,13 @@ pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
 
 def run(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, zero_scale=False, out=None, **options):
     from engram_kernels.triton_kernels.gather_rows import gather_rows
-    return simulate(lambda: gather_rows(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype, out), **options)
+    return simulate(lambda: gather_rows(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype,
+                                        table_scale_of(row_format), out), **options)
 
 
 def check(rows, scales, ids, row_format, row_dim, out_dtype=torch.bfloat16, zero_scale=False, **options):
     got, launches = run(rows, scales, ids, row_format, row_dim, out_dtype, zero_scale, **options)
-    want = reference(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype)
+    want = reference(rows, scales, ids, row_format, row_dim, zero_scale, out_dtype, table_scale_of(row_format))
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(got) & ~got.isnan(), torch.signbit(want) & ~want.isnan())  # -0 is not 0
     return launches
@@ -36,16 +38,16 @@ def test_gather_rows_matches_reference(row_format, out_dtype):
 
 
 @pytest.mark.parametrize("row_format, row_dim", [("bf16", 33), ("f32", 1), ("fp8_e4m3_tensor", 65), ("int8_group32", 160),
-                                                 ("fp8_e4m3_block32_packed", 4096)])
+                                                 ("fp8_e4m3_block32_packed", 4096), ("nvfp4", 16), ("nvfp4", 4112),
+                                                 ("mxfp4", 160)])
 def test_gather_rows_any_shape(row_format, row_dim):
     rows, scales = random_rows(row_format, 20, row_dim, torch.Generator().manual_seed(4))
     check(rows, scales, random_ids(21, 20, dtype=torch.int64), row_format, row_dim)
 
 
-@pytest.mark.parametrize("row_format", ["fp8_e4m3_block32", "fp8_e4m3_tensor", "int8_group32"])
+@pytest.mark.parametrize("row_format", ["fp8_e4m3_block32", "fp8_e4m3_tensor", "int8_group32", "fp8_e4m3_row", "nvfp4", "mxfp4"])
 @pytest.mark.parametrize("zero_scale", [False, True])
 def test_gather_rows_every_byte(row_format, zero_scale):
-    from test_gather_rows_cuda_sim import every_byte
     rows, scales = every_byte(row_format, 256)
     check(rows, scales, torch.arange(len(rows)), row_format, 256, torch.float32, zero_scale)
 

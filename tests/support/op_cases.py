@@ -3,6 +3,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from format_cases import table_options
 
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
@@ -16,7 +17,7 @@ def packed(lengths):
 
 def make_table(row_format, num_rows, row_dim, seed=0, **options):
     rows, scales = random_rows(row_format, num_rows, row_dim, torch.Generator().manual_seed(seed))
-    return RowTable.from_tensor(rows, scales, row_format, row_dim=row_dim, **options)
+    return RowTable.from_tensor(rows, scales, row_format, row_dim=row_dim, **{**table_options(row_format), **options})
 
 
 def gate_inputs(tokens, branches, size, dtype, device="cpu", weight_dtype=None, seed=0):

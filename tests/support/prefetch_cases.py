@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from format_cases import table_options
 
 from engram_kernels import RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
@@ -59,10 +60,11 @@ class Tables:
     def make(self, tier, row_format="fp8_e4m3_block32", **open_options):
         rows, scales = make_rows(row_format)
         row_dim = ROW_DIM if row_format.endswith("packed") else None
-        table = RowTable.from_tensor(rows, scales, row_format=row_format, row_dim=row_dim)
+        scale = table_options(row_format)
+        table = RowTable.from_tensor(rows, scales, row_format=row_format, row_dim=row_dim, **scale)
         if tier == "host":
             return table
-        RowTable.create(self.path, rows, scales, row_format, row_dim=row_dim)
+        RowTable.create(self.path, rows, scales, row_format, row_dim=row_dim, **scale)
         return RowTable.open(self.path, **open_options)
 
 

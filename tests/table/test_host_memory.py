@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from format_cases import table_options
 
 from engram_kernels import capacity
 from engram_kernels._library import COMPILE_ERROR
@@ -38,9 +39,9 @@ def run(script):
 def test_host_memory_copy_equals_tensor(row_format):
     rows, scales = random_rows(row_format, 3001, 96, torch.Generator().manual_seed(0))
     wide = torch.cat([rows, rows], 1)[:, :rows.shape[1]]  # rows that lie apart
-    table = RowTable.from_tensor(wide, scales, row_format, copy=True, row_dim=96)
+    table = RowTable.from_tensor(wide, scales, row_format, copy=True, row_dim=96, **table_options(row_format))
     ids = torch.randint(-1, 3001, (40, 7), generator=torch.Generator().manual_seed(1))
-    want = gather_rows(RowTable.from_tensor(rows, scales, row_format, row_dim=96), ids)
+    want = gather_rows(RowTable.from_tensor(rows, scales, row_format, row_dim=96, **table_options(row_format)), ids)
     assert torch.equal(gather_rows(table, ids).view(torch.int16), want.view(torch.int16))
     assert table.rows.is_contiguous() and table.rows.data_ptr() % HUGE == 0
     stats = table.memory_stats()

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from format_cases import table_options
 from safetensors.torch import load_file, save_file
 
 from engram_kernels.ops.gather_rows import gather_rows
@@ -29,7 +30,7 @@ def in_pieces(rows, scales, row_format, size=77):
 
 def create(path, row_format="bf16", seed=0, **options):
     rows, scales = stored(row_format, seed)
-    return RowTable.create(path, rows, scales, row_format, row_dim=D, **options)
+    return RowTable.create(path, rows, scales, row_format, row_dim=D, **table_options(row_format), **options)
 
 
 def same(a, b):
@@ -42,11 +43,12 @@ IDS = torch.tensor([[5, 0, -1], [R - 1, 5, 6], [7, 8, 0]], dtype=torch.int32)
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_row_table_file_equals_memory(row_format, tmp_path):
     rows, scales = stored(row_format)
-    memory = RowTable.from_tensor(rows, scales, row_format, row_dim=D)
-    whole = RowTable.create(tmp_path / "whole.safetensors", rows, scales, row_format, row_dim=D, zero_scale_is_zero=True)
+    scale = table_options(row_format)
+    memory = RowTable.from_tensor(rows, scales, row_format, row_dim=D, **scale)
+    whole = RowTable.create(tmp_path / "whole.safetensors", rows, scales, row_format, row_dim=D, zero_scale_is_zero=True, **scale)
     pieces = RowTable.create(tmp_path / "pieces.safetensors", in_pieces(rows, scales, row_format), row_format=row_format,
                              scales=scales if row_format == "fp8_e4m3_tensor" else None, num_rows=R, row_dim=D,
-                             zero_scale_is_zero=True)
+                             zero_scale_is_zero=True, **scale)
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "pieces.safetensors").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["pieces.safetensors", "whole.safetensors"]
     again = RowTable.open(str(tmp_path / "whole.safetensors"))
@@ -68,9 +70,9 @@ def test_row_table_file_is_safetensors(tmp_path):
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_row_table_from_tensor_shares_or_copies(row_format):
     rows, scales = stored(row_format)
-    table = RowTable.from_tensor(rows, scales, row_format, row_dim=D)
+    table = RowTable.from_tensor(rows, scales, row_format, row_dim=D, **table_options(row_format))
     assert table.rows.data_ptr() == rows.data_ptr() and table.tier == "host" and table.path is None
-    copied = RowTable.from_tensor(rows, scales, row_format, row_dim=D, copy=True)
+    copied = RowTable.from_tensor(rows, scales, row_format, row_dim=D, copy=True, **table_options(row_format))
     assert copied.rows.data_ptr() != rows.data_ptr() and copied.rows.data_ptr() % (2 << 20) == 0
     assert same(copied.rows, rows) and (scales is None or same(copied.scales, scales))
     assert table.stage(IDS)[0] is table and table.stage(IDS)[1] is IDS
@@ -79,7 +81,8 @@ def test_row_table_from_tensor_shares_or_copies(row_format):
 def test_row_table_row_bytes():
     assert {name: ROW_FORMATS[name].row_bytes(256) for name in ROW_FORMATS} == {
         "f32": 1024, "bf16": 512, "f16": 512, "fp8_e4m3_block32": 264, "fp8_e4m3_block32_packed": 264, "fp8_e4m3_tensor": 256,
-        "int8_group32": 288}
+        "int8_group32": 288, "fp8_e4m3_row": 260, "nvfp4": 144, "mxfp4": 136}
+    assert ROW_FORMATS["nvfp4"].row_bytes(160) == 90
 
 
 def test_row_table_takes_torch_fp8(tmp_path):

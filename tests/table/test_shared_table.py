@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from format_cases import table_options
 
 from engram_kernels import capacity
 from engram_kernels._library import COMPILE_ERROR
@@ -27,7 +28,7 @@ IDS = torch.randint(-1, R, (40, 7), generator=torch.Generator().manual_seed(1))
 
 def table_of(row_format="bf16", seed=0, num_rows=R, **options):
     rows, scales = random_rows(row_format, num_rows, D, torch.Generator().manual_seed(seed))
-    return RowTable.from_tensor(rows, scales, row_format, row_dim=D, **options)
+    return RowTable.from_tensor(rows, scales, row_format, row_dim=D, **table_options(row_format), **options)
 
 
 def same_rows(a, b):
@@ -43,7 +44,8 @@ def segments(directory):
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_shared_table_equals_its_source(row_format, shm, tmp_path):
     source = table_of(row_format, zero_scale_is_zero=True)
-    file = RowTable.create(tmp_path / "t", source.rows, source.scales, row_format, row_dim=D, zero_scale_is_zero=True)
+    file = RowTable.create(tmp_path / "t", source.rows, source.scales, row_format, row_dim=D, zero_scale_is_zero=True,
+                           **table_options(row_format))
     for table in (source, file):
         shared = table.share("t", directory=shm)
         attached = RowTable.attach("t", like=file, directory=shm)

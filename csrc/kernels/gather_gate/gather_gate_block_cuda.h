@@ -193,10 +193,10 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
     if (!kWhole && !place.is_there()) continue;
     const unsigned char* row = shared_bytes_at(tile.rows_at + place.row() * tile.row_pitch);
     float scale = 0.0F;
-    if constexpr (traits_of(kFormat).scale == RowScale::kTensor) {  // it may be NaN
+    if constexpr (traits_of(kFormat).scale == RowScale::kTensor || has_table_scale(kFormat)) {  // it may be NaN, or below zero
       if (is_absent(staged(tile)[place.row()])) continue;
-      scale = *reinterpret_cast<const float*>(p.table.scales);
     }
+    if constexpr (traits_of(kFormat).scale == RowScale::kTensor) scale = *reinterpret_cast<const float*>(p.table.scales);
     if constexpr (stores(kFormat, DType::kF32) && kElements == 8) {
       // half of the lanes begin with the upper half, so that neighbours read from other banks
       const int swap = threadIdx.x / 4 % 2;
@@ -205,7 +205,7 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
       e[j][0] = low.x, e[j][1] = low.y, e[j][2] = low.z, e[j][3] = low.w;
       e[j][4] = high.x, e[j][5] = high.y, e[j][6] = high.z, e[j][7] = high.w;
     } else {
-      decode<kFormat, kElements>(p.table, row, row + p.table.row_dim, place.element(), scale, e[j]);
+      decode<kFormat, kElements>(p.table, row, row + value_bytes(kFormat, p.table.row_dim), place.element(), scale, e[j]);
     }
   }
 }

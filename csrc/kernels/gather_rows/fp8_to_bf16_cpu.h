@@ -9,6 +9,9 @@
 
 namespace engram_kernels::EK_ISA {
 
+constexpr int kShiftBlock = 32;  // elements that share a scale
+static_assert(traits_of(RowFormat::kFp8Block32).block == kShiftBlock);
+
 // Whether every nonzero product is normal and finite: 2^-9 * 2^(10 - 127) = 2^-126, and 448 * 2^(246 - 127) < 2^128.
 EK_LANE bool shifts_to_bf16(const std::byte* scales, int count) {
   bool ok = true;
@@ -27,7 +30,6 @@ constexpr bool kHasFp8Shift = true;
 // out[0..32) = the block at `p` times 2^(scale - 127)
 template <bool kStream>
 EK_LANE void fp8_block_to_bf16(const std::byte* p, std::byte scale, Bf16* out) {
-  static_assert(kScaleBlock == 32);
   const __m512i table = _mm512_castsi128_si512(_mm_setr_epi16(EK_SUBNORMAL_ADDENDS));
   const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((static_cast<int>(scale) - 127) * 128));
   const __m512i subnormals = _mm512_mask_add_epi16(table, 0xFE, table, shift);  // 0 stays 0
@@ -52,14 +54,13 @@ constexpr bool kHasFp8Shift = true;
 
 template <bool kStream>
 EK_LANE void fp8_block_to_bf16(const std::byte* p, std::byte scale, Bf16* out) {
-  static_assert(kScaleBlock == 32);
   const __m256i table = _mm256_setr_epi16(EK_SUBNORMAL_ADDENDS, EK_SUBNORMAL_ADDENDS);
   const __m256i not_zero = _mm256_setr_epi16(0, -1, -1, -1, -1, -1, -1, -1, 0, -1, -1, -1, -1, -1, -1, -1);
   const __m256i shift = _mm256_set1_epi16(static_cast<int16_t>((static_cast<int>(scale) - 127) * 128));
   const __m256i subnormals = _mm256_add_epi16(table, _mm256_and_si256(not_zero, shift));
   const __m256i bias = _mm256_add_epi16(shift, _mm256_set1_epi16(120 * 128));
   const __m256i largest = _mm256_set1_epi16(0x7F0);
-  for (int i = 0; i < kScaleBlock; i += 16) {
+  for (int i = 0; i < kShiftBlock; i += 16) {
     const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
     const __m256i value = _mm256_and_si256(_mm256_slli_epi16(words, 4), _mm256_set1_epi16(static_cast<int16_t>(0x87F0)));
     const __m256i magnitude = _mm256_and_si256(value, largest);

@@ -126,7 +126,7 @@ EK_LANE void for_rows(const GatherRowsParams& p, int64_t begin, int64_t end, con
 template <RowFormat kFormat, class Out>
 EK_LANE void decode_piece(const RowSource& s, int64_t id, int first, int count, Out* out) {
   const std::byte* row = s.row(id);
-  const std::byte* scales = has_blocks(kFormat) ? s.row_scales(id) : nullptr;
+  const std::byte* scales = has_row_scales(kFormat) ? s.row_scales(id) : nullptr;
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, decode_lanes<kFormat>(s, row, scales, first + i, kLanes));
   if (i < count) store_first(out + i, decode_lanes<kFormat>(s, row, scales, first + i, count - i), count - i);
@@ -165,11 +165,11 @@ void shift_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
     const std::byte* row = s.row(id);
     const std::byte* scales = s.row_scales(id);
     Bf16* to = reinterpret_cast<Bf16*>(out);
-    if (!shifts_to_bf16(scales, dim / kScaleBlock)) {
+    if (!shifts_to_bf16(scales, dim / kShiftBlock)) {
       decode_piece<kFormat>(s, id, 0, dim, to);
       return;
     }
-    for (int i = 0; i < dim; i += kScaleBlock) fp8_block_to_bf16<kStream>(row + i, scales[i / kScaleBlock], to + i);
+    for (int i = 0; i < dim; i += kShiftBlock) fp8_block_to_bf16<kStream>(row + i, scales[i / kShiftBlock], to + i);
   });
 }
 

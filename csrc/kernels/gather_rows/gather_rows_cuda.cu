@@ -221,9 +221,10 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
   constexpr bool kTensor = traits_of(kFormat).scale == RowScale::kTensor;
   const float tensor_scale = kTensor ? *reinterpret_cast<const float*>(p.source.scales) : 0.0F;
+  const int values_bytes = static_cast<int>(value_bytes(kFormat, p.source.row_dim));
   const int first_row = static_cast<int>(threadIdx.x) * plan.lanes_inverse >> 16;
   const int lane = threadIdx.x - first_row * plan.vector_lanes, rows_at_once = plan.rows_at_once;
-  for_each_tile<has_blocks(kFormat)>(p, plan, [&](int64_t first, int count, bool absent) {
+  for_each_tile<has_row_scales(kFormat)>(p, plan, [&](int64_t first, int count, bool absent) {
     std::byte* tile = p.out + first * plan.vectors * kVectorBytes;
 #pragma unroll 1
     for (int vector = lane; vector < plan.vectors; vector += plan.vector_lanes) {
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
       std::byte* out = tile + (first_row * plan.vectors + vector) * kVectorBytes;
       const auto write = [&] {
         float values[kCount];
-        decode<kFormat, kCount>(p.source, row, row + p.source.row_dim, vector * kCount, tensor_scale, values);
+        decode<kFormat, kCount>(p.source, row, row + values_bytes, vector * kCount, tensor_scale, values);
         store_floats<kOut>(out, values);
         row += rows_at_once * plan.row_pitch;
         out += rows_at_once * plan.vectors * kVectorBytes;
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
       for (; left > 0; left -= rows_at_once) write();
     }
     // a scale of NaN or below zero must not touch the zeros of a row that is not there
-    if (kTensor && absent) clear_output(plan, tile, count);
+    if ((kTensor || has_table_scale(kFormat)) && absent) clear_output(plan, tile, count);
   });
 }
 
@@ -363,7 +364,7 @@ bool plan_row(const GatherRowsParams& p, Plan* plan) {
   plan->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
   plan->row_bytes = static_cast<int>(row_bytes);
   plan->scale_bytes = static_cast<int>(scale_bytes);
-  plan->keeps_ids = has_blocks(s.format) && !copies(p);
+  plan->keeps_ids = has_row_scales(s.format) && !copies(p);
   plan->scale_lanes = scale_bytes % 32 == 0 ? 8 : 2;
   plan->row_pitch = static_cast<int>(copies(p) ? row_bytes : ceil_div(row_bytes + scale_bytes, 16) * 16);
   plan->vectors = static_cast<int>(out_bytes / kVectorBytes);
@@ -413,9 +414,10 @@ bool fits_warps(const GatherRowsParams& p) {
 bool decodes_from_memory(const GatherRowsParams& p, const Plan& plan) {
   if (copies(p)) return true;
   const int64_t elements = kVectorBytes / dtype_bytes(p.out_dtype);
-  const int64_t load_bytes = std::min<int64_t>(elements * element_bytes(p.source.format), kVectorBytes);
+  const int64_t load_bytes = std::min<int64_t>(value_bytes(p.source.format, elements), kVectorBytes);
   const bool scale_words = (reinterpret_cast<uintptr_t>(p.source.scales) | p.source.scale_stride_bytes) % 4 == 0;
-  return load_bytes <= plan.aligned_bytes && (traits_of(p.source.format).scale != RowScale::kGroupF32 || scale_words);
+  return load_bytes <= plan.aligned_bytes &&
+         (!has_row_scales(p.source.format) || scale_bytes(p.source.format) == 1 || scale_words);
 }
 
 template <DType kOut>

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from engram_kernels._terminal import UsageError
-from engram_kernels.cli import bench, budget, check, demo, info, pack, plan, profile
+from engram_kernels.cli import bench, budget, check, demo, info, pack, plan, profile, quantize
 
-COMMANDS = (demo, info, check, profile, plan, budget, bench, pack)
+COMMANDS = (demo, info, check, profile, plan, budget, bench, pack, quantize)
 EXIT_CODES = ("Exit codes: 0 ok, 1 failure, 2 usage, 3 regression (bench --compare), 4 invalid measurement (profile), "
               "5 a required capability is absent, 130 interrupted, 141 nobody reads the output any more.")
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def _add_machine(plan: argparse.ArgumentParser) -> None:
 
 def _add_workload(plan: argparse.ArgumentParser) -> None:
     work = plan.add_argument_group("workload")
+    work.add_argument("--row-format", metavar="FORMAT", help="of the rows, such as nvfp4; default: the spec's")
     work.add_argument("--tokens-per-step", type=int, metavar="N", help="of one GPU; default: 256, assumed")
     work.add_argument("--step-ms", type=finite, metavar="MS", help="compute of a step, no memory; default: 10, assumed")
     work.add_argument("--layers", type=int, metavar="N", help="of the model; default: at least 32, assumed")
@@ -115,6 +117,11 @@ def _plan(args: argparse.Namespace) -> int:
     from engram_kernels.plan.trial import run_trial
     check_spec(args.spec)
     spec = load_spec(args.spec)
+    if args.row_format is not None:
+        try:
+            spec = dataclasses.replace(spec, row_format=args.row_format, row_stride_bytes=None)
+        except ValueError as err:
+            raise UsageError(f"--row-format: {err}") from None
     progress: Progress = progress_bar if importlib.util.find_spec("rich") else no_progress
     profiles = [(path, load_profile(path)) for path in args.profile]
     mine = profiles_of_this_machine(profiles)

@@ -17,6 +17,7 @@ from engram_kernels._terminal import Progress
 from engram_kernels.demo.pipeline import Pipeline
 from engram_kernels.layout import Layout
 from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing.inputs import random_rows
@@ -175,4 +176,5 @@ def make_table(path: Path, spec: EngramSpec, num_rows: int, seed: int, progress:
                 advance(count)
 
         return RowTable.create(path, pieces(), table_scale, num_rows=num_rows, row_dim=spec.row_dim, row_format=spec.row_format,
-                               zero_scale_is_zero=spec.zero_scale_is_zero)
+                               zero_scale_is_zero=spec.zero_scale_is_zero,
+                               table_scale=0.05 if ROW_FORMATS[spec.row_format].has_table_scale else None)

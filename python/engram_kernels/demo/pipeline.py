@@ -192,7 +192,7 @@ class Pipeline:
     def _reference_rows(self, layer: MemoryLayer, ids: Tensor) -> Tensor:
         table, local_ids = layer.table.stage(ids)
         return reference_gather_rows(table.rows, table.scales, local_ids, table.row_format, table.row_dim,
-                                     table.zero_scale_is_zero, torch.bfloat16)
+                                     table.zero_scale_is_zero, torch.bfloat16, table.table_scale)
 
     def _gate_error(self, layer: MemoryLayer, hidden: Tensor, key: Tensor, value: Tensor, got: Tensor) -> float:
         spec = self.spec

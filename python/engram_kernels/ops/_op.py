@@ -1,4 +1,5 @@
 """One op: its schema, fakes and derivative, and the one way in which a call reaches a backend."""
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -170,7 +171,8 @@ class Op:
         """
         bwd = f"{self.name}_bwd"
         needs = "".join(f", bool needs_{name}" for name in costly)
-        LIB.define(f"{bwd}(Tensor grad_out, {self.arguments}{needs}) -> {returns}")
+        arguments = re.sub("=[^,]+", "", self.arguments) if needs else self.arguments  # no default before one that has none
+        LIB.define(f"{bwd}(Tensor grad_out, {arguments}{needs}) -> {returns}")
         torch.library.register_fake(f"engram_kernels::{bwd}", fake, lib=LIB)
 
         def setup_context(ctx, inputs, output):

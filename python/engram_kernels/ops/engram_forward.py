@@ -61,13 +61,13 @@ def engram_forward(hidden: Tensor, table: RowTable, row_ids: Tensor, w_kv: Tenso
     if not isinstance(table, RowTable):
         refuse_table("engram_forward", table)
     args = (hidden, table.rows, table.scales, dense(row_ids), w_kv, w_hidden, w_key, mask, table.row_format, table.row_dim,
-            table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual)
+            table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual, table.table_scale)
     return _OP.call(backend, args, out, table)
 
 
 def _check(args, out, table=None):
     op = "engram_forward"
-    hidden, _, _, row_ids, w_kv, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual = args
+    hidden, _, _, row_ids, w_kv, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual, *_ = args
     _, branches, size = expect_hidden(op, hidden)
     columns = expect_ids_of_tokens(op, hidden, table, row_ids)
     if columns == 0:
@@ -115,6 +115,6 @@ def _fake_bwd(grad_out, hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, ma
 
 _OP = Op("engram_forward", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_kv, Tensor w_hidden, "
          "Tensor w_key, Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, "
-         "str zero_sign, bool add_residual", empty=empty_like_hidden, reference=_reference, check=_check, check_data=_check_data,
-         differentiable=("hidden", "rows", "w_kv", "w_hidden", "w_key"), in_place="hidden")
+         "str zero_sign, bool add_residual, float table_scale=1.0", empty=empty_like_hidden, reference=_reference, check=_check,
+         check_data=_check_data, differentiable=("hidden", "rows", "w_kv", "w_hidden", "w_key"), in_place="hidden")
 _OP.derive("(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_bwd, finish=sum_rows, costly=("rows", "w_kv"))

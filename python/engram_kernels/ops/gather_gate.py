@@ -51,7 +51,7 @@ def gather_gate(hidden: Tensor, table: RowTable, row_ids: Tensor, w_hidden: Tens
     if not isinstance(table, RowTable):
         refuse_table("gather_gate", table)
     args = (hidden, table.rows, table.scales, dense(row_ids), w_hidden, w_key, mask, table.row_format, table.row_dim,
-            table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual)
+            table.zero_scale_is_zero, eps, clamp, zero_sign, add_residual, table.table_scale)
     return _OP.call(backend, args, out, table)
 
 
@@ -70,7 +70,7 @@ def expect_ids_of_tokens(op: str, hidden: Tensor, table: RowTable | None, row_id
 
 def _check(args, out, table):
     op = "gather_gate"
-    hidden, _, _, row_ids, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual = args
+    hidden, _, _, row_ids, w_hidden, w_key, mask, _, row_dim, _, eps, clamp, zero_sign, add_residual, *_ = args
     size = expect_hidden(op, hidden)[2]
     columns = expect_ids_of_tokens(op, hidden, table, row_ids)
     if columns * row_dim != size:
@@ -100,7 +100,7 @@ def sum_rows(ops, ctx, grad_hidden, grad_rows, *grads):
 
 _OP = Op("gather_gate", "Tensor hidden, Tensor rows, Tensor? scales, Tensor row_ids, Tensor w_hidden, Tensor w_key, "
          "Tensor? mask, str row_format, int row_dim, bool zero_scale_is_zero, float eps, float clamp, str zero_sign, "
-         "bool add_residual",
+         "bool add_residual, float table_scale=1.0",
          empty=empty_like_hidden, reference=_reference, check=_check, check_data=_check_data,
          differentiable=("hidden", "rows", "w_hidden", "w_key"), in_place="hidden")
 _OP.derive("(Tensor, Tensor, Tensor, Tensor)", _fake_bwd, finish=sum_rows)

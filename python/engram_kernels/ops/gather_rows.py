@@ -52,7 +52,8 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
     if not isinstance(table, RowTable):
         refuse_table("gather_rows", table)
     rows = table.rows
-    args = (rows, table.scales, row_ids, table.row_format, table.row_dim, table.zero_scale_is_zero, out_dtype)
+    args = (rows, table.scales, row_ids, table.row_format, table.row_dim, table.zero_scale_is_zero, out_dtype,
+            table.table_scale)
     if sparse_grad and torch.is_grad_enabled() and rows.requires_grad:
         return _SparseGrad.apply(rows, row_ids, args, _OP.selected(backend, args, out, table))
     return _OP.call(backend, args, out, table)
@@ -75,12 +76,12 @@ class _SparseGrad(torch.autograd.Function):
                                         check_invariants=False), None, None, None)
 
 
-def _empty(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype):
+def _empty(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale=1.0):
     return row_ids.new_empty((*row_ids.shape, row_dim), dtype=out_dtype)
 
 
 def _check(args, out, table):
-    _, _, row_ids, _, row_dim, _, out_dtype = args
+    _, _, row_ids, _, row_dim, _, out_dtype, *_ = args
     device = table.device_for(row_ids)
     expect_row_ids("gather_rows", row_ids, device)
     if out_dtype not in FLOAT_DTYPES:
@@ -109,7 +110,7 @@ def _backward(ops, ctx, grad):
     grad_rows = None
     if ctx.row_format in FLOAT_FORMATS and ctx.needs_input_grad[0]:
         grad_rows = ops.gather_rows_bwd.default(grad.contiguous(), row_ids, num_rows, dtype)
-    return grad_rows, None, None, None, None, None, None
+    return grad_rows, None, None, None, None, None, None, None
 
 
 def _setup_bwd_context(ctx, inputs, output):
@@ -127,7 +128,7 @@ def _double_backward(ops, ctx, grad_rows):
 
 
 _OP = Op("gather_rows", "Tensor rows, Tensor? scales, Tensor row_ids, str row_format, int row_dim, bool zero_scale_is_zero, "
-         "ScalarType out_dtype", empty=_empty, reference=_reference, check=_check, check_data=_check_data,
+         "ScalarType out_dtype, float table_scale=1.0", empty=_empty, reference=_reference, check=_check, check_data=_check_data,
          differentiable=("rows",))
 LIB.define("gather_rows_bwd(Tensor grad, Tensor row_ids, int num_rows, ScalarType dtype) -> Tensor")
 torch.library.register_fake("engram_kernels::gather_rows_bwd", _fake_bwd, lib=LIB)

@@ -7,7 +7,7 @@ from engram_kernels._names import PLACEMENTS
 from engram_kernels.plan.hardware import Hardware, rate_at
 from engram_kernels.plan.profile_input import PAGE_BYTES
 from engram_kernels.plan.quantity import Quantity, assumed, derived, given, total
-from engram_kernels.plan.workload import OUT_BYTES, SPLIT_FORMATS, Workload, touched
+from engram_kernels.plan.workload import OUT_BYTES, Workload, touched
 
 TITLES = {"device": "device memory", "device_cache": "device cache", "uva": "UVA", "staged": "staged", "file": "file",
           "remote": "remote"}
@@ -201,10 +201,7 @@ def _staged(work: Workload, node: Hardware) -> Lookup:
 
 
 def _file(work: Workload, node: Hardware) -> Lookup:
-    parts = [work.row_bytes]
-    if work.spec.row_format in SPLIT_FORMATS:
-        parts = [work.spec.head_dim, work.row_bytes - work.spec.head_dim]
-    pages = sum(touched(part, PAGE_BYTES) for part in parts)
+    pages = sum(touched(part, PAGE_BYTES) for part in work.row_parts)
     rows = work.distinct  # the reader fetches each page once
     shard = derived("B", lambda table, nodes: table / nodes, work.table_bytes, work.nodes)  # processes share a file
     reads = Stage("disk", _seconds(pages, rows, node.disk_reads, work.gpus), _NO_COMPUTE)

@@ -18,6 +18,7 @@ from engram_kernels.plan.repeats import Repeats
 from engram_kernels.plan.workload import Workload
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.profile.statistics import measure
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.testing.inputs import random_rows
@@ -124,17 +125,19 @@ def _table(spec: EngramSpec, num_rows: int, placement: str, folder: Path) -> Row
     """A table of random rows, one piece of them over and over."""
     piece, scales = random_rows(spec.row_format, min(num_rows, _PIECE_ROWS), spec.row_dim, torch.Generator().manual_seed(_SEED))
     times = -(-num_rows // piece.shape[0])
+    table_scale = 1.0 if ROW_FORMATS[spec.row_format].has_table_scale else None
     rows = piece.repeat(times, 1)[:num_rows]
     if scales is not None and scales.dim() == 2:
         scales = scales.repeat(times, 1)[:num_rows]
     if placement == "file":
         path = folder / "table.safetensors"
-        RowTable.create(path, rows, scales, row_dim=spec.row_dim, row_format=spec.row_format)
+        RowTable.create(path, rows, scales, row_dim=spec.row_dim, row_format=spec.row_format, table_scale=table_scale)
         return RowTable.open(path)
     if placement in ("device", "uva"):
         rows = rows.pin_memory() if placement == "uva" else rows.cuda()
         scales = None if scales is None else scales.pin_memory() if placement == "uva" else scales.cuda()
-    return RowTable.from_tensor(rows, scales, spec.row_format, copy=placement == "staged", row_dim=spec.row_dim)
+    return RowTable.from_tensor(rows, scales, spec.row_format, copy=placement == "staged", row_dim=spec.row_dim,
+                                table_scale=table_scale)
 
 
 def _time_prefetcher(table: RowTable, requests: list[Tensor], seconds: float) -> tuple[float, float, float, tuple[float, ...]]:

@@ -10,8 +10,6 @@ from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 
 SECTOR_BYTES = 32  # the least that a GPU asks of the link
-# scales apart from the values: two reads per row
-SPLIT_FORMATS = tuple(name for name, stored in ROW_FORMATS.items() if stored.has_blocks and not stored.is_packed)
 OUT_BYTES = 2  # rows come out as bf16
 
 
@@ -85,11 +83,16 @@ class Workload:
     def link_bytes(self) -> float:
         """Bytes that move where a kernel reads a row, over the link or from device memory: whole sectors, on average over the
         rows' alignments."""
-        parts = [self.row_bytes]
-        if self.spec.row_format in SPLIT_FORMATS:
-            scales = self.row_bytes - self.spec.head_dim
-            parts = [self.spec.head_dim, scales]
-        return SECTOR_BYTES * sum(touched(part, SECTOR_BYTES) for part in parts)
+        return SECTOR_BYTES * sum(touched(part, SECTOR_BYTES) for part in self.row_parts)
+
+    @property
+    def row_parts(self) -> list[int]:
+        """Bytes of a row that lie together: its values and its scales, where these are apart."""
+        stored = ROW_FORMATS[self.spec.row_format]
+        if not stored.has_row_scales or stored.is_packed:
+            return [self.row_bytes]
+        values = stored.width(self.spec.head_dim) * stored.dtype.itemsize
+        return [values, self.row_bytes - values]
 
     def window(self, layer_id: int) -> Quantity:
         """Seconds from when the ids are known until the compute reaches the layer."""

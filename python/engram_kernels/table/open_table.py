@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -15,11 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels._files import shorten
+from engram_kernels.row_format import ROW_FORMATS, check_table_scale
 from engram_kernels.table import staging
 from engram_kernels.table.checkpoint_files import Files, Finder, Located, Names, Source, files_of, matching
 from engram_kernels.table.file_reader import make_files_reader
 from engram_kernels.table.safetensors_file import Header, open_regular, read_header
-from engram_kernels.table.table_file import Array, Part, TableFile, expect_same_heights, find_tensor, metadata_int
+from engram_kernels.table.table_file import (
+    Array,
+    Part,
+    TableFile,
+    expect_same_heights,
+    find_tensor,
+    metadata_int,
+    metadata_table_scale,
+)
 
 if TYPE_CHECKING:
     from engram_kernels.table.row_table import RowTable
@@ -93,10 +103,10 @@ class _OpenFiles:
 
 
 def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales: Names | None, row_format: str | None,
-               described_as: tuple[int | None, bool | None], reading: tuple[int, int, str]) -> RowTable:
-    """A table of files. Arguments and errors: `RowTable.open`; `described_as`: its `row_dim` and `zero_scale_is_zero`;
-    `reading`: its `queue_depth`, `cache_bytes` and `io`."""
-    (row_dim, zero_scale_is_zero), (queue_depth, cache_bytes, io) = described_as, reading
+               described_as: tuple[int | None, bool | None, float | Names | None], reading: tuple[int, int, str]) -> RowTable:
+    """A table of files. Arguments and errors: `RowTable.open`; `described_as`: its `row_dim`, `zero_scale_is_zero`
+    and `table_scale`; `reading`: its `queue_depth`, `cache_bytes` and `io`."""
+    (row_dim, zero_scale_is_zero, table_scale), (queue_depth, cache_bytes, io) = described_as, reading
     queue_depth = expect_int(_OP, "queue_depth", queue_depth, 1, 4096)
     cache_bytes = expect_int(_OP, "cache_bytes", cache_bytes, 0, 2**63 - 1)
     expect_choice(_OP, "io", io, _IO)
@@ -108,7 +118,9 @@ def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales
         raise ValueError(f"{_OP}: {files.label}: tensor should name the rows; there are {finder.candidates()}")
     located = finder.locate("rows" if tensor is None else tensor, "tensor")
     located_scales = None if scales is None else finder.locate(scales, "scales")
-    opened = _OpenFiles(list(dict.fromkeys(path for _, path in [*located, *(located_scales or [])])), files.label)
+    named = None if table_scale is None or isinstance(table_scale, int | float) else finder.locate(table_scale, "table_scale")
+    everywhere = [*located, *(located_scales or []), *(named or [])]
+    opened = _OpenFiles(list(dict.fromkeys(path for _, path in everywhere)), files.label)
     with opened.opened():
         # first the reader, which notes the files' sizes and times: a change while a header is read is seen later
         reader = make_files_reader(list(zip(opened.fds, map(str, opened.paths), strict=True)), queue_depth, io)
@@ -122,20 +134,28 @@ def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales
                 opened.expect_no_others(scales, located_scales or [])
             rows = opened.array(located)
             of_rows = None if located_scales is None else opened.array(located_scales)
+            of_table = None if named is None else opened.array(named)
             expect_same_heights(rows, of_rows)
             file = TableFile.described(rows.extent, None if of_rows is None else of_rows.extent,
                                        row_format or described.get("row_format"), row_dim or metadata_int(described, "row_dim"))
+            given = metadata_table_scale(described) if table_scale is None else table_scale
+            scale = 1.0 if of_table is not None else check_table_scale("the table", file.row_format, given)
         except ValueError as err:
             raise ValueError(f"{_OP}: {_prefix(files, err)}{err}") from None
         file.source = opened.source()
+        if of_rows is not None and file.scales is not None:
+            of_rows = dataclasses.replace(of_rows, extent=file.scales)  # [R, 1] where the file has [R]
         file.attach(reader, cache_bytes, rows, of_rows)
+        if of_table is not None:
+            scale = check_table_scale(f"{_OP}: {files.label}", file.row_format, file.one_value(of_table))
     if zero_scale_is_zero is None:
         zero_scale_is_zero = described.get("zero_scale_is_zero") == "true"
     file.opened_as(source=_absolute(source), tensor=_listed(tensor), scales=_listed(scales), row_format=file.row_format,
                    row_dim=file.row_dim, zero_scale_is_zero=zero_scale_is_zero, queue_depth=queue_depth, cache_bytes=cache_bytes,
-                   io=io)
+                   io=io, **({"table_scale": scale} if ROW_FORMATS[file.row_format].has_table_scale else {}))
     path = Path(source) if isinstance(source, str | os.PathLike) else opened.paths[0].parent
-    table = cls(*file.stand_ins(), file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file)
+    table = cls(*file.stand_ins(), file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file,
+                table_scale=scale)
     staging.remember(file.name, table)
     return table
 

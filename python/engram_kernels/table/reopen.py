@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.table import shared_table
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def deep_copied(table: RowTable, memo: dict[int, Any]) -> RowTable:
 def _contents(table: RowTable) -> tuple[Any, ...]:
     # rows and scales share one piece of memory, and torch.save takes no storage in two dtypes
     scales = None if table.scales is None else table.scales.clone()
-    return table.rows.detach(), scales, table.row_format, table.zero_scale_is_zero, table.row_dim
+    table_scale = table.table_scale if ROW_FORMATS[table.row_format].has_table_scale else None
+    return table.rows.detach(), scales, table.row_format, table.zero_scale_is_zero, table.row_dim, table_scale
 
 
 def _open_again(cls: type[RowTable], opened: dict[str, Any], fingerprint: str) -> RowTable:
@@ -69,8 +71,8 @@ def _attach_again(cls: type[RowTable], name: str, directory: str, fingerprint: s
 
 
 def _copy_again(cls: type[RowTable], rows: Tensor, scales: Tensor | None, row_format: str, zero_scale_is_zero: bool,
-                row_dim: int) -> RowTable:
-    return cls.from_tensor(rows, scales, row_format, True, zero_scale_is_zero, row_dim)
+                row_dim: int, table_scale: float | None) -> RowTable:
+    return cls.from_tensor(rows, scales, row_format, True, zero_scale_is_zero, row_dim, table_scale=table_scale)
 
 
 def _reduced_for_process(table: RowTable) -> Any:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from engram_kernels._library import IO_NOTE
 from engram_kernels._terminal import Progress
-from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_tensors
+from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_table_scale, check_tensors
 from engram_kernels.table import reopen, shared_table, staging
 from engram_kernels.table.checkpoint_files import Names, Source
-from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, memory_stats, pin_host_memory
+from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, pin_host_memory
 from engram_kernels.table.open_table import open_table
-from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
+from engram_kernels.table.quantize import QuantizeReport, quantize
+from engram_kernels.table.row_ids import expect_row_ids
 from engram_kernels.table.table_file import TableFile
 from engram_kernels.table.table_writer import Chunk, write_table
 
@@ -31,13 +32,14 @@ class RowTable:
     Scope: raw storage and its description; `gather_rows` dequantizes. It does not cache rows of a file (the kernel does).
 
     Attributes:
-        rows: [R, D], or [R, stride] uint8 for the packed format: float32, bfloat16, float16, uint8 (fp8) or int8. The rows
-            of a file table are a tensor on the meta device: shape and dtype, no data.
-        scales: uint8 [R, D/32] (fp8_e4m3_block32), float32 [R, D/32] (int8_group32), float32 [1] (fp8_e4m3_tensor), or None;
-            on the meta device for a file table where there is one per row.
+        rows: [R, D], [R, stride] uint8 for the packed format, or [R, D/2] uint8 for nvfp4 and mxfp4: float32, bfloat16, float16,
+            uint8 (fp8) or int8. The rows of a file table are a tensor on the meta device: shape and dtype, no data.
+        scales: uint8 [R, D/32] (fp8_e4m3_block32, mxfp4) or [R, D/16] (nvfp4: e4m3), float32 [R, D/32] (int8_group32), [R, 1]
+            (fp8_e4m3_row) or [1] (fp8_e4m3_tensor), or None; on the meta device for a file table where there are some per row.
         row_format: how a row is stored; a name of docs/ops.md, "Row formats".
         row_dim: D.
         zero_scale_is_zero: a scale byte of 0 means 0.0, not 2^-127.
+        table_scale: what every value is multiplied by last, where the format has such a scale (nvfp4); else 1.
         path: the file of a file table, or the folder or index of the checkpoint that it was opened from.
         tier: "host" (in memory; "device" on another device), or "file".
 
@@ -55,6 +57,7 @@ class RowTable:
     tier: str = "host"
     _file: TableFile | None = None
     _memory: Any = None  # a HostMemory, or a SharedMemory with one
+    table_scale: float = 1.0
 
     @property
     def num_rows(self) -> int:
@@ -86,19 +89,22 @@ class RowTable:
 
     @classmethod
     def from_tensor(cls, weight: Tensor, scales: Tensor | None = None, row_format: str = "bf16", copy: bool = False,
-                    zero_scale_is_zero: bool = False, row_dim: int | None = None, numa: int | None = None) -> RowTable:
+                    zero_scale_is_zero: bool = False, row_dim: int | None = None, numa: int | None = None,
+                    table_scale: float | Tensor | None = None) -> RowTable:
         """A table over tensors.
 
         Args:
-            weight: [R, D] of the format's dtype (float8_e4m3fn counts as uint8), or [R, stride] uint8 for the packed format.
-                The rows may lie apart (a sliced view); the elements of a row may not.
-            scales: as `RowTable.scales` (float8_e8m0fnu counts as uint8).
+            weight: as `RowTable.rows` (float8_e4m3fn counts as uint8). The rows may lie apart (a sliced view); the elements of
+                a row may not.
+            scales: as `RowTable.scales` (float8_e8m0fnu counts as uint8, for nvfp4 float8_e4m3fn). A scale for the table or for
+                each row may also be bfloat16, which is widened, and of shape [] or [R].
             row_format: a name of docs/ops.md, "Row formats".
             copy: True: copy into memory of its own, exactly as large, in huge pages where the system has them: random rows
                 then cost no TLB miss. Detached. `memory_stats` says what was got.
             zero_scale_is_zero: what a scale byte of 0 means.
             row_dim: D; needed for the packed format, else the width of `weight`.
             numa: of a copy: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
+            table_scale: needed for nvfp4, and for it alone: a finite float32, or a float tensor of one element.
 
         Returns:
             The table; without `copy` it shares memory, and gradients, with `weight`.
@@ -112,6 +118,7 @@ class RowTable:
         """
         op = "RowTable.from_tensor"
         rows, scales, row_dim = check_tensors(op, weight, scales, row_format, row_dim)
+        table_scale = check_table_scale(op, row_format, table_scale)
         host: Any = None
         if copy and rows.device.type == "cpu":
             layout = TableLayout.of(row_format, rows.shape[0], rows.shape[1], row_dim)
@@ -120,12 +127,12 @@ class RowTable:
             rows = rows.detach().clone(memory_format=torch.contiguous_format)
             scales = None if scales is None else scales.detach().clone(memory_format=torch.contiguous_format)
         tier = "host" if rows.device.type == "cpu" else "device"
-        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, tier=tier, _memory=host)
+        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, tier=tier, _memory=host, table_scale=table_scale)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], rows: Tensor | Iterable[Chunk], scales: Tensor | None = None,
                row_format: str = "bf16", *, num_rows: int | None = None, row_dim: int | None = None,
-               zero_scale_is_zero: bool = False) -> RowTable:
+               zero_scale_is_zero: bool = False, table_scale: float | Tensor | None = None) -> RowTable:
         """Writes a table file and opens it. The file appears whole or not at all; an old one stays until the last moment.
 
         Args:
@@ -137,6 +144,7 @@ class RowTable:
             num_rows: R; needed with pieces.
             row_dim: D; needed with pieces and for the packed format.
             zero_scale_is_zero: what a scale byte of 0 means; kept in the file.
+            table_scale: as in `from_tensor`; kept in the file.
 
         Returns:
             The table of the new file.
@@ -152,20 +160,22 @@ class RowTable:
         """
         path = Path(path)
         if isinstance(rows, Tensor):
-            table = cls.from_tensor(rows, scales, row_format, zero_scale_is_zero=zero_scale_is_zero, row_dim=row_dim)
+            table = cls.from_tensor(rows, scales, row_format, zero_scale_is_zero=zero_scale_is_zero, row_dim=row_dim,
+                                    table_scale=table_scale)
             if num_rows not in (None, table.num_rows):
                 raise ValueError(f"RowTable.create: num_rows is {num_rows}, rows has {table.num_rows}")
             num_rows, row_dim, rows = table.num_rows, table.row_dim, [(table.rows, table.scales)]
             scales = None
         if num_rows is None or row_dim is None:
             raise ValueError("RowTable.create: num_rows and row_dim are needed when rows come in pieces")
-        write_table(path, rows, scales, row_format, num_rows, row_dim, zero_scale_is_zero)
+        write_table(path, rows, scales, row_format, num_rows, row_dim, zero_scale_is_zero,
+                    check_table_scale("RowTable.create", row_format, table_scale))
         return cls.open(path)
 
     @classmethod
     def open(cls, source: Source, tensor: Names | None = None, scales: Names | None = None, row_format: str | None = None, *,
              row_dim: int | None = None, zero_scale_is_zero: bool | None = None, queue_depth: int = 64, cache_bytes: int = 0,
-             io: str = "auto") -> RowTable:
+             io: str = "auto", table_scale: float | Names | None = None) -> RowTable:
         """A table of safetensors files, in place: one that `create` wrote, or the tensors of a checkpoint that are named.
 
         Only headers are read; rows are read when they are asked for, many at a time (csrc/table/file_reader.h).
@@ -189,6 +199,7 @@ class RowTable:
             io: "io_uring" or "preadv" (threads), both past the page cache where the file system allows that;
                 "io_uring_buffered" or "preadv_buffered" through it; "auto": io_uring where the system allows it, through the page
                 cache where the files take less than a quarter of the free memory. EK_FILE_IO names another default.
+            table_scale: of an nvfp4 table: a number, or the name of the tensor that has it; None: as the file says.
 
         Returns:
             A table of tier "file".
@@ -202,7 +213,8 @@ class RowTable:
 
         Source: huggingface/safetensors, format; docs/ops.md, "Row formats".
         """
-        return open_table(cls, source, tensor, scales, row_format, (row_dim, zero_scale_is_zero), (queue_depth, cache_bytes, io))
+        return open_table(cls, source, tensor, scales, row_format, (row_dim, zero_scale_is_zero, table_scale),
+                          (queue_depth, cache_bytes, io))
 
     def read_rows(self, row_ids: Tensor, out_rows: Tensor | None = None,
                   out_scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -221,31 +233,7 @@ class RowTable:
             IndexError: an id is outside [0, R).
             OSError: the file cannot be read, or it changed; names the path and the row.
         """
-        op = "RowTable.read_rows"
-        expect_row_ids(op, row_ids, self.device)
-        check_row_ids(op, row_ids, self.num_rows, may_be_absent=False)
-        ids = row_ids.reshape(-1).to(torch.int64)
-        per_row = self.scales is not None and self.scales.dim() == 2
-        out_rows = staging.output(op, "out_rows", self.rows, ids, out_rows)
-        if per_row:
-            assert self.scales is not None
-            out_scales = staging.output(op, "out_scales", self.scales, ids, out_scales)
-        elif out_scales is not None:
-            raise ValueError(f"{op}: row_format {self.row_format!r} has no scales per row, but out_scales was given")
-        if self._file is None:
-            check_tensors(op, self.rows, self.scales, self.row_format, self.row_dim)  # a module may have converted them
-            torch.index_select(self.rows.detach(), 0, ids, out=out_rows)
-            if per_row and self.scales is not None:
-                torch.index_select(self.scales, 0, ids, out=out_scales)
-        elif ids.numel() < 2 or bool((ids.diff() > 0).all()):
-            self._file.read(ids, out_rows, out_scales)
-        else:
-            distinct, where = torch.unique(ids, return_inverse=True)
-            rows, scales = self.read_rows(distinct)
-            torch.index_select(rows, 0, where, out=out_rows)
-            if per_row and scales is not None:
-                torch.index_select(scales, 0, where, out=out_scales)
-        return out_rows, out_scales if per_row else self.scales
+        return staging.read_stored(self, row_ids, out_rows, out_scales)
 
     def io_stats(self) -> dict[str, Any]:
         """Counters of what was read from the file since it was opened.
@@ -312,6 +300,27 @@ class RowTable:
         """Removes shared tables that no process uses, such as crashed ones left; their names. `share` does so too."""
         return shared_table.unlink_stale(directory)
 
+    def quantize(self, row_format: str, path: str | os.PathLike[str] | None = None) -> tuple[RowTable, QuantizeReport]:
+        """A copy with its rows encoded as another format, each value as the nearest one, and what that loses per row.
+
+        Rows pass in pieces: a table in a file may be larger than memory. A scale of the whole table takes a pass more.
+
+        Args:
+            row_format: any but the float formats. Scales are the least that hold the largest value of their block, group, row
+                or table.
+            path: the file of the new table, written as `create` does; None: a table in memory.
+
+        Returns:
+            The table and its errors.
+
+        Raises:
+            ValueError: the rows are no floats, one has NaN or Inf (names it), or the format does not take D.
+            OSError: as of `create` and `read_rows`.
+
+        Source: docs/tables.md, "A trained table as fp8, int8 or four bits".
+        """
+        return quantize(self, row_format, path)
+
     def fingerprint(self) -> str:
         """A hash of shape, format and 1,024 rows spread evenly: what `attach` compares. It does not see a change elsewhere."""
         return shared_table.fingerprint(self)
@@ -338,11 +347,7 @@ class RowTable:
             resident_bytes and, of these, huge_bytes (None: unknown); pinned_bytes; numa_pages (of a sample, by node); of a shared
             one name and users (None: unknown). Empty where the table has no memory of its own.
         """
-        if self._memory is None:
-            return {}
-        if not isinstance(self._memory, shared_table.SharedMemory):
-            return memory_stats(self._memory)
-        return dict(memory_stats(self._memory.host), name=self._memory.name, users=self._memory.num_users())
+        return shared_table.stats_of(self._memory)
 
     def stage(self, row_ids: Tensor) -> tuple[RowTable, Tensor]:
         """A table in memory that holds the rows of `row_ids`, and the ids into it: what an op gathers from.

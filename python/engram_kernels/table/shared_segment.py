@@ -31,7 +31,7 @@ except ImportError:  # Windows
 
 PREFIX = "engram-"
 DATA_OFFSET = 2 << 20
-VERSION = 2
+VERSION = 3
 _MAGIC = b"EKSHARE\0"
 _HEADER = struct.Struct("<8sIIII")  # magic, version, state, bytes of JSON, crc32 of what is before it here and of the JSON
 HEADER_BYTES = 4096
@@ -59,6 +59,7 @@ class Manifest:
     zero_scale_is_zero: bool
     num_bytes: int  # of the data
     fingerprint: str
+    table_scale: float = 1.0
     source_path: str = ""  # of the file that it was filled from; empty: from memory
     source_file: str = ""  # its device and inode
     source_changed_ns: int = 0  # when it was last written to
@@ -111,7 +112,7 @@ def read_manifest(op: str, fd: int, path: Path) -> Manifest:
         raise ValueError(f"{op}: {path} has a corrupt manifest: its checksum is not {crc:#x}")
     fields = json.loads(text)
     wanted = {field.name: str(field.type) for field in dataclasses.fields(Manifest)}
-    kinds = {"int": int, "str": str, "bool": bool}
+    kinds = {"int": int, "str": str, "bool": bool, "float": float}
     if set(fields) != set(wanted) or any(type(fields[name]) is not kinds[kind] for name, kind in wanted.items()):
         raise ValueError(f"{op}: {path} has a corrupt manifest: {fields}, expected {', '.join(wanted)}")
     manifest = Manifest(**fields)

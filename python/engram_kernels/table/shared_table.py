@@ -19,9 +19,9 @@ from torch import Tensor
 from engram_kernels import capacity
 from engram_kernels._files import write_all
 from engram_kernels._terminal import Progress, no_progress
-from engram_kernels.row_format import check_tensors
+from engram_kernels.row_format import ROW_FORMATS, check_tensors
 from engram_kernels.table import shared_segment
-from engram_kernels.table.host_memory import TableLayout, make_host_memory
+from engram_kernels.table.host_memory import TableLayout, make_host_memory, memory_stats
 from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest
 
 if TYPE_CHECKING:
@@ -53,12 +53,21 @@ class SharedMemory:
         return shared_segment.num_users(self.fd)
 
 
+def stats_of(memory: Any) -> dict[str, Any]:
+    """`RowTable.memory_stats`."""
+    if not isinstance(memory, SharedMemory):
+        return {} if memory is None else memory_stats(memory)
+    return dict(memory_stats(memory.host), name=memory.name, users=memory.num_users())
+
+
 def fingerprint(table: RowTable) -> str:
     """What tells one table from another: a hash of shape, format and 1,024 rows spread evenly, first and last among them."""
     num_rows, count = table.num_rows, min(table.num_rows, _SAMPLE_ROWS)
     ids = torch.arange(count, dtype=torch.int64)
     ids = ids if count < 2 else ids * (num_rows - 1) // (count - 1)
     described = [table.row_format, table.row_dim, num_rows, table.rows.shape[1], bool(table.zero_scale_is_zero)]
+    if ROW_FORMATS[table.row_format].has_table_scale:
+        described.append(table.table_scale)
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
     for stored in table.read_rows(ids.to(table.device)):
         if stored is not None:
@@ -70,7 +79,8 @@ def describe(table: RowTable) -> Manifest:
     """The manifest of a table."""
     layout = TableLayout.of(table.row_format, table.num_rows, table.rows.shape[1], table.row_dim)
     return Manifest(table.row_format, table.row_dim, table.num_rows, table.rows.shape[1], bool(table.zero_scale_is_zero),
-                    layout.num_bytes, fingerprint(table), *(table._file.source if table._file is not None else ()))
+                    layout.num_bytes, fingerprint(table), table.table_scale,
+                    *(table._file.source if table._file is not None else ()))
 
 
 def share(table: RowTable, name: str, timeout_s: float, placed: tuple[int | None, str], progress: Progress | None) -> RowTable:
@@ -228,7 +238,7 @@ def _expect_same(op: str, path: Path, manifest: Manifest, wanted: Manifest | str
     else:
         different = {} if wanted is None else {
             name: (getattr(manifest, name), getattr(wanted, name))
-            for name in ("row_format", "row_dim", "num_rows", "width", "zero_scale_is_zero", "fingerprint")
+            for name in ("row_format", "row_dim", "num_rows", "width", "zero_scale_is_zero", "table_scale", "fingerprint")
             if getattr(manifest, name) != getattr(wanted, name)}
         if wanted is not None and not different and _is_other_revision(manifest, wanted):
             different = {"the file": (_source_of(manifest), _source_of(wanted))}
@@ -263,7 +273,7 @@ def _map(op: str, cls: type[RowTable], fd: int, path: Path, manifest: Manifest) 
     weakref.finalize(host, shared_segment.release, fd, path, os.getpid())
     rows, scales = TableLayout.of(manifest.row_format, manifest.num_rows, manifest.width, manifest.row_dim).views(host)
     table = cls(rows, scales, manifest.row_format, manifest.row_dim, manifest.zero_scale_is_zero,
-                _memory=SharedMemory(host, fd, path))
+                _memory=SharedMemory(host, fd, path), table_scale=manifest.table_scale)
     found = fingerprint(table)
     if found != manifest.fingerprint:
         raise ValueError(f"{op}: {path} holds rows with fingerprint {found}, its manifest says {manifest.fingerprint}: they were "

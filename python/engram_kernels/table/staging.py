@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels._checks import expect_tensor
 from engram_kernels._library import LIB
+from engram_kernels.row_format import check_tensors
 from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 
 if TYPE_CHECKING:
@@ -100,7 +101,37 @@ def stage(table: RowTable, row_ids: Tensor) -> tuple[RowTable, Tensor]:
     distinct, where = torch.unique(row_ids[present], return_inverse=True)
     rows, scales = table.read_rows(distinct)
     local_ids = torch.full_like(row_ids, -1).masked_scatter_(present, where.to(row_ids.dtype))
-    return type(table)(rows, scales, table.row_format, table.row_dim, table.zero_scale_is_zero), local_ids
+    return _staged(table, rows, scales), local_ids
+
+
+def read_stored(table: RowTable, row_ids: Tensor, out_rows: Tensor | None,
+                out_scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`RowTable.read_rows`."""
+    op = "RowTable.read_rows"
+    expect_row_ids(op, row_ids, table.device)
+    check_row_ids(op, row_ids, table.num_rows, may_be_absent=False)
+    ids = row_ids.reshape(-1).to(torch.int64)
+    per_row = table.scales is not None and table.scales.dim() == 2
+    out_rows = output(op, "out_rows", table.rows, ids, out_rows)
+    if per_row:
+        assert table.scales is not None
+        out_scales = output(op, "out_scales", table.scales, ids, out_scales)
+    elif out_scales is not None:
+        raise ValueError(f"{op}: row_format {table.row_format!r} has no scales per row, but out_scales was given")
+    if table._file is None:
+        check_tensors(op, table.rows, table.scales, table.row_format, table.row_dim)  # a module may have converted them
+        torch.index_select(table.rows.detach(), 0, ids, out=out_rows)
+        if per_row and table.scales is not None:
+            torch.index_select(table.scales, 0, ids, out=out_scales)
+    elif ids.numel() < 2 or bool((ids.diff() > 0).all()):
+        table._file.read(ids, out_rows, out_scales)
+    else:
+        distinct, where = torch.unique(ids, return_inverse=True)
+        rows, scales = table.read_rows(distinct)
+        torch.index_select(rows, 0, where, out=out_rows)
+        if per_row and scales is not None:
+            torch.index_select(scales, 0, where, out=out_scales)
+    return out_rows, out_scales if per_row else table.scales
 
 
 def output(op: str, name: str, like: Tensor, ids: Tensor, out: Tensor | None) -> Tensor:
@@ -122,5 +153,8 @@ def _stage_traced(table: RowTable, row_ids: Tensor) -> tuple[RowTable, Tensor]:
         scales.dtype if scales is not None else torch.uint8, scales.shape[1] if scales is not None and per_row else 0)
     places = torch.arange(row_ids.numel(), dtype=row_ids.dtype, device=row_ids.device).view(row_ids.shape)
     local_ids = torch.where(row_ids == -1, row_ids, places)
-    staged = type(table)(rows, row_scales if per_row else scales, table.row_format, table.row_dim, table.zero_scale_is_zero)
-    return staged, local_ids
+    return _staged(table, rows, row_scales if per_row else scales), local_ids
+
+
+def _staged(table: RowTable, rows: Tensor, scales: Tensor | None) -> RowTable:
+    return type(table)(rows, scales, table.row_format, table.row_dim, table.zero_scale_is_zero, table_scale=table.table_scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram_kernels import _modes
 from engram_kernels._files import shorten
-from engram_kernels.row_format import ROW_FORMATS, check_shape, row_format_of
+from engram_kernels.row_format import ROW_FORMATS, RowFormat, check_shape, row_format_of
 from engram_kernels.table.file_reader import FileExtent
 from engram_kernels.table.safetensors_file import Extent
 
@@ -124,7 +124,7 @@ class TableFile:
         if row_dim is None:
             if fmt.is_packed:
                 raise ValueError(f"row_dim is needed for row_format {row_format!r}: rows may be padded")
-            row_dim = rows.shape[1]
+            row_dim = rows.shape[1] * fmt.per_stored
         check_shape("rows", row_format, row_dim, rows.shape[1])
         wanted = fmt.scale_shape(rows.shape[0], row_dim)
         if wanted is None:
@@ -133,6 +133,8 @@ class TableFile:
             return cls(rows, None, row_format, row_dim)
         if scales is None:
             raise ValueError(f"row_format {row_format!r} needs scales {list(wanted)}, name their tensor")
+        if fmt.has_row_scale and scales.shape == wanted[:1]:
+            scales = dataclasses.replace(scales, shape=wanted)
         if scales.dtype not in fmt.scale_file_dtypes or (scales.shape != wanted and (wanted != (1,) or scales.shape != ())):
             raise ValueError(f"the scales are {scales.dtype} {list(scales.shape)}, expected "
                              f"{' or '.join(fmt.scale_file_dtypes)} {list(wanted)} for rows {list(rows.shape)}")
@@ -160,21 +162,23 @@ class TableFile:
             rows = torch.empty(self.rows.shape, dtype=fmt.dtype, device="meta")
             if self.scales is not None and fmt.scale_dtype is not None:
                 scales = torch.empty(self.scales.shape, dtype=fmt.scale_dtype, device="meta")
-                if not fmt.has_blocks:
-                    scales = self._one_scale()
+                if not fmt.has_row_scales:
+                    assert self.scales_in is not None
+                    scales = self.one_value(self.scales_in)
         return rows, scales
 
-    def _one_scale(self) -> Tensor:
-        """The scale of the whole table, as float32: exactly what the file says. ValueError where the files of ranks differ."""
-        assert self.scales_in is not None
+    def one_value(self, scale: Array) -> Tensor:
+        """A scale of the whole table, as float32 [1]: exactly what the file says. ValueError where the files of ranks differ."""
         values = []
-        for part in self.scales_in.parts:
+        for part in scale.parts:
+            if not part.is_one_value or part.extent.dtype not in _SCALE_DTYPES:
+                raise ValueError(f"RowTable.open: {part.path}: {part}, expected one value of {', '.join(_SCALE_DTYPES)}")
             value = torch.empty(1, dtype=_SCALE_DTYPES[part.extent.dtype], device="cpu")
             self.reader.read_range(part.extent.offset, value.view(torch.uint8).numpy(), part.file)
             values.append(value.float())
             if values[-1].view(torch.int32).item() != values[0].view(torch.int32).item():
                 raise ValueError(f"RowTable.open: {part.path}: the scale {shorten(part.name)!r} is {value.item()!r}, but "
-                                 f"{values[0].item()!r} in {self.scales_in.parts[0].path}: one scale is needed for all rows")
+                                 f"{values[0].item()!r} in {scale.parts[0].path}: one scale is needed for all rows")
         return values[0]
 
     def read_span(self, begin: int, out_rows: Tensor, out_scales: Tensor | None) -> None:
@@ -205,11 +209,27 @@ def metadata_int(metadata: dict[str, str], name: str) -> int | None:
     return None if text is None else int(text)
 
 
+def metadata_table_scale(metadata: dict[str, str]) -> float | None:
+    """The table_scale of the metadata; None: it is not there."""
+    text = metadata.get("table_scale")
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise ValueError(f"its metadata says table_scale {text!r}, expected a number") from None
+
+
+def _has_shape(fmt: RowFormat, scales: Extent, rows: Extent) -> bool:
+    wanted = fmt.scale_shape(rows.shape[0], rows.shape[1] * fmt.per_stored)
+    return wanted is not None and scales.shape in (wanted, () if wanted == (1,) else wanted[:1] if fmt.has_row_scale else wanted)
+
+
 def _format_of(rows: Extent, scales: Extent | None) -> str:
     found = [name for name, fmt in ROW_FORMATS.items()
              if rows.dtype == fmt.file_dtypes[0] and not fmt.is_packed
              and (fmt.scale_dtype is not None) == (scales is not None)
              and (scales is None or scales.dtype in fmt.scale_file_dtypes)]
+    if len(found) > 1 and scales is not None:
+        found = [name for name in found if _has_shape(ROW_FORMATS[name], scales, rows)] or found
     if len(found) != 1:
         raise ValueError(f"row_format is needed: rows of {rows.dtype} with "
                          f"{'no scales' if scales is None else 'scales of ' + scales.dtype} are no format's own")

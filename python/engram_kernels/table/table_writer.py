@@ -16,10 +16,11 @@ from engram_kernels.table.safetensors_file import Writer, atomic_writer
 
 Chunk = Tensor | tuple[Tensor, Tensor | None]
 _OP = "RowTable.create"
+_BYTE_SCALES = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 
 
 def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_format: str, num_rows: int, row_dim: int,
-                zero_scale_is_zero: bool) -> None:
+                zero_scale_is_zero: bool, table_scale: float = 1.0) -> None:
     """Writes a table file whole or not at all. Arguments and errors: `RowTable.create`."""
     fmt = row_format_of(_OP, row_format)
     if not isinstance(num_rows, int) or isinstance(num_rows, bool) or num_rows < 0:
@@ -33,7 +34,7 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
         rows, first_scales = _split(first)
         expect_tensor(_OP, "a piece of rows", rows, (fmt.dtype,), ("rows", "width"))
         width = rows.shape[1]
-        if not fmt.has_blocks and scales is None:
+        if not fmt.has_row_scales and scales is None:
             scales = first_scales
         remaining = itertools.chain([first], remaining)
     check_shape(_OP, row_format, row_dim, width)
@@ -41,13 +42,15 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {"rows": (fmt.file_dtypes[0], (num_rows, width))}
     if scale_shape is not None:
         tensors["scales"] = (fmt.scale_file_dtypes[0], scale_shape)
-    if fmt.has_blocks and scales is not None:
+    if fmt.has_row_scales and scales is not None:
         raise ValueError(f"{_OP}: scales of row_format {row_format!r} come with their piece of rows, as a pair")
     if scale_shape == (1,):
         scales = scales.reshape(-1) if isinstance(scales, Tensor) else scales
         expect_tensor(_OP, "scales", scales, (torch.float32,), (1,), torch.device("cpu"))
     metadata = {"format": "pt", "row_format": row_format, "row_dim": str(row_dim),
                 "zero_scale_is_zero": "true" if zero_scale_is_zero else "false"}
+    if fmt.has_table_scale:
+        metadata["table_scale"] = repr(table_scale)
     with atomic_writer(path, tensors, metadata) as writer:
         if scale_shape == (1,) and scales is not None:
             with naming_path(_OP, path, "the scale cannot be written"):
@@ -66,9 +69,11 @@ def _write_pieces(writer: Writer, path: Path, pieces: Iterable[Chunk], fmt: RowF
         if done + count > num_rows:
             raise ValueError(f"{_OP}: pieces 0..{number} have {done + count} rows, expected {num_rows} in all")
         wanted = fmt.scale_shape(count, row_dim)
+        if fmt.has_row_scale and isinstance(scales, Tensor) and scales.dim() == 1:
+            scales = scales.unsqueeze(1)
         if wanted is None and scales is not None:
             raise ValueError(f"{_OP}: piece {number} brings scales, but its row format has none")
-        if fmt.has_blocks and wanted is not None:
+        if fmt.has_row_scales and wanted is not None:
             assert fmt.scale_dtype is not None
             if scales is None:
                 raise ValueError(f"{_OP}: piece {number} brings no scales, expected {fmt.scale_dtype} {list(wanted)}")
@@ -78,7 +83,7 @@ def _write_pieces(writer: Writer, path: Path, pieces: Iterable[Chunk], fmt: RowF
                              f"{table_scale.tolist()}; fp8_e4m3_tensor has one for all")
         try:
             writer.write("rows", done * width * fmt.dtype.itemsize, _bytes(rows))
-            if fmt.has_blocks and scales is not None:
+            if fmt.has_row_scales and scales is not None:
                 writer.write("scales", done * scales.shape[1] * scales.element_size(), _bytes(scales))
         except OSError as err:
             raise OSError(err.errno, f"{_OP}: rows {done}..{done + count} cannot be written: {err.strerror}", str(path)) from err
@@ -90,7 +95,7 @@ def _write_pieces(writer: Writer, path: Path, pieces: Iterable[Chunk], fmt: RowF
 def _split(piece: Any) -> tuple[Any, Any]:
     rows, scales = piece if isinstance(piece, tuple) and len(piece) == 2 else (piece, None)
     rows = rows.view(torch.uint8) if isinstance(rows, Tensor) and rows.dtype == torch.float8_e4m3fn else rows
-    scales = scales.view(torch.uint8) if isinstance(scales, Tensor) and scales.dtype == torch.float8_e8m0fnu else scales
+    scales = scales.view(torch.uint8) if isinstance(scales, Tensor) and scales.dtype in _BYTE_SCALES else scales
     return rows, scales
 
 

@@ -82,7 +82,7 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
                                 index, index, layout.num_ids, layout.boundary_id, layout.eos_id)
 
     stored = ROW_FORMATS[spec.row_format]
-    width = (spec.row_stride_bytes or stored.row_bytes(spec.head_dim)) if stored.is_packed else spec.head_dim
+    width = (spec.row_stride_bytes or stored.row_bytes(spec.head_dim)) if stored.is_packed else stored.width(spec.head_dim)
     rows = make(64, width, dtype=stored.dtype)
     scale_shape = stored.scale_shape(64, spec.head_dim)
     scales = None if scale_shape is None else make(scale_shape, dtype=stored.scale_dtype)

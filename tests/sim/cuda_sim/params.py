@@ -22,7 +22,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class RowSource(Structure):
     _fields_ = [("rows", c_void_p), ("scales", c_void_p), ("num_rows", c_int64), ("row_stride_bytes", c_int64),
-                ("scale_stride_bytes", c_int64), ("row_dim", c_int), ("format", c_int), ("zero_scale_is_zero", c_bool)]
+                ("scale_stride_bytes", c_int64), ("row_dim", c_int), ("format", c_int), ("zero_scale_is_zero", c_bool),
+                ("table_scale", c_float)]
 
 
 class RowIds(Structure):
