@@ -8,7 +8,7 @@ from typing import Any
 from engram_kernels._files import shorten
 from engram_kernels.allocation.moe_model import MoeModel
 from engram_kernels.allocation.number import Number
-from engram_kernels.row_format import ROW_FORMATS, SCALE_BLOCK
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 
 
@@ -40,7 +40,7 @@ def memory_shape(model: MoeModel, layers: Sequence[int] | None, orders: Sequence
         raise ValueError(f"budget: row_format is {shorten(repr(row_format))}, expected one of {', '.join(ROW_FORMATS)}")
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ValueError(f"budget: heads is {heads!r}, expected an integer of at least 1; nearest: 1")
-    step = SCALE_BLOCK if ROW_FORMATS[row_format].has_blocks else 16
+    step = max(ROW_FORMATS[row_format].multiple, 16)
     wide = -(-(model.hidden_size // 2) // (len(orders) * heads * step)) * step
     head_dim = pick("head dim", head_dim, own and own.head_dim, wide, "half of the hidden size over the columns, rounded up")
     changes: dict[str, Any] = dict(layer_ids=layers, max_order=orders[-1], heads=heads, head_dim=head_dim, row_format=row_format,
