@@ -140,8 +140,12 @@ EK_INLINE constexpr int element_bits(RowFormat f) {
                                                                        : 8;
 }
 
-// Bytes of so many elements, whole bytes of them.
-EK_INLINE constexpr int64_t value_bytes(RowFormat f, int64_t elements) { return elements * element_bits(f) / 8; }
+// Bytes of so many elements, whole bytes of them; 32-bit where their number is.
+template <class Int>
+EK_INLINE constexpr Int value_bytes(RowFormat f, Int elements) {
+  const int bits = element_bits(f);
+  return bits >= 8 ? elements * (bits / 8) : elements / (8 / bits);
+}
 
 EK_INLINE constexpr int scale_bytes(RowFormat f) {  // of one scale
   const RowScale scale = traits_of(f).scale;
