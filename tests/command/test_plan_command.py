@@ -381,3 +381,10 @@ def test_trial_ignores_a_profile_of_another_machine(tmp_path):
     same["machine"]["machine"] |= {"cpu": mine["cpu"], "cores": mine["cores"]}
     assert profiles_of_this_machine([(Path("o.json"), other)]) == []
     assert len(profiles_of_this_machine([(Path("s.json"), same)])) == 1
+
+
+def test_row_format_of_the_plan(capsys):
+    assert cli.main(["plan", "--spec", "qwen4_ple", "--row-format", "nvfp4", "--gpu", "h100", "--no-run"]) == 0
+    assert "16 rows of 90 bytes per token" in capsys.readouterr().out
+    assert cli.main(["plan", "--row-format", "fp9", "--gpu", "h100", "--no-run"]) == 2
+    assert "--row-format: " in capsys.readouterr().err
