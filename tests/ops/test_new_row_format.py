@@ -11,7 +11,7 @@ from cuda_sim import MISSING_NVCC
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FILES = 6
-FOLDERS = ("csrc", "triton_kernels", "python", "tests/sim")
+FOLDERS = ("csrc", "triton_kernels", "python", "tests/sim", "tests/support")
 # fp8 e4m3 with one float32 per 32 elements: (a text of the file, what stands in its place)
 PATCH = {
     "csrc/common/row_format.h": [
@@ -98,7 +98,7 @@ def tree(tmp_path_factory):
 
 def run_check(tree, *args):
     nvcc = [str(Path(shutil.which("nvcc")).parent)] if shutil.which("nvcc") else []
-    env = {"PATH": ":".join([*nvcc, "/usr/bin", "/bin"]), "PYTHONPATH": f"{tree / 'python'}:{tree / 'tests/sim'}",
+    env = {"PATH": ":".join([*nvcc, "/usr/bin", "/bin"]), "PYTHONPATH": ":".join(str(tree / x) for x in ("python", "tests/sim", "tests/support")),
            "TRITON_INTERPRET": "1", "HOME": str(tree)}
     done = subprocess.run([sys.executable, "-c", CHECK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
