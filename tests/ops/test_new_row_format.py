@@ -98,7 +98,8 @@ def tree(tmp_path_factory):
 
 def run_check(tree, *args):
     nvcc = [str(Path(shutil.which("nvcc")).parent)] if shutil.which("nvcc") else []
-    env = {"PATH": ":".join([*nvcc, "/usr/bin", "/bin"]), "PYTHONPATH": ":".join(str(tree / x) for x in ("python", "tests/sim", "tests/support")),
+    here = ":".join(str(tree / folder) for folder in ("python", "tests/sim", "tests/support"))
+    env = {"PATH": ":".join([*nvcc, "/usr/bin", "/bin"]), "PYTHONPATH": here,
            "TRITON_INTERPRET": "1", "HOME": str(tree)}
     done = subprocess.run([sys.executable, "-c", CHECK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
