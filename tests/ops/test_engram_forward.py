@@ -1,6 +1,7 @@
 """engram_forward: gather, projection and gate (docs/ops.md, engram_forward), on every backend."""
 import pytest
 import torch
+from format_cases import table_options
 
 import engram_kernels as ek
 from engram_kernels import _steps
@@ -26,7 +27,8 @@ def make_inputs(tokens, branches, size, columns, row_dim, row_format, dtype, num
     """[hidden, table, row_ids, w_kv, w_hidden, w_key]"""
     generator = torch.Generator().manual_seed(1)
     rows, scales = random_rows(row_format, num_rows, row_dim, torch.Generator().manual_seed(0))
-    table = RowTable.from_tensor(rows.to(device), None if scales is None else scales.to(device), row_format, row_dim=row_dim)
+    table = RowTable.from_tensor(rows.to(device), None if scales is None else scales.to(device), row_format, row_dim=row_dim,
+                                 **table_options(row_format))
     row_ids = torch.randint(-1, num_rows, (tokens, columns), generator=generator)
     shapes = ((tokens, branches, size), ((branches + 1) * size, columns * row_dim), (branches, size), (branches, size))
     hidden, w_kv, w_hidden, w_key = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)

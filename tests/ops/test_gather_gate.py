@@ -1,6 +1,7 @@
 """gather_gate: docs/ops.md, gather_gate, on every backend."""
 import pytest
 import torch
+from format_cases import table_options
 from on_device import on_device, raises_bad_ids
 
 from engram_kernels.ops.gate import gate
@@ -26,7 +27,7 @@ SHAPES = {  # name: (tokens, branches, columns, row_dim)
 
 def make_table(row_format, row_dim, seed=0, num_rows=NUM_ROWS):
     rows, scales = random_rows(row_format, num_rows, row_dim, torch.Generator().manual_seed(seed))
-    return RowTable.from_tensor(rows, scales, row_format, row_dim=row_dim)
+    return RowTable.from_tensor(rows, scales, row_format, row_dim=row_dim, **table_options(row_format))
 
 
 def make_inputs(tokens, branches, columns, row_dim, dtype, seed=1, num_rows=NUM_ROWS):
