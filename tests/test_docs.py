@@ -113,8 +113,8 @@ def test_command_line_parses(page, line):
     arguments = shlex.split(line.replace("SOURCE TARGET", "a b"))[1:]
     if not arguments or arguments[0].startswith("-") or "|" in arguments:
         pytest.fail(f"{line}: expected a command")
-    if arguments == ["pack"]:
-        arguments += ["source", "target"]
+    if arguments in (["pack"], ["quantize"]):
+        arguments += ["source", "target", *(["--row-format", "nvfp4"] if arguments == ["quantize"] else [])]
     try:
         _, unknown = cli.make_parser()[0].parse_known_args(arguments)
     except SystemExit:

@@ -10,7 +10,6 @@
 namespace engram_kernels::EK_ISA {
 
 constexpr int kShiftBlock = 32;  // elements that share a scale
-static_assert(traits_of(RowFormat::kFp8Block32).block == kShiftBlock);
 
 // Whether every nonzero product is normal and finite: 2^-9 * 2^(10 - 127) = 2^-126, and 448 * 2^(246 - 127) < 2^128.
 EK_LANE bool shifts_to_bf16(const std::byte* scales, int count) {

@@ -159,6 +159,7 @@ void decode_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
 // Blocks of fp8 with a power-of-two scale, to bf16: by shifting where the scales are ordinary, else over float.
 template <RowFormat kFormat, bool kStream>
 void shift_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
+  static_assert(traits_of(kFormat).block == kShiftBlock);
   const RowSource& s = p.source;
   const int dim = s.row_dim;
   for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
