@@ -191,7 +191,7 @@ def put(at, data):
 WHOLE = (2 << 20) + R * 32
 BROKEN = {  # name: what breaks the file, what attach says
     "no_magic": (put(0, b"garbage!"), "is no table segment: it begins with b'garbage!', expected b'EKSHARE"),
-    "other_version": (rewrite(version=7), "has version 7, this is version 2: it is of another engram_kernels"),
+    "other_version": (rewrite(version=7), "has version 7, this is version 3: it is of another engram_kernels"),
     "half_written": (rewrite(state=1), r"is half-written: it was made by process \d+, which is running, before it was full"),
     "manifest_of_zeros": (put(24, bytes(4072)), "has a corrupt manifest: its checksum is not 0x"),
     "one_bit": (lambda path: put(40, bytes([path.read_bytes()[40] ^ 4]))(path), "has a corrupt manifest: its checksum is not"),
