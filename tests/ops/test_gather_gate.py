@@ -41,8 +41,8 @@ def make_inputs(tokens, branches, columns, row_dim, dtype, seed=1, num_rows=NUM_
 
 def exact(hidden, table, row_ids, w_hidden, w_key, mask=None, add_residual=True):
     """In float64, from the rows as they are dequantized to float32."""
-    return reference(hidden.double(), table.rows, table.scales, row_ids, w_hidden.double(), w_key.double(), mask, table.row_format,
-                     table.row_dim, table.zero_scale_is_zero, 1e-6, 1e-6, "copysign", add_residual, table.table_scale)
+    options = (table.row_format, table.row_dim, table.zero_scale_is_zero, 1e-6, 1e-6, "copysign", add_residual, table.table_scale)
+    return reference(hidden.double(), table.rows, table.scales, row_ids, w_hidden.double(), w_key.double(), mask, *options)
 
 
 def worst_plain(hidden, table, row_ids, w_hidden, w_key, mask, want, add_residual=True):
