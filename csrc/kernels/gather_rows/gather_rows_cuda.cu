@@ -253,20 +253,17 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
 
 // ---- warps -----------------------------------------------------------------------------------------------------------
 
-// A warp's row to the output, decoded; null: zeros.
+// A warp's row to the output, decoded.
 template <DType kOut, RowFormat kFormat>
 __device__ __forceinline__ void decode_row(const RowSource& s, const std::byte* row, const std::byte* scales, int vectors,
                                            std::byte* out) {
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
-  const float tensor_scale =
-      traits_of(kFormat).scale == RowScale::kTensor && row != nullptr ? *reinterpret_cast<const float*>(s.scales) : 0.0F;
+  const float tensor_scale = traits_of(kFormat).scale == RowScale::kTensor ? *reinterpret_cast<const float*>(s.scales) : 0.0F;
 #pragma unroll 4
   for (int v = threadIdx.x % kWarp; v < vectors; v += kWarp) {
-    float values[kCount] = {};
-    if (row != nullptr) {
-      decode<kFormat, kCount>(s, reinterpret_cast<const unsigned char*>(row), reinterpret_cast<const unsigned char*>(scales),
-                              v * kCount, tensor_scale, values);
-    }
+    float values[kCount];
+    decode<kFormat, kCount>(s, reinterpret_cast<const unsigned char*>(row), reinterpret_cast<const unsigned char*>(scales),
+                            v * kCount, tensor_scale, values);
     store_floats<kOut>(out + v * kVectorBytes, values);
   }
 }
@@ -298,8 +295,12 @@ __global__ void __launch_bounds__(kThreads)
       if (plan.word_bytes == 4) copy_row<uint32_t>(row, plan.row_bytes, out);
       continue;
     }
-    const std::byte* scales = s.row_scales(there ? id : 0);
     std::byte* out = p.out + r * plan.vectors * kVectorBytes;
+    if (!there) {
+      copy_row<uint4>(nullptr, plan.vectors * kVectorBytes, out);
+      continue;
+    }
+    const std::byte* scales = s.row_scales(id);
     with_row_decode(s.format, [&](auto format) { decode_row<kOut, decltype(format)::value>(s, row, scales, plan.vectors, out); });
   }
 }
