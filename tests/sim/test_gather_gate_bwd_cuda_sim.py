@@ -265,3 +265,6 @@ def test_gather_gate_bwd_machine_code(v41):
     took = instructions_a_token(sass[launches[0].kernel], launches[0].block[0] // 32) / BRANCHES
     print(f"{took:.0f} machine instructions a (token, branch)")
     assert 70_000 < took / (size / 5120) < 155_000
+    four_bits = instructions_a_token(sass[launches[0].kernel], launches[0].block[0] // 32, four_bits=True) / BRANCHES
+    print(f"{four_bits:.0f} where rows are of four bits")
+    assert took < four_bits < 1.1 * took

@@ -355,6 +355,6 @@ def test_gather_rows_executes_fewer_machine_instructions_than_peers(row_format, 
             return tile_rows * vectors // threads // count["STG.E.128"]
         return 1  # what is left over, from above
 
-    took = executed(build().sass(OP)[launch.kernel], turns, lambda op: op.startswith("RED")) * threads / tile_rows
+    took = executed(build().sass(OP)[launch.kernel], turns, lambda op, args: op.startswith("RED")) * threads / tile_rows
     print(f"{took:.0f} machine instructions per row")
     assert peer / 5 < took <= most < peer

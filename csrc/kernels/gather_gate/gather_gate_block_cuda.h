@@ -301,7 +301,7 @@ inline bool lay_out(const GatherGateParams& p, int elements, int at, Tile* tile)
   tile->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
   tile->row_bytes = static_cast<int>(row_bytes);
   tile->scale_bytes = static_cast<int>(scale_bytes);
-  tile->scale_lanes = scale_bytes % 32 == 0 ? 8 : 2;
+  tile->scale_lanes = scale_bytes % 32 == 0 ? 8 : scale_bytes % 16 == 0 ? 4 : 2;
   tile->row_pitch = static_cast<int>(ceil_div(row_bytes + scale_bytes, kVectorBytes) * kVectorBytes);
   const int64_t rows = p.columns * tile->row_pitch, ids = scale_bytes > 0 ? p.columns * 8 : 0;
   const int64_t bytes = at + rows + p.columns * static_cast<int64_t>(sizeof(StagedRow)) + ids;

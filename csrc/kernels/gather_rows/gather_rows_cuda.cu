@@ -366,7 +366,7 @@ bool plan_row(const GatherRowsParams& p, Plan* plan) {
   plan->row_bytes = static_cast<int>(row_bytes);
   plan->scale_bytes = static_cast<int>(scale_bytes);
   plan->keeps_ids = has_row_scales(s.format) && !copies(p);
-  plan->scale_lanes = scale_bytes % 32 == 0 ? 8 : 2;
+  plan->scale_lanes = scale_bytes % 32 == 0 ? 8 : scale_bytes % 16 == 0 ? 4 : 2;
   plan->row_pitch = static_cast<int>(copies(p) ? row_bytes : ceil_div(row_bytes + scale_bytes, 16) * 16);
   plan->vectors = static_cast<int>(out_bytes / kVectorBytes);
   plan->vector_lanes = std::clamp(plan->vectors, 1, kThreads);

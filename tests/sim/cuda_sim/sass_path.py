@@ -21,12 +21,12 @@ def loops(code):
 
 
 def executed(code, turns, never):
-    """Instructions on the longest way through `code` that meets no instruction op for which never(op).
+    """Instructions on the longest way through `code` that meets no instruction for which never(op, args).
 
     turns: gives, for the list of ops of a loop (those of the loops within it left out), how often it is gone through each time
         that it is reached; None: it never is.
     """
-    weights = [float("-inf") if never(op) else 1.0 for _, _, op, _ in code]
+    weights = [float("-inf") if never(op, args) else 1.0 for _, _, op, args in code]
     spans = loops(code)
     for begin, end in spans:
         inner = {i for b, e in spans if begin <= b and e <= end and (b, e) != (begin, end) for i in range(b, e + 1)}
@@ -67,4 +67,4 @@ def parts_of(loop, count):
 
 def longest_without(code, *never):
     """Instructions on the longest way through `code` that meets no op of which the name begins so."""
-    return executed(code, lambda ops: 1, lambda op: op.startswith(never)) if never else longest_path(code)
+    return executed(code, lambda ops: 1, lambda op, args: op.startswith(never)) if never else longest_path(code)
