@@ -12,6 +12,13 @@
 
 namespace engram_kernels {
 
+// What every value of the table is multiplied by; 0 where the format has no such scale.
+template <RowFormat kFormat>
+__device__ __forceinline__ float tensor_scale_of(const RowSource& s) {
+  if constexpr (traits_of(kFormat).scale == RowScale::kTensor) return *reinterpret_cast<const float*>(s.scales);
+  return has_table_scale(kFormat) ? s.table_scale : 0.0F;
+}
+
 // kCount elements from `element` on of a row in shared or global memory; `scales` are the row's.
 template <RowFormat kFormat, int kCount>
 __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* row, const unsigned char* scales, int element,
@@ -29,7 +36,7 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
       scale = reinterpret_cast<const float*>(scales)[index];
     }
     if constexpr (kTraits.scale == RowScale::kBlockUe8m0) scale = unpack_ue8m0(scales[index], s.zero_scale_is_zero);
-    if constexpr (kTraits.scale == RowScale::kBlockE4m3) scale = fp8_e4m3_to_float(scales[index]);
+    if constexpr (kTraits.scale == RowScale::kBlockE4m3) scale = unpack_fp8(scales[index]);
     if constexpr (kTraits.element == RowElement::kE2m1) {
       static_assert(kCount % 4 == 0 && kCount <= 8);
       const unsigned char* from = row + element / 2;
@@ -48,7 +55,7 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
     for (int i = 0; i < kCount; ++i) values[i] *= scale;
     if constexpr (has_table_scale(kFormat)) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] *= s.table_scale;  // the product so far is exact
+      for (int i = 0; i < kCount; ++i) values[i] *= tensor_scale;  // the product so far is exact
     }
   }
 }

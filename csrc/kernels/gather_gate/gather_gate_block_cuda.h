@@ -49,7 +49,7 @@ struct Tile {
   int row_bytes;                   // read of a row
   int row_pitch;                   // bytes between rows in shared memory
   int scale_bytes;                 // of a row's scales that lie apart in memory
-  int scale_lanes;                 // threads that fetch them
+  int scale_lanes_log2;            // of the threads that fetch them
   int partial_sums_at;             // float4 into shared memory; of the backward pass
   int rows_at, staged_at, ids_at;  // bytes into it
   int shared_bytes;
@@ -145,14 +145,15 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
 // The same for scales that lie apart: words where they are aligned, else bytes.
 __device__ __forceinline__ void stage_scales(const RowSource& s, const Tile& tile, int columns) {
   const bool words = (reinterpret_cast<uintptr_t>(s.scales) | s.scale_stride_bytes | tile.scale_bytes) % 4 == 0;
-  const int step = words ? 4 : 1, lane = static_cast<int>(threadIdx.x) & (tile.scale_lanes - 1);
+  const int thread = static_cast<int>(threadIdx.x), lanes = 1 << tile.scale_lanes_log2;
+  const int step = words ? 4 : 1, lane = thread & (lanes - 1);
 #pragma unroll 1
-  for (int r = static_cast<int>(threadIdx.x) / tile.scale_lanes; r < columns; r += blockDim.x / tile.scale_lanes) {
+  for (int r = thread >> tile.scale_lanes_log2; r < columns; r += static_cast<int>(blockDim.x) >> tile.scale_lanes_log2) {
     if (is_absent(staged(tile)[r])) continue;
     const std::byte* from = s.scales + staged_ids(tile)[r] * s.scale_stride_bytes;
     unsigned char* to = shared_bytes_at(tile.rows_at + r * tile.row_pitch + tile.row_bytes);
 #pragma unroll 1
-    for (int at = lane * step; at < tile.scale_bytes; at += tile.scale_lanes * step) {
+    for (int at = lane * step; at < tile.scale_bytes; at += lanes * step) {
       if (words) {
         copy_async<4>(static_cast<uint32_t>(__cvta_generic_to_shared(to + at)), from + at, true);
       } else {
@@ -193,10 +194,10 @@ __device__ __forceinline__ void decode_places(const GatherGateParams& p, const T
     if (!kWhole && !place.is_there()) continue;
     const unsigned char* row = shared_bytes_at(tile.rows_at + place.row() * tile.row_pitch);
     float scale = 0.0F;
-    if constexpr (traits_of(kFormat).scale == RowScale::kTensor || has_table_scale(kFormat)) {  // it may be NaN, or below zero
-      if (is_absent(staged(tile)[place.row()])) continue;
+    if constexpr (traits_of(kFormat).scale == RowScale::kTensor || has_table_scale(kFormat)) {
+      // it may be NaN, or below zero: an absent row's zeros are multiplied by 0
+      if (!is_absent(staged(tile)[place.row()])) scale = tensor_scale_of<kFormat>(p.table);
     }
-    if constexpr (traits_of(kFormat).scale == RowScale::kTensor) scale = *reinterpret_cast<const float*>(p.table.scales);
     if constexpr (stores(kFormat, DType::kF32) && kElements == 8) {
       // half of the lanes begin with the upper half, so that neighbours read from other banks
       const int swap = threadIdx.x / 4 % 2;
@@ -301,7 +302,7 @@ inline bool lay_out(const GatherGateParams& p, int elements, int at, Tile* tile)
   tile->lines = static_cast<int>(ceil_div(lead + row_bytes, kLineBytes));
   tile->row_bytes = static_cast<int>(row_bytes);
   tile->scale_bytes = static_cast<int>(scale_bytes);
-  tile->scale_lanes = scale_bytes % 32 == 0 ? 8 : scale_bytes % 16 == 0 ? 4 : 2;
+  tile->scale_lanes_log2 = scale_bytes % 32 == 0 ? 3 : scale_bytes % 16 == 0 ? 2 : 1;
   tile->row_pitch = static_cast<int>(ceil_div(row_bytes + scale_bytes, kVectorBytes) * kVectorBytes);
   const int64_t rows = p.columns * tile->row_pitch, ids = scale_bytes > 0 ? p.columns * 8 : 0;
   const int64_t bytes = at + rows + p.columns * static_cast<int64_t>(sizeof(StagedRow)) + ids;

@@ -220,7 +220,7 @@ template <DType kOut, RowFormat kFormat>
 __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const GatherRowsParams p, const Plan plan) {
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
   constexpr bool kTensor = traits_of(kFormat).scale == RowScale::kTensor;
-  const float tensor_scale = kTensor ? *reinterpret_cast<const float*>(p.source.scales) : 0.0F;
+  const float tensor_scale = tensor_scale_of<kFormat>(p.source);
   const int values_bytes = static_cast<int>(value_bytes(kFormat, p.source.row_dim));
   const int first_row = static_cast<int>(threadIdx.x) * plan.lanes_inverse >> 16;
   const int lane = threadIdx.x - first_row * plan.vector_lanes, rows_at_once = plan.rows_at_once;
@@ -258,7 +258,7 @@ template <DType kOut, RowFormat kFormat>
 __device__ __forceinline__ void decode_row(const RowSource& s, const std::byte* row, const std::byte* scales, int vectors,
                                            std::byte* out) {
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
-  const float tensor_scale = traits_of(kFormat).scale == RowScale::kTensor ? *reinterpret_cast<const float*>(s.scales) : 0.0F;
+  const float tensor_scale = tensor_scale_of<kFormat>(s);
 #pragma unroll 4
   for (int v = threadIdx.x % kWarp; v < vectors; v += kWarp) {
     float values[kCount];
