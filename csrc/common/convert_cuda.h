@@ -44,13 +44,6 @@ __device__ __forceinline__ void unpack_fp8(uint32_t word, float* values) {
 #endif
 }
 
-// fp8_e4m3_to_float without a branch, where the GPU converts.
-__device__ __forceinline__ float unpack_fp8(uint8_t byte) {
-  float values[4];
-  unpack_fp8(byte, values);
-  return values[0];
-}
-
 // ue8m0_to_float without a branch.
 __device__ __forceinline__ float unpack_ue8m0(uint32_t byte, bool zero_scale_is_zero) {
   const uint32_t bits = max(byte << 23, zero_scale_is_zero ? 0U : 0x00400000U);

@@ -36,7 +36,7 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
       scale = reinterpret_cast<const float*>(scales)[index];
     }
     if constexpr (kTraits.scale == RowScale::kBlockUe8m0) scale = unpack_ue8m0(scales[index], s.zero_scale_is_zero);
-    if constexpr (kTraits.scale == RowScale::kBlockE4m3) scale = unpack_fp8(scales[index]);
+    if constexpr (kTraits.scale == RowScale::kBlockE4m3) scale = fp8_e4m3_to_float(scales[index]);
     if constexpr (kTraits.element == RowElement::kE2m1) {
       static_assert(kCount % 4 == 0 && kCount <= 8);
       const unsigned char* from = row + element / 2;
