@@ -13,7 +13,8 @@ from engram_kernels.table.row_table import RowTable
 pytestmark = pytest.mark.skipif(CUDA_ERROR is not None and os.environ.get("EK_EXPECT_CUDA_BUILD") != "1", reason=str(CUDA_ERROR))
 SCHEMAS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("engram_kernels::"))
 WITH_DEVICE = torch.cuda.is_available()
-ON_THE_CPU = ("read_rows",)  # rows of a file come out there
+ON_THE_CPU = ("read_rows", "row_update")  # rows of a file come out there; rows that are trained lie there
+OPS = tuple(op for op in backends.ops() if op not in ON_THE_CPU)
 T, M, C, D = 6, 2, 24, 32
 H = C * D
 LAYOUT = ek.EngramSpec.deepseek_v41(vocab_size=500, num_classes=500, table_sizes=(10_000,) * 3).layout()
@@ -45,7 +46,7 @@ def test_host_memory_is_registered_with_cuda():
 
 def test_every_op_is_known():
     assert {name.partition("::")[2].partition(".")[0].removesuffix("_bwd").removesuffix("_update") for name in SCHEMAS} \
-        >= set(backends.ops())
+        >= {op.removesuffix("_update") for op in backends.ops()}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -78,11 +79,11 @@ def call_inputs(device, grad=False):
                        torch.int32),
         "short_conv": (lambda: ek.short_conv(hidden, conv, norm, cu_seqlens, 3), (T, M, H), torch.bfloat16),
     }
-    assert set(calls) == set(backends.ops())
+    assert set(calls) == set(OPS)
     return calls, leaves
 
 
-@pytest.mark.parametrize("op", backends.ops())
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device", ["cuda:0", "meta"])
 def test_fake_tensors(op, device):
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -103,7 +104,7 @@ def test_autograd_on_fake_tensors(op, device):
         assert len(grads) == len(leaves[op])
 
 
-@pytest.mark.parametrize("op", backends.ops())
+@pytest.mark.parametrize("op", OPS)
 def test_the_cpu_kernels_run_under_this_torch(op):
     call, shape, dtype = call_inputs("cpu")[0][op]
     out = call()
@@ -111,7 +112,7 @@ def test_the_cpu_kernels_run_under_this_torch(op):
 
 
 @pytest.mark.skipif(WITH_DEVICE, reason="this machine has a device")
-@pytest.mark.parametrize("op", backends.ops())
+@pytest.mark.parametrize("op", OPS)
 def test_without_a_device_the_error_says_so(op):
     assert backends.explain(op, "cuda") == f"{op}/cuda: the kernels are loaded, but torch finds no CUDA device"
     assert "cuda" not in backends.available(op)

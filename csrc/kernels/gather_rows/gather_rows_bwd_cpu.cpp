@@ -1,46 +1,21 @@
 // CPU kernel of the backward pass of gather_rows: a dense gradient of the rows. Contract: gather_rows.h.
 //
 // Mapping   consecutive rows to each thread, so every output row is written once, by one thread: zeros, or the sum over
-//           its positions in fp32 registers, kColumns columns at a time.
+//           its positions in fp32 registers, kSumColumns columns at a time.
 // Traffic   reads the gradient once (in the order of the rows), writes the output once.
 #include <algorithm>
 #include <cstring>
 
 #include "common/cpu_isa.h"
 #include "common/row_decode.h"
+#include "common/sum_positions.h"
 #include "kernels/gather_rows/gather_rows.h"
 
 namespace engram_kernels::EK_ISA {
 namespace {
 
 constexpr int64_t kGrainRows = 1024;
-constexpr int kVectors = 8;  // accumulators in registers
-constexpr int kColumns = kVectors * kLanes;
 constexpr int64_t kPrefetchPositions = 8;
-
-// out[0, count) = sum over entries [begin, end) of grad[position, column ..], count <= kColumns
-template <class Grad, class Out>
-EK_LANE void sum_columns(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin, int64_t end, int column, int count,
-                         Out* out) {
-  const Grad* grad = reinterpret_cast<const Grad*>(p.grad) + column;
-  F32 sums[kVectors];
-  for (int v = 0; v < kVectors; ++v) sums[v] = zeros();
-  if (count == kColumns) {
-    for (int64_t e = begin; e < end; ++e) {
-      const Grad* from = grad + order.position(e) * p.row_dim;
-      for (int v = 0; v < kVectors; ++v) sums[v] = add(sums[v], load(from + v * kLanes));
-    }
-    for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, sums[v]);
-    return;
-  }
-  for (int64_t e = begin; e < end; ++e) {
-    const Grad* from = grad + order.position(e) * p.row_dim;
-    for (int v = 0, rest = count; rest > 0; ++v, rest -= kLanes) {
-      sums[v] = add(sums[v], load_first(from + v * kLanes, std::min(rest, kLanes)));
-    }
-  }
-  for (int v = 0, rest = count; rest > 0; ++v, rest -= kLanes) store_first(out + v * kLanes, sums[v], std::min(rest, kLanes));
-}
 
 template <class Grad, class Out>
 void sum_rows(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin, int64_t end) {
@@ -59,8 +34,9 @@ void sum_rows(const GatherRowsBwdParams& p, const RowOrder& order, int64_t begin
       for (int i = 0; i < p.row_dim; i += 64 / static_cast<int>(sizeof(Grad))) __builtin_prefetch(ahead + i);
     }
     zero_rows(next, row);
-    for (int column = 0; column < p.row_dim; column += kColumns) {
-      sum_columns<Grad>(p, order, e, last, column, std::min(kColumns, p.row_dim - column), out + row * p.row_dim + column);
+    for (int column = 0; column < p.row_dim; column += kSumColumns) {
+      sum_columns(reinterpret_cast<const Grad*>(p.grad), p.row_dim, order, e, last, column,
+                  std::min(kSumColumns, p.row_dim - column), out + row * p.row_dim + column);
     }
     next = row + 1;
     e = last;

@@ -93,8 +93,8 @@ def launch_function(op: str) -> Callable[..., Any]:
 
 
 def stem(op: str) -> str:
-    """The op that a backward or an update belongs to."""
-    return op.removesuffix("_bwd").removesuffix("_update")
+    """The op that a backward or an update belongs to. `row_update` is an op of its own."""
+    return op if op == "row_update" else op.removesuffix("_bwd").removesuffix("_update")
 
 
 @functools.cache

@@ -1,0 +1,124 @@
+// torch binding of row_update: tensors in, params out. No arithmetic here.
+#include "bindings/tensors.h"
+#include "kernels/row_update/row_update.h"
+
+namespace engram_kernels {
+namespace {
+
+constexpr const char* kOp = "row_update";
+
+UpdateRule rule_of(const std::string& rule) {
+  if (rule == "none") return UpdateRule::kNone;
+  if (rule == "sgd") return UpdateRule::kSgd;
+  if (rule == "adagrad") return UpdateRule::kAdagrad;
+  EK_CHECK(rule == "adam", kOp << ": rule is '" << rule << "', expected 'adam', 'adagrad', 'sgd' or 'none'");
+  return UpdateRule::kAdam;
+}
+
+template <class T>
+T* mutable_or_null(const std::optional<Tensor>& x) {
+  return x.has_value() ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
+}
+
+void set_moments(RowUpdateParams& p, const std::optional<Tensor>& second, const std::optional<Tensor>& first,
+                 const std::optional<Tensor>& steps) {
+  if (second.has_value()) {
+    expect_dtype(kOp, "second", *second, {ScalarType::Float});
+    p.second_per_row = second->dim() == 1;
+    p.second_per_row ? expect_shape(kOp, "second", *second, {p.num_rows}, 1)
+                     : expect_shape(kOp, "second", *second, {p.num_rows, p.row_dim}, 2);
+  }
+  if (first.has_value()) {
+    expect_dtype(kOp, "first", *first, {ScalarType::Float, ScalarType::BFloat16});
+    expect_shape(kOp, "first", *first, {p.num_rows, p.row_dim}, 2);
+    p.first_dtype = float_dtype(kOp, "first", *first);
+  }
+  if (steps.has_value()) {
+    expect_dtype(kOp, "steps", *steps, {ScalarType::Int});
+    expect_shape(kOp, "steps", *steps, {p.num_rows}, 1);
+  }
+  p.second = mutable_or_null<float>(second);
+  p.first = mutable_or_null<std::byte>(first);
+  p.steps = mutable_or_null<int32_t>(steps);
+}
+
+// Every tensor that is written lies apart from every other one.
+void expect_all_apart(NamedTensors written, NamedTensors read) {
+  for (const auto* a = written.begin(); a != written.end(); ++a) {
+    if (a->second == nullptr) continue;
+    for (const auto* b = a + 1; b != written.end(); ++b) {
+      if (b->second != nullptr) expect_apart(kOp, b->first, *b->second, *a->second);
+    }
+    expect_apart_from(kOp, *a->second, read);
+  }
+}
+
+void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
+                    std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
+                    double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row,
+                    const Tensor& out) {
+  expect_one_device(kOp, {{"weight", &weight},
+                          {"row_ids", &row_ids},
+                          {"grad_rows", &grad_rows},
+                          {"second", or_null(second)},
+                          {"first", or_null(first)},
+                          {"steps", or_null(steps)},
+                          {"out", &out}});
+  expect_all_apart(
+      {{"weight", &weight}, {"second", or_null(second)}, {"first", or_null(first)}, {"steps", or_null(steps)}, {"out", &out}},
+      {{"row_ids", &row_ids}, {"grad_rows", &grad_rows}});
+  RowUpdateParams p{};
+  p.row_dtype = float_dtype(kOp, "weight", weight);
+  expect_shape(kOp, "weight", weight, {kAnySize, kAnySize}, 1);
+  const int64_t row_dim = weight.size(1);
+  EK_CHECK(row_dim >= 1 && row_dim <= (1 << 24), kOp << ": rows have " << row_dim << " elements, expected 1.." << (1 << 24));
+  p.num_rows = weight.size(0);
+  p.row_dim = static_cast<int>(row_dim);
+  p.row_stride = p.num_rows > 1 ? weight.stride(0) : row_dim;
+  p.row_ids = row_ids_of(kOp, row_ids);
+  p.grad_dtype = float_dtype(kOp, "grad_rows", grad_rows);
+  bool ok = grad_rows.dim() == row_ids.dim() + 1 && grad_rows.is_contiguous() && grad_rows.size(row_ids.dim()) == row_dim;
+  for (int64_t d = 0; ok && d < row_ids.dim(); ++d) ok = grad_rows.size(d) == row_ids.size(d);
+  EK_CHECK(ok, kOp << ": grad_rows has shape " << shape_text(grad_rows) << ", expected the shape of row_ids and " << row_dim
+                   << ", contiguous");
+  expect_dtype(kOp, "out", out, {ScalarType::Float});
+  expect_shape(kOp, "out", out, {p.row_ids.count}, 1);
+  p.rule = rule_of(rule);
+  p.lr = lr;
+  p.beta1 = beta1;
+  p.beta2 = beta2;
+  p.eps = static_cast<float>(eps);
+  p.grad_scale = static_cast<float>(grad_scale);
+  p.step = step;
+  p.stochastic = stochastic;
+  p.seed = static_cast<uint64_t>(seed);
+  p.first_row = first_row;
+  p.grad = static_cast<const std::byte*>(grad_rows.const_data_ptr());
+  set_moments(p, second, first, steps);
+  check_params(p);
+  check_row_ids_of(kOp, row_ids, p.row_ids, p.num_rows);
+  const RowOrder order(p.row_ids, p.num_rows);
+  GradientFault fault;
+  find_gradient_fault_cpu(p, order, torch_threads(), fault);
+  throw_fault(p, fault);
+  p.rows = static_cast<std::byte*>(weight.mutable_data_ptr());
+  p.squares = static_cast<float*>(out.mutable_data_ptr());
+  row_update_cpu(p, order, torch_threads());
+}
+
+Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
+                  std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
+                  double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row) {
+  Tensor out = torch::stable::new_empty(weight, {row_ids.numel()}, ScalarType::Float);
+  row_update_out(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic,
+                 seed, first_row, out);
+  return out;
+}
+
+}  // namespace
+}  // namespace engram_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+  m.impl("row_update", TORCH_BOX(&engram_kernels::row_update));
+  m.impl("row_update.out", TORCH_BOX(&engram_kernels::row_update_out));
+}

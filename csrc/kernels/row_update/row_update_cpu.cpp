@@ -1,0 +1,376 @@
+// CPU kernel of row_update. Contract: row_update.h.
+//
+// Mapping   consecutive entries of the sorted ids to each thread, cut where a row ends: a row has one thread. Its gradient is
+//           summed into a buffer, and every later pass over the row is over what lies in L1.
+// Rules     g: summed gradient; t: the row's step, or the call's; b1, b2: betas. All in float32 but c, which is in float64:
+//             sgd       m = b1 * m + g, or m = g           row -= lr * m
+//             adagrad   v += g^2                           row -= lr * (g / (sqrt(v) + eps))
+//             adam      m += (g - m) * (1 - b1), or m = g  v += (g^2 - v) * (1 - b2)   row -= c * (m / (sqrt(v) + eps))
+//                       c = lr * sqrt(1 - b2^t) / (1 - b1^t), without m: lr * sqrt(1 - b2^t)
+//           with one v per row, g^2 is its mean over the row, and row -= (c / (sqrt(v) + eps)) * m.
+// Rounding  to nearest even, or up with the probability of the part that is cut off, by 32 bits from (seed, row, step, element).
+// Traffic   reads the gradients twice (once to find what is not finite), rows and moments once; writes rows and moments once.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "common/cpu_isa.h"
+#include "common/row_decode.h"
+#include "common/sum_positions.h"
+#include "kernels/row_update/row_update.h"
+
+namespace engram_kernels::EK_ISA {
+namespace {
+
+constexpr int64_t kGrainEntries = 64;
+constexpr int64_t kGrainPositions = 256;
+constexpr int64_t kPrefetchEntries = 4;
+constexpr int kParts = 16;  // of a sum of squares; row buffers are padded with zeros to a multiple of it
+static_assert(kParts % kLanes == 0);
+
+EK_LANE F32 root(F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  return each_lane([&](int i) { return __builtin_sqrtf(x.lane[i]); });
+#endif
+}
+
+// ---- random bits ----------------------------------------------------------------------------------------------------
+
+EK_LANE uint64_t splitmix(uint64_t x) {
+  x += 0x9E3779B97F4A7C15ULL;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
+  return x ^ (x >> 31);
+}
+
+EK_LANE uint64_t key_of(uint64_t seed, int64_t row, int64_t step) {
+  return splitmix(splitmix(splitmix(seed) ^ static_cast<uint64_t>(row)) ^ static_cast<uint64_t>(step));
+}
+
+// 32 bits of an element, of half a row's key
+EK_LANE uint32_t random_bits(uint32_t key, int element) {
+  uint32_t x = static_cast<uint32_t>(element) * 0x9E3779B9U + key;
+  x = (x ^ (x >> 16)) * 0x7FEB352DU;
+  x = (x ^ (x >> 15)) * 0x846CA68BU;
+  return x ^ (x >> 16);
+}
+
+EK_LANE void round_with(float x, uint32_t random, Bf16* out) {
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t rounded = (bits + (random >> 16)) >> 16;
+  out->bits = static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? 0x7FC0U : rounded);
+}
+
+EK_LANE void round_with(float x, uint32_t random, F16* out) {
+  const uint32_t bits = bits_from_float(x), magnitude = bits & 0x7FFFFFFFU, sign = (bits >> 16) & 0x8000U;
+  // below 2^-14 halves are multiples of 2^-24
+  const float scaled = magnitude < 0x38800000U ? float_from_bits(magnitude) * 16777216.0F : 0.0F;
+  const int32_t whole = static_cast<int32_t>(scaled);
+  const float cut = scaled - static_cast<float>(whole), draw = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24F;
+  const uint32_t small = static_cast<uint32_t>(whole) + (draw < cut ? 1U : 0U);
+  uint32_t large = (magnitude + (random >> 19) - (112U << 23)) >> 13;
+  large = magnitude >= 0x47800000U ? 0x7C00U : large;
+  large = magnitude > 0x7F800000U ? 0x7E00U : large;
+  out->bits = static_cast<uint16_t>(sign | (magnitude < 0x38800000U ? small : large));
+}
+
+template <class T>
+EK_LANE void round_row(const float* values, int count, bool stochastic, uint32_t key, T* out) {
+  if (stochastic) {
+    for (int i = 0; i < count; ++i) round_with(values[i], random_bits(key, i), out + i);
+    return;
+  }
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(values + i));
+  if (i < count) store_first(out + i, load(values + i), count - i);
+}
+EK_LANE void round_row(const float* values, int count, bool, uint32_t, float* out) {
+  std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+}
+
+// values[0, count) of a row, and zeros up to the padded size
+template <class T>
+EK_LANE void load_row(const T* from, int count, float* values) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(values + i, load(from + i));
+  if (i < count) store(values + i, load_first(from + i, count - i));
+}
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+// Buffers of one thread, each of the padded size of a row.
+struct Buffers {
+  float *grad, *row, *first, *second;
+  int padded;
+};
+
+// Factors of the last steps that were asked for: rows that are updated together have few.
+struct StepSizes {
+  static constexpr int kSlots = 64;
+  int64_t steps[kSlots];
+  float sizes[kSlots];
+};
+
+// The factor of an update at a step, in the order of torch's SparseAdam.
+EK_LANE float step_size(const RowUpdateParams& p, int64_t step, StepSizes& known) {
+  if (p.rule != UpdateRule::kAdam) return static_cast<float>(p.lr);
+  const int slot = static_cast<int>(step % StepSizes::kSlots);
+  if (known.steps[slot] != step) {
+    const double n = static_cast<double>(step), rate = p.lr * std::sqrt(1.0 - std::pow(p.beta2, n));
+    known.steps[slot] = step;
+    known.sizes[slot] = static_cast<float>(p.first == nullptr ? rate : rate / (1.0 - std::pow(p.beta1, n)));
+  }
+  return known.sizes[slot];
+}
+
+EK_LANE float sum_of_squares(const float* values, int padded) {
+  float parts[kParts] = {};
+  for (int i = 0; i < padded; i += kParts) {
+    for (int k = 0; k < kParts; ++k) parts[k] += values[i + k] * values[i + k];
+  }
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) parts[k] += parts[k + half];
+  }
+  return parts[0];
+}
+
+// b.grad: the summed gradient of the entries [begin, end) of one row.
+template <class Grad>
+EK_LANE void sum_gradient(const RowUpdateParams& p, const RowOrder& order, int64_t begin, int64_t end, const Buffers& b) {
+  const Grad* grad = reinterpret_cast<const Grad*>(p.grad);
+  if (end == begin + 1) {
+    load_row(grad + order.position(begin) * p.row_dim, p.row_dim, b.grad);
+    for (int i = 0; i < b.padded; ++i) b.grad[i] += 0.0F;  // a sum is never -0
+  } else {
+    for (int column = 0; column < p.row_dim; column += kSumColumns) {
+      sum_columns(grad, p.row_dim, order, begin, end, column, std::min(kSumColumns, p.row_dim - column), b.grad + column);
+    }
+  }
+  if (p.grad_scale != 1.0F) {
+    for (int i = 0; i < b.padded; ++i) b.grad[i] *= p.grad_scale;
+  }
+}
+
+// The first moment of a row after this update, in b.first; b.grad where there is none.
+EK_LANE const float* update_first(const RowUpdateParams& p, int64_t row, uint32_t key, const Buffers& b) {
+  if (p.first == nullptr) return b.grad;
+  const int64_t begin = row * p.row_dim;
+  const float beta1 = static_cast<float>(p.beta1), rest = static_cast<float>(1.0 - p.beta1);
+  const bool adam = p.rule == UpdateRule::kAdam;
+  const auto update = [&](auto* moments) __attribute__((always_inline)) {
+    load_row(moments, p.row_dim, b.first);
+    if (adam) {
+      for (int i = 0; i < b.padded; ++i) b.first[i] += (b.grad[i] - b.first[i]) * rest;
+    } else {
+      for (int i = 0; i < b.padded; ++i) b.first[i] = b.first[i] * beta1 + b.grad[i];
+    }
+    round_row(b.first, p.row_dim, p.stochastic, key, moments);
+  };
+  p.first_dtype == DType::kF32 ? update(reinterpret_cast<float*>(p.first) + begin)
+                               : update(reinterpret_cast<Bf16*>(p.first) + begin);
+  return b.first;
+}
+
+// Subtracts size * moment / (sqrt(v) + eps) from b.row, v updated by b.grad; one v for each element, or for the row.
+EK_LANE void descend(const RowUpdateParams& p, int64_t row, float size, float squares, const float* moment, const Buffers& b) {
+  if (p.second == nullptr) {
+    for (int i = 0; i < b.padded; ++i) b.row[i] -= size * moment[i];
+    return;
+  }
+  const bool adam = p.rule == UpdateRule::kAdam;
+  const float rest = static_cast<float>(1.0 - p.beta2);
+  if (p.second_per_row) {
+    const float mean = squares / static_cast<float>(p.row_dim);
+    float& v = p.second[row];
+    v += adam ? (mean - v) * rest : mean;
+    const float factor = size / (__builtin_sqrtf(v) + p.eps);
+    for (int i = 0; i < b.padded; ++i) b.row[i] -= factor * moment[i];
+    return;
+  }
+  float* second = p.second + row * p.row_dim;
+  load_row(second, p.row_dim, b.second);
+  const F32 eps = splat(p.eps), rests = splat(rest), sizes = splat(size);
+  for (int i = 0; i < b.padded; i += kLanes) {
+    const F32 g = load(b.grad + i), old = load(b.second + i), square = mul(g, g);
+    const F32 v = adam ? add(old, mul(sub(square, old), rests)) : add(old, square);
+    store(b.second + i, v);
+    // a padded element has m = 0, and with eps = 0 also v = 0: its NaN stays in the buffer
+    store(b.row + i, sub(load(b.row + i), mul(sizes, divide(load(moment + i), add(root(v), eps)))));
+  }
+  std::memcpy(second, b.second, static_cast<size_t>(p.row_dim) * sizeof(float));
+}
+
+template <class Row>
+EK_LANE void update_row(const RowUpdateParams& p, int64_t row, float squares, StepSizes& sizes, const Buffers& b) {
+  int64_t step = p.step;
+  uint64_t key = 0;
+  if (p.steps != nullptr) {
+    const int64_t own = ++p.steps[row];
+    if (step == 0) step = own;
+    if (p.stochastic) key = key_of(p.seed, p.first_row + row, own);
+  }
+  Row* stored = reinterpret_cast<Row*>(p.rows) + row * p.row_stride;
+  load_row(stored, p.row_dim, b.row);
+  const float* moment = update_first(p, row, static_cast<uint32_t>(key >> 32), b);
+  descend(p, row, step_size(p, step, sizes), squares, moment, b);
+  round_row(b.row, p.row_dim, p.stochastic, static_cast<uint32_t>(key), stored);
+}
+
+template <class Row>
+EK_LANE void prefetch_row(const RowUpdateParams& p, const RowOrder& order, int64_t entry, int grad_bytes) {
+  const int64_t row = order.row(entry);
+  const auto lines = [](const void* from, int64_t bytes) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const std::byte*>(from) + i);
+  };
+  const int64_t grad_row = static_cast<int64_t>(p.row_dim) * grad_bytes;
+  lines(p.grad + order.position(entry) * grad_row, grad_row);
+  if (p.rule == UpdateRule::kNone) return;
+  lines(reinterpret_cast<const Row*>(p.rows) + row * p.row_stride, p.row_dim * static_cast<int64_t>(sizeof(Row)));
+  if (p.second != nullptr) p.second_per_row ? lines(p.second + row, 4) : lines(p.second + row * p.row_dim, p.row_dim * 4);
+  const int first_bytes = p.first_dtype == DType::kF32 ? 4 : 2;
+  if (p.first != nullptr) lines(p.first + row * p.row_dim * first_bytes, p.row_dim * first_bytes);
+  if (p.steps != nullptr) __builtin_prefetch(p.steps + row);
+}
+
+// ---- all rows -------------------------------------------------------------------------------------------------------
+
+// Calls each(row, first entry, entry after the last) for the rows that begin in the entries [begin, end).
+template <class Each>
+EK_LANE void for_rows(const RowOrder& order, int64_t begin, int64_t end, const Each& each) {
+  while (begin > 0 && begin < end && order.row(begin) == order.row(begin - 1)) ++begin;
+  while (begin < end) {
+    const int64_t row = order.row(begin);
+    int64_t last = begin + 1;
+    while (last < order.count() && order.row(last) == row) ++last;
+    each(row, begin, last);
+    begin = last;
+  }
+}
+
+// Calls f with buffers for rows of p.row_dim elements, all zero.
+template <class F>
+EK_LANE void with_buffers(const RowUpdateParams& p, const F& f) {
+  const int64_t padded = ceil_div(p.row_dim, kParts) * kParts;
+  const size_t bytes = static_cast<size_t>(4 * padded) * sizeof(float);
+  float* memory = static_cast<float*>(::operator new(bytes, std::align_val_t{64}));
+  std::memset(memory, 0, bytes);
+  f(Buffers{memory, memory + padded, memory + 2 * padded, memory + 3 * padded, static_cast<int>(padded)});
+  ::operator delete(memory, std::align_val_t{64});
+}
+
+template <class Row, class Grad>
+void update_rows(const RowUpdateParams& p, const RowOrder& order, int64_t begin, int64_t end) {
+  StepSizes sizes{};  // no step is 0
+  with_buffers(p, [&](const Buffers& b) __attribute__((always_inline)) {
+    for_rows(order, begin, end, [&](int64_t row, int64_t first, int64_t last) __attribute__((always_inline)) {
+      if (last + kPrefetchEntries <= order.count()) {
+        prefetch_row<Row>(p, order, last + kPrefetchEntries - 1, static_cast<int>(sizeof(Grad)));
+      }
+      sum_gradient<Grad>(p, order, first, last, b);
+      const float squares = sum_of_squares(b.grad, b.padded);
+      p.squares[order.position(first)] = squares;
+      if (p.rule != UpdateRule::kNone) update_row<Row>(p, row, squares, sizes, b);
+    });
+  });
+}
+
+EK_LANE void keep_smallest(int64_t value, int64_t* smallest) {
+  int64_t old = __atomic_load_n(smallest, __ATOMIC_RELAXED);
+  while ((old < 0 || value < old) &&
+         !__atomic_compare_exchange_n(smallest, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+EK_LANE void keep_largest(uint32_t value, uint32_t* largest) {
+  uint32_t old = __atomic_load_n(largest, __ATOMIC_RELAXED);
+  while (value > old && !__atomic_compare_exchange_n(largest, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// The largest magnitude of the elements, as its bits; of a NaN or infinity above every finite one.
+EK_LANE uint32_t largest_of(const float* x, int count) {
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    largest = std::max(largest, bits & 0x7FFFFFFFU);
+  }
+  return largest;
+}
+template <class Half>
+EK_LANE uint32_t largest_of(const Half* x, int count) {
+  uint16_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint16_t>(x[i].bits & 0x7FFFU));
+  return bits_from_float(to_float(Half{largest}));
+}
+
+constexpr uint32_t kInfinity = 0x7F800000U;
+
+template <class Grad>
+void scan_gradients(const RowUpdateParams& p, int64_t begin, int64_t end, int64_t* bad, uint32_t* largest) {
+  const Grad* grad = reinterpret_cast<const Grad*>(p.grad);
+  uint32_t here = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    if (p.row_ids[i] == kNoRow) continue;
+    const uint32_t of_row = largest_of(grad + i * p.row_dim, p.row_dim);
+    if (of_row >= kInfinity) return keep_smallest(i, bad);
+    here = std::max(here, of_row);
+  }
+  keep_largest(here, largest);
+}
+
+template <class Grad>
+void scan_rows(const RowUpdateParams& p, const RowOrder& order, int64_t begin, int64_t end, bool sums, GradientFault& fault) {
+  with_buffers(p, [&](const Buffers& b) __attribute__((always_inline)) {
+    for_rows(order, begin, end, [&](int64_t row, int64_t first, int64_t last) __attribute__((always_inline)) {
+      if (p.rule != UpdateRule::kNone && p.steps != nullptr && (p.steps[row] < 0 || p.steps[row] == INT32_MAX)) {
+        keep_smallest(row, &fault.spent_row);
+      }
+      if (!sums) return;
+      sum_gradient<Grad>(p, order, first, last, b);
+      if (largest_of(b.grad, p.row_dim) >= kInfinity) keep_smallest(row, &fault.row);
+    });
+  });
+}
+
+}  // namespace
+
+void find_gradient_fault_cpu(const RowUpdateParams& p, const RowOrder& order, const Parallel& parallel, GradientFault& fault) {
+  with_dtype(p.grad_dtype, [&](auto* grad) __attribute__((always_inline)) {
+    using Grad = std::remove_pointer_t<decltype(grad)>;
+    uint32_t largest = 0;
+    parallel.for_range(p.row_ids.count, kGrainPositions,
+                       [&](int64_t begin, int64_t end) { scan_gradients<Grad>(p, begin, end, &fault.position, &largest); });
+    if (fault.position >= 0) return;
+    // no sum can overflow where all of the largest together would not
+    const double bound = static_cast<double>(float_from_bits(largest)) * static_cast<double>(order.count()) *
+                         std::max(1.0, std::fabs(static_cast<double>(p.grad_scale)));
+    const bool sums = bound > 3.4e38;
+    if (!sums && (p.steps == nullptr || p.rule == UpdateRule::kNone)) return;
+    parallel.for_range(order.count(), kGrainEntries,
+                       [&](int64_t begin, int64_t end) { scan_rows<Grad>(p, order, begin, end, sums, fault); });
+  });
+}
+
+void row_update_cpu(const RowUpdateParams& p, const RowOrder& order, const Parallel& parallel) {
+  std::memset(p.squares, 0, static_cast<size_t>(p.row_ids.count) * sizeof(float));
+  with_dtype(p.row_dtype, [&](auto* row) __attribute__((always_inline)) {
+    with_dtype(p.grad_dtype, [&](auto* grad) __attribute__((always_inline)) {
+      parallel.for_range(order.count(), kGrainEntries, [&](int64_t begin, int64_t end) {
+        update_rows<std::remove_pointer_t<decltype(row)>, std::remove_pointer_t<decltype(grad)>>(p, order, begin, end);
+      });
+    });
+  });
+}
+
+}  // namespace engram_kernels::EK_ISA
+
+EK_DISPATCH_CPU(find_gradient_fault_cpu,
+                (const RowUpdateParams& p, const RowOrder& order, const Parallel& parallel, GradientFault& fault),
+                (p, order, parallel, fault))
+EK_DISPATCH_CPU(row_update_cpu, (const RowUpdateParams& p, const RowOrder& order, const Parallel& parallel), (p, order, parallel))

@@ -1,0 +1,214 @@
+"""RowOptimizer: SGD, Adagrad or Adam on the rows of a table, of which a step touches few."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram_kernels._checks import expect_choice, expect_int
+from engram_kernels.ops.row_update import ROUNDINGS, check_rate, expect_writable, row_update
+from engram_kernels.table.row_table import RowTable
+
+_EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
+_FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
+_BLOCK = 1024  # of a sum that does not depend on the number of threads
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """An optimizer of the rows of one table, in place: each step updates the rows that it is given, and no other.
+
+    The gradients of a row are summed in float32 in the order of the positions, and the row is updated once. Rows and moments
+    come out the same bits for any number of threads, on every instruction set, and for any shards of a table (`first_row`).
+    A row that a step does not name keeps every bit, and so do its moments: with bias_correction="row" what Adam does to a row
+    depends on the row's own gradients alone.
+
+    It is a ``torch.optim.Optimizer`` with one parameter group: learning rate schedulers work on it. There is no weight decay.
+
+    Ownership: holds the table, and moments beside it: none are made for rows in a file. Threads: one step at a time.
+    Failure: what is wrong with a step is raised before anything is written.
+
+    Args:
+        table: in memory, of format f32, bf16 or f16, not shared.
+        rule: "adam", "adagrad" or "sgd"; formulas in docs/ops.md, "row_update".
+        lr: learning rate.
+        betas: of adam; the first is the momentum of sgd with a first moment.
+        eps: added to the root of the second moment; None: 1e-8 for adam, 1e-10 for adagrad.
+        second_moment: "row": one float32 for each row, of the mean of the squares; "element": one for each element. None: "row",
+            and nothing for sgd, which has none.
+        first_moment: "f32", "bf16", or None: none is kept. "auto": "f32" for adam, else none.
+        bias_correction: of adam: "row": by how many updates the row has had; "step": by how many steps there were.
+        rounding: of rows and moments that are not float32: "stochastic": up with the probability of what is cut off, so that
+            small updates are not lost; "nearest".
+        seed: of stochastic rounding, in [0, 2^63).
+        first_row: number of the table's first row in the whole table, where this is a shard of it: `ShardedRows.first_row`.
+
+    Attributes:
+        table: whose rows are updated.
+        num_steps: steps taken.
+        second, first, steps: tensors of R rows, or None: float32 [R] or [R, D]; float32 or bfloat16 [R, D]; int32 [R], the
+            updates that each row has had.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an option is out of range, or the table cannot be written.
+
+    Source: Kingma and Ba, arXiv 1412.6980; torch.optim.SparseAdam and torch.optim.Adagrad, whose results it gives in float32.
+    """
+
+    def __init__(self, table: RowTable, rule: str = "adam", *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float | None = None, second_moment: str | None = None, first_moment: str | None = "auto",
+                 bias_correction: str = "row", rounding: str = "stochastic", seed: int = 0, first_row: int = 0):
+        op = "RowOptimizer"
+        if not isinstance(table, RowTable):
+            raise TypeError(f"{op}: table is a {type(table).__name__}, expected a RowTable")
+        expect_writable(op, table)
+        _expect_writable_memory(op, table.rows)
+        expect_choice(op, "rule", rule, tuple(_EPS))
+        eps = _EPS[rule] if eps is None else eps
+        second_moment = "row" if second_moment is None and rule != "sgd" else second_moment
+        first_moment = ("f32" if rule == "adam" else None) if first_moment == "auto" else first_moment
+        if second_moment is not None:
+            expect_choice(op, "second_moment", second_moment, ("row", "element"))
+            if rule == "sgd":
+                raise ValueError(f"{op}: second_moment is {second_moment!r}, expected None: sgd has none")
+        if first_moment is not None:
+            expect_choice(op, "first_moment", first_moment, tuple(_FIRST))
+            if rule == "adagrad":
+                raise ValueError(f"{op}: first_moment is {first_moment!r}, expected None: adagrad has none")
+        expect_choice(op, "bias_correction", bias_correction, ("row", "step"))
+        expect_choice(op, "rounding", rounding, ROUNDINGS)
+        for name, value in (("lr", lr), ("eps", eps), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            check_rate(op, name, value, below_one=name.startswith("betas"))
+        self.table, self.num_steps, self.rule, self._by_row = table, 0, rule, bias_correction == "row"
+        self._rounding, self._seed = rounding, expect_int(op, "seed", seed, 0, 2**63 - 1)
+        self._first_row = expect_int(op, "first_row", first_row, 0, 2**62)
+        rows = table.rows.detach()
+        shape = rows.shape if second_moment == "element" else rows.shape[:1]
+        self.second = None if second_moment is None else torch.zeros(shape, dtype=torch.float32, device=rows.device)
+        self.first = None if first_moment is None else torch.zeros(rows.shape, device=rows.device, dtype=_FIRST[first_moment])
+        rounds = rounding == "stochastic" and (rows.dtype != torch.float32 or first_moment == "bf16")
+        counts = rounds or (rule == "adam" and self._by_row)
+        self.steps = torch.zeros(rows.shape[0], dtype=torch.int32, device=rows.device) if counts else None
+        self._kind = {"rule": rule, "second_moment": second_moment, "first_moment": first_moment, "rounding": rounding,
+                      "bias_correction": bias_correction, "seed": self._seed, "first_row": self._first_row,
+                      "num_rows": table.num_rows, "row_dim": table.row_dim, "row_format": table.row_format}
+        super().__init__([table.rows if table.rows.is_leaf else rows], {"lr": lr, "betas": betas, "eps": eps})
+
+    def __repr__(self) -> str:
+        group, kind = self.param_groups[0], self._kind
+        return (f"RowOptimizer({self.rule}, lr={group['lr']}, {kind['num_rows']} rows of {kind['row_dim']}, "
+                f"second_moment={kind['second_moment']!r}, first_moment={kind['first_moment']!r}, num_steps={self.num_steps})")
+
+    @torch.no_grad()
+    def step(self, row_ids: Tensor | None = None, grad_rows: Tensor | None = None,  # type: ignore[override]
+             grad_scale: float = 1.0) -> None:
+        """Updates the rows that `row_ids` names.
+
+        Args:
+            row_ids: int32 or int64, any shape, contiguous; -1 (no row) or in [0, R). None, with `grad_rows`: the gradient of
+                ``table.rows``, which must be sparse (``gather_rows(.., sparse_grad=True)``).
+            grad_rows: [*row_ids.shape, D] float32, bfloat16 or float16, contiguous.
+            grad_scale: factor on the summed gradients, such as that of clipping by the norm.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `row_update`; neither rows nor moments nor steps have changed.
+        """
+        row_ids, grad_rows = self._gradients(row_ids, grad_rows)
+        group, step = self.param_groups[0], None if self._by_row else self.num_steps + 1
+        row_update(self.table, row_ids, grad_rows, self.rule, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
+                   second=self.second, first=self.first, steps=self.steps, step=step, rounding=self._rounding, seed=self._seed,
+                   first_row=self._first_row, grad_scale=grad_scale)
+        self.num_steps += 1
+
+    @torch.no_grad()
+    def norm(self, row_ids: Tensor | None = None, grad_rows: Tensor | None = None) -> Tensor:
+        """The norm of the table's gradient: of each row's summed gradient, all rows together.
+
+        For clipping by the global norm: ``total = torch.sqrt(dense**2 + optimizer.norm(ids, grads)**2)``, then
+        ``optimizer.step(ids, grads, grad_scale=min(1, max_norm / total))``.
+
+        Args:
+            row_ids: as `step` takes them.
+            grad_rows: as `step` takes them.
+
+        Returns:
+            float64 [] on the device of the table: the same bits for any number of threads.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `row_update`.
+        """
+        row_ids, grad_rows = self._gradients(row_ids, grad_rows)
+        table = RowTable.from_tensor(self.table.rows.data, row_format=self.table.row_format)  # its version does not grow
+        squares = row_update(table, row_ids, grad_rows, "none", lr=0.0).double()
+        blocks = torch.nn.functional.pad(squares, (0, -squares.numel() % _BLOCK)).view(-1, _BLOCK)
+        return torch.tensor(math.sqrt(math.fsum(blocks.sum(1).tolist())), dtype=torch.float64, device=squares.device)
+
+    def _gradients(self, row_ids: Tensor | None, grad_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        if row_ids is not None and grad_rows is not None:
+            return row_ids, grad_rows
+        grad = self.table.rows.grad
+        if row_ids is not None or grad_rows is not None or grad is None or grad.layout != torch.sparse_coo:
+            raise ValueError("RowOptimizer: row_ids and grad_rows are needed together, or neither where table.rows has a sparse "
+                             f"gradient; got {'row_ids' if row_ids is not None else 'grad_rows' if grad_rows is not None else ''}"
+                             f" and table.rows.grad is {'None' if grad is None else grad.layout}")
+        return grad._indices()[0].contiguous(), grad._values().contiguous()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """What `load_state_dict` takes to go on with the same bits; shares memory with the moments.
+
+        Returns:
+            kind (rule, options, shape and format of the table), num_steps, state (second, first, steps) and param_groups.
+        """
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        return {"kind": dict(self._kind), "num_steps": self.num_steps, "param_groups": groups,
+                "state": {"second": self.second, "first": self.first, "steps": self.steps}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Takes over moments, steps and parameter group; the tensors are copied.
+
+        Raises:
+            ValueError: it is no state of this class, or that of an optimizer of another kind or of a table of another shape;
+                names what differs. Nothing has changed.
+        """
+        op = "RowOptimizer.load_state_dict"
+        missing = {"kind", "num_steps", "param_groups", "state"} - set(state_dict)
+        if missing:
+            raise ValueError(f"{op}: {', '.join(sorted(missing))} is missing, expected what RowOptimizer.state_dict gives")
+        kind = state_dict["kind"]
+        wrong = [f"{name} is {kind.get(name)!r}, expected {value!r}" for name, value in self._kind.items()
+                 if kind.get(name) != value]
+        if wrong:
+            raise ValueError(f"{op}: the state is of another optimizer or table: {'; '.join(wrong)}")
+        ours = {"second": self.second, "first": self.first, "steps": self.steps}
+        for name, mine in ours.items():
+            other = state_dict["state"].get(name)
+            facts = [None if x is None else (x.shape, x.dtype) for x in (mine, other)]
+            if facts[0] != facts[1]:
+                raise ValueError(f"{op}: state[{name!r}] is {facts[1]}, expected {facts[0]}")
+        if self.steps is not None and bool((state_dict["state"]["steps"] < 0).any()):
+            raise ValueError(f"{op}: state['steps'] has a number below 0")
+        num_steps = expect_int(op, "num_steps", state_dict["num_steps"], 0)
+        with torch.no_grad():
+            for name, mine in ours.items():
+                if mine is not None:
+                    mine.copy_(state_dict["state"][name])
+        self.num_steps = num_steps
+        self.param_groups[0].update(state_dict["param_groups"][0])
+
+
+def _expect_writable_memory(op: str, rows: Tensor) -> None:
+    """Raises ValueError where the memory of `rows` is mapped read-only, as that of a file is: a write would be a fault."""
+    maps = Path("/proc/self/maps")
+    if rows.device.type != "cpu" or rows.numel() == 0 or not maps.exists():
+        return
+    for line in maps.read_text().splitlines():
+        begin, _, end = line.split(" ", 1)[0].partition("-")
+        if int(begin, 16) <= rows.data_ptr() < int(end, 16):
+            if line.split()[1][1] != "w":
+                raise ValueError(f"{op}: table.rows lies in memory that is mapped read-only ({line.split()[-1]}); expected "
+                                 "rows that can be written, as RowTable.from_tensor(.., copy=True) makes them")
+            return

@@ -1,0 +1,160 @@
+"""Update rows of a table in place by their gradients: one step of SGD, Adagrad or Adam for the rows that ids name."""
+import math
+
+import torch
+from torch import Tensor
+
+from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_int, expect_tensor
+from engram_kernels.ops._op import Op, refuse_table
+from engram_kernels.reference.row_update import row_update as _reference
+from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
+from engram_kernels.table.row_table import RowTable
+
+RULES = ("adam", "adagrad", "sgd", "none")
+ROUNDINGS = ("stochastic", "nearest")
+
+
+def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = "adam", *, lr: float,
+               betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, second: Tensor | None = None,
+               first: Tensor | None = None, steps: Tensor | None = None, step: int | None = None, rounding: str = "nearest",
+               seed: int = 0, first_row: int = 0, grad_scale: float = 1.0, out: Tensor | None = None,
+               backend: str = "auto") -> Tensor:
+    """One step of an optimizer, in place, on the rows of `table` that `row_ids` names, each once.
+
+    The gradients of a row are summed in float32 in the order of the positions. Rows that no id names, and their moments, keep
+    every bit. Arithmetic is in float32, and results are the same bits for any number of threads and on every instruction set.
+    Everything is checked before the first write. `RowOptimizer` keeps the moments and calls this.
+
+    Args:
+        table: in memory, of format f32, bf16 or f16, not shared and not in a file.
+        row_ids: int32 or int64, any shape, contiguous; -1 (no row: its gradient is not looked at) or in [0, table.num_rows).
+        grad_rows: [*row_ids.shape, D] float32, bfloat16 or float16, contiguous.
+        rule: "adam", "adagrad" or "sgd", as docs/ops.md writes them; "none": nothing but `out` is written.
+        lr: learning rate, at least 0.
+        betas: of adam, each in [0, 1); the first is the momentum of sgd with `first`.
+        eps: at least 0, added to the root of the second moment.
+        second: float32 [R, D], or [R] for one second moment per row, updated. adam and adagrad need it.
+        first: float32 or bfloat16 [R, D], updated; None: the gradient takes its place. Not with adagrad.
+        steps: int32 [R], how many updates each row has had, updated. Needed for adam where `step` is None, and for stochastic
+            rounding of rows or moments that are not float32.
+        step: which step this is, from 1 on, for the bias correction of adam; None: each row's own.
+        rounding: "stochastic" (up with the probability of what is cut off, by bits from seed, row, step and element), or
+            "nearest".
+        seed: of those bits, in [0, 2^63).
+        first_row: number of row 0 in the whole table, where this one is a shard; then a shard rounds as the whole table.
+        grad_scale: factor on the summed gradients, such as that of clipping.
+        out: float32 [n], written instead of a new tensor; n: number of ids.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        float32 [n]: the sum of squares of the summed, scaled gradient of a row at the position of its first id; 0 elsewhere.
+
+    Raises:
+        TypeError: an argument is no tensor, no RowTable or no number.
+        ValueError: a shape, dtype, device or stride is wrong, an option is out of range, a tensor that is written requires grad
+            or shares memory with another, the table cannot be written, or a gradient is NaN or infinite, which names the row.
+        IndexError: an id is neither -1 nor in [0, num_rows).
+        RuntimeError: the named backend is not available.
+
+    Source: docs/ops.md, "row_update"; Adam as torch.optim.SparseAdam, Adagrad as torch.optim.Adagrad.
+    """
+    if not isinstance(table, RowTable):
+        refuse_table("row_update", table)
+    expect_writable("row_update", table)
+    expect_choice("row_update", "rounding", rounding, ROUNDINGS)
+    step = 0 if step is None else expect_int("row_update", "step", step, 1)
+    beta1, beta2 = betas
+    return _OP.call(backend, (table.rows.detach(), row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps,
+                              grad_scale, step, rounding == "stochastic", seed, first_row), out)
+
+
+def expect_writable(op: str, table: RowTable) -> None:
+    """Raises ValueError unless the rows of `table` are floats in memory of this process that may be written."""
+    if table.row_format not in FLOAT_FORMATS:
+        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, FLOAT_FORMATS))}")
+    if table.tier == "file":
+        raise ValueError(f"{op}: table is in the file {table.path}, which is read-only; expected one in memory")
+    if hasattr(table._memory, "num_users"):
+        raise ValueError(f"{op}: table is shared as {table._memory.name!r}, which is read-only; expected one of this process")
+
+
+def _check(args, out):
+    op = "row_update"
+    (weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic, seed,
+     first_row) = args
+    expect_tensor(op, "table.rows", weight, FLOAT_DTYPES, ("R", "D"), dense_dims=1)
+    num_rows, row_dim = weight.shape
+    if row_dim == 0 or (num_rows > 1 and weight.stride(0) < row_dim):
+        raise ValueError(f"{op}: table.rows has shape {list(weight.shape)} and strides {list(weight.stride())}, expected rows "
+                         "that do not share memory, of at least one element")
+    expect_row_ids(op, row_ids, weight.device)
+    expect_tensor(op, "grad_rows", grad_rows, FLOAT_DTYPES, (*row_ids.shape, row_dim), weight.device, row_ids.dim() + 1)
+    expect_choice(op, "rule", rule, RULES)
+    if second is not None:
+        shape = (num_rows,) if isinstance(second, Tensor) and second.dim() == 1 else (num_rows, row_dim)
+        expect_tensor(op, "second", second, (torch.float32,), shape, weight.device, len(shape))
+    if first is not None:
+        expect_tensor(op, "first", first, (torch.float32, torch.bfloat16), (num_rows, row_dim), weight.device, 2)
+    if steps is not None:
+        expect_tensor(op, "steps", steps, (torch.int32,), (num_rows,), weight.device, 1)
+    if out is not None:
+        expect_tensor(op, "out", out, (torch.float32,), (row_ids.numel(),), weight.device, 1)
+    for name, value in (("lr", lr), ("eps", eps), ("betas[0]", beta1), ("betas[1]", beta2)):
+        check_rate(op, name, value, below_one=name.startswith("betas"))
+    if not isinstance(grad_scale, int | float) or not math.isfinite(grad_scale):
+        raise ValueError(f"{op}: grad_scale is {grad_scale!r}, expected a finite number")
+    expect_int(op, "seed", seed, 0, 2**63 - 1)
+    expect_int(op, "first_row", first_row, 0, 2**62)
+    if rule == "none":
+        return
+    if (second is not None) != (rule in ("adam", "adagrad")):
+        raise ValueError(f"{op}: second is {'given, but has no use' if second is not None else 'None, but is needed'} in {rule}")
+    if first is not None and rule == "adagrad":
+        raise ValueError(f"{op}: first is given, but has no use in adagrad")
+    rounds = any(x is not None and x.dtype != torch.float32 for x in (weight, first))
+    if steps is None and ((rule == "adam" and step == 0) or (stochastic and rounds)):
+        raise ValueError(f"{op}: steps is None, expected the steps of each row: for the bias correction, or to round "
+                         "stochastically")
+
+
+def check_rate(op: str, name: str, value: object, below_one: bool = False) -> None:
+    """Raises TypeError or ValueError unless `value` is a finite number of at least 0, or in [0, 1)."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} is {value!r}, expected a number")
+    if not math.isfinite(value) or value < 0 or (below_one and value >= 1):
+        raise ValueError(f"{op}: {name} is {value}, expected {'[0, 1)' if below_one else 'a finite number of at least 0'}")
+
+
+def _check_data(weight, row_ids, grad_rows, second, first, steps, rule, *options):
+    op, ids = "row_update", row_ids.flatten()
+    check_row_ids(op, row_ids, weight.shape[0])
+    grads = grad_rows.flatten(0, -2)
+    wrong = ~grads.isfinite() & (ids != -1)[:, None]
+    if wrong.any():
+        position, element = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{op}: grad_rows[{position}, {element}], of row {ids[position].item()}, is "
+                         f"{grads[position, element].item()}, expected a finite number")
+    present = ids[ids != -1].long()
+    rows, inverse = torch.unique(present, return_inverse=True)
+    sums = grads.new_zeros(rows.numel(), weight.shape[1], dtype=torch.float32)
+    grad_scale = options[4]
+    sums = sums.index_add_(0, inverse, grads[ids != -1].float()) * grad_scale
+    if not sums.isfinite().all():
+        row = rows[(~sums.isfinite()).any(1)][0].item()
+        raise ValueError(f"{op}: the gradients of row {row} sum up to more than float32 holds")
+    if steps is not None and rule != "none":
+        spent = (steps[rows] < 0) | (steps[rows] == 2**31 - 1)
+        if spent.any():
+            row = rows[spent][0].item()
+            raise ValueError(f"{op}: steps[{row}] is {steps[row].item()}, expected [0, {2**31 - 1})")
+
+
+def _empty(weight, row_ids, *options):
+    return weight.new_empty(row_ids.numel(), dtype=torch.float32)
+
+
+_OP = Op("row_update", "Tensor(a!) weight, Tensor row_ids, Tensor grad_rows, Tensor(b!)? second, Tensor(c!)? first, "
+         "Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, int step, "
+         "bool stochastic, int seed, int first_row", empty=_empty, reference=_reference, check=_check, check_data=_check_data,
+         differentiable=("weight", "grad_rows"), writes=("weight", "second", "first", "steps"))

@@ -1,0 +1,127 @@
+"""Reference of row_update: plain PyTorch, written to be read. Contract: `engram_kernels.row_update`."""
+import math
+
+import torch
+from torch import Tensor
+
+_PARTS = 16  # of a sum of squares
+_LOW = 0xFFFFFFFF
+
+
+def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tensor | None, first: Tensor | None,
+               steps: Tensor | None, rule: str, lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int,
+               stochastic: bool, seed: int, first_row: int) -> Tensor:
+    """Updates rows and moments in place; returns the sums of squares [n]. See `engram_kernels.row_update`; the same bits."""
+    ids, grads = row_ids.flatten(), grad_rows.flatten(0, -2).float()
+    squares = grads.new_zeros(ids.numel())
+    rows = torch.unique(ids[ids != -1]).long()
+    if not rows.numel():
+        return squares
+    g, where = _summed(rows, ids, grads)
+    g = g * torch.tensor(grad_scale, dtype=torch.float32)
+    total = _sum_of_squares(g)
+    squares[where] = total
+    if rule == "none":
+        return squares
+    keys = torch.zeros(rows.numel(), dtype=torch.int64, device=rows.device)
+    at = [step] * rows.numel()
+    if steps is not None:
+        steps[rows] += 1
+        own = steps[rows].long()
+        keys = _mixed(_mixed(_mixed(torch.tensor(seed, device=rows.device)) ^ (rows + first_row)) ^ own)
+        at = at if step else own.tolist()
+    moment = g
+    if first is not None:
+        old = first[rows].float()
+        moment = old + (g - old) * _f32(1 - beta1) if rule == "adam" else old * _f32(beta1) + g
+        first[rows] = _rounded(moment, first.dtype, keys >> 32 & _LOW, stochastic)
+    size = _f32([_step_size(rule, t, lr, beta1, beta2, first is not None) for t in at]).to(g.device)[:, None]
+    if second is None:
+        change = size * moment
+    elif second.dim() == 1:
+        mean, old = total / _f32(g.shape[1]), second[rows]
+        second[rows] = old + ((mean - old) * _f32(1 - beta2) if rule == "adam" else mean)
+        change = size / (_root(second[rows]) + _f32(eps))[:, None] * moment
+    else:
+        square, old = g * g, second[rows]
+        second[rows] = old + ((square - old) * _f32(1 - beta2) if rule == "adam" else square)
+        change = size * (moment / (_root(second[rows]) + _f32(eps)))
+    weight[rows] = _rounded(weight[rows].float() - change, weight.dtype, keys & _LOW, stochastic)
+    return squares
+
+
+def _f32(x: float | list[float]) -> Tensor:
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def _root(x: Tensor) -> Tensor:
+    return x.double().sqrt().float()  # torch's own root of a float32 is not always the nearest
+
+
+def _step_size(rule: str, t: int, lr: float, beta1: float, beta2: float, has_first: bool) -> float:
+    if rule != "adam":
+        return lr
+    rate = lr * math.sqrt(1 - beta2**t)
+    return rate / (1 - beta1**t) if has_first else rate
+
+
+def _summed(rows: Tensor, ids: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [n, D] of the distinct rows, summed in the order of the positions, and the first position of each."""
+    summed, where = grads.new_zeros(rows.numel(), grads.shape[1]), rows.new_full((rows.numel(),), -1)
+    place = {row: i for i, row in enumerate(rows.tolist())}
+    for position, row in enumerate(ids.tolist()):
+        if row != -1:
+            i = place[row]
+            summed[i] += grads[position]
+            where[i] = position if where[i] < 0 else where[i]
+    return summed, where
+
+
+def _sum_of_squares(g: Tensor) -> Tensor:
+    """[n]: sums of squares over the last dimension, in _PARTS parts that are added at the end."""
+    padded = torch.nn.functional.pad(g, (0, -g.shape[1] % _PARTS)).unflatten(1, (-1, _PARTS))
+    parts = padded.new_zeros(g.shape[0], _PARTS)
+    for block in (padded * padded).unbind(1):
+        parts = parts + block
+    while parts.shape[1] > 1:
+        low, high = parts.chunk(2, 1)
+        parts = low + high
+    return parts[:, 0]
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return x >> bits & (1 << 64 - bits) - 1  # as unsigned
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """splitmix64 of each element; arithmetic wraps."""
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shifted(x, 31)
+
+
+def _random_bits(keys: Tensor, count: int) -> Tensor:
+    """32 bits [n, count] of each row's key and each element, as int64."""
+    x = (torch.arange(count, device=keys.device) * 0x9E3779B9 + keys[:, None]) & _LOW
+    x = (x ^ x >> 16) * 0x7FEB352D & _LOW
+    x = (x ^ x >> 15) * 0x846CA68B & _LOW
+    return x ^ x >> 16
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, keys: Tensor, stochastic: bool) -> Tensor:
+    """float32 [n, D] in `dtype`: to nearest, or up in magnitude with the probability of what is cut off."""
+    if dtype == torch.float32 or not stochastic:
+        return values.to(dtype)
+    random, bits = _random_bits(keys, values.shape[1]), values.view(torch.int32).long() & _LOW
+    magnitude, sign = bits & 0x7FFFFFFF, bits >> 16 & 0x8000
+    if dtype == torch.bfloat16:
+        rounded = torch.where(magnitude > 0x7F800000, 0x7FC0, bits + (random >> 16) >> 16)
+    else:
+        scaled = torch.where(magnitude < 0x38800000, values.abs() * 2.0**24, 0.0)  # in steps of a subnormal half
+        whole = scaled.floor()
+        small = whole.long() + ((random >> 8).float() * 2.0**-24 < scaled - whole)
+        large = torch.where(magnitude >= 0x47800000, 0x7C00, magnitude + (random >> 19) - (112 << 23) >> 13)
+        large = torch.where(magnitude > 0x7F800000, 0x7E00, large)
+        rounded = sign | torch.where(magnitude < 0x38800000, small, large)
+    return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(dtype)
