@@ -87,10 +87,11 @@ void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& g
   p.lr = lr;
   p.beta1 = beta1;
   p.beta2 = beta2;
-  p.eps = static_cast<float>(eps);
-  p.grad_scale = static_cast<float>(grad_scale);
+  p.eps = eps;
+  p.grad_scale = grad_scale;
   p.step = step;
   p.stochastic = stochastic;
+  EK_CHECK(seed >= 0, kOp << ": seed is " << seed << ", expected at least 0");
   p.seed = static_cast<uint64_t>(seed);
   p.first_row = first_row;
   p.grad = static_cast<const std::byte*>(grad_rows.const_data_ptr());

@@ -37,6 +37,8 @@ def make(seed=0):
         "engram_forward": dict(hidden=hidden, table=table, row_ids=ids, w_kv=w_kv, **weights),
         "short_conv": dict(x=hidden, weight=torch.randn(M, H, 3, generator=rand), norm_weight=torch.ones(M, H),
                            cu_seqlens=torch.tensor([0, 1, T], dtype=torch.int32), dilation=2),
+        "row_update": dict(table=table, row_ids=ids, grad_rows=torch.randn(T, C, D, generator=rand), lr=0.1,
+                           second=torch.ones(R), first=torch.zeros(R, D), steps=torch.zeros(R, dtype=torch.int32)),
     }
 
 
@@ -131,6 +133,38 @@ CASES = {
                    "ends": with_state(state_ends=torch.zeros(2, 2, dtype=torch.int64)),
                    "ends_skip": with_state(state_ends=torch.zeros(2, 2, dtype=torch.int64), positions=torch.tensor([0, 3])),
                    "ends_int32": with_state(state_ends=torch.zeros(2, 2, dtype=torch.int32))},
+    "row_update": {**IDS, **{f"{name}_{k}": {name: v} for name in ("lr", "eps", "grad_scale") for k, v in NUMBERS.items()},
+                   **{f"beta{i}_{k}": dict(betas=(v, 0.9) if i == 0 else (0.9, v)) for i in (0, 1)
+                      for k, v in {**NUMBERS, "one": 1.0, "below_one": 1 - 2**-40}.items()},
+                   **{f"betas_{k}": dict(betas=v) for k, v in (("none", None), ("one", (0.9,)), ("list", [0.9, 0.99]))},
+                   **{f"{name}_{v}": {name: v} for name in ("step", "seed", "first_row")
+                      for v in (-1, 0, 1, 2**31, 2**62, 2**62 + 1, 2**63 - 1, 2**63, 1.5, "2", None, True)},
+                   **{f"rule_{v}": dict(rule=v) for v in ("adam", "Adam", "adagrad", "sgd", "none", None)},
+                   **{f"rounding_{v}": dict(rounding=v) for v in ("stochastic", "nearest", "up", None)},
+                   **{f"{name}_{k}": tensors(**{name: change}) for name in ("grad_rows", "second", "first", "steps")
+                      for k, change in (("f64", lambda x: x.double()), ("bf16", lambda x: x.bfloat16()), ("none", lambda x: None),
+                                        ("short", lambda x: x[1:]), ("strided", a_slice), ("list", lambda x: x.tolist()),
+                                        ("meta", lambda x: x.to("meta")), ("wants_grad", lambda x: x.float().requires_grad_()))},
+                   "rows_bf16": tensors(table=lambda x: ek.RowTable.from_tensor(x.rows.bfloat16(), row_format="bf16")),
+                   "rows_fp8": tensors(table=lambda x: ek.RowTable.from_tensor(x.rows.to(torch.float8_e4m3fn).view(torch.uint8),
+                                                                               torch.ones(1), "fp8_e4m3_tensor")),
+                   "rows_want_grad": tensors(table=lambda x: ek.RowTable.from_tensor(x.rows.requires_grad_(), row_format="f32")),
+                   "rows_strided": dict(table=ek.RowTable.from_tensor(torch.ones(R, 2 * D)[:, :D], row_format="f32")),
+                   "second_by_element": dict(second=torch.ones(R, D)), "second_of_no_row": dict(second=torch.ones(0)),
+                   "first_is_rows": lambda args: dict(first=args["table"].rows), "second_is_first":
+                   lambda args: dict(second=args["first"]), "grads_are_rows":
+                   lambda args: dict(row_ids=torch.arange(R), grad_rows=args["table"].rows),
+                   "grad_nan": tensors(grad_rows=lambda x: x * math.nan), "grad_huge": tensors(grad_rows=lambda x: x * 3e38),
+                   "sum_overflows": dict(row_ids=torch.tensor([4, 4]), grad_rows=torch.full((2, D), 3e38)),
+                   "scaled_overflows": dict(grad_rows=torch.full((T, C, D), 3e38), grad_scale=10.0),
+                   "steps_spent": dict(steps=torch.full((R,), 2**31 - 1, dtype=torch.int32)),
+                   "steps_negative": dict(steps=torch.full((R,), -1, dtype=torch.int32)),
+                   "no_ids": dict(row_ids=torch.zeros(0).int(), grad_rows=torch.zeros(0, D)),
+                   "scalar_id": dict(row_ids=torch.tensor(3), grad_rows=torch.ones(D)),
+                   "out": dict(out=torch.empty(T * C)), "out_short": dict(out=torch.empty(T)), "out_text": dict(out="x"),
+                   "out_bf16": dict(out=torch.empty(T * C).bfloat16()), "out_strided": dict(out=torch.empty(T * C, 2)[:, 0]),
+                   "out_wants_grad": dict(out=torch.empty(T * C, requires_grad=True)),
+                   "out_is_steps": lambda args: dict(out=(room := torch.zeros(R))[:T * C], steps=room.view(torch.int32))},
 }
 
 

@@ -64,6 +64,14 @@ out, taps = touched(4000, 4, 5120), torch.ones(4, 5120, 4)
 def run(tokens):
     ek.short_conv(rows_of(tokens), taps, weight, cu(tokens), 3, out=out[:tokens])
 """, 4000),
+    "row_update": ("""
+table = ek.RowTable.from_tensor(touched(300_000, 256), row_format="bf16")
+ids, grads, out = torch.arange(300_000).flip(0), touched(300_000, 256).mul_(1e-3), touched(300_000, dtype=torch.float32)
+moments = dict(second=touched(300_000, dtype=torch.float32), first=touched(300_000, 256))
+moments["steps"] = touched(300_000, dtype=torch.int32)
+def run(tokens):
+    ek.row_update(table, ids[:tokens], grads[:tokens], lr=0.1, rounding="stochastic", out=out[:tokens], **moments)
+""", 300_000),
 }
 # backward allocates its gradients, which are counted and taken off: (op, bytes of gradients a token)
 BACKWARD = {

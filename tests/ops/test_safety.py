@@ -34,8 +34,13 @@ def calls(dtype=torch.float32):
         token_map = ek.TokenMap(token_map, 500, "x")
         ek.ngram_hash(token_ids, cu_seqlens, LAYOUT, token_map, history, dead_mask, out=out)
 
+    def row_update(rows, row_ids, grad_rows, second, first, steps, out):
+        ek.row_update(ek.RowTable.from_tensor(rows, row_format="f32"), row_ids, grad_rows, lr=0.1, second=second, first=first,
+                      steps=steps, out=out)
+
     int8 = dict(rows=torch.ones(9, 32, dtype=torch.int8), scales=torch.ones(9, 1))
     state = dict(state=torch.zeros(1, 9, M, C * D), positions=torch.zeros(1, dtype=torch.int32))
+    moments = dict(second=torch.ones(9, 1), first=torch.ones(9, 1), steps=torch.ones(9, dtype=torch.int32))
     return {
         "gate": (ek.gate, dict(hidden=hidden, key=hidden.clone(), value=hidden[:, 0].clone(), w_hidden=weight,
                                w_key=weight.clone(), mask=dead), torch.empty_like(hidden), {"hidden"}),
@@ -47,6 +52,8 @@ def calls(dtype=torch.float32):
                        torch.empty(2, T, 24, dtype=torch.int32), set()),
         "short_conv": (ek.short_conv, dict(x=hidden, weight=torch.ones(M, C * D, 4), norm_weight=weight, cu_seqlens=cu,
                                            dilation=3, **state), torch.empty_like(hidden), set()),
+        "row_update": (row_update, dict(rows=torch.ones(9, 1), row_ids=ids[:, 0].int(), grad_rows=hidden[:, :, 0].clone(),
+                                        **moments), torch.empty(T), set()),
     }
 
 
@@ -75,6 +82,21 @@ def test_safety_state_that_shares_memory_is_refused(name):
         run(**inputs, out=out)
 
 
+@pytest.mark.parametrize("written", ["rows", "second", "first", "steps"])
+@pytest.mark.parametrize("name", ["rows", "row_ids", "grad_rows", "second", "first", "steps"])
+def test_safety_rows_and_moments_that_share_memory_are_refused(written, name):
+    run, inputs, out, _ = calls()["row_update"]
+    inputs["row_ids"], inputs["grad_rows"] = inputs["row_ids"][:9].contiguous(), inputs["grad_rows"][:9].contiguous()
+    if name == written:
+        return run(**inputs, out=out[:9])
+    before = {key: x.clone() for key, x in inputs.items()}
+    inputs[name] = in_memory_of(inputs[written], inputs[name].clone())
+    before[written] = inputs[written].clone()
+    with pytest.raises(ValueError, match=f"row_update: .*({name}|{written}|weight) shares memory with"):
+        run(**inputs, out=out[:9])
+    assert all(torch.equal(inputs[key], before[key]) for key in inputs if key != written)
+
+
 @pytest.mark.parametrize("op", calls())
 def test_safety_writes_are_seen_by_autograd(op):
     run, inputs, out, _ = calls()[op]
@@ -83,6 +105,8 @@ def test_safety_writes_are_seen_by_autograd(op):
     assert out._version > before
     if op == "short_conv":
         assert inputs["state"]._version > 0
+    if op == "row_update":
+        assert all(inputs[name]._version > 0 for name in ("rows", "second", "first", "steps"))
 
 
 def test_safety_a_saved_tensor_that_is_overwritten_raises():
@@ -100,6 +124,8 @@ MIXED = {
                                                                          False, torch.float32),
     "short_conv": lambda x, other: torch.ops.engram_kernels.short_conv(x, torch.ones(M, C * D, 4), other[0],
                                                                        torch.tensor([0, T]).int(), 1, 1e-5),
+    "row_update": lambda x, other: torch.ops.engram_kernels.row_update(x[:, 0], torch.zeros(T).int(), other[:, 0], None, None,
+                                                                       None, "sgd", 0.1, 0.9, 0.9, 1e-8, 1.0, 0, False, 0, 0),
 }
 
 
@@ -119,13 +145,17 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
+WRITES = {"row_update": lambda x: ek.row_update(ek.RowTable.from_tensor(torch.ones(9, C * D), row_format="f32"),
+                                                torch.zeros(T, M, dtype=torch.int32), x, "sgd", lr=0.1)}
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE | WRITES)
 def test_safety_forward_mode_is_refused(op):
-    x = torch.randn(T, M, C * D)
+    x, call = torch.randn(T, M, C * D), (DIFFERENTIABLE | WRITES)[op]
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{op}: the compiled op has no forward-mode"):
-        DIFFERENTIABLE[op](forward_ad.make_dual(x, torch.ones_like(x)))
+        call(forward_ad.make_dual(x, torch.ones_like(x)))
     with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(DIFFERENTIABLE[op], (x,), (torch.ones_like(x),))
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

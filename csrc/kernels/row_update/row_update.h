@@ -34,8 +34,7 @@ struct RowUpdateParams {
   int32_t* steps;  // [num_rows]: updates that a row has had; or null
   float* squares;  // out [row_ids.count]
   UpdateRule rule;
-  double lr, beta1, beta2;
-  float eps, grad_scale;
+  double lr, beta1, beta2, eps, grad_scale;
   int64_t step;  // for the bias correction of all rows alike; 0: each row's own
   bool stochastic;
   uint64_t seed;

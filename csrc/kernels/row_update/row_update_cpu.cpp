@@ -151,8 +151,8 @@ EK_LANE void sum_gradient(const RowUpdateParams& p, const RowOrder& order, int64
       sum_columns(grad, p.row_dim, order, begin, end, column, std::min(kSumColumns, p.row_dim - column), b.grad + column);
     }
   }
-  if (p.grad_scale != 1.0F) {
-    for (int i = 0; i < b.padded; ++i) b.grad[i] *= p.grad_scale;
+  if (const float scale = static_cast<float>(p.grad_scale); scale != 1.0F) {
+    for (int i = 0; i < b.padded; ++i) b.grad[i] *= scale;
   }
 }
 
@@ -183,24 +183,24 @@ EK_LANE void descend(const RowUpdateParams& p, int64_t row, float size, float sq
     return;
   }
   const bool adam = p.rule == UpdateRule::kAdam;
-  const float rest = static_cast<float>(1.0 - p.beta2);
+  const float rest = static_cast<float>(1.0 - p.beta2), eps = static_cast<float>(p.eps);
   if (p.second_per_row) {
     const float mean = squares / static_cast<float>(p.row_dim);
     float& v = p.second[row];
     v += adam ? (mean - v) * rest : mean;
-    const float factor = size / (__builtin_sqrtf(v) + p.eps);
+    const float factor = size / (__builtin_sqrtf(v) + eps);
     for (int i = 0; i < b.padded; ++i) b.row[i] -= factor * moment[i];
     return;
   }
   float* second = p.second + row * p.row_dim;
   load_row(second, p.row_dim, b.second);
-  const F32 eps = splat(p.eps), rests = splat(rest), sizes = splat(size);
+  const F32 epses = splat(eps), rests = splat(rest), sizes = splat(size);
   for (int i = 0; i < b.padded; i += kLanes) {
     const F32 g = load(b.grad + i), old = load(b.second + i), square = mul(g, g);
     const F32 v = adam ? add(old, mul(sub(square, old), rests)) : add(old, square);
     store(b.second + i, v);
     // a padded element has m = 0, and with eps = 0 also v = 0: its NaN stays in the buffer
-    store(b.row + i, sub(load(b.row + i), mul(sizes, divide(load(moment + i), add(root(v), eps)))));
+    store(b.row + i, sub(load(b.row + i), mul(sizes, divide(load(moment + i), add(root(v), epses)))));
   }
   std::memcpy(second, b.second, static_cast<size_t>(p.row_dim) * sizeof(float));
 }
@@ -349,7 +349,7 @@ void find_gradient_fault_cpu(const RowUpdateParams& p, const RowOrder& order, co
     if (fault.position >= 0) return;
     // no sum can overflow where all of the largest together would not
     const double bound = static_cast<double>(float_from_bits(largest)) * static_cast<double>(order.count()) *
-                         std::max(1.0, std::fabs(static_cast<double>(p.grad_scale)));
+                         std::max(1.0, std::fabs(p.grad_scale));
     const bool sums = bound > 3.4e38;
     if (!sums && (p.steps == nullptr || p.rule == UpdateRule::kNone)) return;
     parallel.for_range(order.count(), kGrainEntries,

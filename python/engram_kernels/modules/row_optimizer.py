@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_choice, expect_int
-from engram_kernels.ops.row_update import ROUNDINGS, check_rate, expect_writable, row_update
+from engram_kernels.ops.row_update import MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
 from engram_kernels.table.row_table import RowTable
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
@@ -81,11 +81,10 @@ class RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{op}: first_moment is {first_moment!r}, expected None: adagrad has none")
         expect_choice(op, "bias_correction", bias_correction, ("row", "step"))
         expect_choice(op, "rounding", rounding, ROUNDINGS)
-        for name, value in (("lr", lr), ("eps", eps), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-            check_rate(op, name, value, below_one=name.startswith("betas"))
+        check_rates(op, lr, betas, eps)
         self.table, self.num_steps, self.rule, self._by_row = table, 0, rule, bias_correction == "row"
         self._rounding, self._seed = rounding, expect_int(op, "seed", seed, 0, 2**63 - 1)
-        self._first_row = expect_int(op, "first_row", first_row, 0, 2**62)
+        self._first_row = expect_int(op, "first_row", first_row, 0, MAX_ROW)
         rows = table.rows.detach()
         shape = rows.shape if second_moment == "element" else rows.shape[:1]
         self.second = None if second_moment is None else torch.zeros(shape, dtype=torch.float32, device=rows.device)

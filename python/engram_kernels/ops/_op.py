@@ -128,6 +128,9 @@ class Op:
             for index in self._differentiable:
                 if args[index].requires_grad:
                     return self._differentiated(args, out)
+            for index in self._writes:
+                if (x := args[index]) is not None and x.requires_grad:
+                    return self._differentiated(args, out)
             if out is not None and out.requires_grad:
                 return self._differentiated(args, out)
         written, inference = out, is_inference_mode_enabled()

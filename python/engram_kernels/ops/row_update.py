@@ -1,6 +1,4 @@
 """Update rows of a table in place by their gradients: one step of SGD, Adagrad or Adam for the rows that ids name."""
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,8 @@ from engram_kernels.table.row_table import RowTable
 
 RULES = ("adam", "adagrad", "sgd", "none")
 ROUNDINGS = ("stochastic", "nearest")
+FLOAT_MAX = torch.finfo(torch.float32).max
+MAX_ROW = 2**62
 
 
 def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = "adam", *, lr: float,
@@ -63,8 +63,14 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
         refuse_table("row_update", table)
     expect_writable("row_update", table)
     expect_choice("row_update", "rounding", rounding, ROUNDINGS)
-    step = 0 if step is None else expect_int("row_update", "step", step, 1)
-    beta1, beta2 = betas
+    step = 0 if step is None else expect_int("row_update", "step", step, 1, MAX_ROW)
+    expect_int("row_update", "seed", seed, 0, 2**63 - 1)
+    expect_int("row_update", "first_row", first_row, 0, MAX_ROW)
+    beta1, beta2 = check_rates("row_update", lr, betas, eps)
+    if not isinstance(grad_scale, int | float):
+        raise TypeError(f"row_update: grad_scale is {grad_scale!r}, expected a number")
+    if not abs(grad_scale) <= FLOAT_MAX:
+        raise ValueError(f"row_update: grad_scale is {grad_scale}, expected a number that float32 holds")
     return _OP.call(backend, (table.rows.detach(), row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps,
                               grad_scale, step, rounding == "stochastic", seed, first_row), out)
 
@@ -81,8 +87,8 @@ def expect_writable(op: str, table: RowTable) -> None:
 
 def _check(args, out):
     op = "row_update"
-    (weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic, seed,
-     first_row) = args
+    weight, row_ids, grad_rows, second, first, steps, rule = args[:7]
+    step, stochastic = args[12:14]  # the other numbers are checked before the call
     expect_tensor(op, "table.rows", weight, FLOAT_DTYPES, ("R", "D"), dense_dims=1)
     num_rows, row_dim = weight.shape
     if row_dim == 0 or (num_rows > 1 and weight.stride(0) < row_dim):
@@ -100,12 +106,6 @@ def _check(args, out):
         expect_tensor(op, "steps", steps, (torch.int32,), (num_rows,), weight.device, 1)
     if out is not None:
         expect_tensor(op, "out", out, (torch.float32,), (row_ids.numel(),), weight.device, 1)
-    for name, value in (("lr", lr), ("eps", eps), ("betas[0]", beta1), ("betas[1]", beta2)):
-        check_rate(op, name, value, below_one=name.startswith("betas"))
-    if not isinstance(grad_scale, int | float) or not math.isfinite(grad_scale):
-        raise ValueError(f"{op}: grad_scale is {grad_scale!r}, expected a finite number")
-    expect_int(op, "seed", seed, 0, 2**63 - 1)
-    expect_int(op, "first_row", first_row, 0, 2**62)
     if rule == "none":
         return
     if (second is not None) != (rule in ("adam", "adagrad")):
@@ -119,17 +119,27 @@ def _check(args, out):
 
 
 def check_rate(op: str, name: str, value: object, below_one: bool = False) -> None:
-    """Raises TypeError or ValueError unless `value` is a finite number of at least 0, or in [0, 1)."""
+    """Raises TypeError or ValueError unless `value` is a number of at least 0 that float32 holds, or in [0, 1)."""
     if not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number")
-    if not math.isfinite(value) or value < 0 or (below_one and value >= 1):
-        raise ValueError(f"{op}: {name} is {value}, expected {'[0, 1)' if below_one else 'a finite number of at least 0'}")
+    if not 0 <= value <= FLOAT_MAX or (below_one and value >= 1):
+        raise ValueError(f"{op}: {name} is {value}, expected "
+                         f"{'[0, 1)' if below_one else 'a finite number of at least 0 that float32 holds'}")
+
+
+def check_rates(op: str, lr: object, betas: object, eps: object) -> tuple[float, float]:
+    """Raises TypeError or ValueError unless these are the rates of an optimizer; returns both betas."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"{op}: betas is {betas!r}, expected two numbers")
+    for name, value in (("lr", lr), ("eps", eps), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+        check_rate(op, name, value, below_one=name.startswith("betas"))
+    return betas[0], betas[1]
 
 
 def _check_data(weight, row_ids, grad_rows, second, first, steps, rule, *options):
     op, ids = "row_update", row_ids.flatten()
     check_row_ids(op, row_ids, weight.shape[0])
-    grads = grad_rows.flatten(0, -2)
+    grads = grad_rows.reshape(ids.numel(), weight.shape[1])
     wrong = ~grads.isfinite() & (ids != -1)[:, None]
     if wrong.any():
         position, element = wrong.nonzero()[0].tolist()

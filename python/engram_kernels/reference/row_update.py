@@ -12,7 +12,7 @@ def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tenso
                steps: Tensor | None, rule: str, lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int,
                stochastic: bool, seed: int, first_row: int) -> Tensor:
     """Updates rows and moments in place; returns the sums of squares [n]. See `engram_kernels.row_update`; the same bits."""
-    ids, grads = row_ids.flatten(), grad_rows.flatten(0, -2).float()
+    ids, grads = row_ids.flatten(), grad_rows.reshape(row_ids.numel(), weight.shape[1]).float()
     squares = grads.new_zeros(ids.numel())
     rows = torch.unique(ids[ids != -1]).long()
     if not rows.numel():
