@@ -11,7 +11,7 @@ from engram_kernels.reference.gather_rows import gather_rows as _reference
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.row_table import RowTable
-from engram_kernels.triton_runtime.dispatch import register_autograd
+from engram_kernels.triton_runtime.dispatch import NAMESPACE, register_autograd
 
 
 def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None,
@@ -32,8 +32,8 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
             for a table in pinned host memory, which the kernel then reads over the bus.
         out_dtype: float32, bfloat16 or float16.
         out: [*row_ids.shape, D] of `out_dtype`, contiguous, written instead of a new tensor. Not with gradients.
-        sparse_grad: the gradient of ``table.rows`` is a sparse COO tensor with one entry per position, not a dense one of the
-            table's size.
+        sparse_grad: the gradient of ``table.rows`` is a sparse COO tensor of the distinct rows, ascending, not a dense one of the
+            table's size. Its values are those of the dense one, to the bit.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
@@ -71,9 +71,23 @@ class _SparseGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Any):
         (row_ids,), (shape, dtype) = ctx.saved_tensors, ctx.rows_like
-        present = row_ids != -1
-        return (torch.sparse_coo_tensor(row_ids[present].long()[None], grads[0][present].to(dtype), shape,
-                                        check_invariants=False), None, None, None)
+        distinct, summed = _sum_distinct(grads[0], row_ids, dtype)
+        return (torch.sparse_coo_tensor(distinct[None], summed, shape, is_coalesced=True, check_invariants=False),
+                None, None, None)
+
+
+def _sum_distinct(grad: Tensor, row_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The distinct ids, ascending, without -1, and their gradients [n, D], as `gather_rows_bwd` sums and rounds them."""
+    distinct, inverse = torch.unique(row_ids.long(), return_inverse=True)
+    if distinct.numel() and distinct[0] == -1:
+        distinct, inverse = distinct[1:], inverse - 1
+    for ops in (torch.ops.engram_kernels, getattr(torch.ops, NAMESPACE)):
+        kernel = getattr(ops, "gather_rows_bwd", None)  # without Triton its namespace has none
+        if kernel and torch._C._dispatch_has_kernel_for_dispatch_key(kernel._qualified_op_name, grad.device.type.upper()):
+            return distinct, kernel(grad.contiguous(), inverse, distinct.numel(), dtype)
+    present = inverse != -1
+    summed = grad.new_zeros(distinct.numel(), grad.shape[-1], dtype=torch.float32)
+    return distinct, summed.index_add(0, inverse[present], grad[present].float()).to(dtype)
 
 
 def _empty(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale=1.0):

@@ -12,6 +12,8 @@ def gather_rows(rows: Tensor, scales: Tensor | None, row_ids: Tensor, row_format
     ids = row_ids[present].long()
     if scales is not None and row_format != "fp8_e4m3_tensor":
         scales = scales[ids]
+    if rows.requires_grad and rows.element_size() < 4:
+        rows = rows.float()  # so that the gradients of a row are summed in float32, and rounded once
     values = decode(rows[ids], scales, row_format, row_dim, zero_scale_is_zero, table_scale)
     out = values.new_zeros((*row_ids.shape, row_dim), dtype=out_dtype)
     return out.masked_scatter(present.unsqueeze(-1), values.to(out_dtype))
