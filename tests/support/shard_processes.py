@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from engram_kernels import Engram, RowTable, ShardedRows, gather_rows
+from engram_kernels import Engram, RowOptimizer, RowTable, ShardedRows, gather_rows
 
 FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
 
@@ -143,6 +143,38 @@ def check_sparse_gradients_train_the_shards(world):
         torch.testing.assert_close(sharded.parameter.detach(), whole[begin:end], rtol=2e-6, atol=0)
         with torch.no_grad():
             assert not sharded.gather(ids).requires_grad
+
+
+def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
+    for n in (2, 3):
+        if world.full(n) is None:
+            continue
+        group, rank = world.full(n)
+        for rule, options in (("adam", {"first_moment": "bf16"}), ("adagrad", {"second_moment": "element"})):
+            whole = RowTable.from_tensor(table_of("bf16").rows.clone(), row_format="bf16")
+            one = RowOptimizer(whole, rule, lr=0.1, seed=5, **options)
+            begin, end = uneven(n)[rank]
+            shard = RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
+            with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
+                mine = RowOptimizer(shard, rule, lr=0.1, seed=5, first_row=sharded.first_row, **options)
+                for step in range(5):
+                    summed = [_by_row(*micro_batch(10 * step + other)) for other in range(n)]  # what each rank sends
+                    one.step(torch.cat([ids for ids, _ in summed]), torch.cat([grads for _, grads in summed]))
+                    ids, grads = micro_batch(10 * step + rank)
+                    sharded.gather(ids, torch.float32).backward(grads)
+                    sharded.step(mine)
+                assert sharded.first_row == begin and torch.equal(shard.rows, whole.rows[begin:end]), (n, rule)
+            assert not torch.equal(whole.rows, table_of("bf16").rows)
+            for name in ("second", "first", "steps"):
+                x, y = getattr(mine, name), getattr(one, name)
+                assert (x is None) == (y is None) and (x is None or torch.equal(x, y[begin:end])), (n, rule, name)
+
+
+def _by_row(ids, grads):
+    """Distinct ids of one rank, ascending, and their gradients, summed in float32."""
+    present = ids >= 0
+    distinct, inverse = torch.unique(ids[present], return_inverse=True)
+    return distinct, torch.ops.engram_kernels.gather_rows_bwd(grads[present], inverse, distinct.numel(), torch.float32)
 
 
 def check_what_may_go_ahead_does(world):
