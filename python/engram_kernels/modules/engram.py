@@ -14,6 +14,7 @@ from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.modules.published_rounding import published_conv, published_gate
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
+from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
@@ -54,11 +55,16 @@ class Engram(MemoryModule):
         rounding: "once": gate and convolution compute in float32 and each rounds its output. "published", only for `qwen4_ple`:
             they round to the dtype of `hidden` after each norm, product, sum, division, root and sigmoid and after the
             convolution, as the published code does. That is further from the exact result, slower, and equal to it.
+        train_table: the module makes its own table [R, D] of `dtype` on `device`, R being what the layer's hash needs: the
+            parameter `rows`, normally distributed as an ``nn.Embedding``. The convolution begins with zeros.
+        sparse_grad: the gradient of `rows` is sparse, of the distinct rows of a step, as a `RowOptimizer` takes it; False: it has
+            the size of the table, as ``torch.optim.AdamW`` and FSDP take it. None: True with `train_table`, else False.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, `token_map` no TokenMap.
-        ValueError: the spec has no such layer or no module variant, table or token map do not belong to it, or `rounding` is
-            neither word or not for this variant.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, `token_map` no TokenMap, or `train_table` or
+            `sparse_grad` no bool.
+        ValueError: the spec has no such layer or no module variant, table or token map do not belong to it, a table is given
+            with `train_table`, or `rounding` is neither word or not for this variant.
 
     Source: docs/ops.md, "The module"; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys
     before the value in wkv's output, q_weight and k_weight as norm weights); huggingface/transformers
@@ -70,13 +76,19 @@ class Engram(MemoryModule):
 
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
                  table: RowTable | ShardedRows | None = None, token_map: TokenMap | None = None,
-                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once"):
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once",
+                 train_table: bool = False, sparse_grad: bool | None = None):
         super().__init__(spec, layer_id, table, token_map)
         self.rounding = checked_rounding(rounding, spec)
+        if not isinstance(train_table, bool) or not isinstance(sparse_grad, bool | None):
+            raise TypeError(f"Engram: train_table is {train_table!r} and sparse_grad {sparse_grad!r}, expected True or False")
+        self.sparse_grad = train_table if sparse_grad is None else sparse_grad
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"Engram: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16")
         self.hidden_size = expect_int("Engram", "hidden_size", spec.hidden_size if hidden_size is None else hidden_size, 1)
         self.branches = expect_int("Engram", "branches", spec.branches if branches is None else branches, 1, 64)
+        if train_table:
+            self.table = self._made_table(dtype, device)
         is_centred = spec.variant == "qwen4_ple"  # its norms multiply by 1 + w
         norm_weight = torch.zeros if is_centred else torch.ones
         shape = (self.branches, self.hidden_size)
@@ -86,13 +98,22 @@ class Engram(MemoryModule):
         self.w_key = nn.Parameter(norm_weight(shape, dtype=dtype, device=device))
         if spec.conv_width is not None:
             conv = torch.empty(self.branches * self.hidden_size, 1, spec.conv_width, dtype=dtype, device=device)
-            if is_centred:
-                nn.init.zeros_(conv)  # as the published model does
+            if is_centred or train_table:
+                nn.init.zeros_(conv)  # as the published model does, and the paper where it trains
             else:
                 nn.init.kaiming_uniform_(conv, a=5**0.5)  # as nn.Conv1d does
             self.conv_weight = nn.Parameter(conv.view(*shape, spec.conv_width))
             self.conv_norm = nn.Parameter(norm_weight(shape, dtype=dtype, device=device))
         self._place_constants()
+
+    def _made_table(self, dtype: torch.dtype, device: torch.device | str | None) -> RowTable:
+        """A table of this layer's size, of a new parameter, normally distributed as an ``nn.Embedding``."""
+        if self._table is not None or self._trains_rows:
+            raise ValueError("Engram: table and train_table are given, expected one of them: with train_table the module makes "
+                             "its own")
+        rows = torch.empty(self.layout.num_rows[0], self.spec.row_dim, dtype=dtype, device=device)
+        row_format = next(name for name, stored in FLOAT_FORMATS.items() if stored == dtype)
+        return RowTable.from_tensor(nn.Parameter(nn.init.normal_(rows)), row_format=row_format)
 
     def device_of_parameters(self) -> torch.device | None:
         """Where the parameters are; None: there are none yet."""

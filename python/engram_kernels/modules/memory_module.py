@@ -43,6 +43,7 @@ class MemoryModule(nn.Module):
 
     op: ClassVar[str]  # what errors begin with
     variants: ClassVar[tuple[str, ...]]
+    sparse_grad = False  # of the rows, where they are trained
     unused_tensors: tuple[str, ...] = ()  # of a checkpoint: those of this layer that were not read
 
     def __init__(self, spec: EngramSpec, layer_id: int, table: RowTable | ShardedRows | None, token_map: TokenMap | None):
@@ -178,7 +179,8 @@ class MemoryModule(nn.Module):
             raise ValueError(f"{self.op}: {given} needs a table, and the module was made without one")
         if isinstance(table, ShardedRows):
             return table.gather(row_ids, dtype, backend=backend)
-        return gather_rows(table.snapshot() if isinstance(table, ModuleTable) else table, row_ids, dtype, backend=backend)
+        return gather_rows(table.snapshot() if isinstance(table, ModuleTable) else table, row_ids, dtype, backend=backend,
+                           sparse_grad=self.sparse_grad)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -1,0 +1,111 @@
+"""Engram(train_table=True): its own table, sparse gradients, and steps with a RowOptimizer beside an optimizer of torch."""
+import copy
+
+import pytest
+import torch
+from module_cases import H, M, T, make_spec
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import engram_kernels as ek
+
+pytestmark = pytest.mark.usefixtures("compiled")
+CU = torch.tensor([0, 9, 9, T], dtype=torch.int32)
+
+
+def make(variant="deepseek_v41", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    spec = make_spec(variant)
+    return ek.Engram(spec, spec.layer_ids[0], dtype=dtype, **{"train_table": True, **options})
+
+
+def batch(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(T, M, H, generator=generator).to(dtype), torch.randint(0, 400, (T,), generator=generator)
+
+
+def loss_of(memory, seed=0):
+    hidden, ids = batch(seed, memory.w_key.dtype)
+    return (memory(hidden, ids, CU).float() - 1).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_table_has_the_size_of_the_layer(dtype):
+    memory = make(dtype=dtype)
+    assert dict(memory.named_parameters())["rows"].shape == (memory.layout.num_rows[0], 32)
+    assert memory.rows.dtype == dtype and memory.sparse_grad and 0.9 < memory.rows.float().std() < 1.1
+    assert torch.equal(memory.rows, make(dtype=dtype).rows)  # drawn from torch's generator
+    meta = make(dtype=dtype, device="meta")
+    assert meta.rows.is_meta and meta.rows.shape == memory.rows.shape
+    copied = copy.deepcopy(memory)
+    copied.load_state_dict(memory.state_dict())
+    assert torch.equal(loss_of(copied), loss_of(memory))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_gradients_are_the_dense_ones(dtype):
+    sparse, dense = make(dtype=dtype), make(dtype=dtype, sparse_grad=False)
+    for memory in (sparse, dense):
+        loss_of(memory).backward()
+    assert sparse.rows.grad.is_sparse and not dense.rows.grad.is_sparse
+    assert torch.equal(sparse.rows.grad.to_dense(), dense.rows.grad) and dense.rows.grad.any()
+    assert 0 < sparse.rows.grad._nnz() == dense.rows.grad.any(1).sum()
+    for name, parameter in sparse.named_parameters():
+        assert name == "rows" or torch.equal(parameter.grad, dense.get_parameter(name).grad), name
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_gradients_under_checkpointing_and_compile(how):
+    plain, other = make(), make()
+    loss_of(plain).backward()
+    if how == "checkpoint":
+        checkpoint(loss_of, other, use_reentrant=False).backward()
+    else:
+        torch.compile(loss_of, backend="aot_eager")(other).backward()
+    assert other.rows.grad.is_sparse and torch.equal(other.rows.grad.to_dense(), plain.rows.grad.to_dense())
+
+
+def test_accumulated_gradients_step_once():
+    memory = make()
+    before, table = memory.rows.detach().clone(), memory.table
+    optimizer = ek.RowOptimizer(table, "sgd", lr=0.5)
+    for seed in (1, 2):
+        loss_of(memory, seed).backward()
+    want = before - 0.5 * memory.rows.grad.to_dense()
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.testing.assert_close(memory.rows.detach(), want, rtol=1e-6, atol=1e-7)
+    assert memory.rows.grad is None and not torch.equal(memory.rows, before)
+
+
+@pytest.mark.parametrize("variant", ["deepseek_v41", "demo_v1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_with_two_optimizers(variant, dtype):
+    memory = make(variant, dtype)
+    if variant == "demo_v1":
+        assert not memory.conv_weight.any()
+    dense = torch.optim.AdamW([x for name, x in memory.named_parameters() if name != "rows"], lr=3e-3)
+    rows = ek.RowOptimizer(memory.table, "adam", lr=5 * 3e-3, seed=0)
+    losses = []
+    for _ in range(30):
+        loss = loss_of(memory)
+        loss.backward()
+        for optimizer in (dense, rows):
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+    if variant == "demo_v1":
+        assert memory.conv_weight.any()
+
+
+def test_what_it_refuses():
+    rows = ek.RowTable.from_tensor(nn.Parameter(torch.zeros_like(make().rows)), row_format="f32")
+    with pytest.raises(ValueError, match="Engram: table and train_table are given"):
+        make(table=rows)
+    with pytest.raises(TypeError, match="train_table is 'file'"):
+        make(train_table="file")
+    assert not make(train_table=False).sparse_grad and make(train_table=False).table is None
+    given = make(train_table=False, table=rows, sparse_grad=True)
+    loss_of(given).backward()
+    assert given.rows.grad.is_sparse
