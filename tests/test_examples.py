@@ -89,3 +89,11 @@ def test_train_and_generate_recites_the_text(compiled):
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
     assert len(losses) == 3 and losses[-1] < 0.05
     assert out.endswith("ows are hashed, fetched and gated into the hidden state.\n")
+
+
+@pytest.mark.slow
+def test_train_text_learns_more_with_a_memory(compiled):
+    out = output_of("train_text.py", "60")
+    losses = [tuple(map(float, pair)) for pair in re.findall(r"loss ([\d.]+) without a memory, ([\d.]+) with one", out)]
+    assert len(losses) == 5 and abs(losses[0][0] - losses[0][1]) < 0.1
+    assert losses[-1][1] < losses[-1][0] - 0.05 < losses[0][0] - 1
