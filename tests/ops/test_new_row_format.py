@@ -15,7 +15,7 @@ FOLDERS = ("csrc", "triton_kernels", "python", "tests/sim", "tests/support")
 # fp8 e4m3 with one float32 per 32 elements: (a text of the file, what stands in its place)
 PATCH = {
     "csrc/common/row_format.h": [
-        ("kMxfp4\n};", "kMxfp4,\n  kFp8Group32\n};"),
+        ("kInt8Group32,\n  kFp8Row,", "kInt8Group32,\n  kFp8Group32,\n  kFp8Row,"),
         ("kNumRowFormats = 10;", "kNumRowFormats = 11;"),
         ("RowElement::kInt8, RowScale::kGroupF32, 32};",
          "RowElement::kInt8, RowScale::kGroupF32, 32};\n    case RowFormat::kFp8Group32:\n"
