@@ -358,6 +358,7 @@ void find_gradient_fault_cpu(const RowUpdateParams& p, const RowOrder& order, co
 }
 
 void row_update_cpu(const RowUpdateParams& p, const RowOrder& order, const Parallel& parallel) {
+  if (p.row_ids.count == 0) return;  // then squares may be null
   std::memset(p.squares, 0, static_cast<size_t>(p.row_ids.count) * sizeof(float));
   with_dtype(p.row_dtype, [&](auto* row) __attribute__((always_inline)) {
     with_dtype(p.grad_dtype, [&](auto* grad) __attribute__((always_inline)) {
