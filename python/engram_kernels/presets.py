@@ -44,7 +44,7 @@ _MEMORY_FIELD = re.compile(r"(engram|ple|oe|emb)_|.*ngram|.*n_gram|special_token
 # what these say of the checkpoint's files changes no row id
 _OF_FILES = frozenset({"make_ngram_vocab_size_divisible_by", "split_ngram_parts"})
 _PLE_ROW_FORMATS = {"float32": "f32", "bfloat16": "bf16", "bf16": "bf16", "float16": "f16", "float8_e4m3fn": "fp8_e4m3_tensor",
-                    "fp8": "fp8_e4m3_tensor"}
+                    "fp8": "fp8_e4m3_tensor", "nvfp4": "nvfp4"}
 
 
 def read_hf_config(config: Any, overrides: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...] | None]:

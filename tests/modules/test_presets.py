@@ -52,7 +52,7 @@ def test_presets_a_field_that_is_not_understood_is_refused_by_name(config, name)
     ({**V41, "hidden_size": "x" * 10**5}, r"hidden_size is 'xxx.*\.\.\., expected"),
     ({**QWEN4, "eos_token_id": []}, r"eos_token_id is \[\]"),
     ({**QWEN4, "ple_layer_ids": 3}, "ple_layer_ids is 3, expected a list of integers"),
-    ({**QWEN4, "ple_embedding_dtype": "nvfp4"}, "ple_embedding_dtype is 'nvfp4'"),
+    ({**QWEN4, "ple_embedding_dtype": "int4"}, "ple_embedding_dtype is 'int4'"),
     ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": 1e308}, r"ngram_vocab_size_ratio is 1e\+308, expected a ratio that makes"),
     ({**LONGCAT_CONFIG, "vocab_size": "many"}, "vocab_size is 'many', expected an integer"),
     ({**LONGCAT_CONFIG, "ngram_vocab_size_ratio": "78"}, "ngram_vocab_size_ratio is '78', expected a finite number"),

@@ -202,7 +202,7 @@ def v41(rows="fp8", scale_name="scale", scale_dtype=torch.float8_e8m0fnu):
 
 
 def qwen(edition="bf16", parts=12):
-    """Qwen's PLE: the table in many parts, which text order would mix up; the fp8 edition's scale in another file."""
+    """Qwen's PLE: the table in many parts, which text order would mix up; the scale of a whole table in another file."""
     heads, order, dim, eos = 2, 3, 32, 60
     primes = primes_from((50,) * (order - 1), heads, 1)[0]
     padded = -(-sum(primes) // parts) * parts
@@ -218,7 +218,13 @@ def qwen(edition="bf16", parts=12):
     if edition == "fp8":
         scales[ngrams + "weight_scale"] = torch.tensor([0.0123], dtype=torch.bfloat16)
     stored = values.to(torch.float8_e4m3fn if edition == "fp8" else torch.bfloat16)
+    if edition == "nvfp4":  # two elements per byte, the first in the low bits
+        stored = torch.randint(256, (padded, dim // 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        scales[ngrams + "weight_scale_2"] = torch.tensor(0.0123)
     table = {f"{ngrams}shard_{i}.weight": part for i, part in enumerate(stored.chunk(parts))}
+    if edition == "nvfp4":
+        fine = (0.5 + randn(padded, dim // 16, seed=6).abs()).to(torch.float8_e4m3fn)
+        table |= {f"{ngrams}shard_{i}.weight_scale": part for i, part in enumerate(fine.chunk(parts))}
     rest = {name + "key_proj.weight": 0.1 * randn(M * H, width, seed=2),
             name + "value_proj.weight": 0.1 * randn(H, width, seed=3), name + "conv1d.weight": 0.3 * randn(M * H, 1, 4, seed=4)}
     rest |= {f"{name}norm_{n}.weight": 0.2 * randn(M * H, seed=5 + i) for i, n in enumerate(("key", "query", "conv"))}
@@ -233,8 +239,14 @@ def qwen(edition="bf16", parts=12):
     mini = Miniature(config, files, (1,), None)
 
     def expected(layer, ids, hidden):
-        x = {k.removeprefix(name): v.double() for k, v in mini.tensors.items() if v.is_floating_point()}
-        rows = torch.cat([x[f"ple_embedding.ngram_embedding.shard_{i}.weight"] for i in range(parts)])
+        x = {k.removeprefix(name): v.double() for k, v in mini.tensors.items()}
+        shard = "ple_embedding.ngram_embedding.shard_{}.weight"
+        rows = torch.cat([x[shard.format(i)] for i in range(parts)])
+        if edition == "nvfp4":
+            halves = torch.stack([rows % 16, rows // 16], -1).flatten(1).long()
+            fine = torch.cat([x[shard.format(i) + "_scale"] for i in range(parts)]).repeat_interleave(16, 1)
+            magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+            rows = magnitudes[halves % 8] * (1 - 2 * (halves // 8)) * fine * x["ple_embedding.ngram_embedding.weight_scale_2"]
         rows = rows * x.get("ple_embedding.ngram_embedding.weight_scale", 1)
         e = rows[xor_rows(ids, multipliers, primes, heads, eos, eos)].flatten(1)
         norms = {n: 1 + x[f"norm_{n}.weight"].view(M, H) for n in ("key", "query", "conv")}
@@ -310,4 +322,5 @@ def demo():
 
 
 MINIATURES = {"v41_fp8": v41, "v41_int8": lambda: v41("int8"), "qwen_bf16": qwen, "qwen_fp8": lambda: qwen("fp8"),
+              "qwen_nvfp4": lambda: qwen("nvfp4"),
               "longcat": longcat, "demo": demo}

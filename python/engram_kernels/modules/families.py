@@ -27,6 +27,7 @@ class Family:
     needs_constants: bool = False
     padding: int = 0  # rows that may follow the last one
     ignored: tuple[str, ...] = ()  # names that hold nothing that is needed here
+    table_scales: tuple[str, ...] = ()  # of formats that have a scale of the whole table beside those of the rows
 
 
 def _v41(spec: EngramSpec) -> Shapes:
@@ -63,7 +64,8 @@ FAMILIES = {
     "qwen4_ple": Family("Qwen4Exp PLE", (f"{_NGRAMS}.shard_{{}}.weight", f"{_NGRAMS}.weight"),
                         (f"{_NGRAMS}.weight_scale", f"{_NGRAMS}.shard_{{}}.weight_scale"), _qwen,
                         {"ple_embedding.layer_multipliers": "multipliers", "ple_embedding.ngram_heads_vocab_sizes": "moduli",
-                         "ple_embedding.ngram_heads_offsets": "offsets"}, needs_constants=True, padding=128),
+                         "ple_embedding.ngram_heads_offsets": "offsets"}, needs_constants=True, padding=128,
+                        table_scales=(f"{_NGRAMS}.weight_scale_2", f"{_NGRAMS}.shard_{{}}.weight_scale_2")),
     "demo_v1": Family("Engram demo", ("multi_head_embedding.embedding.weight",), (), _demo,
                       {"multi_head_embedding.offsets": "offsets"}, may_be_bare=True),
     "longcat": Family("LongCat n-gram embedding", ("ngram_embeddings.embedders.{}.weight",),
@@ -112,6 +114,8 @@ def format_of_rows(rows: Extent, scale: Extent | None, row_dim: int) -> str | No
         by_blocks = {(True, "F8_E4M3", 32): "fp8_e4m3_block32", (True, "U8", 32): "fp8_e4m3_block32",
                      (True, "I8", 32): "int8_group32", (False, "U8", 16): "nvfp4", (False, "U8", 32): "mxfp4"}
         name = by_blocks.get((width == row_dim, kind, blocks)) if width in (row_dim, row_dim // 2) else None
+        if scale.dtype not in {"nvfp4": ("F8_E4M3", "U8"), "mxfp4": ("F8_E8M0", "U8")}.get(str(name), (scale.dtype,)):
+            name = None  # four bits with the other format's kind of scale
         if width == row_dim and kind in ("F8_E4M3", "U8") and scale.dtype in ("F32", "BF16", "F16"):
             name = "fp8_e4m3_tensor" if of_table else "fp8_e4m3_row" if per_row == 1 else None
     return name if name in ROW_FORMATS else None

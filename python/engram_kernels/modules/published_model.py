@@ -13,6 +13,7 @@ from engram_kernels import presets
 from engram_kernels._files import parse_json, shorten
 from engram_kernels.modules.families import FAMILIES, Family, find_prefixes, format_of_rows, parts_of
 from engram_kernels.modules.published import SCALE_NAMES, WORD_EMBEDDINGS
+from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.checkpoint import Checkpoint
 from engram_kernels.table.row_table import RowTable
@@ -32,6 +33,7 @@ class PublishedLayer:
     prefix: str = ""
     tables: tuple[str, ...] = ()  # in the order of their rows
     scales: tuple[str, ...] = ()
+    table_scales: tuple[str, ...] = ()  # one value: that of each part, or of all
     row_format: str | None = None
     num_rows: int = 0
     num_bytes: int = 0  # of rows and scales
@@ -180,19 +182,24 @@ class PublishedModel:
         if not gaps:
             self._compare_rows(found, rows)
 
+    def _first_of(self, found: PublishedLayer, patterns: tuple[str, ...]) -> tuple[tuple[str, ...], Extent | None]:
+        """The parts of the first of these patterns that there are, which count as used, and what the first part is.
+
+        A pattern with a part number has as many parts as the table.
+        """
+        pattern = next((found.prefix + name for name in patterns if parts_of(self.checkpoint, found.prefix + name)), None)
+        if pattern is None:
+            return (), None
+        names = tuple(pattern.format(i) for i in range(len(found.tables) if "{}" in pattern else 1))
+        extents = [self._extent(found, name) for name in names]
+        found.num_bytes += sum(e.num_bytes for e in extents if e is not None)
+        return names, None if None in extents else extents[0]
+
     def _find_scales(self, found: PublishedLayer, first: Extent) -> None:
-        scale, what = None, "no scales"
-        for name in self.family.scales:
-            if parts := parts_of(self.checkpoint, found.prefix + name):
-                found.scales = tuple(parts.values())
-                extents = [self._extent(found, part) for part in found.scales]
-                if any(e is None for e in extents):
-                    return
-                scale = extents[0]
-                assert scale is not None
-                found.num_bytes += sum(e.num_bytes for e in extents if e is not None)
-                what = f"scales of {scale.dtype} {list(scale.shape)}"
-                break
+        found.scales, scale = self._first_of(found, self.family.scales)
+        if found.scales and scale is None:
+            return
+        what = "no scales" if scale is None else f"scales of {scale.dtype} {list(scale.shape)}"
         found.row_format = format_of_rows(first, scale, self.spec.row_dim)
         if found.row_format is None:
             found.problems.append(f"{found.tables[0]} is {first.dtype} {list(first.shape)} with {what}: no row format here reads "
@@ -200,6 +207,12 @@ class PublishedModel:
         elif self.states_format and found.row_format != self.spec.row_format:
             found.problems.append(f"{found.tables[0]} holds rows of {found.row_format}, the configuration says "
                                   f"{self.spec.row_format}")
+        elif ROW_FORMATS[found.row_format].has_table_scale:
+            found.table_scales, _ = self._first_of(found, self.family.table_scales)
+            if not found.table_scales:
+                names = " nor ".join(found.prefix + name.format("..") for name in self.family.table_scales)
+                found.problems.append(f"{found.tables[0]} holds rows of {found.row_format}, but there is no scale of the whole "
+                                      f"table{': neither ' + names if names else ''}")
 
     @property
     def states_format(self) -> bool:
@@ -272,6 +285,8 @@ class PublishedModel:
         """The spec with the row format that is stored, and the table, of a layer without problems."""
         assert found.row_format is not None
         spec = dataclasses.replace(self.spec, row_format=found.row_format)
+        if found.table_scales:
+            table_options = {"table_scale": _one_or_many(found.table_scales), **table_options}
         return spec, RowTable.open(self.source, _one_or_many(found.tables), _one_or_many(found.scales), found.row_format,
                                    row_dim=spec.row_dim, **table_options)
 
@@ -284,7 +299,7 @@ class PublishedModel:
 
     def stored_dtype(self, found: PublishedLayer) -> torch.dtype:
         """The dtype of the first parameter that is stored as floats; bfloat16 where none is."""
-        kinds = [self.checkpoint.extent(n).dtype for n in sorted(found.used - set(found.tables) - set(found.scales))
+        kinds = [self.checkpoint.extent(n).dtype for n in sorted(found.used - {*found.tables, *found.scales, *found.table_scales})
                  if n in self.checkpoint]
         return next((_FLOATS[kind] for kind in kinds if kind in ("BF16", "F16", "F32")), torch.bfloat16)
 
