@@ -79,4 +79,6 @@ class ConfigFields:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    if isinstance(value, float):
+        return math.isfinite(value) and value == int(value)
+    return isinstance(value, int) and not isinstance(value, bool)

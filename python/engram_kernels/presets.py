@@ -1,7 +1,7 @@
 """The published memories: their specs, and the readers of their Hugging Face configurations."""
 import itertools
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,7 +132,8 @@ def _repeat(size: int, order: int) -> tuple[int, ...]:
 
 def _number(get: ConfigFields, *names: str) -> float | None:
     value = get(*names)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and (not is_number or not 0 <= value <= sys.float_info.max):
         raise get.wrong(names, "a finite number >= 0")
     return value
 

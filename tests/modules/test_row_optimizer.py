@@ -1,7 +1,11 @@
 """RowOptimizer against torch's optimizers, its state, schedulers and clipping; param_groups."""
 import copy
+import io
 import mmap
+import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,7 +100,7 @@ def test_a_state_of_another_table_or_kind_is_refused(other, message):
     state = ek.RowOptimizer(table_of(other.pop("rows")), **other).state_dict()
     with pytest.raises(ValueError, match=f"RowOptimizer.load_state_dict: .*{message}"):
         optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="kind, num_steps, .*missing"):
+    with pytest.raises(ValueError, match="kind is missing"):
         optimizer.load_state_dict({"a": 1})
     for name, x in before["state"].items():
         assert x is None or torch.equal(x, optimizer.state_dict()["state"][name])
@@ -147,7 +151,7 @@ def test_norm_does_not_depend_on_threads():
 def test_step_takes_the_sparse_gradient_of_the_rows():
     rows, ids = nn.Parameter(start()), torch.tensor([[3, 7, 3]])
     optimizer = ek.RowOptimizer(table_of(rows), "sgd", lr=1.0)
-    with pytest.raises(ValueError, match="row_ids and grad_rows are needed together"):
+    with pytest.raises(ValueError, match="table.rows.grad is None, expected a sparse one"):
         optimizer.step()
     ek.gather_rows(optimizer.table, ids, torch.float32, sparse_grad=True).sum().backward()
     optimizer.step()
@@ -207,3 +211,65 @@ def test_param_groups():
         ek.param_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
     with pytest.raises(TypeError, match="model is a list, expected a torch.nn.Module"):
         ek.param_groups([rows], 0.1)
+
+
+def test_it_is_neither_copied_nor_pickled():
+    """Both would lose table, moments and steps: torch's optimizers keep their state elsewhere."""
+    optimizer = ek.RowOptimizer(table_of(start()), "adam")
+    for refused in (copy.deepcopy, pickle.dumps, lambda o: torch.save(o, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"neither copied nor pickled.*state_dict\(\)"):
+            refused(optimizer)
+
+
+def test_a_damaged_state_changes_nothing():
+    optimizer = ek.RowOptimizer(table_of(start()), "adam", lr=0.1)
+    other = ek.RowOptimizer(table_of(start()), "adam", lr=0.2)
+    other.step(torch.tensor([3]), torch.ones(1, D))
+    good = other.state_dict()
+    for change, message in (({"param_groups": []}, "has 0 groups"), ({"kind": 3}, "kind is 3"),
+                            ({"param_groups": [{"lr": 1.0}]}, "one with lr, betas and eps"),
+                            ({"param_groups": [dict(good["param_groups"][0], lr=-1)]}, "lr is -1"),
+                            ({"state": None}, "state is missing"), ({"num_steps": "x"}, "num_steps is 'x'"),
+                            ({"state": dict(good["state"], second=[1.0])}, r"state\['second'\] is \[1.0\]")):
+        with pytest.raises(ValueError, match=f"RowOptimizer.load_state_dict: .*{message}"):
+            optimizer.load_state_dict({**good, **change})
+        assert optimizer.num_steps == 0 and not optimizer.second.any() and optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.load_state_dict(good)
+    assert optimizer.num_steps == 1 and optimizer.param_groups[0]["lr"] == 0.2
+
+
+def test_a_closure_and_a_second_group():
+    rows = nn.Parameter(start())
+    optimizer = ek.RowOptimizer(table_of(rows), "sgd", lr=1.0)
+
+    def closure():
+        loss = ek.gather_rows(optimizer.table, torch.tensor([5, 5]), torch.float32, sparse_grad=True).sum()
+        loss.backward()
+        return loss
+
+    for call in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
+        before = rows.detach().clone()
+        optimizer.zero_grad()
+        assert call().item() == pytest.approx(2 * before[5].sum().item(), rel=1e-5)
+        torch.testing.assert_close(rows[5].detach(), before[5] - 2)
+    with pytest.raises(ValueError, match="second parameter group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_the_factor_of_clipping_may_be_a_tensor():
+    ids, grads = next(batches())
+    results = []
+    for factor in (0.25, torch.tensor(0.25), torch.tensor([0.25], dtype=torch.float64), np.float32(0.25)):
+        rows = start()
+        ek.RowOptimizer(table_of(rows), "sgd", lr=1.0).step(ids, grads, grad_scale=factor)
+        results.append(rows)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_row_update_refuses_memory_that_is_mapped_read_only(tmp_path):
+    np.save(tmp_path / "rows.npy", start().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's array is not writable, torch says
+        rows = torch.from_numpy(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+    with pytest.raises(ValueError, match="row_update: table.rows lies in memory that is mapped read-only"):
+        ek.row_update(table_of(rows), torch.tensor([1]), torch.ones(1, D), "sgd", lr=1.0)

@@ -5,10 +5,12 @@ import pytest
 import torch
 from module_cases import H, M, T, make_spec
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import engram_kernels as ek
 
+pytest_plugins = ["shared_worker"]
 pytestmark = pytest.mark.usefixtures("compiled")
 CU = torch.tensor([0, 9, 9, T], dtype=torch.int32)
 
@@ -109,3 +111,59 @@ def test_what_it_refuses():
     given = make(train_table=False, table=rows, sparse_grad=True)
     loss_of(given).backward()
     assert given.rows.grad.is_sparse
+
+
+def computed_by_parametrization(memory):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    parametrize.register_parametrization(memory, "rows", Twice())
+
+
+def computed_by_a_copy(memory):
+    memory.rows = nn.Parameter(torch.randn(32, memory.layout.num_rows[0]).t())
+
+
+@pytest.mark.parametrize("compute", [computed_by_parametrization, computed_by_a_copy,
+                                     lambda memory: prune.random_unstructured(memory, "rows", 0.5)])
+def test_rows_that_are_computed_have_no_row_optimizer(compute):
+    """An update of them would be lost."""
+    memory = make()
+    optimizer = ek.RowOptimizer(memory.table, "sgd", lr=1.0)
+    compute(memory)
+    with pytest.raises(ValueError, match="computed f32 rows now, and had f32 rows that were a parameter; make a new"):
+        optimizer.step(torch.tensor([1]), torch.ones(1, 32))
+    with pytest.raises(ValueError, match="RowOptimizer: table.rows is computed from a parameter"):
+        ek.RowOptimizer(memory.table, "sgd", lr=1.0)
+
+
+def test_a_row_optimizer_follows_the_parameter():
+    memory = make()
+    optimizer = ek.RowOptimizer(memory.table, "sgd", lr=1.0)
+    memory.load_state_dict(copy.deepcopy(memory.state_dict()), assign=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        assert memory.rows.grad is None
+        loss_of(memory).backward()
+        before, grad = memory.rows.detach().clone(), memory.rows.grad.to_dense()
+        optimizer.step()
+        torch.testing.assert_close(memory.rows.detach(), before - grad, rtol=1e-5, atol=1e-7)
+    memory.bfloat16()
+    with pytest.raises(ValueError, match="table has bf16 rows now, and had f32 rows"):
+        optimizer.step(torch.tensor([1]), torch.ones(1, 32))
+
+
+def test_a_trained_table_is_quantized_and_shared(tmp_path, shm):
+    memory = make()
+    ids = torch.tensor([0, 7, 3])
+    quantized, report = memory.table.quantize("int8_group32", tmp_path / "q.safetensors")
+    assert report.num_rows == memory.layout.num_rows[0] and quantized.tier == "file"
+    got = ek.gather_rows(quantized, ids, torch.float32)
+    torch.testing.assert_close(got, memory.rows.detach()[ids], rtol=0, atol=1e-3)
+    assert torch.equal(ek.gather_rows(memory.table.quantize("int8_group32")[0], ids, torch.float32), got)
+    with pytest.raises(ValueError, match="the file of the table itself"):
+        ek.RowTable.create(tmp_path / "t.safetensors", memory.rows.detach(), row_format="f32").quantize(
+            "nvfp4", tmp_path / "t.safetensors")
+    shared = memory.table.share("trained", directory=str(shm))
+    assert torch.equal(shared.rows, memory.rows.detach()) and not shared.rows.requires_grad

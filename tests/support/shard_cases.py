@@ -6,7 +6,7 @@ from engram_kernels import RowTable
 from engram_kernels.testing.inputs import random_rows
 
 PROCESSES = 4
-R, D = 203, 64
+R, D, TABLE_SCALE = 203, 64, 0.37
 
 
 class World:
@@ -35,7 +35,8 @@ def table_of(row_format, begin=0, end=R):
     """Rows of one table that every process can make."""
     rows, scales = random_rows(row_format, R, D, torch.Generator().manual_seed(7))
     scales = scales if scales is None or scales.dim() == 1 else scales[begin:end]
-    return RowTable.from_tensor(rows[begin:end], scales, row_format, row_dim=D)
+    of_table = TABLE_SCALE if row_format == "nvfp4" else None
+    return RowTable.from_tensor(rows[begin:end], scales, row_format, row_dim=D, table_scale=of_table)
 
 
 def ids_of(seed, count=60):

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engram_kernels import Engram, RowOptimizer, RowTable, ShardedRows, gather_rows
 
-FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32")
+FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32",
+           "nvfp4", "mxfp4", "fp8_e4m3_row")
 
 
 def check_rows_have_the_bits_of_one_process(world):

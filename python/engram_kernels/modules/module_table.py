@@ -1,6 +1,7 @@
 """The table of a module whose rows are trained: it reads the module's parameter each time it is asked."""
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.sharding.sharded_rows import ShardedRows
+from engram_kernels.table.quantize import QuantizeReport
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
@@ -55,6 +57,24 @@ class ModuleTable(RowTable):
     def tier(self) -> str:  # type: ignore[override]
         """By the device that the parameter is on now."""
         return "host" if self.rows.device.type == "cpu" else "device"
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether `rows` is no parameter of the module but made of one: by a parametrization, by pruning, by a copy."""
+        rows = self.rows
+        return not any(rows is parameter for parameter in self.module.parameters(recurse=False))
+
+    def quantize(self, row_format: str, path: str | os.PathLike[str] | None = None) -> tuple[RowTable, QuantizeReport]:
+        """`RowTable.quantize` of the rows as they are now."""
+        return self._detached().quantize(row_format, path)
+
+    def share(self, name: str, **options: Any) -> RowTable:
+        """`RowTable.share` of the rows as they are now."""
+        return self._detached().share(name, **options)
+
+    def _detached(self) -> RowTable:
+        rows = self.rows.detach()
+        return RowTable.from_tensor(rows, row_format=_FORMAT_OF[rows.dtype])
 
     def snapshot(self) -> RowTable:
         """A table of the rows as they are now. One read: a parametrization computes the rows anew for each."""

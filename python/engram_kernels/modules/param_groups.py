@@ -17,7 +17,7 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
     Args:
         model: has `Engram` or `LongcatEmbedding` modules, or is one. A table of a `ShardedRows` with gradients="sparse" counts as
-            its module's; one that is trained by a `RowOptimizer` is no parameter of the model and is in no group.
+            its module's; a table that a `RowOptimizer` trains is in the second group too: leave that out.
         lr: learning rate of the rest, at least 0.
 
     Returns:

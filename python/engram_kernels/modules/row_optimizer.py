@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_choice, expect_int
+from engram_kernels.modules.module_table import ModuleTable
 from engram_kernels.ops.row_update import MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
 from engram_kernels.table.row_table import RowTable
 
@@ -28,8 +28,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     It is a ``torch.optim.Optimizer`` with one parameter group: learning rate schedulers work on it. There is no weight decay.
 
-    Ownership: holds the table, and moments beside it: none are made for rows in a file. Threads: one step at a time.
-    Failure: what is wrong with a step is raised before anything is written.
+    Ownership: holds the table, and moments beside it: none are made for rows in a file. It is neither copied nor pickled:
+    `state_dict` says where it stands. Threads: one step at a time. Failure: what is wrong with a step is raised before
+    anything is written.
 
     Args:
         table: in memory, of format f32, bf16 or f16, not shared.
@@ -66,7 +67,9 @@ class RowOptimizer(torch.optim.Optimizer):
         if not isinstance(table, RowTable):
             raise TypeError(f"{op}: table is a {type(table).__name__}, expected a RowTable")
         expect_writable(op, table)
-        _expect_writable_memory(op, table.rows)
+        if _is_computed(table):
+            raise ValueError(f"{op}: table.rows is computed from a parameter, by a parametrization, by pruning or from another "
+                             "memory layout, so that an update of it would be lost; expected rows that are the parameter itself")
         expect_choice(op, "rule", rule, tuple(_EPS))
         eps = _EPS[rule] if eps is None else eps
         second_moment = "row" if second_moment is None and rule != "sgd" else second_moment
@@ -104,24 +107,58 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, row_ids: Tensor | None = None, grad_rows: Tensor | None = None,  # type: ignore[override]
-             grad_scale: float = 1.0) -> None:
-        """Updates the rows that `row_ids` names.
+             grad_scale: float | Tensor = 1.0, *, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the rows that `row_ids` names; returns what `closure` gives.
 
         Args:
             row_ids: int32 or int64, any shape, contiguous; -1 (no row) or in [0, R). None, with `grad_rows`: the gradient of
                 ``table.rows``, which must be sparse (``gather_rows(.., sparse_grad=True)``).
             grad_rows: [*row_ids.shape, D] float32, bfloat16 or float16, contiguous.
-            grad_scale: factor on the summed gradients, such as that of clipping by the norm.
+            grad_scale: factor on the summed gradients, such as that of clipping by the norm: a number, or one element.
+            closure: called before, with gradients on, as those of ``torch.optim`` are; it may also stand first.
 
         Raises:
             TypeError, ValueError, IndexError: as `row_update`; neither rows nor moments nor steps have changed.
         """
+        if callable(row_ids) and not isinstance(row_ids, Tensor):
+            row_ids, closure = None, row_ids
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
         group, step = self.param_groups[0], None if self._by_row else self.num_steps + 1
         row_update(self.table, row_ids, grad_rows, self.rule, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
                    second=self.second, first=self.first, steps=self.steps, step=step, rounding=self._rounding, seed=self._seed,
                    first_row=self._first_row, grad_scale=grad_scale)
         self.num_steps += 1
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradient of the parameter that the table has now, and of the one that it had."""
+        super().zero_grad(set_to_none)
+        self._follow()
+        super().zero_grad(set_to_none)
+
+    def _follow(self) -> Tensor:
+        """The table's rows as they are now; a parameter that took the place of another is the group's from then on."""
+        rows = self.table.rows
+        if self.table.row_format != self._kind["row_format"] or _is_computed(self.table):
+            raise ValueError(f"RowOptimizer: table has {'computed ' if _is_computed(self.table) else ''}{self.table.row_format} "
+                             f"rows now, and had {self._kind['row_format']} rows that were a parameter; make a new RowOptimizer")
+        if rows is not self.param_groups[0]["params"][0]:
+            self.param_groups[0]["params"][0] = rows
+        return rows
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only that of the table, which the constructor adds. ValueError on any other."""
+        if getattr(self, "param_groups", None):
+            raise ValueError("RowOptimizer: a second parameter group is given; expected one optimizer for each table")
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        raise TypeError("RowOptimizer: it is neither copied nor pickled, since its table lies outside of it; save "
+                        "state_dict(), and load it into a RowOptimizer of the other table")
 
     @torch.no_grad()
     def norm(self, row_ids: Tensor | None = None, grad_rows: Tensor | None = None) -> Tensor:
@@ -147,13 +184,16 @@ class RowOptimizer(torch.optim.Optimizer):
         return torch.tensor(math.sqrt(math.fsum(blocks.sum(1).tolist())), dtype=torch.float64, device=squares.device)
 
     def _gradients(self, row_ids: Tensor | None, grad_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad = self._follow().grad
         if row_ids is not None and grad_rows is not None:
             return row_ids, grad_rows
-        grad = self.table.rows.grad
-        if row_ids is not None or grad_rows is not None or grad is None or grad.layout != torch.sparse_coo:
-            raise ValueError("RowOptimizer: row_ids and grad_rows are needed together, or neither where table.rows has a sparse "
-                             f"gradient; got {'row_ids' if row_ids is not None else 'grad_rows' if grad_rows is not None else ''}"
-                             f" and table.rows.grad is {'None' if grad is None else grad.layout}")
+        if row_ids is not None or grad_rows is not None:
+            missing = "grad_rows" if grad_rows is None else "row_ids"
+            raise ValueError(f"RowOptimizer: {missing} is None, expected row_ids and grad_rows together, or neither")
+        if grad is None or grad.layout != torch.sparse_coo:
+            raise ValueError(f"RowOptimizer: table.rows.grad is {'None' if grad is None else f'dense ({grad.layout})'}, expected "
+                             "a sparse one, as a backward pass through gather_rows(sparse_grad=True) or Engram(sparse_grad=True) "
+                             "leaves it; or give row_ids and grad_rows")
         return grad._indices()[0].contiguous(), grad._values().contiguous()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
@@ -174,9 +214,12 @@ class RowOptimizer(torch.optim.Optimizer):
                 names what differs. Nothing has changed.
         """
         op = "RowOptimizer.load_state_dict"
-        missing = {"kind", "num_steps", "param_groups", "state"} - set(state_dict)
-        if missing:
-            raise ValueError(f"{op}: {', '.join(sorted(missing))} is missing, expected what RowOptimizer.state_dict gives")
+        wanted = {"kind": Mapping, "num_steps": int, "param_groups": list, "state": Mapping}
+        for name, kind_of in wanted.items():
+            value = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+            if not isinstance(value, kind_of):
+                raise ValueError(f"{op}: {name} is {'missing' if value is None else repr(value)}, expected what "
+                                 "RowOptimizer.state_dict gives")
         kind = state_dict["kind"]
         wrong = [f"{name} is {kind.get(name)!r}, expected {value!r}" for name, value in self._kind.items()
                  if kind.get(name) != value]
@@ -185,29 +228,24 @@ class RowOptimizer(torch.optim.Optimizer):
         ours = {"second": self.second, "first": self.first, "steps": self.steps}
         for name, mine in ours.items():
             other = state_dict["state"].get(name)
-            facts = [None if x is None else (x.shape, x.dtype) for x in (mine, other)]
+            facts = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in (mine, other)]
             if facts[0] != facts[1]:
                 raise ValueError(f"{op}: state[{name!r}] is {facts[1]}, expected {facts[0]}")
         if self.steps is not None and bool((state_dict["state"]["steps"] < 0).any()):
             raise ValueError(f"{op}: state['steps'] has a number below 0")
         num_steps = expect_int(op, "num_steps", state_dict["num_steps"], 0)
+        groups = state_dict["param_groups"]
+        if len(groups) != 1 or not isinstance(groups[0], Mapping) or not {"lr", "betas", "eps"} <= set(groups[0]):
+            raise ValueError(f"{op}: param_groups has {len(groups)} groups, expected one with lr, betas and eps")
+        check_rates(op, float(groups[0]["lr"]) if isinstance(groups[0]["lr"], Tensor) else groups[0]["lr"], groups[0]["betas"],
+                    groups[0]["eps"])
         with torch.no_grad():
             for name, mine in ours.items():
                 if mine is not None:
                     mine.copy_(state_dict["state"][name])
         self.num_steps = num_steps
-        self.param_groups[0].update(state_dict["param_groups"][0])
+        self.param_groups[0].update({name: value for name, value in groups[0].items() if name != "params"})
 
 
-def _expect_writable_memory(op: str, rows: Tensor) -> None:
-    """Raises ValueError where the memory of `rows` is mapped read-only, as that of a file is: a write would be a fault."""
-    maps = Path("/proc/self/maps")
-    if rows.device.type != "cpu" or rows.numel() == 0 or not maps.exists():
-        return
-    for line in maps.read_text().splitlines():
-        begin, _, end = line.split(" ", 1)[0].partition("-")
-        if int(begin, 16) <= rows.data_ptr() < int(end, 16):
-            if line.split()[1][1] != "w":
-                raise ValueError(f"{op}: table.rows lies in memory that is mapped read-only ({line.split()[-1]}); expected "
-                                 "rows that can be written, as RowTable.from_tensor(.., copy=True) makes them")
-            return
+def _is_computed(table: RowTable) -> bool:
+    return not table.rows.is_leaf or (isinstance(table, ModuleTable) and table.is_computed)

@@ -1,7 +1,12 @@
 """Update rows of a table in place by their gradients: one step of SGD, Adagrad or Adam for the rows that ids name."""
+from numbers import Real
+from pathlib import Path
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from engram_kernels import _modes, _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_int, expect_tensor
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.reference.row_update import row_update as _reference
@@ -18,7 +23,7 @@ MAX_ROW = 2**62
 def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = "adam", *, lr: float,
                betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, second: Tensor | None = None,
                first: Tensor | None = None, steps: Tensor | None = None, step: int | None = None, rounding: str = "nearest",
-               seed: int = 0, first_row: int = 0, grad_scale: float = 1.0, out: Tensor | None = None,
+               seed: int = 0, first_row: int = 0, grad_scale: float | Tensor = 1.0, out: Tensor | None = None,
                backend: str = "auto") -> Tensor:
     """One step of an optimizer, in place, on the rows of `table` that `row_ids` names, each once.
 
@@ -43,7 +48,7 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
             "nearest".
         seed: of those bits, in [0, 2^63).
         first_row: number of row 0 in the whole table, where this one is a shard; then a shard rounds as the whole table.
-        grad_scale: factor on the summed gradients, such as that of clipping.
+        grad_scale: factor on the summed gradients, such as that of clipping: a number, or a tensor of one element.
         out: float32 [n], written instead of a new tensor; n: number of ids.
         backend: "auto", "reference" or "cpu".
 
@@ -67,8 +72,10 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     expect_int("row_update", "seed", seed, 0, 2**63 - 1)
     expect_int("row_update", "first_row", first_row, 0, MAX_ROW)
     beta1, beta2 = check_rates("row_update", lr, betas, eps)
-    if not isinstance(grad_scale, int | float):
+    grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
+    if not isinstance(grad_scale, Real):
         raise TypeError(f"row_update: grad_scale is {grad_scale!r}, expected a number")
+    grad_scale = float(grad_scale)
     if not abs(grad_scale) <= FLOAT_MAX:
         raise ValueError(f"row_update: grad_scale is {grad_scale}, expected a number that float32 holds")
     return _OP.call(backend, (table.rows.detach(), row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps,
@@ -83,6 +90,24 @@ def expect_writable(op: str, table: RowTable) -> None:
         raise ValueError(f"{op}: table is in the file {table.path}, which is read-only; expected one in memory")
     if hasattr(table._memory, "num_users"):
         raise ValueError(f"{op}: table is shared as {table._memory.name!r}, which is read-only; expected one of this process")
+    rows = table.rows
+    if not rows.is_cpu or rows.numel() == 0 or is_compiling() or _transforms.active() or _modes.fake_mode_of(rows) is not None:
+        return
+    if getattr(table, "_writable_at", None) != rows.data_ptr():
+        _expect_writable_memory(op, rows)
+        object.__setattr__(table, "_writable_at", rows.data_ptr())  # looked up once
+
+
+def _expect_writable_memory(op: str, rows: Tensor) -> None:
+    """Raises ValueError where the memory of `rows` is mapped read-only, as that of a file is: a write would be a fault."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        begin, _, end = line.split(" ", 1)[0].partition("-")
+        if int(begin, 16) <= rows.data_ptr() < int(end, 16):
+            if line.split()[1][1] != "w":
+                raise ValueError(f"{op}: table.rows lies in memory that is mapped read-only ({line.split()[-1]}); expected "
+                                 "rows that can be written, as RowTable.from_tensor(.., copy=True) makes them")
+            return
 
 
 def _check(args, out):

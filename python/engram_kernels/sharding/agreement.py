@@ -33,8 +33,9 @@ def checked_facts(table: RowTable, parameter: nn.Parameter | None, num_rows: int
         expect_int("ShardedRows", "num_rows", num_rows, 0)
     scale = None if table.scales is None or table.scales.dim() == 2 else float(table.scales.item())
     return {"rows": table.num_rows, "row_format": table.row_format, "row_dim": table.row_dim, "scale": scale,
-            "zero_scale_is_zero": table.zero_scale_is_zero, "by": by, "heads": begins, "num_rows": num_rows,
-            "gradients": _gradients_of(gradients, parameter), "reduce": reduce, "timeout_s": float(timeout_s)}
+            "zero_scale_is_zero": table.zero_scale_is_zero, "table_scale": table.table_scale, "by": by, "heads": begins,
+            "num_rows": num_rows, "gradients": _gradients_of(gradients, parameter), "reduce": reduce,
+            "timeout_s": float(timeout_s)}
 
 
 def agreed_facts(group: Any, facts: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from engram_kernels._checks import FLOAT_DTYPES
 from engram_kernels.ops.gather_rows import gather_rows
-from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS
 from engram_kernels.sharding.agreement import agreed_facts, checked_facts, checked_partition, table_of
 from engram_kernels.sharding.channel import Channel
 from engram_kernels.sharding.exchange import Arrived, Exchange, Wanted, sum_rows
@@ -200,8 +200,9 @@ class ShardedRows:
         del self._flying[ticket]
         table, inverse = self.table, arrived.wanted.inverse
         with torch.no_grad():
+            of_table = table.table_scale if ROW_FORMATS[table.row_format].has_table_scale else None
             distinct = RowTable.from_tensor(arrived.rows, arrived.scales, table.row_format, row_dim=table.row_dim,
-                                            zero_scale_is_zero=table.zero_scale_is_zero)
+                                            zero_scale_is_zero=table.zero_scale_is_zero, table_scale=of_table)
             out = gather_rows(distinct, inverse.to(distinct.device), out_dtype, backend=backend).to(inverse.device)
         if self.trains and torch.is_grad_enabled():
             out = _Gathered.apply(self._anchor, out, self, arrived.wanted)
@@ -270,6 +271,8 @@ class ShardedRows:
 
     def state_dict(self) -> dict[str, Any]:
         """The rows, and scales where there are any, as DTensors with Shard(0), for torch.distributed.checkpoint. As `dtensor`.
+
+        The `table_scale` of nvfp4 is the table's own, which a state is loaded into.
 
         Raises:
             ValueError: the shard is in a file, which is its own checkpoint.

@@ -66,6 +66,8 @@ def quantize(table: RowTable, row_format: str, path: str | os.PathLike[str] | No
     if not ROW_FORMATS[table.row_format].is_float:
         raise ValueError(f"{_OP}: the table is {table.row_format!r}; only f32, bf16 and f16 rows are quantized")
     check_shape(_OP, row_format, table.row_dim, fmt.width(table.row_dim))
+    if path is not None and table.path is not None and os.path.exists(path) and os.path.samefile(path, table.path):
+        raise ValueError(f"{_OP}: path is {str(path)!r}, the file of the table itself; expected another")
     whole = None
     if fmt.has_table_scale or not (fmt.has_row_scales or fmt.is_packed):
         with plain_tensors():
