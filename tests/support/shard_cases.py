@@ -6,7 +6,7 @@ from engram_kernels import RowTable
 from engram_kernels.testing.inputs import random_rows
 
 PROCESSES = 4
-R, D, TABLE_SCALE = 203, 64, 0.37
+R, D, TABLE_SCALE = 203, 64, 0.375
 
 
 class World:

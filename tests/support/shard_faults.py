@@ -52,7 +52,7 @@ def check_shards_that_do_not_fit_are_errors_on_every_rank(world):
     for kind, words, shard, more in (
             (ValueError, ["num_rows 204", "203 rows on 4 ranks"], rows, dict(num_rows=204)),
             (ValueError, ["row_format is 'bf16' on rank 2", "'f32' on rank 0"], rows.bfloat16() if rank == 2 else rows, {}),
-            (ValueError, ["table_scale is 2.0 on rank 1", "0.37 on rank 0"],
+            (ValueError, ["table_scale is 2.0 on rank 1", "0.375 on rank 0"],
              dataclasses.replace(table_of("nvfp4"), table_scale=2.0) if rank == 1 else table_of("nvfp4"), {}),
             (ValueError, ["row_dim is 32 on rank 3", "64 on rank 0"], rows[:, :32] if rank == 3 else rows, {}),
             (ValueError, ["by is 'row'", "'rows' or 'heads'"], rows, dict(by="row")),

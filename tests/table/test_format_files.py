@@ -28,7 +28,7 @@ def test_nvfp4_edition_opens_by_its_three_names(global_scale, tmp_path):
               tmp_path / "model.safetensors")
     want = RowTable.from_tensor(rows, scales.view(torch.float8_e4m3fn), "nvfp4", table_scale=global_scale)
     number = global_scale.float().item()
-    for named in ("w.weight_scale_2", number):
+    for named in ("w.weight_scale_2", number, global_scale):
         table = RowTable.open(tmp_path / "model.safetensors", "w.weight", "w.weight_scale", table_scale=named)
         assert (table.row_format, table.row_dim, table.row_bytes, table.table_scale) == ("nvfp4", D, 90, number)
         again = pickle.loads(pickle.dumps(table))

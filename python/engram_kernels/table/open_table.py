@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels._files import shorten
 from engram_kernels.row_format import ROW_FORMATS, check_table_scale
@@ -103,7 +105,8 @@ class _OpenFiles:
 
 
 def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales: Names | None, row_format: str | None,
-               described_as: tuple[int | None, bool | None, float | Names | None], reading: tuple[int, int, str]) -> RowTable:
+               described_as: tuple[int | None, bool | None, float | Tensor | Names | None],
+               reading: tuple[int, int, str]) -> RowTable:
     """A table of files. Arguments and errors: `RowTable.open`; `described_as`: its `row_dim`, `zero_scale_is_zero`
     and `table_scale`; `reading`: its `queue_depth`, `cache_bytes` and `io`."""
     (row_dim, zero_scale_is_zero, table_scale), (queue_depth, cache_bytes, io) = described_as, reading
@@ -118,7 +121,9 @@ def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales
         raise ValueError(f"{_OP}: {files.label}: tensor should name the rows; there are {finder.candidates()}")
     located = finder.locate("rows" if tensor is None else tensor, "tensor")
     located_scales = None if scales is None else finder.locate(scales, "scales")
-    named = None if table_scale is None or isinstance(table_scale, int | float) else finder.locate(table_scale, "table_scale")
+    named = None
+    if table_scale is not None and not isinstance(table_scale, int | float | Tensor):
+        named = finder.locate(table_scale, "table_scale")
     everywhere = [*located, *(located_scales or []), *(named or [])]
     opened = _OpenFiles(list(dict.fromkeys(path for _, path in everywhere)), files.label)
     with opened.opened():

@@ -175,7 +175,7 @@ class RowTable:
     @classmethod
     def open(cls, source: Source, tensor: Names | None = None, scales: Names | None = None, row_format: str | None = None, *,
              row_dim: int | None = None, zero_scale_is_zero: bool | None = None, queue_depth: int = 64, cache_bytes: int = 0,
-             io: str = "auto", table_scale: float | Names | None = None) -> RowTable:
+             io: str = "auto", table_scale: float | Tensor | Names | None = None) -> RowTable:
         """A table of safetensors files, in place: one that `create` wrote, or the tensors of a checkpoint that are named.
 
         Only headers are read; rows are read when they are asked for, many at a time (csrc/table/file_reader.h).
@@ -199,7 +199,8 @@ class RowTable:
             io: "io_uring" or "preadv" (threads), both past the page cache where the file system allows that;
                 "io_uring_buffered" or "preadv_buffered" through it; "auto": io_uring where the system allows it, through the page
                 cache where the files take less than a quarter of the free memory. EK_FILE_IO names another default.
-            table_scale: of an nvfp4 table: a number, or the name of the tensor that has it; None: as the file says.
+            table_scale: of an nvfp4 table: a number, a float tensor of one element, or the name of the tensor that
+                has it; None: as the file says.
 
         Returns:
             A table of tier "file".
