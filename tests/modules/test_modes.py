@@ -76,7 +76,7 @@ def test_engram_takes_its_constants_to_a_gpu(how, monkeypatch):
         return (torch.empty(token_ids.shape[0], layout.num_columns, dtype=torch.int32, device=token_ids.device),)
 
     monkeypatch.setattr(engram_kernels.modules.memory_module, "ngram_hash", hash_)
-    monkeypatch.setattr(engram_kernels.modules.memory_module, "gather_rows", lambda table, ids, dtype, backend: torch.empty(
+    monkeypatch.setattr(engram_kernels.modules.memory_module, "gather_rows", lambda table, ids, dtype, **options: torch.empty(
         *ids.shape, table.row_dim, dtype=dtype, device=ids.device))
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)  # a torch for CPUs has no random numbers of a GPU
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 1 // 0)  # nor a product: the forward ends here
