@@ -98,7 +98,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self._kind = {"rule": rule, "second_moment": second_moment, "first_moment": first_moment, "rounding": rounding,
                       "bias_correction": bias_correction, "seed": self._seed, "first_row": self._first_row,
                       "num_rows": table.num_rows, "row_dim": table.row_dim, "row_format": table.row_format}
-        super().__init__([table.rows if table.rows.is_leaf else rows], {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__([table.rows], {"lr": lr, "betas": betas, "eps": eps})
 
     def __repr__(self) -> str:
         group, kind = self.param_groups[0], self._kind
@@ -146,8 +146,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if self.table.row_format != self._kind["row_format"] or _is_computed(self.table):
             raise ValueError(f"RowOptimizer: table has {'computed ' if _is_computed(self.table) else ''}{self.table.row_format} "
                              f"rows now, and had {self._kind['row_format']} rows that were a parameter; make a new RowOptimizer")
-        if rows is not self.param_groups[0]["params"][0]:
-            self.param_groups[0]["params"][0] = rows
+        self.param_groups[0]["params"][0] = rows
         return rows
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
