@@ -75,7 +75,7 @@ PREFETCH_TESTS := $(filter-out tests/prefetch/test_prefetch_policy.py,$(wildcard
 # they build modules of their own, without the sanitizers, or compile with inductor
 NOT_UNDER_ASAN := tests/ops/test_new_row_format.py tests/prefetch/test_prefetch_compiled.py
 test-asan: $(VENV)/.built
-	$(call build_beside,build-asan,-DEK_SANITIZE=ON)
+	$(call build_beside,build-asan,-DEK_SANITIZE=ON -DEK_AVX512=$$(python -c "from engram_kernels import _C; print(_C.best_cpu_isa() == 'avx512')"))
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(PYTEST) $(PARALLEL) $(filter-out $(NOT_UNDER_ASAN),$(OP_TESTS) $(TABLE_TESTS) $(PREFETCH_TESTS)) \

@@ -20,7 +20,9 @@ std::atomic<CpuIsa>& chosen() {
 CpuIsa best_cpu_isa() {
 #if defined(__x86_64__) && !defined(EK_ONE_ISA)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#if defined(EK_SIMDE)
+#if defined(EK_NO_AVX512)
+  const bool avx512 = false;
+#elif defined(EK_SIMDE)
   const bool avx512 = avx2;  // that is all that SIMDe's definitions need
 #else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -22,6 +22,13 @@ CpuIsa cpu_isa_from_name(const char* name);
 #define EK_ISA_PORTABLE 1
 #endif
 
+// a build for tests may leave out the kernels that its machine cannot run (the CMake option EK_AVX512)
+#ifdef EK_NO_AVX512
+#define EK_WIDEST_ISA avx2
+#else
+#define EK_WIDEST_ISA avx512
+#endif
+
 // name: kernel; params: its parenthesised parameter list; args: the same names; all in namespace engram_kernels
 #if EK_ISA_PORTABLE && !defined(EK_ONE_ISA)
 #define EK_DISPATCH_CPU(name, params, args) \
@@ -29,13 +36,13 @@ CpuIsa cpu_isa_from_name(const char* name);
   namespace avx2 {                          \
   void name params;                         \
   }                                         \
-  namespace avx512 {                        \
+  namespace EK_WIDEST_ISA {                 \
   void name params;                         \
   }                                         \
   void name params {                        \
     switch (cpu_isa()) {                    \
       case CpuIsa::kAvx512:                 \
-        return avx512::name args;           \
+        return EK_WIDEST_ISA::name args;    \
       case CpuIsa::kAvx2:                   \
         return avx2::name args;             \
       default:                              \
