@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from engram_kernels._checks import are_transforms_active
+
 _FUNCTIONS: dict[str, Any] = {}  # by the name of the op with its namespace
 
 
 def active() -> bool:
     """Whether the caller is inside a transform."""
-    return not is_compiling() and bool(torch._C._are_functorch_transforms_active())
+    return not is_compiling() and bool(are_transforms_active())
 
 
 def call(overload: Any, *args: Any) -> Any:

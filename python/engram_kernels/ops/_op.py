@@ -9,14 +9,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from engram_kernels import _transforms, backends
-from engram_kernels._checks import expect_apart, expect_one_device, no_second_derivative
+from engram_kernels._checks import are_transforms_active, expect_apart, expect_one_device, no_second_derivative
 from engram_kernels._library import COMPILE_ERROR, LIB
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.triton_runtime.dispatch import libraries_of, register_autograd, stem
 
 is_grad_enabled, is_inference_mode_enabled = torch.is_grad_enabled, torch.is_inference_mode_enabled
 increment_version = torch._C._increment_version
-are_transforms_active = torch._C._are_functorch_transforms_active
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _COMPILED_FIRST = frozenset() if COMPILE_ERROR else frozenset({"auto", "cpu"})
