@@ -204,9 +204,12 @@ py::dict counters(PythonPrefetcher& p) {
   return result;
 }
 
-std::shared_ptr<CopyEngine> host_engine(int num_threads, bool has_device_memory, uint64_t seed, double error, int max_delay_us,
-                                        bool reorder) {
-  return make_host_engine({num_threads, has_device_memory, {seed, error, max_delay_us, reorder}});
+// Replaces an engine by another one around it.
+using EngineWrapper = void (*)(std::shared_ptr<CopyEngine>* engine, const void* context);
+
+std::shared_ptr<CopyEngine> wrap_engine(std::shared_ptr<CopyEngine> engine, uintptr_t wrapper, uintptr_t context) {
+  reinterpret_cast<EngineWrapper>(wrapper)(&engine, reinterpret_cast<const void*>(context));
+  return engine;
 }
 
 void raise_as(const char* name, const char* message) {
@@ -242,9 +245,10 @@ void bind_prefetcher(py::module_& m) {
           "can_read",
           [](CopyEngine& e, uintptr_t at, int64_t bytes) { return e.can_read(reinterpret_cast<const std::byte*>(at), bytes); },
           py::arg("address"), py::arg("bytes"), "Whether gathers can read this memory where it is.");
-  m.def("host_engine", &host_engine, py::arg("num_threads"), py::arg("has_device_memory") = false, py::arg("seed") = 0,
-        py::arg("error") = 0.0, py::arg("max_delay_us") = 0, py::arg("reorder") = false,
-        "An engine of CPU threads. All but the first argument are for tests; see HostEngineOptions.");
+  m.def("host_engine", &make_host_engine, py::arg("num_threads"), py::arg("has_device_memory") = false,
+        "An engine of CPU threads; has_device_memory stands for a device, to which rows are staged and copied.");
+  m.def("wrap_engine", &wrap_engine, py::arg("engine"), py::arg("wrapper"), py::arg("context"),
+        "For tests: the engine as the C function at this address wraps it.");
   py::class_<PythonPrefetcher, std::shared_ptr<PythonPrefetcher>>(m, "RowPrefetcher", "See csrc/prefetch/row_prefetcher.h.")
       .def(py::init(&make_prefetcher), py::arg("options"), py::arg("engine"))
       .def("submit", &submit, py::arg("ids"), py::arg("sizes"), py::arg("timeout_s"))

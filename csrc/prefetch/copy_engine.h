@@ -82,20 +82,9 @@ class CopyEngine {
   virtual bool is_captured(const Event& event) const = 0;                // into a graph, whose replays repeat the work
 };
 
-// What a test wants to go wrong on the stream of CPU threads. Draws come from the seed.
-struct EngineFaults {
-  uint64_t seed = 0;
-  double error = 0;      // share of launches that fail
-  int max_delay_us = 0;  // before a launch runs
-  bool reorder = false;  // events are seen to be done later than those of later launches
-};
-
-struct HostEngineOptions {
-  int num_threads = 1;             // that a gather takes, the stream's own included
-  bool has_device_memory = false;  // as a device with memory of its own: rows are staged and copied. For tests
-  EngineFaults faults;
-};
-std::shared_ptr<CopyEngine> make_host_engine(const HostEngineOptions& options);
+// num_threads: that a gather takes, the stream's own included. has_device_memory: stands for a device with memory of its own, to
+// which rows are staged and copied.
+std::shared_ptr<CopyEngine> make_host_engine(int num_threads, bool has_device_memory = false);
 #ifdef EK_WITH_CUDA
 std::shared_ptr<CopyEngine> make_cuda_engine(int device);
 #endif

@@ -7,7 +7,6 @@
 #include <deque>
 #include <mutex>
 #include <new>
-#include <random>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -21,7 +20,6 @@ namespace engram_kernels {
 namespace {
 
 constexpr size_t kPageBytes = 4096;
-constexpr size_t kMaxHeldBack = 3;  // events whose end a reordering fault hides at a time
 
 using Clock = std::chrono::steady_clock;
 
@@ -75,11 +73,8 @@ HostEvent& of(const Event& event) { return static_cast<HostEvent&>(*event); }
 
 class HostEngine final : public CopyEngine {
  public:
-  explicit HostEngine(const HostEngineOptions& options)
-      : options_(options),
-        threads_(options.num_threads),
-        random_(options.faults.seed),
-        stream_(start_thread("of the stream", [this] { run(); })) {}
+  HostEngine(int num_threads, bool has_device_memory)
+      : has_device_memory_(has_device_memory), threads_(num_threads), stream_(start_thread("of the stream", [this] { run(); })) {}
 
   ~HostEngine() override {
     {
@@ -91,7 +86,7 @@ class HostEngine final : public CopyEngine {
   }
 
   std::string name() const override { return "cpu"; }
-  bool reads_host_memory() const override { return !options_.has_device_memory; }
+  bool reads_host_memory() const override { return !has_device_memory_; }
 
   std::byte* allocate_host(int64_t bytes) override {
     const size_t pages = (static_cast<size_t>(bytes) + kPageBytes - 1) / kPageBytes;
@@ -132,27 +127,17 @@ class HostEngine final : public CopyEngine {
     PlaceRowsParams place;
     std::shared_ptr<HostEvent> event;
   };
-  struct Finished {
-    std::shared_ptr<HostEvent> event;
-    Outcome outcome;
-  };
 
   void run() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      if (tasks_.empty()) {
-        lock.unlock();
-        show_finished(0);  // nobody waits for ever for what is held back
-        lock.lock();
-      }
       work_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
       if (tasks_.empty()) return;
       Task task = std::move(tasks_.front());
       tasks_.pop_front();
       lock.unlock();
-      Finished finished{task.event, {}};
-      Outcome& outcome = finished.outcome;
-      delay();
+      const std::shared_ptr<HostEvent> event = task.event;
+      Outcome outcome;
       outcome.times.begin_ns = now_ns();
       try {
         execute(task);
@@ -163,8 +148,7 @@ class HostEngine final : public CopyEngine {
       }
       outcome.times.end_ns = now_ns();
       task = {};  // what it keeps alive goes before anybody is told
-      finished_.push_back(std::move(finished));
-      show_finished(options_.faults.reorder ? kMaxHeldBack : 0);
+      event->finish(std::move(outcome));
       lock.lock();
     }
   }
@@ -172,9 +156,6 @@ class HostEngine final : public CopyEngine {
   // launch.after is of this stream, and so before it; launch.ready is null: see record_on
   void execute(Task& task) {
     const EngineLaunch& launch = task.launch;
-    if (options_.faults.error > 0 && std::uniform_real_distribution<double>(0, 1)(random_) < options_.faults.error) {
-      throw EngineError("injected failure of a launch");
-    }
     for (const EngineCopy& copy : launch.copies) {
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     }
@@ -187,26 +168,8 @@ class HostEngine final : public CopyEngine {
     if (launch.place != nullptr) place_rows_cpu(task.place, threads_.parallel());
   }
 
-  void delay() {
-    if (options_.faults.max_delay_us == 0) return;
-    std::this_thread::sleep_for(
-        std::chrono::microseconds(std::uniform_int_distribution<int>(0, options_.faults.max_delay_us)(random_)));
-  }
-
-  // Tells of all finished launches but `held_back`, in an order of its own where faults want one.
-  void show_finished(size_t held_back) {
-    if (options_.faults.reorder) std::shuffle(finished_.begin(), finished_.end(), random_);
-    while (finished_.size() > held_back) {
-      Finished finished = std::move(finished_.back());
-      finished_.pop_back();
-      finished.event->finish(std::move(finished.outcome));
-    }
-  }
-
-  HostEngineOptions options_;
+  bool has_device_memory_;
   ThreadPool threads_;
-  std::mt19937_64 random_;          // of the stream
-  std::vector<Finished> finished_;  // of the stream
   std::mutex mutex_;
   std::condition_variable work_;
   std::deque<Task> tasks_;
@@ -216,6 +179,8 @@ class HostEngine final : public CopyEngine {
 
 }  // namespace
 
-std::shared_ptr<CopyEngine> make_host_engine(const HostEngineOptions& options) { return make_process_owned<HostEngine>(options); }
+std::shared_ptr<CopyEngine> make_host_engine(int num_threads, bool has_device_memory) {
+  return make_process_owned<HostEngine>(num_threads, has_device_memory);
+}
 
 }  // namespace engram_kernels

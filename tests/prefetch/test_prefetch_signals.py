@@ -152,10 +152,11 @@ AT_EXIT = """
 import sys, threading, time
 sys.path[:0] = [sys.argv[1]]
 import torch
+from engine_faults import faulty_engine
 from prefetch_cases import make_ids
-from engram_kernels import RowPrefetcher, RowTable, _C
+from engram_kernels import RowPrefetcher, RowTable
 table = RowTable.from_tensor(torch.randn(3000, 64), row_format="f32")
-pf = RowPrefetcher(table, depth=2, _engine=_C.host_engine(1, max_delay_us=2_000_000, seed=int(sys.argv[2])))
+pf = RowPrefetcher(table, depth=2, _engine=faulty_engine(1, max_delay_us=2_000_000, seed=int(sys.argv[2])))
 tickets = [pf.submit(make_ids(10)) for _ in range(2)]
 for call in (lambda: pf.wait(tickets[0]), lambda: pf.wait(tickets[1]), lambda: pf.submit(make_ids(10), timeout_s=None), pf.drain):
     threading.Thread(target=call, daemon=True).start()

@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "engine_faults.h"
 #include "io_faults.h"
 #include "prefetch/row_prefetcher.h"
 
@@ -216,7 +217,8 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
   options.trace_spans = 100;
   Outcomes outcomes;
   {
-    RowPrefetcher prefetcher(options, make_host_engine({2, traits_of(way.fetch).to_device, {seed, 0.01, 100, true}}));
+    RowPrefetcher prefetcher(options,
+                             add_engine_faults(make_host_engine(2, traits_of(way.fetch).to_device), {seed, 0.01, 100, true}));
     const auto until = Clock::now() + std::chrono::microseconds(static_cast<int64_t>(seconds * 1e6));
     std::vector<std::thread> threads;
     for (int i = 0; i < kThreads; ++i) {

@@ -11,17 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@functools.cache
-def library():
+def compiled(name):
+    """The library of a source file beside this one."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder) / "io_faults.so"
-    source = Path(__file__).with_name("io_faults.cpp")
+    source = Path(__file__).with_name(name)
+    path = Path(folder) / source.with_suffix(".so").name
     # sanitizers of the module that is tested have their own allocator; this library must find it, and no second one
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     subprocess.run([os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", str(source),
                     "-o", str(path)], check=True, env=environment)
-    loaded = ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def library():
+    loaded = compiled("io_faults.cpp")
     loaded.ek_io_faults.restype = loaded.ek_io_faults_wrapper.restype = ctypes.c_void_p
     loaded.ek_io_faults.argtypes = [ctypes.c_uint64, ctypes.c_double, ctypes.c_double, ctypes.c_bool, ctypes.c_int,
                                     ctypes.c_int64, ctypes.c_int64, ctypes.c_bool]

@@ -1,5 +1,6 @@
 """Tables and ways that rows take, for the tests of the prefetcher."""
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -14,6 +15,8 @@ from engram_kernels.table import open_table
 from engram_kernels.testing import random_rows
 
 if not COMPILE_ERROR:
+    from engine_faults import faulty_engine
+
     from engram_kernels import _C
 
 TIMEOUT_S = 60
@@ -75,7 +78,8 @@ def prefetcher(table, way, engine_options=None, **options):
     if "cached" in way:
         options.setdefault("cache_bytes", CACHE_BYTES)
     if has_device_memory or engine_options:
-        options["_engine"] = _C.host_engine(2, has_device_memory=has_device_memory, **(engine_options or {}))
+        make = functools.partial(faulty_engine, **engine_options) if engine_options else _C.host_engine
+        options["_engine"] = make(2, has_device_memory=has_device_memory)
     return RowPrefetcher(table, policy=policy, **options)
 
 
