@@ -202,7 +202,12 @@ def test_curve_is_the_papers_and_ends_where_it_was_measured():
     (dict(experts_multiple=128), "rho 0.5 leaves no expert to give up in multiples of 128: the nearest whole number is all 128; "
                                  "nearest --experts-multiple that works: 127"),
     (dict(experts_multiple=200), "no multiple of 200 lies between the 8 experts that a token takes and the 128 that the "
-                                 "budget has; the nearest --experts-multiple that works: 128"),
+                                 "budget has; nearest --experts-multiple that works: 127"),
+    (dict(rho=0.5, row_format=""), "row_format is ''"), (dict(rho="0.75"), "rho is '0.75'"), (dict(choose="x"), "choose is 'x'"),
+    (dict(layers=(2, 2)), "layers are 2,2, expected each layer once and at least one; nearest: 2"),
+    (dict(layers=()), "layers are none"), (dict(layers=5), "layers is 5"), (dict(orders=3), "orders is 3"),
+    (dict(total="26.7B", active=3e9), "total is '26.7B', expected a number"), (dict(branches=0), "branches is 0"),
+    (dict(heads=2.5), "heads is 2.5"), (dict(rho=0.75, step_ms=5), "but no profile"),
     (dict(rho=0.999), "rho 0.999 leaves no expert to give up in multiples of 1: the nearest whole number is all 128; nearest rho "
                       "that works: 0.992, 127 experts"),
     (dict(rho=0.5, heads=1, orders=(2,), head_dim=1), "row ids are int32"),
@@ -318,6 +323,51 @@ def test_budget_of_totals_that_no_memory_meets():
         ek.budget(total=100, active=50)
     with pytest.raises(ValueError, match="row ids are int32"):
         ek.budget(total=1e15, active=1e14)
+
+
+def test_budget_finds_the_nearest_rho_among_many_experts():
+    """Without a walk over them, in digits that give it, and where one expert is smaller than the memory's projections."""
+    with pytest.raises(ValueError, match=r"nearest rho that works: 0\.9965\d*, \d+ experts"):
+        ek.budget(total=1e14, active=1e12, experts=10**9, rho=0.5)
+    with pytest.raises(ValueError, match="nearest rho that works: 0.9984, 4992 experts"):
+        ek.budget(total=26.7e9, active=3.8e9, experts=5000, rho=0.99999)
+    assert ek.budget(total=26.7e9, active=3.8e9, experts=5000, rho=0.9984).chosen.routed_experts == 4992
+
+
+def test_budget_counts_a_tied_head_as_a_product():
+    tied, untied = (model_of_config(QWEN3_30B_CONFIG | {"tie_word_embeddings": is_tied}) for is_tied in (True, False))
+    assert untied.active - tied.active == 151936 * 2048 and untied.active - untied.lookups == tied.active - tied.lookups
+
+
+@pytest.mark.parametrize(("change", "layers", "shared"), [
+    ({"model_type": "llama4_text", "interleave_moe_layer_step": 2}, 24, 768), ({"moe_layers": [1, 3, 99]}, 2, 0),
+    ({"expert_layer_period": 4, "expert_layer_offset": 1}, 12, 0), ({"num_dense_layers": 2, "num_shared_experts": 1}, 46, 768),
+    ({"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 45}, 45, 0), ({"first_k_dense_replace": 3, "mlp_only_layers": []}, 45, 0),
+    ({"shared_intermediate_size": 40}, 48, 40)], ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
+def test_budget_reads_the_expert_layers_of_other_families(change, layers, shared):
+    model = model_of_config(QWEN3_30B_CONFIG | change, 60e9, 4e9)
+    assert model.inputs["MoE layers"].value == layers and model.shared_width == shared
+    assert model.expert_parameters == layers * 3 * 2048 * 768
+
+
+def test_budget_takes_no_dense_width_for_that_of_an_expert():
+    with pytest.raises(ValueError, match="has no field moe_intermediate_size"):
+        model_of_config({name: v for name, v in V3_CONFIG.items() if name != "moe_intermediate_size"})
+    assert model_of_config(MIXTRAL_CONFIG | {"quantization_config": {"quant_method": "mxfp4"}}).weight_bytes == 4.25 / 8
+
+
+def test_budget_writes_over_nothing_that_it_reads(config, capsys, tmp_path):
+    before = config.read_text()
+    for extra in (["--json", config], ["--json", tmp_path / "spec.json", "--write", tmp_path],
+                  ["--json", tmp_path / "a.png", "--plot", tmp_path / "a.png"]):
+        code, out = run(capsys, "--config", config, *extra)
+        assert code == 2 and "expected another" in out.err and out.err.count("\n") == 1
+    assert config.read_text() == before
+
+
+def test_budget_shows_layers_and_row_format_as_they_are(config):
+    inputs = ek.budget(config, rho=0.75, layers=(5,), row_format="f16").inputs
+    assert inputs["memory: layers"].as_json()["value"] == "5" and inputs["memory: row format"].text == "f16"
 
 
 def test_budget_leaves_matplotlib_alone_unless_asked(config, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from engram_kernels.allocation import curve
+from engram_kernels.allocation import arguments, curve
 from engram_kernels.allocation.memory_shape import memory_shape
 from engram_kernels.allocation.moe_model import MoeModel, model_of_config, model_of_totals
 from engram_kernels.allocation.number import Number
@@ -16,6 +16,7 @@ from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 
 _INT32_MAX = 2**31 - 1
+_SHAPE = ("experts", "top_k", "hidden_size", "num_layers", "vocab_size")
 DEFAULT_RHOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
 
 
@@ -122,7 +123,17 @@ def budget(config: Any = None, *, total: float | None = None, active: float | No
 
     Source: arXiv 2601.07372, section 3 (rho, the curve) and table 5; docs/budget.md has every formula.
     """
+    if unknown := [name for name in shape if name not in _SHAPE]:
+        raise TypeError(f"budget: {', '.join(unknown)} is no argument of it")
     rhos, choose = _rhos(rho, choose)
+    total, active, step_ms = (arguments.real(*one) for one in (("total", total), ("active", active), ("step_ms", step_ms)))
+    layers, orders = arguments.integers("layers", layers), arguments.integers("orders", orders)
+    multiple, heads, head_dim, branches, tokens_per_step = (arguments.whole_number(*one) for one in (
+        ("experts_multiple", experts_multiple), ("heads", heads), ("head_dim", head_dim), ("branches", branches),
+        ("tokens_per_step", tokens_per_step)))
+    shape = {name: arguments.whole_number(name, value) for name, value in shape.items()}
+    if profile is None and (tokens_per_step is not None or step_ms is not None):
+        raise ValueError("budget: tokens_per_step or step_ms is given, but no profile, to which alone they say something")
     if config is None:
         if total is None or active is None:
             raise ValueError("budget: neither a configuration nor both of total and active are given, expected --config, or "
@@ -135,7 +146,10 @@ def budget(config: Any = None, *, total: float | None = None, active: float | No
     inputs = dict(model.inputs)
     spec = memory_shape(model, layers, orders, heads, head_dim, row_format, inputs)
     whole = model.total + (0 if model.memory is None else model.memory.num_parameters)
-    ask = _Question(model, spec, _multiple(model, whole, experts_multiple), whole)
+    ask = _Question(model, spec, multiple or 1, whole)
+    if ask.fewest > ask.largest:
+        raise ValueError(f"budget: no multiple of {ask.multiple} lies between the {model.top_k} experts that a token takes and "
+                         f"the {math.floor(ask.most + 1e-9)} that the budget has; {_nearest_multiple(ask)}")
     by_experts: dict[int, float] = {}
     merged = []
     for one in rhos:
@@ -158,24 +172,37 @@ def budget(config: Any = None, *, total: float | None = None, active: float | No
 
 
 def _rhos(rho: float | Sequence[float], choose: float | None) -> tuple[list[float], float]:
-    rhos = [float(rho)] if isinstance(rho, int | float) else [float(one) for one in rho]
-    if not rhos:
-        raise ValueError("budget: no rho is given, expected at least one in 0..1")
-    for name, one in [*(("rho", one) for one in rhos), *([] if choose is None else [("choose", choose)])]:
-        if not 0 <= one <= 1:  # nan, too
-            nearest = "1" if one > 1 else "0" if one < 0 else "0.75"
-            raise ValueError(f"budget: {name} is {one:g}, expected a share in 0..1; nearest: {nearest}")
-    return rhos, choose if choose is not None else rhos[0] if len(rhos) == 1 else curve.DEFAULT_RHO
+    rhos = arguments.shares("rho", rho)
+    if choose is not None:
+        return rhos, arguments.share("choose", choose)
+    return rhos, rhos[0] if len(rhos) == 1 else curve.DEFAULT_RHO
 
 
-def _multiple(model: MoeModel, whole: float, multiple: int) -> int:
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"budget: experts_multiple is {multiple!r}, expected an integer of at least 1; nearest: 1")
-    most = math.floor(_Question(model, model.memory, 1, whole).most + 1e-9)  # type: ignore[arg-type]
-    if -(-model.top_k // multiple) * multiple > most:
-        raise ValueError(f"budget: no multiple of {multiple} lies between the {model.top_k} experts that a token takes and the "
-                         f"{most} that the budget has; the nearest --experts-multiple that works: {most}")
-    return multiple
+def _nearest_experts(ask: _Question, experts: int) -> int | None:
+    """The number of experts nearest to `experts` with which a memory goes; None: there is none."""
+    each, row = ask.model.expert_parameters + ask.model.router_parameters, ask.shape.head_dim * ask.shape.rows_per_token
+    modules, most_rows = ask.shape.num_module_parameters, (_INT32_MAX - 2**20) / ask.shape.num_columns
+    low = max(math.ceil((ask.most - (modules + most_rows * row) / each) / ask.multiple) * ask.multiple, ask.fewest)
+    high = min(math.floor((ask.most - (modules + 2 * row) / each) / ask.multiple) * ask.multiple, ask.largest)
+    if high == ask.baseline and _room(ask, high)[0] < 2 * modules:  # that is the row without a memory
+        high -= ask.multiple
+    low += 0 if low > high or _why_not(ask, low) is None else ask.multiple  # quotients are rounded
+    high -= 0 if low > high or _why_not(ask, high) is None else ask.multiple
+    return None if low > high else min(max(experts // ask.multiple * ask.multiple, low), high)
+
+
+def _nearest_rho(ask: _Question, experts: int) -> str | None:
+    """The rho of the number of experts nearest to `experts` that works, in as few digits as give it; None: there is none."""
+    if (works := _nearest_experts(ask, experts)) is None:
+        return None
+    exact = ask.rho_of(works)
+    digits = next((n for n in range(3, 16) if ask.experts_at(round(exact, n)) == works), 17)
+    return f"nearest rho that works: {exact:.{digits}f}, {works} experts"
+
+
+def _nearest_multiple(ask: _Question) -> str:
+    works = _nearest_experts(dataclasses.replace(ask, multiple=1), ask.largest or math.floor(ask.most))
+    return "no --experts-multiple works" if works is None else f"nearest --experts-multiple that works: {works}"
 
 
 def _split(ask: _Question, experts: int, asked: float) -> Split:
@@ -259,14 +286,9 @@ def _choose(ask: _Question, rows: list[Split], choose: float, asked: float) -> S
         return min(with_memory if with_memory and choose < 1 else able, key=lambda row: abs(row.rho - choose))
     if failed := [row for row in rows if row.why_not is not None]:
         first = min(failed, key=lambda row: abs(row.asked - choose))
-        counts = range(ask.fewest, ask.largest, ask.multiple)
-        works = min((n for n in counts if _why_not(ask, n) is None), key=lambda n: abs(n - first.routed_experts), default=None)
-        nearest = f"nearest rho that works: {ask.rho_of(works):.3f}, {works} experts" if works is not None else (
-            "no rho works with this shape of the memory")
+        nearest = _nearest_rho(ask, first.routed_experts) or "no rho works with this shape of the memory"
         raise ValueError(f"budget: rho {first.asked:g}: {first.why_not}; {nearest}")
-    below, most = ask.largest - ask.multiple, math.floor(ask.most + 1e-9)
-    nearest = (f"nearest rho that works: {ask.rho_of(below):.3f}, {below} experts" if below >= ask.fewest else
-               f"nearest --experts-multiple that works: {most - 1}")
+    nearest = _nearest_rho(ask, ask.largest) or _nearest_multiple(ask)
     raise ValueError(f"budget: rho {asked:g} leaves no expert to give up in multiples of {ask.multiple}: the nearest whole "
                      f"number is all {ask.largest}; {nearest}")
 

@@ -25,8 +25,8 @@ def memory_shape(model: MoeModel, layers: Sequence[int] | None, orders: Sequence
         provenance, source = ("given", f"--{name.replace(' ', '-')}") if value is not None else (
             ("given", "the configuration's memory") if own is not None else ("assumed", f"default: {why}"))
         chosen = value if value is not None else of_own if own is not None else default
-        text = ",".join(map(str, chosen)) if isinstance(chosen, tuple) else None
-        inputs[f"memory: {name}"] = Number(len(chosen) if text else chosen, text or "1", provenance, source)
+        text = ",".join(map(str, chosen)) if isinstance(chosen, tuple) else chosen if isinstance(chosen, str) else None
+        inputs[f"memory: {name}"] = Number(0.0 if text is not None else chosen, "1", provenance, source, text)
         return chosen
 
     half = max(model.num_layers // 2 - 1, 0)
@@ -35,11 +35,9 @@ def memory_shape(model: MoeModel, layers: Sequence[int] | None, orders: Sequence
                   tuple(sorted({min(1, last), half})), "1 and half of the layers less 1, as in the paper's 27B")
     orders = pick("orders", _orders(orders), own and tuple(range(2, own.max_order + 1)), (2, 3), "the paper's")
     heads = pick("heads", heads, own and own.heads, 8, "the paper's")
-    row_format = row_format or (own.row_format if own is not None else "bf16")
-    if row_format not in ROW_FORMATS:
+    row_format = pick("row format", row_format, own and own.row_format, "bf16", "as the weights of most models")
+    if not isinstance(row_format, str) or row_format not in ROW_FORMATS:
         raise ValueError(f"budget: row_format is {shorten(repr(row_format))}, expected one of {', '.join(ROW_FORMATS)}")
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise ValueError(f"budget: heads is {heads!r}, expected an integer of at least 1; nearest: 1")
     step = max(ROW_FORMATS[row_format].multiple, 16)
     wide = -(-(model.hidden_size // 2) // (len(orders) * heads * step)) * step
     head_dim = pick("head dim", head_dim, own and own.head_dim, wide, "half of the hidden size over the columns, rounded up")
@@ -59,17 +57,21 @@ def _layers(layers: Sequence[int] | None, last: int) -> tuple[int, ...] | None:
     if layers is None:
         return None
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= last:
-            nearest = last if isinstance(layer, int) and layer > last else 0
-            raise ValueError(f"budget: layer {layer!r} is none of the model's, which are 0..{last}; nearest: {nearest}")
-    return tuple(sorted(set(layers))) or None
+        if not 0 <= layer <= last:
+            raise ValueError(f"budget: layer {layer} is none of the model's, which are 0..{last}; nearest: "
+                             f"{last if layer > last else 0}")
+    found = tuple(sorted(set(layers)))
+    if len(found) != len(layers) or not found:
+        raise ValueError(f"budget: layers are {','.join(map(str, layers)) or 'none'}, expected each layer once and at least one; "
+                         f"nearest: {','.join(map(str, found)) or min(1, last)}")
+    return found
 
 
 def _orders(orders: Sequence[int] | None) -> tuple[int, ...] | None:
     if orders is None:
         return None
     found = tuple(orders)
-    longest = max((n for n in found if isinstance(n, int)), default=2)
+    longest = max(found, default=2)
     wanted = tuple(range(2, min(max(longest, 2), 8) + 1))
     if found != wanted:
         raise ValueError(f"budget: orders are {','.join(map(str, found)) or 'none'}, expected 2 up to at most 8 without a gap; "

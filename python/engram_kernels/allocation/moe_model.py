@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engram_kernels._files import shorten
+from engram_kernels.allocation.expert_layers import expert_width, num_expert_layers, shared_width
 from engram_kernels.allocation.number import ASSUMED, COMPUTED, GIVEN, Number
 from engram_kernels.config_fields import ConfigFields
 from engram_kernels.spec import EngramSpec
@@ -34,7 +35,7 @@ class MoeModel:
         expert_parameters: of one routed expert, summed over the MoE layers.
         router_parameters: that one routed expert adds to the routers of all MoE layers; active for each token.
         total, active: parameters, its own memory left out.
-        lookups: of `active`, parameters of the token embedding, which no product reads.
+        lookups: of `active`, parameters that no product reads: the token embedding, unless it is the head's matrix too.
         embeddings: of `total`, parameters of token embedding and head.
         shared_width, shared_width_parameters: columns of the shared expert, and parameters of one of them in all MoE layers;
             0 where there is none.
@@ -133,19 +134,20 @@ def model_of_config(config: Any, total: float | None = None, active: float | Non
                          "--total and --active")
     inputs: dict[str, Number] = {}
     experts = get.integer(field)
-    top_k = get.integer("num_experts_per_tok")
+    top_k = get.integer("num_experts_per_tok", "num_experts_per_token")
     hidden, vocab = get.integer("hidden_size"), get.integer("vocab_size", high=2**31 - 1)
     layers = get.integer("num_hidden_layers", high=_MOST_LAYERS)
     if top_k >= experts:
         raise InputError(f"budget: num_experts_per_tok is {top_k} of {experts} experts, so nothing is sparse; the nearest that "
                          f"works is {experts - 1}")
-    width = get.integer("moe_intermediate_size", "intermediate_size")
-    moe_layers = _moe_layers(get, kind, layers)
-    shared = _shared_width(get, width)
+    width = expert_width(get, kind, field)
+    moe_layers = num_expert_layers(get, kind, layers)
+    shared = shared_width(get, kind, width)
     one = moe_layers * 3 * hidden * width
     router = moe_layers * (hidden + (1 if get("topk_method") == "noaux_tc" else 0))
     memory = _memory_of(config, get)
-    embeddings = vocab * hidden * (1 if get("tie_word_embeddings") else 2)
+    is_tied = bool(get("tie_word_embeddings"))
+    embeddings = vocab * hidden * (1 if is_tied else 2)
     own = 0 if memory is None else memory.num_parameters
     whole: float
     now: float
@@ -180,38 +182,14 @@ def model_of_config(config: Any, total: float | None = None, active: float | Non
     return MoeModel(
         name=kind, experts_field=field, hidden_size=hidden, num_layers=layers, branches=int(streams or 1), vocab_size=vocab,
         pad_token_id=pad, experts=experts, top_k=top_k, expert_parameters=one, router_parameters=router, total=whole, active=now,
-        lookups=vocab * hidden, embeddings=embeddings, shared_width=shared, shared_width_parameters=moe_layers * 3 * hidden,
+        embeddings=embeddings,
+        lookups=0 if is_tied else vocab * hidden, shared_width=shared, shared_width_parameters=moe_layers * 3 * hidden,
         weight_bytes=weight_bytes.value, memory=memory, inputs=inputs)
 
 
 def _active_of(memory: EngramSpec | None) -> int:
     """Parameters of a memory that a token uses: its modules and the rows that it reads."""
     return 0 if memory is None else memory.num_module_parameters + memory.rows_per_token * memory.row_dim
-
-
-def _moe_layers(get: ConfigFields, kind: str, layers: int) -> int:
-    """Layers with routed experts. The rules are those of transformers' models of these names."""
-    dense = get("mlp_only_layers")
-    if dense is not None and not isinstance(dense, list | tuple):
-        raise InputError(f"budget: mlp_only_layers is {shorten(repr(dense))} in the configuration, expected a list of layers")
-    if dense is not None or get("decoder_sparse_step") is not None:
-        step = get.integer("decoder_sparse_step", default=1)
-        sparse = [i for i in range(layers) if i not in (dense or []) and (i + 1) % step == 0]
-    else:
-        step, first = get("moe_layer_freq"), get.integer("first_k_dense_replace", default=0, low=0)
-        if isinstance(step, list | tuple):
-            sparse = [i for i, is_moe in enumerate(step[:layers]) if is_moe]
-        else:
-            sparse = [i for i in range(first, layers) if i % (get.integer("moe_layer_freq", default=1)) == 0]
-    if not sparse:
-        raise InputError(f"budget: none of the {layers} layers of the configuration ({kind}) has routed experts")
-    return len(sparse)
-
-
-def _shared_width(get: ConfigFields, width: int) -> int:
-    if get("shared_expert_intermediate_size") is not None:
-        return get.integer("shared_expert_intermediate_size", low=0)
-    return get.integer("n_shared_experts", default=0, low=0) * width
 
 
 def _counted(get: ConfigFields, kind: str, layers: int, moe_layers: int, hidden: int, shared: int) -> int:
@@ -269,6 +247,8 @@ def _weight_bytes(get: ConfigFields) -> Number:
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
     if method == "fp8":
         return Number(1, "B", GIVEN, "quantization_config: fp8")
+    if method == "mxfp4":
+        return Number(4.25 / 8, "B", GIVEN, "quantization_config: mxfp4, a scale per 32")
     dtype = str(get("torch_dtype", "dtype") or "").removeprefix("torch.")
     known = {"bfloat16": 2, "float16": 2, "float32": 4}
     if dtype in known and method is None:

@@ -17,15 +17,18 @@ class Number:
         provenance: "given" (config, spec or command line), "computed" from what is given, "measured elsewhere" (the paper), or
             "assumed" (a default).
         source: which field, which formula, which table.
+        text: what it is instead of a number, such as layers 1,23; `value` is 0 then. None: it is a number.
     """
     value: float
     unit: str
     provenance: str
     source: str
+    text: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For a JSON file, in the form that `engram-kernels plan` has."""
-        return dataclasses.asdict(self)
+        return {"value": self.value if self.text is None else self.text, "unit": self.unit, "provenance": self.provenance,
+                "source": self.source}
 
 
 def computed(value: float, unit: str, formula: str) -> Number:

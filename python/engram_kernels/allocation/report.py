@@ -57,7 +57,7 @@ def print_budget(found: Budget, printer: Printer, explain: bool = False) -> None
     if explain:
         printer.say()
         for name, number in found.inputs.items():
-            text = number.unit if "," in number.unit else count_text(number.value)
+            text = count_text(number.value) if number.text is None else number.text
             _say(printer, f"{name}: {text} ({_LETTERS[number.provenance]}), {number.source}")
     _say(printer, LEGEND if explain else f"{LEGEND} --explain prints every input with its source.")
 

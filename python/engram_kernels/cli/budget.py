@@ -120,9 +120,25 @@ def _check_paths(args: argparse.Namespace) -> None:
     for option, value in (("--tokens-per-step", args.tokens_per_step), ("--step-ms", args.step_ms)):
         if value is not None and args.profile is None:
             raise UsageError(f"{option} {value:g} says something to --profile alone, which is not given")
+    _check_collisions(args)
     expect_writable("--json", None if args.json in (None, "-") else Path(args.json))
     expect_writable("--plot", args.plot)
     expect_writable_folder("--write", args.write)
+
+
+def _check_collisions(args: argparse.Namespace) -> None:
+    """What is written must not take the place of what is read, nor of something else that is written."""
+    taken = {}
+    for option, path in (("--config", args.config), ("--profile", args.profile)):
+        if path is not None:
+            taken[(path / "config.json" if path.is_dir() else path).resolve()] = f"{option} reads"
+    if args.write is not None:
+        taken |= {(args.write / name).resolve(): "--write writes" for name in ("spec.json", "choice.json")}
+    for option, path in (("--plot", args.plot), ("--json", None if args.json in (None, "-") else Path(args.json))):
+        if path is None or path.is_char_device():
+            continue
+        if (other := taken.setdefault(path.resolve(), f"{option} writes")) != f"{option} writes":
+            raise UsageError(f"{option} {path} is the file that {other}, expected another")
 
 
 def _write_choice(folder: Path, found: Any, choice: dict[str, Any], printer: Printer) -> None:
@@ -135,9 +151,13 @@ def _write_choice(folder: Path, found: Any, choice: dict[str, Any], printer: Pri
 def _count(text: str) -> float:
     """A number of parameters: 26.7e9 or 26.7B."""
     scale = _SIZES.get(text[-1:].upper(), 1.0)
-    value = finite(text[:-1] if scale != 1.0 else text) * scale
-    if not 1 <= value <= 2.0**53:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters: expected 1 to {2**53}")
+    try:
+        value = float(text[:-1] if scale != 1.0 else text) * scale
+    except ValueError:
+        value = math.nan
+    if not 1 <= value <= 2.0**53:  # nan, too
+        nearest = "; nearest: 1" if value < 1 else f"; nearest: {2**53}" if value > 1 else ", such as 26.7e9 or 26.7B"
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters: expected 1 to {2**53}{nearest}")
     return value
 
 
