@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include <array>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -25,7 +26,7 @@ GetStream find_get_stream() {
   return reinterpret_cast<GetStream>(found);
 }
 
-constexpr const char* kCountingOps[] = {"ngram_hash", "gather_rows", "gather_gate", "short_conv"};
+constexpr const char* kCountingOps[] = {"ngram_hash", "gather_rows", "gather_gate", "short_conv", "row_update"};
 constexpr size_t kNumCountingOps = sizeof(kCountingOps) / sizeof(*kCountingOps);
 
 // Device memory [kNumCountingOps], kept for the life of the process. Kernels only ever add, and the host only reads, so that no
@@ -78,6 +79,15 @@ uint32_t* CudaLaunch::error_count() const {
     if (std::strcmp(kCountingOps[i], op_) == 0) return of_device->second.memory + i;
   }
   EK_THROW_AS(std::logic_error, op_ << ": counts no errors");
+}
+
+std::pair<Tensor, Tensor> sorted_ids(const Tensor& ids) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(torch::stable::flatten(ids)), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 void expect_readable(const char* op, const char* name, const Tensor& x, int32_t device_index) {

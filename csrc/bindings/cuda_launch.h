@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace engram_kernels {
@@ -32,6 +33,9 @@ class CudaLaunch {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+// The ids in order, and where each stood (int64); equal ids in the order of their positions.
+std::pair<Tensor, Tensor> sorted_ids(const Tensor& ids);
 
 // Throws unless `x` is on the device, or in host memory that the device can read (pinned): then its address there is the same.
 void expect_readable(const char* op, const char* name, const Tensor& x, int32_t device_index);

@@ -1,5 +1,4 @@
 // torch binding of gather_rows and its backward: tensors in, params out. No arithmetic here.
-#include <array>
 #include <vector>
 
 #include "bindings/tensors.h"
@@ -64,18 +63,6 @@ void gather_rows_out(const Tensor& rows, std::optional<Tensor> scales, const Ten
   run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale, out);
 }
 
-#ifdef EK_WITH_CUDA
-// The ids in order, and where each stood; equal ids in the order of their positions.
-std::pair<Tensor, Tensor> sorted(const Tensor& ids) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(torch::stable::flatten(ids)), from(std::optional<bool>(true)), from(int64_t{0}),
-                                    from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
-#endif
-
 Tensor gather_rows_bwd(const Tensor& grad, const Tensor& row_ids, int64_t num_rows, ScalarType dtype) {
   expect_one_device(kBwdOp, {{"grad", &grad}, {"row_ids", &row_ids}});
   GatherRowsBwdParams p{};
@@ -98,7 +85,7 @@ Tensor gather_rows_bwd(const Tensor& grad, const Tensor& row_ids, int64_t num_ro
 #ifdef EK_WITH_CUDA
   const CudaLaunch launch(kBwdOp, grad);
   torch::stable::zero_(grad_rows);
-  const auto [ids, positions] = sorted(row_ids);
+  const auto [ids, positions] = sorted_ids(row_ids);
   p.row_ids.data = ids.const_data_ptr();
   p.positions = positions.const_data_ptr<int64_t>();
   gather_rows_bwd_cuda(p, launch.stream());

@@ -53,6 +53,30 @@ void expect_all_apart(NamedTensors written, NamedTensors read) {
   }
 }
 
+// Checks the data and updates the rows; on a GPU what is wrong with the data is counted instead of raised.
+void run(RowUpdateParams& p, const Tensor& weight, const Tensor& row_ids) {
+#ifdef EK_WITH_CUDA
+  const CudaLaunch launch(kOp, weight);
+  const auto [ids, positions] = sorted_ids(row_ids);
+  const Tensor refused = torch::stable::new_zeros(weight, {1}, ScalarType::Int);
+  const Tensor sizes = launch.scratch(has_own_sizes(p) ? p.row_ids.count * static_cast<int64_t>(sizeof(float)) : 0);
+  p.row_ids.data = ids.const_data_ptr();
+  p.positions = positions.const_data_ptr<int64_t>();
+  p.refused = static_cast<uint32_t*>(refused.mutable_data_ptr());
+  p.sizes = static_cast<float*>(sizes.mutable_data_ptr());
+  p.error_count = launch.error_count();
+  row_update_cuda(p, launch.stream());
+#else
+  (void)weight;
+  check_row_ids_of(kOp, row_ids, p.row_ids, p.num_rows);
+  const RowOrder order(p.row_ids, p.num_rows);
+  GradientFault fault;
+  find_gradient_fault_cpu(p, order, torch_threads(), fault);
+  throw_fault(p, fault);
+  row_update_cpu(p, order, torch_threads());
+#endif
+}
+
 void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
                     std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
                     double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row,
@@ -97,14 +121,9 @@ void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& g
   p.grad = static_cast<const std::byte*>(grad_rows.const_data_ptr());
   set_moments(p, second, first, steps);
   check_params(p);
-  check_row_ids_of(kOp, row_ids, p.row_ids, p.num_rows);
-  const RowOrder order(p.row_ids, p.num_rows);
-  GradientFault fault;
-  find_gradient_fault_cpu(p, order, torch_threads(), fault);
-  throw_fault(p, fault);
   p.rows = static_cast<std::byte*>(weight.mutable_data_ptr());
   p.squares = static_cast<float*>(out.mutable_data_ptr());
-  row_update_cpu(p, order, torch_threads());
+  run(p, weight, row_ids);
 }
 
 Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
@@ -119,7 +138,7 @@ Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& gra
 }  // namespace
 }  // namespace engram_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("row_update", TORCH_BOX(&engram_kernels::row_update));
   m.impl("row_update.out", TORCH_BOX(&engram_kernels::row_update_out));
 }

@@ -13,6 +13,9 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
               "meta": ("cpu", "cuda", "reference")}  # no data, so a kernel's fake
 _DEVICES = {"reference": None, "cpu": "cpu", "cuda": "cuda", "triton": dispatch.device_type()}
 
+_OUT_OF_RANGE = "ids or sequence bounds out of range"
+_WRONG = {"row_update": "ids out of range, gradients that are not finite or counts of steps that cannot grow; the update was "
+                        "refused"}
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 _WHY_NOT: dict[tuple[str, str], str] = {}
 
@@ -116,7 +119,8 @@ def check_errors() -> None:
     """Raises if an op on a GPU met bad data since the last call. Waits for the devices.
 
     A GPU op cannot look at its ids before it runs: a bad one gives zeros (gather_rows, gather_gate) or hashes as a dead token,
-    reads nothing out of bounds, and is counted on the device.
+    reads nothing out of bounds, and is counted on the device. An update (row_update) with a bad id, or with a row whose
+    gradient is not finite, writes no row and no moment.
 
     Raises:
         IndexError: names each op, device and count; the counters start again at 0.
@@ -126,5 +130,5 @@ def check_errors() -> None:
         from engram_kernels import _C_cuda
         errors += _C_cuda.take_errors()
     if errors:
-        raise IndexError("; ".join(f"{op}: {count} bad values (ids or sequence bounds out of range) on cuda:{device}"
+        raise IndexError("; ".join(f"{op}: {count} bad values ({_WRONG.get(op, _OUT_OF_RANGE)}) on cuda:{device}"
                                    for op, device, count in errors))

@@ -13,7 +13,7 @@ from engram_kernels.table.row_table import RowTable
 pytestmark = pytest.mark.skipif(CUDA_ERROR is not None and os.environ.get("EK_EXPECT_CUDA_BUILD") != "1", reason=str(CUDA_ERROR))
 SCHEMAS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("engram_kernels::"))
 WITH_DEVICE = torch.cuda.is_available()
-ON_THE_CPU = ("read_rows", "row_update")  # rows of a file come out there; rows that are trained lie there
+ON_THE_CPU = ("read_rows",)  # rows of a file come out there
 OPS = tuple(op for op in backends.ops() if op not in ON_THE_CPU)
 T, M, C, D = 6, 2, 24, 32
 H = C * D
@@ -78,6 +78,9 @@ def call_inputs(device, grad=False):
         "ngram_hash": (lambda: ek.ngram_hash(tokens, cu_seqlens, LAYOUT.to(device), TOKEN_MAP.to(device)), (2, T, 24),
                        torch.int32),
         "short_conv": (lambda: ek.short_conv(hidden, conv, norm, cu_seqlens, 3), (T, M, H), torch.bfloat16),
+        "row_update": (lambda: ek.row_update(RowTable.from_tensor(rows.detach()), ids, randn(T, C, D).detach(), lr=0.1,
+                                             second=torch.zeros(50, device=device),
+                                             steps=torch.zeros(50, dtype=torch.int32, device=device)), (T * C,), torch.float32),
     }
     assert set(calls) == set(OPS)
     return calls, leaves

@@ -26,6 +26,15 @@ def make_calls(device="cuda", seed=0):
     conv, norm, w_kv = randn(M, H, 4), randn(M, H), randn((M + 1) * H, 2 * D) / 22
     layout, token_map = LAYOUT.to(device), TOKEN_MAP.to(device)
     like = torch.empty_like
+    rows, second, first = randn(5000, D), torch.ones(5000, device=device), randn(5000, D)
+    kept, steps = (rows.clone(), second.clone(), first.clone()), torch.zeros(5000, dtype=torch.int32, device=device)
+
+    def update(out):  # always of the same rows: the kernel is a function of what is given
+        for x, old in zip((rows, second, first), kept, strict=True):
+            x.copy_(old)
+        return ek.row_update(ek.RowTable.from_tensor(rows), ids, update_grads, lr=0.1, second=second, first=first,
+                             steps=steps.zero_(), rounding="stochastic", out=out)
+    update_grads = randn(T, C, D)
     return {
         "ngram_hash": (lambda out: ek.ngram_hash(tokens, cu_seqlens, layout, token_map, out=out),
                        torch.empty(2, T, 24, dtype=torch.int32, device=device)),
@@ -35,10 +44,11 @@ def make_calls(device="cuda", seed=0):
         "engram_forward": (lambda out: ek.engram_forward(hidden, table, ids[:, :2], w_kv, w_hidden, w_key, out=out),
                            like(hidden)),
         "short_conv": (lambda out: ek.short_conv(hidden, conv, norm, cu_seqlens, 3, out=out), like(hidden)),
+        "row_update": (update, torch.empty(T * C, device=device)),
     }
 
 
-@pytest.fixture(params=[op for op in ek.backends.ops() if op != "row_update"])  # of rows on the host
+@pytest.fixture(params=ek.backends.ops())
 def op(request):
     assert "cuda" in ek.backends.available(request.param), ek.backends.explain(request.param, "cuda")
     return request.param
@@ -176,6 +186,56 @@ def test_gradients_of_rows_are_summed_in_order():
     ids = torch.randint(-1, 40, (3000,))
     want = torch.ops.engram_kernels.gather_rows_bwd(grad, ids, 40, torch.float32)
     assert torch.equal(torch.ops.engram_kernels.gather_rows_bwd(grad.cuda(), ids.cuda(), 40, torch.float32).cpu(), want)
+
+
+def trained(device, dtype=torch.bfloat16, **options):
+    """Rows, moments and counts of a table after 20 steps of a RowOptimizer, half of whose positions name one of few rows."""
+    rand = torch.Generator().manual_seed(3)
+    rows = torch.randn(3000, 64, generator=rand).to(device, dtype)
+    table = ek.RowTable.from_tensor(rows, row_format="bf16" if dtype == torch.bfloat16 else "f32")
+    optimizer = ek.RowOptimizer(table, "adam", lr=0.05, seed=7, **options)
+    for _ in range(20):
+        ids = torch.randint(-1, 3000, (2000,), generator=rand)
+        ids[::2] %= 9
+        optimizer.step(ids.to(device), torch.randn(2000, 64, generator=rand).to(device), grad_scale=0.5)
+    ek.check_errors()
+    return [x.cpu() for x in (rows, optimizer.second, optimizer.first, optimizer.steps) if x is not None]
+
+
+@pytest.mark.parametrize("second_moment", ["row", "element"])
+@pytest.mark.parametrize("first_moment", ["f32", "bf16", None])
+def test_a_row_optimizer_has_the_bits_of_the_cpu_and_of_every_run(second_moment, first_moment):
+    options = dict(second_moment=second_moment, first_moment=first_moment)
+    first, again, want = trained("cuda", **options), trained("cuda", **options), trained("cpu", **options)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, want, strict=True))
+
+
+def test_an_update_that_is_refused_writes_nothing_and_is_raised_later():
+    rows = torch.ones(10, 64, device="cuda")
+    optimizer = ek.RowOptimizer(ek.RowTable.from_tensor(rows, row_format="f32"), lr=0.1)
+    grads = torch.ones(3, 64, device="cuda")
+    grads[1, 7] = float("nan")
+    for ids, gradients, count in ((torch.tensor([3, 10, -1]), torch.ones_like(grads), 1), (torch.tensor([3, 4, -1]), grads, 1)):
+        optimizer.step(ids.cuda(), gradients)
+        assert rows.eq(1).all() and not optimizer.second.any() and not optimizer.steps.any()
+        with pytest.raises(IndexError, match=f"row_update: {count} bad values .* was refused.* on cuda:0"):
+            ek.check_errors()
+    assert optimizer.norm(torch.tensor([3, 4, -1]).cuda(), grads).isnan()
+    with pytest.raises(IndexError, match="row_update: 1 bad values"):
+        ek.check_errors()
+
+
+def test_a_sparse_gradient_on_the_gpu_has_the_bits_of_the_cpu():
+    def gradient(device):
+        rand = torch.Generator().manual_seed(4)
+        rows = torch.nn.Parameter(torch.randn(300, 64, generator=rand).to(device))
+        ids, grad = torch.randint(-1, 40, (4000,), generator=rand).to(device), torch.randn(4000, 64, generator=rand).to(device)
+        ek.gather_rows(ek.RowTable.from_tensor(rows), ids, torch.float32, sparse_grad=True).backward(grad)
+        return rows.grad._indices().cpu(), rows.grad._values().cpu()
+    first, again, want = gradient("cuda"), gradient("cuda"), gradient("cpu")
+    for a, b, c in zip(first, again, want, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_gradients_do_not_depend_on_the_run():

@@ -103,6 +103,21 @@ def test_gather_rows_gradients_sum_duplicates_in_float32_and_round_once(row_form
         assert away.max() <= bound and (away > 1e-5).double().mean() < 0.01, (sparse, away.max())
 
 
+def test_gather_rows_sparse_gradients_without_a_kernel_are_summed_in_order(monkeypatch):
+    """As on a GPU that has neither CUDA nor Triton kernels, where index_add has no order."""
+    rows, ids, grad = torch.zeros(40, 24), torch.randint(-1, 30, (500,)), torch.randn(500, 24)
+    found = []
+    for has_kernel in (torch._C._dispatch_has_kernel_for_dispatch_key, lambda name, key: False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has_kernel)
+            patch.setattr(torch.Tensor, "index_add", None)
+            rows.grad = None
+            gather_rows(RowTable.from_tensor(rows.requires_grad_(), row_format="f32"), ids, torch.float32,
+                        sparse_grad=True).backward(grad)
+        found.append((rows.grad._indices(), rows.grad._values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_gather_rows_sparse_gradients_are_the_dense_ones_to_the_bit():
     for row_format, num_rows in (("bf16", 7), ("f16", 3), ("f32", 5000)):
         rows, _ = random_rows(row_format, num_rows, 40, torch.Generator().manual_seed(0))

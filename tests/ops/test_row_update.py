@@ -33,11 +33,14 @@ def table_of(rows):
     return ek.RowTable.from_tensor(rows, row_format=next(name for name, dtype in DTYPES.items() if dtype == rows.dtype))
 
 
-def updated(rows, state, ids, grads, rule, **options):
+def updated(rows, state, ids, grads, rule, device="cpu", **options):
     """(squares, rows, moments ...) after one update of copies."""
-    rows, state = rows.clone(), {name: None if x is None else x.clone() for name, x in state.items()}
-    out = ek.row_update(table_of(rows), ids, grads, rule, lr=0.1, **state, **options)
-    return [out, rows, *(x for x in state.values() if x is not None)]
+    def copy(x):
+        return None if x is None else x.to(device, copy=True)
+    rows, state = copy(rows), {name: copy(x) for name, x in state.items()}
+    out = ek.row_update(table_of(rows), ids.to(device), grads.to(device), rule, lr=0.1, **state, **options)
+    ek.check_errors()
+    return [x.cpu() for x in (out, rows, *state.values()) if x is not None]
 
 
 @pytest.mark.parametrize("row_format", DTYPES)
@@ -53,6 +56,28 @@ def test_bits_of_the_reference(rule, second, first, row_format, isa):
             assert torch.equal(a, b), (row_dim, rounding, step)
         untouched = [r for r in range(R) if not (ids == r).any()]
         assert torch.equal(got[1][untouched], rows[untouched])
+
+
+@pytest.mark.parametrize("row_format", DTYPES)
+@pytest.mark.parametrize(("rule", "second", "first"), [*RULES, ("none", None, None)])
+def test_bits_of_the_reference_on_every_backend(rule, second, first, row_format, backend, device):
+    rows, state = rand(R, 37).mul(1e-4 if row_format == "f16" else 1).to(DTYPES[row_format]), make_state(second, first, R, 37)
+    ids, grads = make_ids(3, 10), rand(3, 10, 37, seed=3)
+    ids[0, :6] = 17
+    options = dict(rounding="nearest" if rule == "sgd" else "stochastic", step=3 if rule == "adagrad" else None, seed=5,
+                   grad_scale=0.7, first_row=9)
+    got = updated(rows, state, ids, grads, rule, device, backend=backend, **options)
+    want = updated(rows, state, ids, grads, rule, backend="reference", **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("row_dim", [1, 16, 68])
+def test_any_width_on_every_backend(row_dim, backend, device):
+    state = make_state("row", "bf16", R, row_dim)
+    case = rand(R, row_dim).bfloat16(), state, make_ids(40), rand(40, row_dim, seed=3).half(), "adam"
+    options = dict(rounding="stochastic", step=2**31, betas=(0.0, 0.99999))
+    got, want = updated(*case, device, backend=backend, **options), updated(*case, backend="reference", **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_sums_of_squares_stand_at_the_first_position():

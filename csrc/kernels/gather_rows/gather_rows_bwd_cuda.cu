@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "common/cuda_check.h"
+#include "common/sum_positions_cuda.h"
 #include "common/vector_cuda.h"
 #include "kernels/gather_rows/gather_rows.h"
 
@@ -17,44 +18,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kVector = 8;  // elements of a lane
-constexpr int kPositionsAtOnce = 4;
 constexpr int kBlocksPerSm = 16;
-
-__device__ __forceinline__ bool begins_row(const GatherRowsBwdParams& p, int64_t i, int64_t id) {
-  return id >= 0 && id < p.num_rows && (i == 0 || p.row_ids[i - 1] != id);
-}
-
-template <DType kGrad, int kCount>
-__device__ __forceinline__ void load_elements(const GatherRowsBwdParams& p, int64_t position, int column,
-                                              float (&values)[kCount]) {
-  const std::byte* from = p.grad + (position * p.row_dim + column) * dtype_bytes(kGrad);
-  if constexpr (kCount > 1) {
-    load_floats<kGrad, kCount>(from, values);
-  } else if constexpr (kGrad == DType::kF32) {
-    values[0] = *reinterpret_cast<const float*>(from);
-  } else {
-    float unused;
-    unpack_pair<kGrad>(*reinterpret_cast<const uint16_t*>(from), values, &unused);
-  }
-}
-
-// sums[..] += the elements from `column` on of the gradients at sorted positions i, i + 1, .. of the row.
-template <DType kGrad, int kCount>
-__device__ __forceinline__ void sum_positions(const GatherRowsBwdParams& p, int64_t i, int64_t id, int column, float* sums) {
-#pragma unroll 1
-  for (; i < p.row_ids.count && p.row_ids[i] == id; i += kPositionsAtOnce) {
-    float values[kPositionsAtOnce][kCount] = {};
-#pragma unroll
-    for (int n = 0; n < kPositionsAtOnce; ++n) {  // independent loads first
-      if (i + n < p.row_ids.count && p.row_ids[i + n] == id) load_elements<kGrad>(p, p.positions[i + n], column, values[n]);
-    }
-#pragma unroll
-    for (int n = 0; n < kPositionsAtOnce; ++n) {
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) sums[e] += values[n][e];
-    }
-  }
-}
 
 template <DType kOut, int kCount>
 __device__ __forceinline__ void store_sums(const GatherRowsBwdParams& p, int64_t id, int column, const float* sums) {
@@ -77,11 +41,12 @@ __global__ void __launch_bounds__(kThreads) gather_rows_bwd_kernel(const GatherR
 #pragma unroll 1
   for (int64_t i = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; i < p.row_ids.count; i += step) {
     const int64_t id = p.row_ids[i];
-    if (!begins_row(p, i, id)) continue;
+    if (!begins_row(p.row_ids, p.num_rows, i, id)) continue;
+    const SortedGradients gradients{p.grad, p.positions, p.row_ids, p.row_dim};
 #pragma unroll 1
     for (int column = lane * kCount; column < p.row_dim; column += kWarp * kCount) {
       float sums[kCount] = {};
-      sum_positions<kGrad, kCount>(p, i, id, column, sums);
+      sum_positions<kGrad, kCount>(gradients, i, id, column, sums);
       store_sums<kOut, kCount>(p, id, column, sums);
     }
   }

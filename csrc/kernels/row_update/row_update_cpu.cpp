@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kGrainEntries = 64;
 constexpr int64_t kGrainPositions = 256;
 constexpr int64_t kPrefetchEntries = 4;
-constexpr int kParts = 16;  // of a sum of squares; row buffers are padded with zeros to a multiple of it
+constexpr int kParts = kSquareParts;  // row buffers are padded with zeros to a multiple of it
 static_assert(kParts % kLanes == 0);
 
 EK_LANE F32 root(F32 x) {
@@ -39,45 +39,10 @@ EK_LANE F32 root(F32 x) {
 #endif
 }
 
-// ---- random bits ----------------------------------------------------------------------------------------------------
+// ---- rows to and from buffers ---------------------------------------------------------------------------------------
 
-EK_LANE uint64_t splitmix(uint64_t x) {
-  x += 0x9E3779B97F4A7C15ULL;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
-  return x ^ (x >> 31);
-}
-
-EK_LANE uint64_t key_of(uint64_t seed, int64_t row, int64_t step) {
-  return splitmix(splitmix(splitmix(seed) ^ static_cast<uint64_t>(row)) ^ static_cast<uint64_t>(step));
-}
-
-// 32 bits of an element, of half a row's key
-EK_LANE uint32_t random_bits(uint32_t key, int element) {
-  uint32_t x = static_cast<uint32_t>(element) * 0x9E3779B9U + key;
-  x = (x ^ (x >> 16)) * 0x7FEB352DU;
-  x = (x ^ (x >> 15)) * 0x846CA68BU;
-  return x ^ (x >> 16);
-}
-
-EK_LANE void round_with(float x, uint32_t random, Bf16* out) {
-  const uint32_t bits = bits_from_float(x);
-  const uint32_t rounded = (bits + (random >> 16)) >> 16;
-  out->bits = static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? 0x7FC0U : rounded);
-}
-
-EK_LANE void round_with(float x, uint32_t random, F16* out) {
-  const uint32_t bits = bits_from_float(x), magnitude = bits & 0x7FFFFFFFU, sign = (bits >> 16) & 0x8000U;
-  // below 2^-14 halves are multiples of 2^-24
-  const float scaled = magnitude < 0x38800000U ? float_from_bits(magnitude) * 16777216.0F : 0.0F;
-  const int32_t whole = static_cast<int32_t>(scaled);
-  const float cut = scaled - static_cast<float>(whole), draw = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24F;
-  const uint32_t small = static_cast<uint32_t>(whole) + (draw < cut ? 1U : 0U);
-  uint32_t large = (magnitude + (random >> 19) - (112U << 23)) >> 13;
-  large = magnitude >= 0x47800000U ? 0x7C00U : large;
-  large = magnitude > 0x7F800000U ? 0x7E00U : large;
-  out->bits = static_cast<uint16_t>(sign | (magnitude < 0x38800000U ? small : large));
-}
+EK_LANE void round_with(float x, uint32_t random, Bf16* out) { out->bits = round_to_bf16(x, random); }
+EK_LANE void round_with(float x, uint32_t random, F16* out) { out->bits = round_to_f16(x, random); }
 
 template <class T>
 EK_LANE void round_row(const float* values, int count, bool stochastic, uint32_t key, T* out) {
@@ -116,14 +81,12 @@ struct StepSizes {
   float sizes[kSlots];
 };
 
-// The factor of an update at a step, in the order of torch's SparseAdam.
-EK_LANE float step_size(const RowUpdateParams& p, int64_t step, StepSizes& known) {
-  if (p.rule != UpdateRule::kAdam) return static_cast<float>(p.lr);
+EK_LANE float size_at(const RowUpdateParams& p, int64_t step, StepSizes& known) {
+  if (p.rule != UpdateRule::kAdam) return step_size(p, step);
   const int slot = static_cast<int>(step % StepSizes::kSlots);
   if (known.steps[slot] != step) {
-    const double n = static_cast<double>(step), rate = p.lr * std::sqrt(1.0 - std::pow(p.beta2, n));
     known.steps[slot] = step;
-    known.sizes[slot] = static_cast<float>(p.first == nullptr ? rate : rate / (1.0 - std::pow(p.beta1, n)));
+    known.sizes[slot] = step_size(p, step);
   }
   return known.sizes[slot];
 }
@@ -217,7 +180,7 @@ EK_LANE void update_row(const RowUpdateParams& p, int64_t row, float squares, St
   Row* stored = reinterpret_cast<Row*>(p.rows) + row * p.row_stride;
   load_row(stored, p.row_dim, b.row);
   const float* moment = update_first(p, row, static_cast<uint32_t>(key >> 32), b);
-  descend(p, row, step_size(p, step, sizes), squares, moment, b);
+  descend(p, row, size_at(p, step, sizes), squares, moment, b);
   round_row(b.row, p.row_dim, p.stochastic, static_cast<uint32_t>(key), stored);
 }
 

@@ -86,8 +86,19 @@ def _sum_distinct(grad: Tensor, row_ids: Tensor, dtype: torch.dtype) -> tuple[Te
         if kernel and torch._C._dispatch_has_kernel_for_dispatch_key(kernel._qualified_op_name, grad.device.type.upper()):
             return distinct, kernel(grad.contiguous(), inverse, distinct.numel(), dtype)
     present = inverse != -1
-    summed = grad.new_zeros(distinct.numel(), grad.shape[-1], dtype=torch.float32)
-    return distinct, summed.index_add(0, inverse[present], grad[present].float()).to(dtype)
+    return distinct, _sum_in_order(grad[present].float(), inverse[present], distinct.numel()).to(dtype)
+
+
+def _sum_in_order(grad: Tensor, places: Tensor, count: int) -> Tensor:
+    """Sums [count, D] of the gradients of each place in the order of the positions: index_add has no order on a GPU."""
+    summed = grad.new_zeros(count, grad.shape[-1])
+    order = places.argsort(stable=True)
+    ordered = places[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+    for turn in range(int(rank.max()) + 1 if len(order) else 0):
+        now = rank == turn
+        summed[ordered[now]] += grad[order[now]]
+    return summed
 
 
 def _empty(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale=1.0):

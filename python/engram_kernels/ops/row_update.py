@@ -31,6 +31,9 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     every bit. Arithmetic is in float32, and results are the same bits for any number of threads and on every instruction set.
     Everything is checked before the first write. `RowOptimizer` keeps the moments and calls this.
 
+    On a GPU the data is checked there: where it is wrong no row and no moment is written, every element that is returned is NaN,
+    and `check_errors` raises later.
+
     Args:
         table: in memory, of format f32, bf16 or f16, not shared and not in a file.
         row_ids: int32 or int64, any shape, contiguous; -1 (no row: its gradient is not looked at) or in [0, table.num_rows).
@@ -50,7 +53,7 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
         first_row: number of row 0 in the whole table, where this one is a shard; then a shard rounds as the whole table.
         grad_scale: factor on the summed gradients, such as that of clipping: a number, or a tensor of one element.
         out: float32 [n], written instead of a new tensor; n: number of ids.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         float32 [n]: the sum of squares of the summed, scaled gradient of a row at the position of its first id; 0 elsewhere.
@@ -58,8 +61,9 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     Raises:
         TypeError: an argument is no tensor, no RowTable or no number.
         ValueError: a shape, dtype, device or stride is wrong, an option is out of range, a tensor that is written requires grad
-            or shares memory with another, the table cannot be written, or a gradient is NaN or infinite, which names the row.
-        IndexError: an id is neither -1 nor in [0, num_rows).
+            or shares memory with another, the table cannot be written, or a gradient is NaN or infinite, which names the row
+            (not on a GPU).
+        IndexError: an id is neither -1 nor in [0, num_rows) (not on a GPU).
         RuntimeError: the named backend is not available.
 
     Source: docs/ops.md, "row_update"; Adam as torch.optim.SparseAdam, Adagrad as torch.optim.Adagrad.

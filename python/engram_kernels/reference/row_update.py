@@ -35,7 +35,7 @@ def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tenso
         old = first[rows].float()
         moment = old + (g - old) * _f32(1 - beta1) if rule == "adam" else old * _f32(beta1) + g
         first[rows] = _rounded(moment, first.dtype, keys >> 32 & _LOW, stochastic)
-    size = _f32([_step_size(rule, t, lr, beta1, beta2, first is not None) for t in at]).to(g.device)[:, None]
+    size = _f32([step_size(rule, t, lr, beta1, beta2, first is not None) for t in at]).to(g.device)[:, None]
     if second is None:
         change = size * moment
     elif second.dim() == 1:
@@ -58,11 +58,22 @@ def _root(x: Tensor) -> Tensor:
     return x.double().sqrt().float()  # torch's own root of a float32 is not always the nearest
 
 
-def _step_size(rule: str, t: int, lr: float, beta1: float, beta2: float, has_first: bool) -> float:
+def step_size(rule: str, t: int, lr: float, beta1: float, beta2: float, has_first: bool) -> float:
+    """The factor of an update at step `t`, before it is rounded to float32."""
     if rule != "adam":
         return lr
-    rate = lr * math.sqrt(1 - beta2**t)
-    return rate / (1 - beta1**t) if has_first else rate
+    rate = lr * math.sqrt(1 - _power(beta2, t))
+    return rate / (1 - _power(beta1, t)) if has_first else rate
+
+
+def _power(base: float, n: int) -> float:
+    """base**n by squaring, since no two libraries round pow alike."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result *= base
+        base, n = base * base, n >> 1
+    return result
 
 
 def _summed(rows: Tensor, ids: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:

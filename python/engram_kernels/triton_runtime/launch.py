@@ -67,6 +67,8 @@ class Variant(NamedTuple):
         attrs = {(i,): [["tt.divisibility", ALIGNMENT]] for i, t in enumerate(types) if self.aligned and t[0] == "*"}
         source = ASTSource(self.kernel, dict(zip(names, kinds, strict=True)), constants, attrs)
         options = {"num_warps": self.num_warps}
+        if getattr(self.kernel, "is_exact", False):  # every operation is rounded by itself
+            options["enable_fp_fusion"] = False
         if target.backend == "cuda":  # without a limit ptxas spills a few registers to reach an occupancy of its own choice
             options["maxnreg"] = min(65536 // (32 * self.num_warps), 255)
         return triton.compile(source, target=target, options=options)

@@ -39,10 +39,14 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
                         "large": {"programs": 128, "parts": 32, "held": 140, "num_warps": 8}},
     "short_conv": {"small": {"programs": 1024}, "large": {"programs": 1024}},
     "short_conv_bwd": {"small": {"parts": 4}, "large": {"parts": 64}},
+    # rows: of a program, whose lanes take 16 elements of each at a time
+    "row_update": {"small": {"rows": 8, "num_warps": 4}, "large": {"rows": 8, "num_warps": 4}},
 }
 TARGETS: dict[tuple[str, str, str], dict[str, int]] = {  # (op, target, shape class)
     # the interpreter takes as long for a large tile as for a small one
     ("gather_rows", "cpu", "large"): {"tile": 65536},
+    ("row_update", "cpu", "small"): {"rows": 64},
+    ("row_update", "cpu", "large"): {"rows": 64},
     ("ngram_hash", "cpu", "small"): {"ids": 512, "layers": 2},
     ("ngram_hash", "cpu", "large"): {"ids": 4096},
     # sm_100 computes float32 in pairs of registers

@@ -31,9 +31,9 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
         backward: also the gradients.
 
     Returns:
-        How many variants there are. Not among them: row ids in int64 (`ngram_hash` gives int32), `ngram_hash_and_commit` of one
-        layer alone or without a pool, tensors that are not 16-byte
-        aligned and strides other than those of contiguous tensors; the first launch of such a variant compiles it.
+        How many variants there are. Not among them: `row_update`, row ids in int64 (`ngram_hash` gives int32),
+        `ngram_hash_and_commit` of one layer alone or without a pool, tensors that are not 16-byte aligned and strides other
+        than those of contiguous tensors; the first launch of such a variant compiles it.
 
     Raises:
         RuntimeError: `device` is no GPU that the kernels support.

@@ -8,6 +8,7 @@
 #include "kernels/gather_gate/gather_gate.h"
 #include "kernels/gather_rows/gather_rows.h"
 #include "kernels/ngram_hash/ngram_hash.h"
+#include "kernels/row_update/row_update.h"
 #include "kernels/short_conv/short_conv.h"
 #include "prefetch/place_rows.h"
 
@@ -40,6 +41,7 @@ EK_LAUNCHER(gather_gate_cuda, GatherGateParams)
 EK_LAUNCHER(gather_gate_bwd_cuda, GatherGateBwdParams)
 EK_LAUNCHER(short_conv_cuda, ShortConvParams)
 EK_LAUNCHER(short_conv_bwd_cuda, ShortConvBwdParams)
+EK_LAUNCHER(row_update_cuda, RowUpdateParams)
 EK_LAUNCHER(place_rows_cuda, PlaceRowsParams)
 
 EK_WEAK(gate_bwd_cuda_scratch_bytes)

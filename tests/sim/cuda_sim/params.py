@@ -1,5 +1,5 @@
 """The params structs of csrc/kernels as ctypes; `Device.run` compares their sizes with the C++ ones."""
-from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_void_p
+from ctypes import Structure, c_bool, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 
 import torch
 
@@ -89,6 +89,15 @@ class ShortConvBwdParams(Structure):
     _fields_ = [("forward", ShortConvParams), ("grad_out", c_void_p), ("grad_token_stride", c_int64),
                 ("grad_branch_stride", c_int64), ("grad_x", c_void_p), ("grad_weight", c_void_p), ("grad_norm_weight", c_void_p),
                 ("scratch", c_void_p)]
+
+
+class RowUpdateParams(Structure):
+    _fields_ = [("row_ids", RowIds), ("grad", c_void_p), ("grad_dtype", c_int), ("rows", c_void_p), ("row_stride", c_int64),
+                ("row_dtype", c_int), ("num_rows", c_int64), ("row_dim", c_int), ("second", c_void_p), ("second_per_row", c_bool),
+                ("first", c_void_p), ("first_dtype", c_int), ("steps", c_void_p), ("squares", c_void_p), ("rule", c_int)] + [
+        (name, c_double) for name in ("lr", "beta1", "beta2", "eps", "grad_scale")] + [
+        ("step", c_int64), ("stochastic", c_bool), ("seed", c_uint64), ("first_row", c_int64)] + [
+        (name, c_void_p) for name in ("positions", "refused", "sizes", "error_count")]
 
 
 class PlaceRowsParams(Structure):
