@@ -49,7 +49,7 @@ def controls() -> dict[str, Callable[[], float]]:
 
 
 def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: str, role: str = "peer", num_bytes: int = 0,
-            units: int = 0, unit: str = "", rounds: int = 15) -> None:
+            units: int = 0, unit: str = "", rounds: int = 15, before: Callable[[], Any] | None = None) -> None:
     """Times `run` and files it under `group`; at five moments among the rounds the controls are timed too, and filed with it.
 
     Args:
@@ -61,6 +61,7 @@ def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: st
         num_bytes: bytes that the op must move at least, for GB/s; 0: not given.
         units: how many `unit` one call produces, for ns per unit; 0: not given.
         rounds: timed calls; one untimed call goes before.
+        before: called before each `run`, untimed.
     """
     benchmark.group = group
     benchmark.name = contender
@@ -73,7 +74,11 @@ def measure(benchmark: Any, run: Callable[[], Any], *, group: str, contender: st
         if number >= 0 and number * CONTROL_ROUNDS // rounds >= len(beside["loop"]):
             for name, seconds in controls().items():
                 beside[name].append(seconds())
+            if before is not None:
+                before()
             run()  # the caches are as they were
+        if before is not None:
+            before()
 
     benchmark.extra_info["controls"] = beside
     benchmark.pedantic(run, setup=before_round, rounds=rounds, iterations=1, warmup_rounds=1)

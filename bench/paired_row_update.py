@@ -1,0 +1,70 @@
+"""RowOptimizer against its peers, step by step in turn: the machine's speed drifts by more than a peer's time may.
+
+    python bench/paired_row_update.py      a Markdown table of the medians of the per-pair ratios, with their quartiles
+
+1M rows of 256 float32, 65,536 ids per step, two threads. FBGEMM's step is the backward of its lookup, which updates the rows;
+the lookup before it is not timed. EK_BENCH_TABLE_GIB=1 takes a small table.
+"""
+import statistics
+import time
+
+import torch
+
+import engram_kernels as ek
+from bench_row_update import NUM_IDS, NUM_ROWS, ROW_DIM, fbgemm_rowwise_adagrad, inputs, table_of
+
+PAIRS = 21
+
+
+def seconds(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def of_fbgemm(ids, grads):
+    """A function that makes ready, and returns, a step of FBGEMM's exact row-wise Adagrad."""
+    kernel, offsets = fbgemm_rowwise_adagrad(NUM_ROWS, ROW_DIM), torch.arange(NUM_IDS + 1)
+
+    def ready():
+        out = kernel(ids, offsets)
+        return lambda: out.backward(grads)
+    return ready
+
+
+def of_torch(ids, grads):
+    weight = torch.nn.Parameter(torch.zeros(NUM_ROWS, ROW_DIM))
+    optimizer = torch.optim.SparseAdam([weight])
+
+    def ready():
+        weight.grad = torch.sparse_coo_tensor(ids[None], grads, weight.shape, check_invariants=False)
+        return optimizer.step
+    return ready
+
+
+def ratios(ours, peer, pairs=PAIRS):
+    """Time of the peer over ours, pair by pair; which goes first alternates."""
+    result = []
+    for pair in range(-2, pairs):  # two that do not count
+        theirs = peer()
+        first = seconds(ours if pair % 2 else theirs)
+        second = seconds(theirs if pair % 2 else ours)
+        result.append(second / first if pair % 2 else first / second)
+    return result[2:]
+
+
+def main():
+    torch.set_num_threads(2)
+    ids, grads = inputs()
+    adagrad = ek.RowOptimizer(table_of("f32"), "adagrad")
+    adam = ek.RowOptimizer(table_of("f32"), "adam", second_moment="element", bias_correction="step")
+    print("| step | peer | its time over ours, step by step in turn (quartiles) |\n|---|---|---|")
+    for name, optimizer, peer_name, peer in (
+            ("row-wise Adagrad", adagrad, "FBGEMM CPU, exact row-wise Adagrad", of_fbgemm),
+            ("Adam, a second moment per element", adam, "torch.optim.SparseAdam", of_torch)):
+        low, middle, high = statistics.quantiles(ratios(lambda o=optimizer: o.step(ids, grads), peer(ids, grads)), n=4)
+        print(f"| {name} | {peer_name} | {middle:.2f}x ({low:.2f} to {high:.2f}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
