@@ -76,7 +76,8 @@ def test_torch_adagrad(benchmark):
 
 
 def test_ours_rowwise_adagrad(benchmark):
-    time_ours(benchmark, ROWWISE, "engram_kernels, one second moment per row", ek.RowOptimizer(table_of("f32"), "adagrad"), "ours")
+    optimizer = ek.RowOptimizer(table_of("f32"), "adagrad")
+    time_ours(benchmark, ROWWISE, "engram_kernels, one second moment per row", optimizer, "ours")
 
 
 def fbgemm_rowwise_adagrad(num_rows, row_dim, lr=1e-3, eps=1e-10):
