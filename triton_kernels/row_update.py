@@ -51,6 +51,12 @@ def sum_gradient(grad, sorted_ids, positions, place, row, begins, element, count
 
 
 @triton.jit
+def of_bits(bits):
+    """A float64 that came as an integer, since a launch takes no other float64."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)  # the interpreter takes a small one for an int32
+
+
+@triton.jit
 def power(base, n):
     """base**n in float64, by squaring."""
     result = tl.full(n.shape, 1.0, tl.float64)
@@ -72,9 +78,9 @@ def row_update_sums_kernel(grad, sorted_ids, positions, steps, squares, sizes, r
         bad = bad | (begins & ((own < 0) | (own == 0x7FFFFFFF)))
         if OWN_SIZES:
             n = tl.where(bad, 1, own.to(tl.int64) + 1)
-            size = rate_bits.to(tl.float64, bitcast=True) * tl.sqrt(1.0 - power(beta2_bits.to(tl.float64, bitcast=True), n))
+            size = of_bits(rate_bits) * tl.sqrt(1.0 - power(of_bits(beta2_bits), n))
             if HAS_FIRST:
-                size = size / (1.0 - power(beta1_bits.to(tl.float64, bitcast=True), n))
+                size = size / (1.0 - power(of_bits(beta1_bits), n))
             tl.store(sizes + place, size.to(tl.float32), mask=begins)
     parts = tl.zeros([ROWS, PARTS], tl.float32)
     for start in tl.range(0, D, PARTS):
