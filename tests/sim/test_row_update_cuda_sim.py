@@ -174,7 +174,7 @@ ROWS, DIM = 400, 256
 
 @pytest.fixture(scope="module")
 def cost():
-    """Launches of one update of distinct rows in random order, all but one of 32 ids twice; and the ids."""
+    """Launches of one update of distinct rows in random order, and of twelve again; and the ids."""
     ids = torch.cat([torch.randperm(ROWS, generator=torch.Generator().manual_seed(12)), torch.arange(12)])
     state = make_state("row", torch.bfloat16, ROWS, DIM)
     return simulate(rand(ROWS, DIM).bfloat16(), ids, rand(len(ids), DIM, seed=9), "adam", state)[2], ids

@@ -19,9 +19,11 @@ def run(rows, ids, grads, rule, state, **options):
     return squares, errors.item(), launches
 
 
+@pytest.mark.slow_cases("adam_f16", "adagrad", "sgd")
 @pytest.mark.parametrize(("rule", "second", "first", "dtype"), [
     ("adam", "row", torch.bfloat16, torch.bfloat16), ("adam", "element", torch.float32, torch.float16),
-    ("adagrad", "element", None, torch.float32), ("sgd", None, torch.float32, torch.float32)], ids=str)
+    ("adagrad", "element", None, torch.float32), ("sgd", None, torch.float32, torch.float32)],
+    ids=["adam_bf16", "adam_f16", "adagrad", "sgd"])
 def test_row_update_has_the_bits_of_the_cpu_kernel(rule, second, first, dtype):
     rows, state = rand(9, 37).mul(1e-4 if dtype == torch.float16 else 1).to(dtype), make_state(second, first, 9, 37)
     ids, grads = make_ids(20, 9), rand(20, 37, seed=3)
