@@ -40,6 +40,13 @@ FileRows rows_of(const Extent& extent) {
   return rows;
 }
 
+DType stored_scales_of(const std::string& name) {
+  EK_CHECK(name.empty() || name == "bf16" || name == "f16", "FileTier: stored_scales is '" << name
+                                                                                           << "', expected '', 'bf16' or "
+                                                                                              "'f16'");
+  return name == "bf16" ? DType::kBf16 : name == "f16" ? DType::kF16 : DType::kF32;
+}
+
 py::buffer_info ids_of(const py::buffer& row_ids) {
   py::buffer_info ids = row_ids.request();
   EK_CHECK(
@@ -178,12 +185,16 @@ void bind_table(py::module_& m) {
           py::arg("offset"), py::arg("out"), py::arg("file") = 0, "Fills `out` with the bytes from `offset` of a file on.")
       .def(
           "tier",
-          [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes) {
-            return make_unlocked<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes);
+          [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes,
+             const std::string& stored_scales) {
+            return make_unlocked<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes,
+                                           stored_scales_of(stored_scales));
           },
-          py::arg("rows"), py::arg("scales"), py::arg("cache_bytes"),
+          py::arg("rows"), py::arg("scales"), py::arg("cache_bytes"), py::arg("stored_scales") = "",
           "A FileTier of two extents (offset, stride_bytes, row_bytes, num_rows) of the first file, or (stride_bytes, row_bytes, "
-          "[(file, offset, num_rows), ..]); row_bytes 0: no scales per row.")
+          "[(file, offset, num_rows), ..]); row_bytes 0: no scales per row. stored_scales \"bf16\" or \"f16\": what the file "
+          "has; "
+          "`fetch` gives float32. \"\": as they are.")
       .def(
           "wrap_queues",
           [](FileReader& reader, uintptr_t wrapper, uintptr_t context) {

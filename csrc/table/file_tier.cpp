@@ -47,13 +47,16 @@ struct FileTier::RowsMissed {
   std::vector<int64_t> ids, positions;
 };
 
-FileTier::FileTier(std::shared_ptr<FileReader> reader, const FileRows& rows, const FileRows& scales, int64_t cache_bytes)
-    : reader_(std::move(reader)), rows_(rows), scales_(scales) {
+FileTier::FileTier(std::shared_ptr<FileReader> reader, const FileRows& rows, const FileRows& scales, int64_t cache_bytes,
+                   DType stored_scales)
+    : reader_(std::move(reader)), rows_(rows), scales_(scales), stored_scales_(stored_scales) {
   EK_CHECK(cache_bytes >= 0, "FileTier: cache_bytes is " << cache_bytes << ", expected at least 0");
   reader_->check(rows_);
   reader_->check(scales_);
   EK_CHECK(scales.row_bytes == 0 || scales.num_rows == rows.num_rows,
            "FileTier: there are scales for " << scales.num_rows << " rows, expected " << rows.num_rows);
+  EK_CHECK(scales.row_bytes % dtype_bytes(stored_scales) == 0 || stored_scales == DType::kF32,
+           "FileTier: scales of " << scales.row_bytes << " bytes per row are no floats of two bytes");
   const int64_t slot_bytes = rows.row_bytes + scales.row_bytes;
   // a cache of more slots than rows would only waste memory
   cache_slots_ = std::min(cache_bytes / (slot_bytes + RowCacheDirectory::kBytesPerSlot), (rows.num_rows + 1) * 2);
@@ -107,6 +110,7 @@ void FileTier::fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows
     if (num_missed < count && (num_missed == 0 || reader_->num_files() > 1)) check_unchanged(distinct_ids, count);
     keep(missed, rows_out, scales_out);
   }
+  widen(scales_out, count);
   counted.rows = count;
   counted.file_rows = count - counted.cache_hits;
   counted.payload_bytes = count * (rows_.row_bytes + scales_.row_bytes);
@@ -116,6 +120,17 @@ void FileTier::fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows
                           counted.payload_bytes, counted.moved_bytes, counted.reads};
   for (int i = 0; i < 6; ++i) totals_[i].fetch_add(add[i], std::memory_order_relaxed);
   if (counters != nullptr) *counters += counted;
+}
+
+// From what the file has, one behind the other, to fp32 in the same place: from the last on, which nothing behind it needs.
+void FileTier::widen(std::byte* scales, int64_t count) const {
+  if (stored_scales_ == DType::kF32) return;
+  for (int64_t i = count * (scales_.row_bytes / 2) - 1; i >= 0; --i) {
+    uint16_t bits;
+    std::memcpy(&bits, scales + i * 2, sizeof(bits));
+    const float value = stored_scales_ == DType::kBf16 ? bf16_to_float(bits) : f16_to_float(bits);
+    std::memcpy(scales + i * 4, &value, sizeof(value));
+  }
 }
 
 void FileTier::check_unchanged(const int64_t* ids, int64_t count) const {

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "common/row_format.h"
 #include "table/file_reader.h"
 
 namespace engram_kernels {
@@ -30,13 +31,15 @@ struct FetchCounters {
 
 class FileTier {
  public:
-  // `scales.row_bytes` 0: the table has no scales per row. cache_bytes 0: no cache.
-  FileTier(std::shared_ptr<FileReader> reader, const FileRows& rows, const FileRows& scales, int64_t cache_bytes);
+  // `scales.row_bytes` 0: the table has no scales per row. cache_bytes 0: no cache. `stored_scales` kBf16 or kF16: the file has
+  // floats of two bytes, which are handed out as fp32.
+  FileTier(std::shared_ptr<FileReader> reader, const FileRows& rows, const FileRows& scales, int64_t cache_bytes,
+           DType stored_scales = DType::kF32);
   ~FileTier();
   FileTier(const FileTier&) = delete;
   FileTier& operator=(const FileTier&) = delete;
 
-  // rows_out[i * row_bytes ..] and scales_out[i * scale_bytes ..] = row distinct_ids[i], for `count` distinct ids in
+  // rows_out[i * row_bytes() ..] and scales_out[i * scale_bytes() ..] = row distinct_ids[i], for `count` distinct ids in
   // [0, num_rows); any order, ascending is fastest. Blocks. `*counters` is added to (may be null; unchanged on failure).
   // `*cancelled` (may be null) is looked at between submissions; once it is true the call ends with FetchCancelled.
   void fetch(const int64_t* distinct_ids, int64_t count, std::byte* rows_out, std::byte* scales_out, FetchCounters* counters,
@@ -46,7 +49,7 @@ class FileTier {
   void check_unchanged(const int64_t* ids, int64_t count) const;
 
   int64_t row_bytes() const { return rows_.row_bytes; }
-  int64_t scale_bytes() const { return scales_.row_bytes; }
+  int64_t scale_bytes() const { return scales_.row_bytes * (stored_scales_ == DType::kF32 ? 1 : 2); }  // as they are handed out
   int64_t num_rows() const { return rows_.num_rows; }
   int64_t cache_slots() const { return cache_slots_; }
   int64_t cached_rows() const;
@@ -59,9 +62,11 @@ class FileTier {
   Cache& cache() const;
   void copy_cached(const int64_t* ids, int64_t count, std::byte* rows_out, std::byte* scales_out, RowsMissed* missed) const;
   void keep(const RowsMissed& missed, const std::byte* rows, const std::byte* scales) const;
+  void widen(std::byte* scales, int64_t count) const;
 
   std::shared_ptr<FileReader> reader_;
   FileRows rows_, scales_;
+  DType stored_scales_;
   int64_t cache_slots_ = 0;
   mutable std::atomic<Cache*> cache_{nullptr};
   std::atomic<int64_t> totals_[6] = {};

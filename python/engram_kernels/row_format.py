@@ -68,9 +68,25 @@ ROW_FORMATS = {
     "fp8_e4m3_block32_packed": RowFormat(torch.uint8, ("U8",), block=32),
     "fp8_e4m3_tensor": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32", "BF16", "F16")),
     "int8_group32": RowFormat(torch.int8, ("I8",), torch.float32, ("F32",), block=32),
-    "fp8_e4m3_row": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32",), has_row_scale=True),
+    "fp8_e4m3_row": RowFormat(torch.uint8, ("F8_E4M3", "U8"), torch.float32, ("F32", "BF16", "F16"), has_row_scale=True),
     "nvfp4": RowFormat(torch.uint8, ("U8",), torch.uint8, ("F8_E4M3", "U8"), block=16, per_stored=2, has_table_scale=True),
     "mxfp4": RowFormat(torch.uint8, ("U8",), torch.uint8, ("F8_E8M0", "U8"), block=32, per_stored=2),
+}
+# dtypes of which several values, or a part of one, lie in a byte; which ones there are depends on torch's version
+_PACKED_NAMES = (*(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)), "quint2x4", "quint4x2", "bits1x8",
+                 "bits2x4", "bits4x2", "bits8", "bits16")
+_PACKED_DTYPES = {getattr(torch, name) for name in _PACKED_NAMES if hasattr(torch, name)}
+_PACKED = "packed"
+_HOW_TO_PASS: dict[Any, str] = {
+    torch.float4_e2m1fn_x2: "pass row_format='nvfp4' with e4m3 scales [R, D/16] and a table_scale, or row_format='mxfp4' with "
+                            "e8m0 scales [R, D/32]",
+    torch.float8_e4m3fn: "pass row_format='fp8_e4m3_block32', 'fp8_e4m3_row' or 'fp8_e4m3_tensor' with its scales, or "
+                         "'fp8_e4m3_block32_packed'",
+    torch.float8_e5m2: "no row format has e5m2 values: pass them as float32, and RowTable.quantize makes e4m3 of them",
+    torch.float8_e4m3fnuz: "no row format has the values of fnuz dtypes: pass weight.to(torch.float8_e4m3fn)",
+    torch.float8_e5m2fnuz: "no row format has the values of fnuz dtypes: pass them as float32",
+    _PACKED: "no row format has such integers: pass int8 values with row_format='int8_group32', or the bytes of e2m1 pairs as "
+              "torch.uint8 with row_format='nvfp4' or 'mxfp4'",
 }
 FLOAT_FORMATS = {name: f.dtype for name, f in ROW_FORMATS.items() if f.is_float}
 
@@ -99,8 +115,8 @@ def check_shape(op: str, name: str, row_dim: object, width: int) -> None:
 def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: int | None) -> tuple[Tensor, Tensor | None, int]:
     """Raises unless tensors hold rows of a format: the rows as stored, their scales, and D. Rules: `RowTable.from_tensor`."""
     fmt = row_format_of(op, row_format)
-    rows = _as_stored(weight, torch.float8_e4m3fn)
-    scales = _as_stored(scales, torch.float8_e4m3fn if fmt.has_table_scale else torch.float8_e8m0fnu)
+    rows = rows_as_stored(op, "weight", weight, row_format, fmt)
+    scales = scales_as_stored(scales, fmt)
     expect_tensor(op, "weight", rows, (fmt.dtype,), ("R", "stride"), None, 0)
     if rows.shape[0] > 1 and rows.shape[1] > 1 and rows.stride(1) != 1:
         raise ValueError(f"{op}: the elements of a row of weight must be contiguous, got strides {list(rows.stride())}")
@@ -118,7 +134,7 @@ def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: i
         assert fmt.scale_dtype is not None
         if scales is None:
             raise ValueError(f"{op}: row_format {row_format!r} needs scales of shape {list(wanted)}, got none")
-        scales = _as_wanted(scales, wanted) if fmt.scale_dtype == torch.float32 and not fmt.has_blocks else scales
+        scales = scales_as_wanted(scales, wanted) if fmt.scale_dtype == torch.float32 and not fmt.has_blocks else scales
         expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, rows.device)
         if scales.dim() == 2 and scales.shape[0] > 1 and ((scales.shape[1] > 1 and scales.stride(1) != 1)
                                                           or scales.stride(0) < scales.shape[1]):
@@ -138,18 +154,34 @@ def check_table_scale(op: str, row_format: str, value: Any) -> float:
         raise ValueError(f"{op}: table_scale is {value!r}, expected a number, or a float tensor of one element, for row_format "
                          f"{row_format!r}")
     rounded = torch.tensor(value, dtype=torch.float32).item()
-    if not math.isfinite(rounded):
-        raise ValueError(f"{op}: table_scale is {value!r}, expected a finite float32")
+    if not (0 < rounded < math.inf):
+        raise ValueError(f"{op}: table_scale is {value!r}, expected a finite float32 above 0: it is the largest value of a table "
+                         "divided by that of the format, and with any other every row is zeros, NaN, Inf or of the wrong sign")
     return rounded
 
 
-def _as_stored(x: Any, fp8: torch.dtype) -> Any:
-    return x.view(torch.uint8) if isinstance(x, Tensor) and x.dtype == fp8 else x
+def rows_as_stored(op: str, name: str, rows: Any, row_format: str, fmt: RowFormat) -> Any:
+    """The bytes of rows whose dtype says what they hold. ValueError where that is not what the format stores."""
+    if not isinstance(rows, Tensor) or rows.dtype == fmt.dtype:
+        return rows
+    how = _HOW_TO_PASS.get(_PACKED if rows.dtype in _PACKED_DTYPES else rows.dtype)
+    stored = torch.float4_e2m1fn_x2 if fmt.per_stored == 2 else torch.float8_e4m3fn if fmt.dtype == torch.uint8 else None
+    if rows.dtype == stored:
+        return rows.view(torch.uint8)
+    if how is not None:
+        raise ValueError(f"{op}: {name} is {rows.dtype}, expected {stored or fmt.dtype} for row_format {row_format!r}; {how}")
+    return rows
 
 
-def _as_wanted(scales: Any, wanted: tuple[int, ...]) -> Any:
-    """float32 scales as published: bfloat16 is widened, and a scale of no dimension or one per row gets its dimension."""
+def scales_as_stored(scales: Any, fmt: RowFormat) -> Any:
+    """The bytes of scales whose dtype says what they hold, where the format has such."""
+    dtype = torch.float8_e4m3fn if fmt.has_table_scale else torch.float8_e8m0fnu
+    return scales.view(torch.uint8) if isinstance(scales, Tensor) and scales.dtype == dtype else scales
+
+
+def scales_as_wanted(scales: Any, wanted: tuple[int, ...]) -> Any:
+    """float32 scales as published: halves are widened, and a scale of no dimension or one per row gets its dimension."""
     if not isinstance(scales, Tensor):
         return scales
-    scales = scales.float() if scales.dtype == torch.bfloat16 else scales
+    scales = scales.float() if scales.dtype in (torch.bfloat16, torch.float16) else scales
     return scales.reshape(wanted) if scales.dim() < len(wanted) and scales.numel() == math.prod(wanted) else scales

@@ -317,6 +317,21 @@ class EngramSpec:
         """
         return mark_ids(token_ids, (*self.ignored_token_ids, 0) if self.zero_is_dead else self.ignored_token_ids, dead_mask)
 
+    def without_absent(self, row_ids: Tensor, offsets: Tensor, dead: Tensor | None) -> Tensor:
+        """Row ids of the hash as a module reads them: -1 where `longcat` has no row, which is at dead tokens and, with
+        `zero_is_dead`, where the hash of a column is 0. The ids themselves with any other variant. No host synchronization.
+
+        Args:
+            row_ids: [L, T, C], as `ngram_hash` gives them.
+            offsets: [L, C], `Layout.offsets` of the same layers.
+            dead: [T] bool, as `dead_mask` gives it; None: no token is dead.
+        """
+        if self.variant != "longcat":
+            return row_ids
+        if self.zero_is_dead:
+            row_ids = row_ids.masked_fill(row_ids == offsets[:, None], -1)
+        return row_ids if dead is None else row_ids.masked_fill(dead[:, None], -1)
+
     def is_ignored(self, token_ids: Tensor) -> Tensor | None:
         """bool of the shape of `token_ids`, True at `ignored_token_ids`; None where there are none."""
         return mark_ids(token_ids, self.ignored_token_ids)

@@ -171,3 +171,51 @@ def test_tokenizer_of_another_length_is_refused(make, ids, message, tmp_path):
     mini.tokenizer_ids = ids
     with pytest.raises(ValueError, match=message):
         ek.from_checkpoint(mini.write(tmp_path), mini.layers[0])
+
+
+@pytest.mark.parametrize("rows", ["fp8", "int8"])
+@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+def test_rows_split_over_ranks(rows, num_ranks, tmp_path):
+    """As convert.py splits them: padded to equal parts, the other tensors in every rank; found by name, or named."""
+    whole, ids, hidden = v41(rows), tokens(), randn(T, M, H, seed=9)
+    found = v41(rows).over_ranks(num_ranks).write(tmp_path / "a")
+    named = v41(rows).over_ranks(num_ranks, "part-{}-of-{}.safetensors").write(tmp_path / "b")
+    names = [f"part-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)]
+    for layer in whole.layers:
+        want = torch.cat([whole.expected(layer, ids[a:b].tolist(), hidden[a:b]) for a, b in ((0, 8), (8, 21))])
+        for module in (ek.from_checkpoint(found, layer, dtype=torch.float32),
+                       ek.Engram.from_checkpoint(found, layer, dtype=torch.float32, ranks=f"model{{}}-mp{num_ranks}.safetensors"),
+                       ek.from_checkpoint(named, layer, dtype=torch.float32, ranks=names)):
+            torch.testing.assert_close(module(hidden, ids, CU).double(), want, rtol=2e-5, atol=2e-5)
+            assert module.table.tier == "file" and module.unused_tensors == ()
+
+
+def test_damaged_ranks_are_refused(tmp_path):
+    folder = v41().over_ranks(3).write(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"no file of \S+ is called 'part\{\}.safetensors' with 0 for \{\}: there is none"):
+        ek.from_checkpoint(folder, 1, ranks="part{}.safetensors")
+    with pytest.raises(TypeError, match="ranks is 3, expected a name of files with one {}, or a list of names"):
+        ek.from_checkpoint(folder, 1, ranks=3)
+    v41().over_ranks(2).write(folder)
+    with pytest.raises(ValueError, match=r"splits over ranks; ranks should name one of them: model\{\}-mp2.safetensors, "):
+        ek.from_checkpoint(folder, 1)
+    assert ek.from_checkpoint(folder, 1, ranks="model{}-mp3.safetensors").layer_id == 1
+    (folder / "model1-mp3.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no file of \S+ is called .* with 1 for \{\}: there are 2, the last is 2"):
+        ek.from_checkpoint(folder, 1, ranks="model{}-mp3.safetensors")
+
+    lost = v41().over_ranks(3)
+    del lost.files["model1-mp3.safetensors"][V41 + "embed.weight"]
+    with pytest.raises(ValueError, match=r"engram\.embed\.weight is in 2 of 3 ranks: rows are missing"):
+        ek.from_checkpoint(lost.write(tmp_path / "b"), 1)
+    other = v41().over_ranks(3)
+    other.files["model2-mp3.safetensors"][V41 + "q_weight"] = torch.zeros(M, H).bfloat16()
+    with pytest.raises(ValueError, match=r"q_weight in model2-mp3.safetensors is not what it is in model0-mp3"):
+        ek.from_checkpoint(other.write(tmp_path / "c"), 1)
+    short = v41().over_ranks(3)
+    short.files["model2-mp3.safetensors"][V41 + "embed.weight"] = torch.zeros(9, 32).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"has \d+ rows, the configuration gives 304"):
+        ek.from_checkpoint(short.write(tmp_path / "d"), 1)
+    many = qwen().over_ranks(2, split=("shard_3.weight",))
+    with pytest.raises(ValueError, match="is one of 12 parts, in the files of 2 ranks"):
+        ek.from_checkpoint(many.write(tmp_path / "e"), 1)

@@ -9,17 +9,22 @@ from state_cases import Traffic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engram_kernels import Engram, EngramSpec, MemoryState, RowTable
+from engram_kernels import Engram, EngramSpec, LongcatEmbedding, MemoryPrefetcher, MemoryState, RowTable
 
 OP = "ngram_hash"
-FAMILIES = ("deepseek_v41", "demo_v1", "qwen4_ple", "longcat")
+FAMILIES = ("deepseek_v41", "demo_v1", "qwen4_ple", "longcat", "longcat_next")
 
 
 def layers_of(family):
-    """The layers of a small model of the family, and its spec; LongCat's hash alone."""
-    if family == "longcat":
-        return [], EngramSpec.longcat(vocab_size=500, table_sizes=(20,) * 3, head_dim=32, hidden_size=32, pad_token_id=3,
-                                      eos_token_id=7)
+    """The layers of a small model of the family, and its spec."""
+    if family.startswith("longcat"):
+        next_rules = dict(ignored_token_ids=(5,), zero_is_dead=True) if family == "longcat_next" else {}
+        spec = EngramSpec.longcat(vocab_size=500, table_sizes=(20,) * 3, head_dim=32, hidden_size=32, pad_token_id=3,
+                                  eos_token_id=7, **next_rules)
+        torch.manual_seed(0)
+        layer = LongcatEmbedding(spec, dtype=torch.float32, train_table=True).requires_grad_(False)
+        layer.rows.mul_(50)
+        return [layer], spec
     spec = make_spec(family, **({"eos_token_id": 7, "pad_token_id": 7} if family == "qwen4_ple" else {}))
     first = make_layer(family, spec=spec)[0]
     layers = []
@@ -224,3 +229,28 @@ def test_memory_state_finds_the_layers_of_a_model():
     layers, spec = layers_of("demo_v1")
     state = MemoryState(torch.nn.ModuleDict({"b": layers[1], "x": torch.nn.Linear(2, 2), "a": layers[0]}), 2)
     assert list(state.rings) == list(spec.layer_ids) and state.dtype == torch.float32
+
+
+def test_memory_state_and_prefetcher_serve_longcat_next(tmp_path):
+    """Absent rows are -1 in both, as the module hashes them: of 0 and ignored ids, and where a hash is 0."""
+    (layer,), spec = layers_of("longcat_next")
+    layer.table = RowTable.create(tmp_path / "rows", layer.rows.detach(), row_format="f32")
+    generator = torch.Generator().manual_seed(3)
+    ids, cu = torch.randint(0, 40, (400,), generator=generator), packed([150, 250])
+    want = layer.hash(ids, cu, backend="reference")
+    alive = ~spec.dead_mask(ids)
+    assert (want[~alive] == -1).all() and (want[alive] == -1).any(), "no column hashed to 0"
+    state = MemoryState(layer, 2)
+    with MemoryPrefetcher(layer) as prefetcher, torch.no_grad():
+        ticket = prefetcher.submit(ids, cu)
+        assert torch.equal(ticket.row_ids[0], want)
+        out = layer(ids, cu)
+        assert torch.equal(layer(ids, rows=prefetcher.wait(layer, ticket)), out)
+        first = torch.cat([ids[:60], ids[150:200]])
+        state.prefill(first, packed([60, 50]), torch.tensor([1, 0]))
+        rest = torch.cat([ids[60:150], ids[200:]])
+        row_ids = state.prefill(rest, packed([90, 200]), torch.tensor([1, 0]))
+        assert torch.equal(row_ids[0], torch.cat([want[60:150], want[200:]]))
+        ticket = prefetcher.submit(row_ids=row_ids)
+        got = layer(rest, **state.arguments(layer, rows=prefetcher.wait(layer, ticket)))
+        torch.testing.assert_close(got, torch.cat([out[60:150], out[200:]]), rtol=1e-6, atol=1e-6)

@@ -113,6 +113,51 @@ def test_what_it_refuses():
     assert given.rows.grad.is_sparse
 
 
+def longcat(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    spec = ek.EngramSpec.longcat(vocab_size=60, max_order=3, heads=3, head_dim=8, hidden_size=48, table_sizes=(420,) * 2,
+                                 row_format="f32", zero_is_dead=True, ignored_token_ids=(5,))
+    return ek.LongcatEmbedding(spec, dtype=dtype, **{"train_table": True, **options})
+
+
+def test_longcat_trains_a_table_of_its_own():
+    """As Engram: sparse gradients that are the dense ones, and an optimizer for the rows beside one for the rest."""
+    ids = torch.randint(0, 60, (T,), generator=torch.Generator().manual_seed(4))
+    target = torch.randn(T, 48, generator=torch.Generator().manual_seed(5))
+
+    def loss_of(embed):
+        return (embed(ids, CU).float() - target).square().mean()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        sparse, dense = longcat(dtype), longcat(dtype, sparse_grad=False)
+        assert sparse.rows.dtype == dtype and sparse.rows.shape == (sparse.layout.num_rows[0], 8)
+        assert 0.018 < sparse.rows.float().std() < 0.022 and torch.equal(sparse.rows, dense.rows)
+        for embed in (sparse, dense):
+            loss_of(embed).backward()
+        assert sparse.rows.grad.is_sparse and torch.equal(sparse.rows.grad.to_dense(), dense.rows.grad) and dense.rows.grad.any()
+    embed = longcat()
+    rest = torch.optim.AdamW([x for name, x in embed.named_parameters() if name != "rows"], lr=3e-3)
+    rows, before = ek.RowOptimizer(embed.table, "adam", lr=0.1, seed=0), embed.rows.detach().clone()
+    losses = []
+    for _ in range(30):
+        losses.append(loss_of(embed))
+        losses[-1].backward()
+        for optimizer in (rest, rows):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    used = embed.hash(ids, CU).unique()
+    changed = (embed.rows != before).any(1).nonzero().flatten()
+    assert torch.equal(changed, used[used >= 0].long()), "rows that no token reads are left alone"
+    with pytest.raises(ValueError, match="LongcatEmbedding: table and train_table are given"):
+        longcat(table=embed.table)
+    with pytest.raises(TypeError, match="LongcatEmbedding: train_table is 'file'"):
+        longcat(train_table="file")
+    with pytest.raises(ValueError, match="LongcatEmbedding: dtype is torch.float64"):
+        longcat(torch.float64)
+    assert longcat(train_table=False).table is None and longcat(device="meta").rows.is_meta
+
+
 def computed_by_parametrization(memory):
     class Twice(nn.Module):
         def forward(self, x):

@@ -74,6 +74,20 @@ def v41_int8(folder):
     return write(folder, files), (V41, V41_SCALE + ".{}"), RowTable.from_tensor(rows, scales, "int8_group32")
 
 
+def row_scales(folder, dtype=torch.bfloat16, flat=False):
+    """fp8 rows in parts, each with a half-precision scale per row, in other files and other parts."""
+    rows, scales = stored("fp8_e4m3_row", 60, 160)
+    scales = (scales * 0.37).to(dtype)
+    files = {f"model-{n}.safetensors": {QWEN.format(n): rows[n * 5:n * 5 + 5].clone().view(torch.float8_e4m3fn)} for n in range(12)}
+    shaped = scales.flatten() if flat else scales
+    files |= {"s.safetensors": {f"{QWEN_SCALE}.1": shaped[7:].clone()}, "t.safetensors": {f"{QWEN_SCALE}.0": shaped[:7].clone()}}
+    return write(folder, files), (QWEN, QWEN_SCALE + ".{}"), RowTable.from_tensor(rows, scales.float(), "fp8_e4m3_row")
+
+
+def row_scales_f16(folder):
+    return row_scales(folder, torch.float16, flat=True)
+
+
 def check(table, memory, seed=0):
     """Every row, by random ids with duplicates and in order."""
     assert (table.num_rows, table.row_dim, table.row_format) == (memory.num_rows, memory.row_dim, memory.row_format)

@@ -43,6 +43,20 @@ class Miniature:
             write_tokenizer(folder / "tokenizer.json", self.tokenizer_ids)
         return folder
 
+    def over_ranks(self, ranks, name="model{}-mp{}.safetensors", split=("embed.weight", "embed.scale")):
+        """The same as convert.py writes it: what is split, in equal parts and padded with zeros; the rest in every rank."""
+        def part(key, x, rank):
+            if not key.endswith(split):
+                return x
+            height = -(-x.shape[0] // ranks)
+            padded = torch.cat([x.view(torch.uint8), x.view(torch.uint8)[:1].repeat(height * ranks - x.shape[0], 1) * 0])
+            return padded[rank * height:(rank + 1) * height].view(x.dtype)
+
+        self.files = {name.format(rank, ranks): {key: part(key, x, rank) for key, x in self.tensors.items()}
+                      for rank in range(ranks)}
+        self.has_index = False
+        return self
+
     def edit(self, name, change):
         """Replaces a tensor; None takes it away."""
         for tensors in self.files.values():

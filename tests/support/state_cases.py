@@ -4,7 +4,7 @@ import random
 import torch
 from op_cases import packed
 
-from engram_kernels import MemoryState, ngram_hash
+from engram_kernels import LongcatEmbedding, MemoryState, ngram_hash
 
 SLOTS, TEXT = 5, 40
 
@@ -13,7 +13,7 @@ class Traffic:
     """Random calls on a state; every row id and every output is compared with the whole sequence.
 
     Args:
-        layers: memory modules of one spec; none: the hash alone.
+        layers: memory modules of one spec.
         spec: their spec.
         max_drafts: K.
         backend: of the hash.
@@ -36,9 +36,18 @@ class Traffic:
     def whole(self, tokens):
         """Row ids [L, T, C] and outputs per layer of a sequence, in one call."""
         ids, cu = torch.tensor([t for t, _ in tokens], dtype=torch.int64), packed([len(tokens)])
-        rows = ngram_hash(ids, cu, self.layout, backend="reference")
+        if self.spec.variant == "longcat":  # dead tokens have no rows
+            rows = torch.stack([layer.hash(ids, cu, backend="reference") for layer in self.layers])
+        else:
+            rows = ngram_hash(ids, cu, self.layout, backend="reference")
+        return rows, self.outputs(tokens, lambda layer: {"token_ids": ids, "cu_seqlens": cu})
+
+    def outputs(self, tokens, arguments):
+        """Of each layer, for these tokens and what `arguments` says of the layer."""
         hidden = torch.stack([h for _, h in tokens]) if tokens else torch.empty(0, self.branches, self.size)
-        return rows, [layer(hidden, ids, cu, backend=self.backend) for layer in self.layers]
+        ids = {"token_ids": torch.tensor([t for t, _ in tokens], dtype=torch.int64)}
+        return [layer(**{**ids, **arguments(layer)}, backend=self.backend) if isinstance(layer, LongcatEmbedding)
+                else layer(hidden, **arguments(layer), backend=self.backend) for layer in self.layers]
 
     def take(self, slots, chunks, drafts, step):
         """One prefill or step; the accepted part of each chunk joins its sequence, the rest is rejected by a commit."""
@@ -48,8 +57,7 @@ class Traffic:
             row_ids = self.state.step(ids.view(len(slots), -1), at)
         else:
             row_ids = self.state.prefill(ids, packed(lengths), at, drafts=torch.tensor(drafts, dtype=torch.int64))
-        hidden = torch.stack([h for _, h in flat]) if flat else torch.empty(0, self.branches, self.size)
-        outputs = [layer(hidden, **self.state.arguments(layer), backend=self.backend) for layer in self.layers]
+        outputs = self.outputs(flat, self.state.arguments)
         begin = 0
         for slot, chunk in zip(slots, chunks, strict=True):
             end = begin + len(chunk)

@@ -63,7 +63,7 @@ def inspect(model: PublishedModel, text: str) -> dict[str, Any]:
 
 
 def _layer(model: PublishedModel, layer: PublishedLayer) -> dict[str, Any]:
-    files = sorted({model.checkpoint.files[name].name for name in (*layer.tables, *layer.scales, *layer.table_scales)})
+    files = {path for name in (*layer.tables, *layer.scales, *layer.table_scales) for path in model.checkpoint.paths(name)}
     return {"layer_id": layer.layer_id, "prefix": layer.prefix, "rows": layer.num_rows, "row_format": layer.row_format,
             "bytes": layer.num_bytes, "parts": len(layer.tables), "tables": list(layer.tables[:1]),
             "scales": list(layer.scales[:1]), "files": len(files), "unused": list(layer.unused)}

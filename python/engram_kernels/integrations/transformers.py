@@ -11,12 +11,13 @@ from torch import nn
 
 from engram_kernels.integrations.decoder import DecoderMemory, hook_model
 from engram_kernels.integrations.qwen4_exp import Qwen4ExpMemory
+from engram_kernels.modules.published_model import PublishedModel
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
-Tables = RowTable | Mapping[int, RowTable] | Sequence[RowTable] | None
+Tables = RowTable | Mapping[int, RowTable] | Sequence[RowTable] | str | os.PathLike[str] | None
 _CONFIG_FIELD = "engram_kernels"  # of a model's configuration: what `load` needs to know to attach again
 _PUBLISHED_ROWS = r"ple\.ple_embedding\.ngram_embedding\."
 
@@ -36,8 +37,9 @@ def attach(model: Any, *, table: Tables = None, spec: EngramSpec | None = None, 
     Args:
         model: a transformers model, with or without a head.
         table: rows of the memory layers, in any format and tier: one table for one layer, a sequence in the order of the
-            layers, or a mapping from the decoder layer's number (from zero). None: the rows are a parameter and trained; those of
-            Qwen4Exp are the model's own, others are drawn with the configuration's `initializer_range`.
+            layers, or a mapping from the decoder layer's number (from zero). For Qwen4Exp also the folder of a checkpoint, whose
+            parts are found by name and opened in place: bfloat16, fp8 or NVFP4. None: the rows are a parameter and trained; those
+            of Qwen4Exp are the model's own, others are drawn with the configuration's `initializer_range`.
         spec: what memory to add. Its `hidden_size` and `branches` give way to the model's hidden size and 1.
         layers: the decoder layers in front of which the memory runs, one for each of ``spec.layer_ids``, from zero; None: these.
         token_map: compression of token ids, with `spec` only.
@@ -51,7 +53,8 @@ def attach(model: Any, *, table: Tables = None, spec: EngramSpec | None = None, 
         ImportError: transformers is not installed.
         TypeError: `model` is no transformers model, or a table no RowTable.
         ValueError: there is no PLE layer and no `spec`, a memory is attached already, a layer or its table is missing or does
-            not fit, or the model cannot hand token ids to its layers.
+            not fit, a folder is no checkpoint of this model, or the model cannot hand token ids to its layers.
+        OSError: a file of the folder cannot be read.
 
     Source: docs/transformers.md; huggingface/transformers `models/qwen4_exp/modular_qwen4_exp.py`.
     """
@@ -91,6 +94,7 @@ def load(model_class: type, folder: str | os.PathLike[str], *, table: Tables = N
         OSError: the folder cannot be read.
     """
     transformers = _imported()
+    table = _opened(table)  # while no weight is on the meta device
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise TypeError(f"load: model_class is {model_class!r}, expected a class of models, such as LlamaForCausalLM")
     bases: Any = model_class
@@ -126,14 +130,42 @@ def _replace_ple(model: Any, table: Tables, rounding: str, backend: str) -> None
     if not found:
         raise ValueError(f"attach: {type(model).__name__} has no PLE layer to replace; spec= says what memory to add to it")
     spec = EngramSpec.from_hf_config(model.config.get_text_config())
+    table = _opened(table)
+    if isinstance(table, _FolderTables) and (differs := _difference(table.spec, spec)):
+        raise ValueError(f"attach: {table.folder} holds the table of another model: {differs}")
     tables = _table_of_each(table, sorted(found))
     made = {layer: Qwen4ExpMemory(module.ple, spec, tables[layer], rounding, backend) for layer, module in found.items()}
     for layer, module in found.items():
         module.ple = made[layer].train(module.ple.training)
 
 
+class _FolderTables(dict[int, RowTable]):
+    """The tables of a checkpoint by decoder layer, and whose they are."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        model = PublishedModel(folder)
+        super().__init__((layer, model.open_layer("attach", layer, {})[2]) for layer in model.spec.layer_ids)
+        self.folder, self.spec = folder, model.spec
+
+
+def _opened(table: Tables) -> Any:
+    return _FolderTables(table) if isinstance(table, str | os.PathLike) else table
+
+
+def _difference(theirs: EngramSpec, ours: EngramSpec) -> str:
+    """What makes the row ids of two models differ; "": nothing does."""
+    for name in ("hash_family", "vocab_size", "max_order", "heads", "head_dim", "layer_ids", "eos_token_id", "seed",
+                 "table_sizes"):
+        a, b = getattr(theirs, name), getattr(ours, name)
+        if a != b:
+            return f"its {name} is {a!r}, the model's {b!r}"
+    return ""
+
+
 def _add_memory(model: Any, table: Tables, spec: EngramSpec, layers: Sequence[int] | None, token_map: TokenMap | None,
                 rounding: str, backend: str) -> None:
+    if isinstance(table, str | os.PathLike):
+        raise TypeError(f"attach: table is the path {os.fspath(table)!r}, expected with spec a RowTable: RowTable.open(path)")
     if not isinstance(spec, EngramSpec):
         raise TypeError(f"attach: spec is a {type(spec).__name__}, expected an EngramSpec")
     config, decoder = model.config.get_text_config(), _decoder_of(model)
@@ -172,7 +204,7 @@ def _table_of_each(table: Tables, layers: Sequence[int]) -> dict[int, RowTable |
         if set(table) != set(layers):
             raise ValueError(f"attach: table has the layers {sorted(table)}, expected {sorted(layers)}, counted from zero")
         return dict(table)
-    tables = [table] if isinstance(table, RowTable) or not isinstance(table, Sequence) else list(table)
+    tables: list[Any] = [table] if isinstance(table, RowTable) or not isinstance(table, Sequence) else list(table)
     if len(tables) != len(layers):
         raise ValueError(f"attach: table has {len(tables)} table(s), expected one for each of the layers {list(layers)}")
     return dict(zip(layers, tables, strict=True))

@@ -14,14 +14,10 @@ from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.modules.published_rounding import published_conv, published_gate
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
-from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
-
-# examples/train_text.py learns faster from it than from 1, the deviation of an nn.Embedding
-ROW_STD = 0.02
 
 
 class Engram(MemoryModule):
@@ -83,15 +79,13 @@ class Engram(MemoryModule):
                  train_table: bool = False, sparse_grad: bool | None = None):
         super().__init__(spec, layer_id, table, token_map)
         self.rounding = checked_rounding(rounding, spec)
-        if not isinstance(train_table, bool) or not isinstance(sparse_grad, bool | None):
-            raise TypeError(f"Engram: train_table is {train_table!r} and sparse_grad {sparse_grad!r}, expected True or False")
-        self.sparse_grad = train_table if sparse_grad is None else sparse_grad
+        self.sparse_grad = self.checked_sparse_grad(train_table, sparse_grad)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"Engram: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16")
         self.hidden_size = expect_int("Engram", "hidden_size", spec.hidden_size if hidden_size is None else hidden_size, 1)
         self.branches = expect_int("Engram", "branches", spec.branches if branches is None else branches, 1, 64)
         if train_table:
-            self.table = self._made_table(dtype, device)
+            self.table = self.made_table(dtype, device)
         is_centred = spec.variant == "qwen4_ple"  # its norms multiply by 1 + w
         norm_weight = torch.zeros if is_centred else torch.ones
         shape = (self.branches, self.hidden_size)
@@ -108,15 +102,6 @@ class Engram(MemoryModule):
             self.conv_weight = nn.Parameter(conv.view(*shape, spec.conv_width))
             self.conv_norm = nn.Parameter(norm_weight(shape, dtype=dtype, device=device))
         self._place_constants()
-
-    def _made_table(self, dtype: torch.dtype, device: torch.device | str | None) -> RowTable:
-        """A table of this layer's size, of a new parameter, normally distributed with a deviation of 0.02."""
-        if self._table is not None or self._trains_rows:
-            raise ValueError("Engram: table and train_table are given, expected one of them: with train_table the module makes "
-                             "its own")
-        rows = torch.empty(self.layout.num_rows[0], self.spec.row_dim, dtype=dtype, device=device)
-        row_format = next(name for name, stored in FLOAT_FORMATS.items() if stored == dtype)
-        return RowTable.from_tensor(nn.Parameter(nn.init.normal_(rows, std=ROW_STD)), row_format=row_format)
 
     def device_of_parameters(self) -> torch.device | None:
         """Where the parameters are; None: there are none yet."""

@@ -37,10 +37,13 @@ class LongcatEmbedding(MemoryModule):
         device: of the parameters.
         rounding: "once": one product over all columns; its sum with the word embedding is divided in float32 and rounded once.
             "published": C products, each added in the dtype, as the published code does; slower, and equal to it.
+        train_table: the module makes its own table [R, D] of `dtype` on `device`: the parameter `rows`, as of `Engram`.
+        sparse_grad: the gradient of `rows` is sparse, as of `Engram`; None: True with `train_table`, else False.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, or `table` no RowTable or ShardedRows.
-        ValueError: the spec has another variant or no such layer, the table does not belong to it, or `rounding` is neither word.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, or `train_table` or `sparse_grad` no bool.
+        ValueError: the spec has another variant or no such layer, the table does not belong to it or is given with `train_table`,
+            `dtype` is no dtype of parameters, or `rounding` is neither word.
 
     Source: docs/ops.md, "The module"; LongCat-Flash-Lite and LongCat-Next `modeling_longcat_ngram.py` (`NgramEmbedding`);
     vllm-project/vllm `models/longcat_flash_ngram.py`.
@@ -51,16 +54,21 @@ class LongcatEmbedding(MemoryModule):
 
     def __init__(self, spec: EngramSpec, layer_id: int | None = None, hidden_size: int | None = None, *,
                  num_embeddings: int | None = None, table: RowTable | ShardedRows | None = None,
-                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once"):
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once",
+                 train_table: bool = False, sparse_grad: bool | None = None):
         first = spec.layer_ids[0] if isinstance(spec, EngramSpec) and layer_id is None else layer_id
         super().__init__(spec, first, table, None)  # type: ignore[arg-type]  # a None is refused as no layer
         if rounding not in ROUNDINGS:
             raise ValueError(f"{self.op}: rounding is {rounding!r}, expected {' or '.join(map(repr, ROUNDINGS))}")
-        self.rounding = rounding
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{self.op}: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16")
+        self.rounding, self.sparse_grad = rounding, self.checked_sparse_grad(train_table, sparse_grad)
         self.hidden_size = spec.hidden_size if hidden_size is None else hidden_size
         words = spec.vocab_size if num_embeddings is None else num_embeddings
         self.word_embeddings = nn.Embedding(words, self.hidden_size, dtype=dtype, device=device) if words else None
         self.post_proj = nn.Linear(spec.num_columns * spec.row_dim, self.hidden_size, bias=False, dtype=dtype, device=device)
+        if train_table:
+            self.table = self.made_table(dtype, device)
         self._place_constants()
 
     def device_of_parameters(self) -> torch.device | None:
@@ -93,9 +101,7 @@ class LongcatEmbedding(MemoryModule):
         """
         dead = self._dead(token_ids, dead_mask)
         row_ids = self._hash(token_ids, token_ids, cu_seqlens, history, dead, backend)
-        if self.spec.zero_is_dead:
-            row_ids = row_ids.masked_fill(row_ids == self._constants_on(token_ids)[0].offsets, -1)
-        return row_ids if dead is None else row_ids.masked_fill(dead[:, None], -1)
+        return self.spec.without_absent(row_ids[None], self._constants_on(token_ids)[0].offsets, dead)[0]
 
     def forward(self, token_ids: Tensor, cu_seqlens: Tensor | None = None, *, word: Tensor | None = None,
                 row_ids: Tensor | None = None, rows: Tensor | None = None, history: Tensor | None = None,

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,11 +19,14 @@ from engram_kernels.modules.published import assign_published
 from engram_kernels.modules.published_model import OF_FOLDER, PublishedModel
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.ops.ngram_hash import ngram_hash
+from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
+# examples/train_text.py learns faster from it than from 1, the deviation of an nn.Embedding
+ROW_STD = 0.02
 _Module = TypeVar("_Module", bound="MemoryModule")
 
 
@@ -66,7 +69,8 @@ class MemoryModule(nn.Module):
     def from_checkpoint(cls: type[_Module], source: str | os.PathLike[str], layer: int | None = None, *,
                         token_map: TokenMap | str | None = OF_FOLDER, dtype: torch.dtype | None = None,
                         device: torch.device | str | None = None, rounding: str = "once",
-                        overrides: Mapping[str, Any] | None = None, **table_options: Any) -> _Module:
+                        ranks: str | Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None,
+                        **table_options: Any) -> _Module:
         """A memory layer of a published model, from the folder of its checkpoint.
 
         Reads config.json, finds the tensors by model.safetensors.index.json (or by the headers of the files), compares shapes,
@@ -82,6 +86,8 @@ class MemoryModule(nn.Module):
             dtype: of the parameters; None: as they are stored, bfloat16 where they are quantized.
             device: of the parameters.
             rounding: as the module takes it.
+            ranks: the files of ranks in the folder, over which the rows are split: their name with one {} for the number, or a
+                list of names; None: model{}-mpN.safetensors, as convert.py writes them, where the folder has such and no index.
             overrides: fields of the spec that replace what config.json says.
             table_options: of `RowTable.open`: queue_depth, cache_bytes, io, zero_scale_is_zero.
 
@@ -95,7 +101,7 @@ class MemoryModule(nn.Module):
 
         Source: the published checkpoints; docs/models.md names the tensors.
         """
-        model = PublishedModel(source, token_map, **(overrides or {}))
+        model = PublishedModel(source, token_map, ranks, **(overrides or {}))
         if model.spec.variant not in cls.variants:
             raise ValueError(f"{cls.op}: {source} is a model of variant {model.spec.variant!r}, expected "
                              f"{' or '.join(map(repr, cls.variants))}")
@@ -115,6 +121,21 @@ class MemoryModule(nn.Module):
             warnings.warn(f"{cls.op}: {model.source} has tensors of this layer that are not used: "
                           f"{shorten(', '.join(found.unused))}", stacklevel=3)
         return module
+
+    def checked_sparse_grad(self, train_table: bool, sparse_grad: bool | None) -> bool:
+        """What `sparse_grad` is with these arguments. TypeError where one is no bool."""
+        if not isinstance(train_table, bool) or not isinstance(sparse_grad, bool | None):
+            raise TypeError(f"{self.op}: train_table is {train_table!r} and sparse_grad {sparse_grad!r}, expected True or False")
+        return train_table if sparse_grad is None else sparse_grad
+
+    def made_table(self, dtype: torch.dtype, device: torch.device | str | None) -> RowTable:
+        """A table of this layer's size, of a new parameter, normally distributed with a deviation of 0.02."""
+        if self._table is not None or self._trains_rows:
+            raise ValueError(f"{self.op}: table and train_table are given, expected one of them: with train_table the module "
+                             "makes its own")
+        rows = torch.empty(self.layout.num_rows[0], self.spec.row_dim, dtype=dtype, device=device)
+        row_format = next(name for name, stored in FLOAT_FORMATS.items() if stored == dtype)
+        return RowTable.from_tensor(nn.Parameter(nn.init.normal_(rows, std=ROW_STD)), row_format=row_format)
 
     def device_of_parameters(self) -> torch.device | None:
         """Where the parameters are; None: there are none yet."""

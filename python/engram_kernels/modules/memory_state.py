@@ -112,7 +112,7 @@ class MemoryState:
             dead_mask: [T] bool, tokens that the memory leaves alone.
 
         Returns:
-            [L, T, C] int32 row ids of all layers of the spec; -1 for tokens of a skipped sequence.
+            [L, T, C] int32 row ids of all layers of the spec; -1 for tokens of a skipped sequence, and where LongCat has no row.
 
         Raises:
             TypeError, ValueError, IndexError: a bad argument, a slot that is none or whose drafts nobody has committed, more
@@ -154,7 +154,8 @@ class MemoryState:
 
         Returns:
             Keyword arguments of `Engram.forward`: `row_ids` or `rows`, `cu_seqlens`, `dead_mask`, and with a convolution `state`,
-            `positions`, `state_indices` and `state_ends`.
+            `positions`, `state_indices` and `state_ends`. `LongcatEmbedding.forward` takes them behind its token ids, those of
+            the same call, flattened.
 
         Raises:
             ValueError: no `prefill` or `step` has come before, or there is no such layer.
@@ -266,9 +267,10 @@ class MemoryState:
             self._count(wrong)
         skipped = wrong[1] | wrong[2] | wrong[3] | ~real
         indices, at = torch.where(skipped, -1, at), torch.where(skipped, self.num_slots, at)
-        row_ids = ngram_hash_and_commit(token_ids, cu_seqlens, self._layout, self.history, self._map,
-                                        self.spec.dead_mask(token_ids, dead_mask), indices,
+        dead = self.spec.dead_mask(token_ids, dead_mask)
+        row_ids = ngram_hash_and_commit(token_ids, cu_seqlens, self._layout, self.history, self._map, dead, indices,
                                         torch.where(skipped, 0, state[:, _REJECTED]), backend=self.backend)
+        row_ids = self.spec.without_absent(row_ids, self._layout.offsets, dead)
         positions = torch.where(skipped, 0, state[:, _POSITION])
         self._counters[at] = torch.stack([positions + lengths, torch.zeros_like(at), drafts], dim=1)
         self._call = _Call(row_ids, cu_seqlens, indices, at, positions, dead_mask)

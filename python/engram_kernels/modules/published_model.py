@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class PublishedModel:
 
     Args:
         source: a folder, its index, or one safetensors file beside a config.json.
+        ranks: the files of ranks in it, as `Checkpoint` takes them.
         token_map: "folder": made from the folder's tokenizer.json where the model compresses token ids; a TokenMap; or None:
             token ids are classes already.
         overrides: fields of the spec that replace what the configuration says.
@@ -56,9 +57,10 @@ class PublishedModel:
         ValueError: there is no checkpoint, no configuration with a memory, or no tokenizer where one is needed.
     """
 
-    def __init__(self, source: str | os.PathLike[str], token_map: TokenMap | str | None = OF_FOLDER, **overrides: Any):
+    def __init__(self, source: str | os.PathLike[str], token_map: TokenMap | str | None = OF_FOLDER,
+                 ranks: str | Sequence[str] | None = None, **overrides: Any):
         self.source = Path(source)
-        self.checkpoint = Checkpoint(source)
+        self.checkpoint = Checkpoint(source, ranks)
         self.problems: list[str] = []
         folder = self.checkpoint.folder
         if not (folder / "config.json").is_file():
@@ -167,9 +169,15 @@ class PublishedModel:
         if beyond := [name for i, name in parts.items() if i >= expected]:
             found.problems.append(f"{beyond[0]} is one part more than the {expected} of the configuration")
         found.tables = tuple(name for i, name in parts.items() if i < expected)
-        extents = [self._extent(found, name) for name in found.tables]
-        rows = [(name, extent) for name, extent in zip(found.tables, extents, strict=True) if extent is not None]
-        if not rows or len(rows) < len(found.tables):
+        if None in [self._extent(found, name) for name in found.tables] or not found.tables:
+            return
+        if self.checkpoint.ranks and len(found.tables) > 1:
+            found.problems.append(f"{found.tables[0]} is one of {len(found.tables)} parts, in the files of "
+                                  f"{len(self.checkpoint.ranks)} ranks: parts by name and parts by rank cannot be put in order")
+            return
+        rows = [(name, extent) for name in found.tables for _, extent in self.checkpoint.parts(name)]
+        if len(self.checkpoint.ranks) not in (0, len(rows)):
+            found.problems.append(f"{found.tables[0]} is in {len(rows)} of {len(self.checkpoint.ranks)} ranks: rows are missing")
             return
         if wrong := next((f"{name} has shape {list(e.shape)} of {e.dtype}, {rows[0][0]} has {list(rows[0][1].shape)} of "
                           f"{rows[0][1].dtype}" for name, e in rows if len(e.shape) != 2 or e.dtype != rows[0][1].dtype
@@ -192,8 +200,10 @@ class PublishedModel:
             return (), None
         names = tuple(pattern.format(i) for i in range(len(found.tables) if "{}" in pattern else 1))
         extents = [self._extent(found, name) for name in names]
-        found.num_bytes += sum(e.num_bytes for e in extents if e is not None)
-        return names, None if None in extents else extents[0]
+        if None in extents:
+            return names, None
+        found.num_bytes += sum(e.num_bytes for name in names for _, e in self.checkpoint.parts(name))
+        return names, extents[0]
 
     def _find_scales(self, found: PublishedLayer, first: Extent) -> None:
         found.scales, scale = self._first_of(found, self.family.scales)
@@ -227,8 +237,8 @@ class PublishedModel:
                 if extent.shape[0] != wanted:
                     found.problems.append(f"{name} has {extent.shape[0]} rows, the configuration gives {wanted}")
             return
-        wanted = layout.num_rows[0]
-        if not wanted <= found.num_rows <= wanted + self.family.padding:
+        wanted, ranks = layout.num_rows[0], len(self.checkpoint.ranks)  # which have equally many rows each
+        if not wanted <= found.num_rows <= wanted + max(self.family.padding, ranks - 1):
             found.problems.append(f"the table of layer {found.layer_id}, {found.tables[0]}, has {found.num_rows} rows, the "
                                   f"configuration gives {wanted}")
 
@@ -287,8 +297,8 @@ class PublishedModel:
         spec = dataclasses.replace(self.spec, row_format=found.row_format)
         if found.table_scales:
             table_options = {"table_scale": _one_or_many(found.table_scales), **table_options}
-        return spec, RowTable.open(self.source, _one_or_many(found.tables), _one_or_many(found.scales), found.row_format,
-                                   row_dim=spec.row_dim, **table_options)
+        return spec, RowTable.open(self.checkpoint.ranks or self.source, _one_or_many(found.tables), _one_or_many(found.scales),
+                                   found.row_format, row_dim=spec.row_dim, **table_options)
 
     def module_options(self, found: PublishedLayer) -> dict[str, Any]:
         """What the constructor of the module takes beside spec, layer and table."""

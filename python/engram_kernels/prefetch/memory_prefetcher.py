@@ -84,7 +84,7 @@ class MemoryPrefetcher:
             token_ids: [T] int32 or int64, as `ngram_hash` takes them; exactly one of `token_ids` and `row_ids` is given.
             cu_seqlens: [B+1] int32, with `token_ids`.
             history: [B, N-1], as `ngram_hash` takes it.
-            dead_mask: [T] bool; rows of dead tokens are fetched for the pad, as the layer does.
+            dead_mask: [T] bool; rows of dead tokens are fetched for the pad, as the layer does; for LongCat there are none.
             row_ids: [L, T, C] of all layers of the spec, as `MemoryState.step` returns them; hashed before, not here.
 
         Returns:
@@ -102,8 +102,9 @@ class MemoryPrefetcher:
             if cu_seqlens is None:
                 raise ValueError("MemoryPrefetcher.submit: cu_seqlens is None, but hashing needs it")
             token_map = None if self._map is None else self._map.to(token_ids.device)
-            row_ids = ngram_hash(token_ids, cu_seqlens, self._layout.to(token_ids.device), token_map, history,
-                                 self._spec.dead_mask(token_ids, dead_mask), backend=self.backend)
+            layout, dead = self._layout.to(token_ids.device), self._spec.dead_mask(token_ids, dead_mask)
+            row_ids = ngram_hash(token_ids, cu_seqlens, layout, token_map, history, dead, backend=self.backend)
+            row_ids = self._spec.without_absent(row_ids, layout.offsets, dead)
         assert row_ids is not None
         layers, columns = len(self._layout.layer_ids), self._layout.num_columns
         expect_tensor("MemoryPrefetcher.submit", "row_ids", row_ids, (torch.int32, torch.int64), (layers, "T", columns))

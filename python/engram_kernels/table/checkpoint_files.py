@@ -20,6 +20,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 2 * MAX_HEADER_BYTES
 _MOST_NAMES = 8  # in a message
 _MOST_DIGITS = 9  # of the number of a part: one that is longer leaves a gap in any case
+_OF_RANK = re.compile(r"model[0-9]+-mp([0-9]{1,6})\.safetensors")
 _NUMBER = re.compile(r"[0-9]+")
 _TABLE_NAME = re.compile(r"n_?gram|\bple\b|memory|multi_head_embedding")
 _OP = "RowTable.open"
@@ -123,6 +124,33 @@ def _numbered_files(pattern: Path) -> list[Path]:
         raise ValueError(f"{_OP}: there are {len(paths)} files {pattern}, expected {int(count[1])} as their name says: the last "
                          "are missing")
     return paths
+
+
+def rank_files(folder: Path, ranks: str | Sequence[str] | None) -> list[Path]:
+    """The files of ranks in a folder, in the order of the ranks; none where there are none.
+
+    Args:
+        folder: where they lie.
+        ranks: their name with one {} for the number, or a list of names; None: model{}-mpN.safetensors, as convert.py names them,
+            where the folder has such and no index.
+
+    Raises:
+        ValueError: one is missing, or there are several sets of them.
+    """
+    if ranks is not None:
+        if isinstance(ranks, str):
+            return _numbered_files(folder / ranks)
+        if not isinstance(ranks, list | tuple) or not ranks or not all(isinstance(x, str) for x in ranks):
+            raise TypeError(f"{_OP}: ranks is {shorten(repr(ranks))}, expected a name of files with one {{}}, or a list of names")
+        return files_of([folder / name for name in ranks]).paths
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    patterns = sorted({f"model{{}}-mp{m[1]}.safetensors" for name in names if (m := _OF_RANK.fullmatch(name))})
+    if not patterns or any(name.endswith(_INDEX_SUFFIX) for name in names):
+        return []
+    if len(patterns) > 1:
+        raise ValueError(f"{_OP}: {folder} has the files of several splits over ranks; ranks should name one of them: "
+                         f"{_listed(patterns)}")
+    return _numbered_files(folder / patterns[0])
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,6 +60,10 @@ class RowTable:
     _memory: Any = None  # a HostMemory, or a SharedMemory with one
     table_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.table_scale < math.inf:
+            raise ValueError(f"RowTable: table_scale is {self.table_scale!r}, expected a finite float32 above 0")
+
     @property
     def num_rows(self) -> int:
         """R."""
@@ -94,17 +99,17 @@ class RowTable:
         """A table over tensors.
 
         Args:
-            weight: as `RowTable.rows` (float8_e4m3fn counts as uint8). The rows may lie apart (a sliced view); the elements of
-                a row may not.
+            weight: as `RowTable.rows` (float8_e4m3fn counts as uint8, for nvfp4 and mxfp4 float4_e2m1fn_x2). The rows may lie
+                apart (a sliced view); the elements of a row may not.
             scales: as `RowTable.scales` (float8_e8m0fnu counts as uint8, for nvfp4 float8_e4m3fn). A scale for the table or for
-                each row may also be bfloat16, which is widened, and of shape [] or [R].
+                each row may also be bfloat16 or float16, which is widened, and of shape [] or [R].
             row_format: a name of docs/ops.md, "Row formats".
             copy: True: copy into memory of its own, exactly as large, in huge pages where the system has them: random rows
                 then cost no TLB miss. Detached. `memory_stats` says what was got.
             zero_scale_is_zero: what a scale byte of 0 means.
             row_dim: D; needed for the packed format, else the width of `weight`.
             numa: of a copy: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
-            table_scale: needed for nvfp4, and for it alone: a finite float32, or a float tensor of one element.
+            table_scale: needed for nvfp4, and for it alone: a finite float32 above 0, or a float tensor of one element.
 
         Returns:
             The table; without `copy` it shares memory, and gradients, with `weight`.
@@ -189,8 +194,9 @@ class RowTable:
             tensor: name of the tensor that holds the rows, such as "layers.1.engram.embed.weight"; or the names of its parts,
                 whose rows lie one behind the other: a list, or a name with one {} for their number, in numeric order from 0
                 without gaps. None: "rows", where the source is a file.
-            scales: likewise of the scales, which may lie in other files and other parts, and where the format has one for all
-                rows may be float32, bfloat16 or float16, [1] or []; None: "scales" where `tensor` is None and the format has any.
+            scales: likewise of the scales, which may lie in other files and other parts. One for all rows, [1] or [], or one for
+                each, [R, 1] or [R], may be float32, bfloat16 or float16. None: "scales" where `tensor` is None and the format
+                has any.
             row_format: how rows are stored; None: as the file says, or as the dtypes say.
             row_dim: D; None: as the file says, or the width of the rows.
             zero_scale_is_zero: what a scale byte of 0 means; None: as the file says, or False.

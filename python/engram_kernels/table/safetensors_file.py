@@ -127,6 +127,10 @@ def _extent(entry: Any, data_start: int) -> Extent:
     # dtypes that we do not know (packed ones exist) are left to whoever asks for such a tensor
     if dtype in _DTYPE_BYTES and math.prod(shape) * _DTYPE_BYTES[dtype] != num_bytes:
         raise ValueError(f"has {num_bytes} bytes, expected {math.prod(shape) * _DTYPE_BYTES[dtype]} for {dtype} {shape}")
+    if dtype == "F4":  # two elements per byte, which nobody here takes apart: the bytes
+        if not shape or shape[-1] % 2 or math.prod(shape) != num_bytes * 2:
+            raise ValueError(f"has {num_bytes} bytes, expected two elements of F4 {shape} in each")
+        dtype, shape = "U8", [*shape[:-1], shape[-1] // 2]
     return Extent(dtype, tuple(shape), data_start + offsets[0], num_bytes)
 
 

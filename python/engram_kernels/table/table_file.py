@@ -144,7 +144,9 @@ class TableFile:
         """Makes the tier that `read` reads from."""
         self.reader, self.rows_in, self.scales_in = reader, rows, scales
         nothing: FileExtent = (0, 0, [])
-        self.tier = reader.tier(rows.file_extent(), nothing if scales is None else scales.file_extent(), cache_bytes)
+        halves = {"BF16": "bf16", "F16": "f16"} if ROW_FORMATS[self.row_format].has_row_scale else {}
+        stored = "" if scales is None else halves.get(scales.extent.dtype, "")
+        self.tier = reader.tier(rows.file_extent(), nothing if scales is None else scales.file_extent(), cache_bytes, stored)
 
     def opened_as(self, **options: Any) -> None:
         """Notes the arguments of `RowTable.open` that open it again."""
@@ -182,10 +184,15 @@ class TableFile:
         return values[0]
 
     def read_span(self, begin: int, out_rows: Tensor, out_scales: Tensor | None) -> None:
-        """Fills the outputs with the rows from `begin` on and their scales, as they lie in the files: a few large reads."""
+        """Fills the outputs with the rows from `begin` on and their scales: a few large reads."""
         for array, out in ((self.rows_in, out_rows), (self.scales_in, out_scales)):
-            if array is not None and out is not None and out.numel():
-                array.read_span(self.reader, begin, out.view(torch.uint8).view(-1).numpy())
+            if array is None or out is None or not out.numel():
+                continue
+            is_wider = out.dtype == torch.float32 and array.extent.dtype in ("BF16", "F16")  # scales that are halves there
+            stored = torch.empty(out.shape, dtype=_SCALE_DTYPES[array.extent.dtype], device="cpu") if is_wider else out
+            array.read_span(self.reader, begin, stored.view(torch.uint8).view(-1).numpy())
+            if is_wider:
+                out.copy_(stored)
 
     def read(self, ids: Tensor, out_rows: Tensor, out_scales: Tensor | None) -> None:
         """Fills the outputs with the rows at `ids` (int64, distinct, in range) and their scales."""

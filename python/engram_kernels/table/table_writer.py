@@ -11,12 +11,18 @@ from torch import Tensor
 
 from engram_kernels._checks import expect_tensor
 from engram_kernels._files import naming_path
-from engram_kernels.row_format import RowFormat, check_shape, row_format_of
+from engram_kernels.row_format import (
+    RowFormat,
+    check_shape,
+    row_format_of,
+    rows_as_stored,
+    scales_as_stored,
+    scales_as_wanted,
+)
 from engram_kernels.table.safetensors_file import Writer, atomic_writer
 
 Chunk = Tensor | tuple[Tensor, Tensor | None]
 _OP = "RowTable.create"
-_BYTE_SCALES = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
 
 
 def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_format: str, num_rows: int, row_dim: int,
@@ -27,11 +33,11 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
         raise ValueError(f"{_OP}: num_rows is {num_rows!r}, expected an integer of at least 0")
     if not isinstance(pieces, Iterable):
         raise TypeError(f"{_OP}: rows must be a tensor or an iterable of pieces, got {type(pieces).__name__}")
-    remaining = iter(pieces)
+    remaining = (_split(piece, row_format, fmt) for piece in pieces)
     first = next(remaining, None)
     width = fmt.width(row_dim) if isinstance(row_dim, int) else 0
     if first is not None:
-        rows, first_scales = _split(first)
+        rows, first_scales = first
         expect_tensor(_OP, "a piece of rows", rows, (fmt.dtype,), ("rows", "width"))
         width = rows.shape[1]
         if not fmt.has_row_scales and scales is None:
@@ -45,7 +51,7 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
     if fmt.has_row_scales and scales is not None:
         raise ValueError(f"{_OP}: scales of row_format {row_format!r} come with their piece of rows, as a pair")
     if scale_shape == (1,):
-        scales = scales.reshape(-1) if isinstance(scales, Tensor) else scales
+        scales = scales_as_wanted(scales, (1,))
         expect_tensor(_OP, "scales", scales, (torch.float32,), (1,), torch.device("cpu"))
     metadata = {"format": "pt", "row_format": row_format, "row_dim": str(row_dim),
                 "zero_scale_is_zero": "true" if zero_scale_is_zero else "false"}
@@ -58,19 +64,18 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
         _write_pieces(writer, path, remaining, fmt, (num_rows, width, row_dim), scales)
 
 
-def _write_pieces(writer: Writer, path: Path, pieces: Iterable[Chunk], fmt: RowFormat, shape: tuple[int, int, int],
+def _write_pieces(writer: Writer, path: Path, pieces: Iterable[tuple[Any, Any]], fmt: RowFormat, shape: tuple[int, int, int],
                   table_scale: Tensor | None) -> None:
     num_rows, width, row_dim = shape
     cpu, done = torch.device("cpu"), 0
-    for number, piece in enumerate(pieces):
-        rows, scales = _split(piece)
+    for number, (rows, scales) in enumerate(pieces):
         expect_tensor(_OP, f"rows of piece {number}", rows, (fmt.dtype,), ("rows", width), cpu)
         count = rows.shape[0]
         if done + count > num_rows:
             raise ValueError(f"{_OP}: pieces 0..{number} have {done + count} rows, expected {num_rows} in all")
         wanted = fmt.scale_shape(count, row_dim)
-        if fmt.has_row_scale and isinstance(scales, Tensor) and scales.dim() == 1:
-            scales = scales.unsqueeze(1)
+        if fmt.has_row_scale and wanted is not None:
+            scales = scales_as_wanted(scales, wanted)
         if wanted is None and scales is not None:
             raise ValueError(f"{_OP}: piece {number} brings scales, but its row format has none")
         if fmt.has_row_scales and wanted is not None:
@@ -92,11 +97,9 @@ def _write_pieces(writer: Writer, path: Path, pieces: Iterable[Chunk], fmt: RowF
         raise ValueError(f"{_OP}: the pieces have {done} rows, expected {num_rows}")
 
 
-def _split(piece: Any) -> tuple[Any, Any]:
+def _split(piece: Any, row_format: str, fmt: RowFormat) -> tuple[Any, Any]:
     rows, scales = piece if isinstance(piece, tuple) and len(piece) == 2 else (piece, None)
-    rows = rows.view(torch.uint8) if isinstance(rows, Tensor) and rows.dtype == torch.float8_e4m3fn else rows
-    scales = scales.view(torch.uint8) if isinstance(scales, Tensor) and scales.dtype in _BYTE_SCALES else scales
-    return rows, scales
+    return rows_as_stored(_OP, "a piece of rows", rows, row_format, fmt), scales_as_stored(scales, fmt)
 
 
 def _bytes(x: Tensor) -> Any:
