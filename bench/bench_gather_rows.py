@@ -98,6 +98,15 @@ def test_ours_int8(benchmark, table_bytes, ids, out):
     gather(benchmark, table_bytes[1], "engram_kernels int8_group32", lambda: gather_rows(table, ids, out=out), 288)
 
 
+@pytest.mark.parametrize("row_format, block", [("nvfp4", 16), ("mxfp4", 32)])
+def test_ours_four_bits(benchmark, table_bytes, ids, out, row_format, block):
+    """Rows of 128 bytes; units are rows, beside bf16 and fp8 of the same run."""
+    rows = table_bytes[0][:NUM_ROWS * 128].view(NUM_ROWS, 128)
+    scales = table_bytes[0][-NUM_ROWS * (256 // block):].view(NUM_ROWS, 256 // block)
+    table = RowTable.from_tensor(rows, scales, row_format, table_scale=1.0 if row_format == "nvfp4" else None)
+    gather(benchmark, table_bytes[1], f"engram_kernels {row_format}", lambda: gather_rows(table, ids, out=out), table.row_bytes)
+
+
 def test_torch_index_select(benchmark, table_bytes, ids, out):
     rows = bf16_rows(table_bytes[0])
     gather(benchmark, table_bytes[1], "torch.index_select(out=)", lambda: torch.index_select(rows, 0, ids, out=out), 512)

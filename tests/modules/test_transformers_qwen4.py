@@ -232,3 +232,38 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
 
 def test_published_layers_count_from_one():
     assert EngramSpec.from_hf_config(qwen_model().config).layer_ids == (0, 2) and QWEN["ple_layer_ids"] == [1, 3]
+
+
+@pytest.mark.parametrize("tier", ["memory", "file"])
+def test_the_layer_compiles_as_one_graph_as_the_model_s_own(tier, tmp_path):
+    """Without a cache, and with one that a chunk and a step pass through, padding in front."""
+    theirs = qwen_model()
+    tables = file_tables(tmp_path, theirs) if tier == "file" else tables_in_memory(theirs)
+    hidden = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(3))
+    ids, mask = left_padded(IDS[:, :8], [0, 1, 3])
+
+    def whole(layer, cache):
+        return layer(hidden, ids, None, mask)
+
+    def chunks(layer, cache):
+        return torch.cat([layer(hidden[:, a:b], ids[:, a:b], cache, mask[:, a:b]) for a, b in ((0, 7), (7, 8))], dim=1)
+
+    ours = attach(copy.deepcopy(theirs), table=tables)
+    for model in (theirs, ours) if tier == "memory" else (ours,):
+        layer = model.model.layers[0].ple
+        with torch.no_grad():
+            for run in (whole, chunks):
+                got = torch.compile(run, fullgraph=True, backend="aot_eager")(layer, new_cache(model))
+                torch.testing.assert_close(got, run(layer, new_cache(model)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_model_breaks_in_as_many_places_as_before():
+    theirs = qwen_model(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], ple_layer_ids=[1])
+    found = []
+    for model in (theirs, attach(copy.deepcopy(theirs), table=tables_in_memory(theirs))):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            found.append(torch._dynamo.explain(lambda ids, model=model: model(ids, use_cache=False).logits)(IDS[:, :6]))
+    assert found[1].graph_break_count <= found[0].graph_break_count, found[1].break_reasons
+    assert found[1].graph_count >= 1

@@ -78,7 +78,8 @@ def row_scales(folder, dtype=torch.bfloat16, flat=False):
     """fp8 rows in parts, each with a half-precision scale per row, in other files and other parts."""
     rows, scales = stored("fp8_e4m3_row", 60, 160)
     scales = (scales * 0.37).to(dtype)
-    files = {f"model-{n}.safetensors": {QWEN.format(n): rows[n * 5:n * 5 + 5].clone().view(torch.float8_e4m3fn)} for n in range(12)}
+    parts = [part.clone().view(torch.float8_e4m3fn) for part in rows.split(5)]
+    files = {f"model-{n}.safetensors": {QWEN.format(n): part} for n, part in enumerate(parts)}
     shaped = scales.flatten() if flat else scales
     files |= {"s.safetensors": {f"{QWEN_SCALE}.1": shaped[7:].clone()}, "t.safetensors": {f"{QWEN_SCALE}.0": shaped[:7].clone()}}
     return write(folder, files), (QWEN, QWEN_SCALE + ".{}"), RowTable.from_tensor(rows, scales.float(), "fp8_e4m3_row")

@@ -7,7 +7,20 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import LONGCAT, V41, V41_SCALE, check, longcat, qwen, qwen_fp8, row_scales, row_scales_f16, stored, v41, v41_int8
+from checkpoint_cases import (
+    LONGCAT,
+    V41,
+    V41_SCALE,
+    check,
+    longcat,
+    qwen,
+    qwen_fp8,
+    row_scales,
+    row_scales_f16,
+    stored,
+    v41,
+    v41_int8,
+)
 from io_faults import inject_faults
 from safetensors.torch import load_file, save_file
 

@@ -71,7 +71,7 @@ class Qwen4ExpMemory(Engram):
     @property
     def table(self) -> RowTable | ShardedRows | None:
         """The rows, wherever they lie."""
-        return Engram.table.fget(self)  # type: ignore[attr-defined]
+        return self._current_table()
 
     @table.setter
     def table(self, table: RowTable | ShardedRows | None) -> None:

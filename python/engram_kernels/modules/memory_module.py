@@ -144,6 +144,9 @@ class MemoryModule(nn.Module):
     @property
     def table(self) -> RowTable | ShardedRows | None:
         """The rows: the table that was given or, where they are trained, one that reads the parameter `rows` when it is used."""
+        return self._current_table()
+
+    def _current_table(self) -> RowTable | ShardedRows | None:
         return ModuleTable(self) if self._trains_rows else self._table
 
     @table.setter
