@@ -61,8 +61,8 @@ class RowTable:
     table_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.table_scale < math.inf:
-            raise ValueError(f"RowTable: table_scale is {self.table_scale!r}, expected a finite float32 above 0")
+        if not 0 < abs(self.table_scale) < math.inf:
+            raise ValueError(f"RowTable: table_scale is {self.table_scale!r}, expected a finite float32 that is not 0")
 
     @property
     def num_rows(self) -> int:
@@ -109,7 +109,7 @@ class RowTable:
             zero_scale_is_zero: what a scale byte of 0 means.
             row_dim: D; needed for the packed format, else the width of `weight`.
             numa: of a copy: the NUMA node that it is placed on; None: page by page over all nodes, where there are several.
-            table_scale: needed for nvfp4, and for it alone: a finite float32 above 0, or a float tensor of one element.
+            table_scale: needed for nvfp4, and for it alone: a finite float32 that is not 0, or a float tensor of one element.
 
         Returns:
             The table; without `copy` it shares memory, and gradients, with `weight`.
