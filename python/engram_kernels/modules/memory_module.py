@@ -141,13 +141,13 @@ class MemoryModule(nn.Module):
         """Where the parameters are; None: there are none yet."""
         raise NotImplementedError(f"{type(self).__name__}.device_of_parameters: each module says where its own are")
 
+    def _current_table(self) -> RowTable | ShardedRows | None:
+        return ModuleTable(self) if self._trains_rows else self._table
+
     @property
     def table(self) -> RowTable | ShardedRows | None:
         """The rows: the table that was given or, where they are trained, one that reads the parameter `rows` when it is used."""
         return self._current_table()
-
-    def _current_table(self) -> RowTable | ShardedRows | None:
-        return ModuleTable(self) if self._trains_rows else self._table
 
     @table.setter
     def table(self, table: RowTable | ShardedRows | None) -> None:

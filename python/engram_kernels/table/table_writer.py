@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_
         raise ValueError(f"{_OP}: num_rows is {num_rows!r}, expected an integer of at least 0")
     if not isinstance(pieces, Iterable):
         raise TypeError(f"{_OP}: rows must be a tensor or an iterable of pieces, got {type(pieces).__name__}")
-    remaining = (_split(piece, row_format, fmt) for piece in pieces)
+    remaining: Iterator[tuple[Any, Any]] = (_split(piece, row_format, fmt) for piece in pieces)
     first = next(remaining, None)
     width = fmt.width(row_dim) if isinstance(row_dim, int) else 0
     if first is not None:
