@@ -11,9 +11,10 @@ import time
 
 import pytest
 import torch
+from module_cases import make_layer
 from prefetch_cases import ROW_DIM, TIMEOUT_S, Tables, check, exit_status, in_thread, make_ids, num_threads, prefetcher
 
-from engram_kernels import RowPrefetcher, RowTable, gather_rows
+from engram_kernels import MemoryPrefetcher, RowPrefetcher, RowTable, gather_rows
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.capacity import SYSTEM
 
@@ -70,6 +71,34 @@ def test_prefetch_of_a_table_that_was_converted_before():
     layer = Layer(torch.bfloat16, "bf16").float()
     with pytest.raises(ValueError, match="RowPrefetcher: the table: weight must be torch.bfloat16, got torch.float32"):
         RowPrefetcher(layer.table)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, rows):
+        return 2 * rows
+
+
+def parametrize_rows(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "rows", Twice())
+
+
+def transpose_rows(layer):
+    layer.rows = torch.nn.Parameter(torch.randn(*layer.rows.shape[::-1]).t())
+
+
+@pytest.mark.parametrize("change", [parametrize_rows, transpose_rows])
+def test_prefetch_of_rows_that_each_read_computes(change):
+    """The first submit read memory that had gone with the read before: 5 of 20 such requests were wrong."""
+    layer, ids, _ = make_layer("deepseek_v41", trained_rows=True)
+    change(layer)
+    message = "RowPrefetcher: the table's rows are computed anew at each read .*RowTable.from_tensor"
+    with pytest.raises(ValueError, match=message):
+        RowPrefetcher(layer.table)
+    with pytest.raises(ValueError, match=message):
+        MemoryPrefetcher(layer)
+    rows = layer.table.rows.detach()
+    with RowPrefetcher(RowTable.from_tensor(rows, row_format=layer.table.row_format), out_dtype=torch.float32) as pf:
+        torch.testing.assert_close(pf.wait(pf.submit(ids), timeout_s=TIMEOUT_S), rows[ids.long()], rtol=0, atol=0)
 
 
 def test_prefetch_is_neither_pickled_nor_copied():

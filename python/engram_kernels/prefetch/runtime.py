@@ -63,6 +63,7 @@ class CompiledRuntime:
 
     def _make(self, options: RuntimeOptions) -> None:
         table = options.table
+        _expect_stored(table)
         engine = options.engine or _make_engine(options)
         check_room_of_cache(options)
         scales = table.scales
@@ -157,7 +158,7 @@ class _Ring:
         count = math.prod(shape)
         if self._on_cpu:
             if count == 0:
-                return torch.empty(shape, dtype=self._dtype)
+                return torch.empty(shape, dtype=self._dtype, device="cpu")
             # a storage of its own, exactly as large: torch may move it (share_memory_, a queue of processes) or save it
             return torch.frombuffer(self._memory, dtype=self._dtype, count=count, offset=slot * self._slot_bytes).view(shape)
         stream = torch.cuda.current_stream(self._tensor.device)
@@ -178,6 +179,14 @@ def _places_of(table: RowTable) -> list[_Place]:
     if table.tier == "file":
         return []
     return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (table.rows, table.scales) if x is not None]
+
+
+def _expect_stored(table: RowTable) -> None:
+    """Refuses rows that each read computes anew: nobody holds what an address is taken of."""
+    if table.rows is not table.rows:
+        raise ValueError("RowPrefetcher: the table's rows are computed anew at each read (by a parametrization, or a copy of "
+                         "rows whose elements lie apart), expected rows that are stored; make a table of them as they are now: "
+                         "RowTable.from_tensor(table.rows.detach(), row_format=table.row_format)")
 
 
 def _expect_readable(table: RowTable, engine: Any) -> None:
