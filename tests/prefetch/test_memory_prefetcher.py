@@ -3,10 +3,10 @@ import os
 
 import pytest
 import torch
-from module_cases import CU, make_layer, make_spec
+from module_cases import CU, H, M, make_layer, make_spec
 from torch import nn
 
-from engram_kernels import Engram, MemoryPrefetcher, MemoryState, RowTable, gather_rows
+from engram_kernels import Engram, MemoryPrefetcher, MemoryState, RowOptimizer, RowTable, gather_rows
 from engram_kernels.prefetch.errors import PrefetchQueueFull
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -69,6 +69,24 @@ def test_memory_prefetcher_trains_rows_as_gather_rows_does(tmp_path):
                 out.square().mean().backward()
             grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and model[0].rows.grad.any()
+
+
+def test_memory_prefetcher_gives_sparse_gradients_where_the_module_does():
+    """They were dense: of the size of the table, and refused by the RowOptimizer that such a module is made for."""
+    spec = make_spec("deepseek_v41")
+    layer, hidden = Engram(spec, 1, dtype=torch.float32, train_table=True), torch.randn(CU[-1], M, H)
+    ids, grads = torch.randint(0, 400, (int(CU[-1]),)), []
+    with MemoryPrefetcher(layer) as prefetcher:
+        for fetched in (True, False):
+            rows = dict(rows=prefetcher.wait(layer, prefetcher.submit(ids, CU)))
+            rows = rows if fetched else dict(token_ids=ids, cu_seqlens=CU)
+            layer(hidden, **rows).square().sum().backward()
+            grads.append(layer.rows.grad)
+            layer.zero_grad()
+    assert grads[0].layout == torch.sparse_coo and torch.equal(grads[0].indices(), grads[1].indices())
+    assert torch.equal(grads[0].values(), grads[1].values())
+    layer.rows.grad = grads[0]
+    RowOptimizer(layer.table).step()
 
 
 def test_memory_prefetcher_rows_that_are_not_trained_carry_no_gradient(tmp_path):

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram_kernels import _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels._library import LIB
 from engram_kernels.ops._op import Op, refuse_table
@@ -33,7 +34,7 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
         out_dtype: float32, bfloat16 or float16.
         out: [*row_ids.shape, D] of `out_dtype`, contiguous, written instead of a new tensor. Not with gradients.
         sparse_grad: the gradient of ``table.rows`` is a sparse COO tensor of the distinct rows, ascending, not a dense one of the
-            table's size. Its values are those of the dense one, to the bit.
+            table's size. Its values are those of the dense one, to the bit. The transforms of `torch.func` get the dense one.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
@@ -54,7 +55,7 @@ def gather_rows(table: RowTable, row_ids: Tensor, out_dtype: torch.dtype = torch
     rows = table.rows
     args = (rows, table.scales, row_ids, table.row_format, table.row_dim, table.zero_scale_is_zero, out_dtype,
             table.table_scale)
-    if sparse_grad and torch.is_grad_enabled() and rows.requires_grad:
+    if sparse_grad and torch.is_grad_enabled() and rows.requires_grad and not _transforms.active():
         return _SparseGrad.apply(rows, row_ids, args, _OP.selected(backend, args, out, table))
     return _OP.call(backend, args, out, table)
 
@@ -71,9 +72,14 @@ class _SparseGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Any):
         (row_ids,), (shape, dtype) = ctx.saved_tensors, ctx.rows_like
-        distinct, summed = _sum_distinct(grads[0], row_ids, dtype)
-        return (torch.sparse_coo_tensor(distinct[None], summed, shape, is_coalesced=True, check_invariants=False),
-                None, None, None)
+        return sparse_gradient(grads[0], row_ids, shape, dtype), None, None, None
+
+
+def sparse_gradient(grad: Tensor, row_ids: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Of rows of `shape` [R, D] and `dtype`: a sparse COO tensor of the distinct rows among `row_ids`, whose gradients are `grad`
+    [*row_ids.shape, D]."""
+    distinct, summed = _sum_distinct(grad, row_ids, dtype)
+    return torch.sparse_coo_tensor(distinct[None], summed, shape, is_coalesced=True, check_invariants=False)
 
 
 def _sum_distinct(grad: Tensor, row_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels._layers import memory_modules
+from engram_kernels.ops.gather_rows import sparse_gradient
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 
@@ -28,8 +29,9 @@ class MemoryPrefetcher:
     bit. ``layer(hidden, cu_seqlens=cu_seqlens, rows=prefetcher.wait(layer, ticket))`` runs a layer on them, and with a
     `MemoryState` it is ``layer(hidden, **state.arguments(layer, rows=prefetcher.wait(layer, ticket)))``.
 
-    Gradients: rows that a module trains get theirs as from `gather_rows`, since the backward needs the ids alone. Any other rows
-    carry none. A table that is trained may change between a `wait` and the next `submit`, not while a request is in flight.
+    Gradients: rows that a module trains get theirs as from `gather_rows`, sparse where its `sparse_grad` says so, since the
+    backward needs the ids alone. Any other rows carry none. A table that is trained may change between a `wait` and the next
+    `submit`, not while a request is in flight.
     Ownership, threads and failure: as `RowPrefetcher`. An error of one layer is raised by the `wait` of that layer, and leaves
     the others whole.
 
@@ -160,7 +162,7 @@ class MemoryPrefetcher:
                 raise
         trained = getattr(self._modules[at], "rows", None)
         if isinstance(trained, Tensor) and trained.requires_grad and torch.is_grad_enabled():
-            rows = _Trained.apply(trained, row_ids.to(trained.device), rows)
+            rows = _Trained.apply(trained, row_ids.to(trained.device), rows, self._modules[at].sparse_grad)
         return rows
 
     def cancel(self, ticket: MemoryTicket) -> None:
@@ -189,15 +191,19 @@ class _Trained(torch.autograd.Function):
     """Rows that were fetched, with the gradient that `gather_rows` would give to the table."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, row_ids: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, row_ids: Tensor, rows: Tensor, is_sparse: bool) -> Tensor:
         ctx.save_for_backward(row_ids)
-        ctx.like = (table.shape[0], table.dtype)
+        ctx.like, ctx.is_sparse = (table.shape, table.dtype), is_sparse
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (row_ids,), (num_rows, dtype) = ctx.saved_tensors, ctx.like
-        return torch.ops.engram_kernels.gather_rows_bwd(grads[0].contiguous(), row_ids, num_rows, dtype), None, None
+        (row_ids,), (shape, dtype) = ctx.saved_tensors, ctx.like
+        if ctx.is_sparse:
+            grad = sparse_gradient(grads[0], row_ids, shape, dtype)
+        else:
+            grad = torch.ops.engram_kernels.gather_rows_bwd(grads[0].contiguous(), row_ids, shape[0], dtype)
+        return grad, None, None, None
 
 
 def _key(module: Any) -> Any:
