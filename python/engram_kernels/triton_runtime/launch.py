@@ -6,6 +6,7 @@ spec and on the shape class that `tuning` names, not on token counts, strides or
 needs; a launch then costs a dictionary look-up.
 """
 import contextlib
+import ctypes
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16:
                  torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*u8"}
 NUMBER_TYPES = {int: "i64", float: "fp32"}
 ABSENT, ALIGNMENT = "absent", 16
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 # triton.cdiv and triton.next_power_of_2 take microseconds of the host's time
@@ -165,12 +167,27 @@ def error_counter(op: str, device: torch.device) -> Tensor:
     if counter is None:
         # under a graph capture it would be memory of the graph, and each replay would zero it; another stream is not captured
         captured = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.stream(torch.cuda.Stream(device)) if captured else contextlib.nullcontext()
-        with torch.inference_mode(False), stream:
+        with torch.inference_mode(False), _beside_capture(device) if captured else contextlib.nullcontext():
             counter = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":
             counter = _errors.setdefault((op, device), counter)  # another thread's, if that was first
     return counter
+
+
+@contextlib.contextmanager
+def _beside_capture(device: torch.device) -> Iterator[None]:
+    """A stream that is not captured, on which this thread may allocate and wait: a capture in global mode, torch's default,
+    forbids both, and torch lifts that only where the current stream is the captured one."""
+    stream, mode = torch.cuda.Stream(device), ctypes.c_int(_RELAXED)
+    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    if error := exchange(ctypes.byref(mode)):
+        raise RuntimeError(f"engram_kernels: cuThreadExchangeStreamCaptureMode: CUDA error {error}")
+    try:
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()  # before the graph, which no stream orders behind this one
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 def take_errors() -> list[tuple[str, int, int]]:
