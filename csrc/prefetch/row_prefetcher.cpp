@@ -274,6 +274,7 @@ int RowPrefetcher::wait(int64_t ticket, double timeout_s, uintptr_t stream, bool
     std::unique_lock lock(mutex_);
     const auto found = tickets_.find(ticket);
     if (found == tickets_.end()) {
+      if (closed_) EK_THROW_AS(PrefetchCancelled, kName << ": it was closed, so ticket " << ticket << " has no rows any more");
       EK_THROW_AS(UnknownTicket, kName << ": ticket " << ticket << " is unknown, was cancelled, or was waited for before");
     }
     request = found->second;
@@ -528,6 +529,7 @@ void RowPrefetcher::close() {
   }
   reading_ = -1;
   counting_.clear();
+  results_.forget_events();  // here, where the caller has made their device current; this object may go elsewhere
   if (cells_ != nullptr) engine_->free_host(reinterpret_cast<std::byte*>(cells_));
   cells_ = nullptr;
   stager_.reset();

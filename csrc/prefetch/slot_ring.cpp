@@ -42,4 +42,8 @@ void SlotRing::give(int number, Event after, Event also_after) {
                    device_ == nullptr ? nullptr : device_ + at});
 }
 
+void SlotRing::forget_events() {
+  for (RingSlot& slot : free_) slot.after = slot.also_after = nullptr;
+}
+
 }  // namespace engram_kernels

@@ -33,6 +33,7 @@ class SlotRing {
   bool empty() const { return free_.empty(); }
   RingSlot take();  // the one that was given back first; not while empty
   void give(int number, Event after, Event also_after = nullptr);
+  void forget_events();  // of slots that nobody takes any more
 
  private:
   std::shared_ptr<CopyEngine> engine_;

@@ -100,6 +100,20 @@ def test_row_prefetcher_full_ring_closed_and_unknown_tickets(table):
         prefetcher.wait(ticket)
 
 
+def test_row_prefetcher_refuses_what_is_no_number_or_no_time():
+    table = RowTable.from_tensor(torch.randn(20, 32), row_format="f32")
+    with RowPrefetcher(table, out_dtype=torch.float32) as pf:
+        ticket = pf.submit(torch.tensor([1, 2]))
+        for wrong in (float(ticket), torch.tensor(ticket), str(ticket), None, [ticket]):
+            with pytest.raises(TypeError, match="RowPrefetcher.wait: ticket is .*, expected the number that submit returned"):
+                pf.wait(wrong)
+        for call in (lambda t: pf.wait(ticket, timeout_s=t), pf.drain, lambda t: pf.submit(torch.tensor([1]), t)):
+            with pytest.raises(TypeError, match="timeout_s is '1', expected seconds, or None for no limit"):
+                call("1")
+        pf.drain(10**400)
+        assert torch.equal(pf.wait(ticket, timeout_s=10**400), table.rows[1:3]) and pf.stats()["in_flight"] == 0
+
+
 def test_row_prefetcher_refuses_the_ticket_of_another(table):
     """Both had the number 0, and the rows of the wrong request were returned."""
     with RowPrefetcher(table) as one, RowPrefetcher(table) as other:

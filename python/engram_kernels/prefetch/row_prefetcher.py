@@ -5,7 +5,7 @@ import atexit
 import contextlib
 import dataclasses
 import itertools
-import math
+import numbers
 import os
 import weakref
 from pathlib import Path
@@ -182,6 +182,7 @@ class RowPrefetcher:
             refuses a backward through rows that were overwritten. Rows for several forwards before one backward want `out`.
 
         Raises:
+            TypeError: `ticket` is no number.
             ValueError: `out` has another shape or dtype; the ticket stays valid.
             KeyError: no ticket of this prefetcher, or it was cancelled or waited for before.
             TimeoutError: the rows did not come in time; the ticket stays valid.
@@ -189,6 +190,8 @@ class RowPrefetcher:
             Exception: what went wrong with this request, such as IndexError for a bad id or OSError for a bad file. After an
                 exception of another kind, such as KeyboardInterrupt or one of writing to `out`, the ticket stays valid.
         """
+        if not isinstance(ticket, numbers.Integral):  # such as a tensor, or 5.0, which a dictionary takes for 5
+            raise TypeError(f"RowPrefetcher.wait: ticket is {ticket!r}, expected the number that submit returned")
         request = self._submitted.get(ticket)
         if request is None:
             if self._closed:
@@ -302,8 +305,8 @@ class RowPrefetcher:
             return
         ids = request.row_ids.reshape(-1).cpu()
         count = ids.numel()
-        sample = (torch.arange(count) if count <= self._verify_rows
-                  else torch.randint(0, count, (self._verify_rows,), generator=self._sampler))
+        sample = (torch.arange(count, device="cpu") if count <= self._verify_rows
+                  else torch.randint(0, count, (self._verify_rows,), generator=self._sampler, device="cpu"))
         plain = ids[sample].to(self.table.device_for(rows))
         with torch.no_grad():
             expected = gather_rows(self.table, plain, self.out_dtype).to(rows.device)
@@ -330,6 +333,10 @@ class _NvtxMarks:
 
 def _seconds(timeout_s: float | None) -> float:
     """Negative: no limit. Infinity is none either, and what a clock cannot count to."""
-    if timeout_s is not None and math.isnan(timeout_s):
+    if timeout_s is None:
+        return -1.0
+    if not isinstance(timeout_s, numbers.Real):
+        raise TypeError(f"RowPrefetcher: timeout_s is {timeout_s!r}, expected seconds, or None for no limit")
+    if timeout_s != timeout_s:
         raise ValueError("RowPrefetcher: timeout_s is nan, expected seconds, or None for no limit")
-    return -1.0 if timeout_s is None or timeout_s > _LONGEST_S else max(0.0, float(timeout_s))
+    return -1.0 if timeout_s > _LONGEST_S else float(max(timeout_s, 0.0))
