@@ -153,7 +153,7 @@ def check_table_scale(op: str, row_format: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{op}: table_scale is {value!r}, expected a number, or a float tensor of one element, for row_format "
                          f"{row_format!r}")
-    rounded = torch.tensor(value, dtype=torch.float32).item()
+    rounded = torch.tensor(value, dtype=torch.float32, device="cpu").item()
     if not 0 < abs(rounded) < math.inf:  # below 0 it turns every sign, which each backend does exactly
         raise ValueError(f"{op}: table_scale is {value!r}, expected a finite float32 that is not 0: with any other every row is "
                          "zeros, NaN or Inf")

@@ -1,5 +1,8 @@
 """Modules, layouts and token maps made on the meta device, under a default device, fake tensors, inference mode; and on a GPU."""
+import contextlib
 import copy
+import os
+import pickle
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels.modules.memory_module
-from engram_kernels import Engram, Layout, RowTable, TokenMap, ngram_hash
+from engram_kernels import Engram, Layout, RowPrefetcher, RowTable, TokenMap, ngram_hash
 
 # modes under which a module is made; none of them may change what others get afterwards
 MODES = {"meta": lambda: torch.device("meta"), "inference": torch.inference_mode, "fake": FakeTensorMode,
@@ -50,6 +53,51 @@ def test_a_module_made_in_a_mode_changes_no_other(mode, variant):
         made.to_empty(device="cpu")
         made.load_state_dict(layer.state_dict(), assign=True)
         assert torch.equal(made(hidden, ids, CU), layer(hidden, ids, CU))
+
+
+@contextlib.contextmanager
+def default_of_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", [lambda: torch.device("meta"), default_of_float64])
+def test_tables_do_not_heed_a_default_device_or_dtype(default, tmp_path):
+    """Under a default device new tensors without `device=` were its own: a fingerprint failed, a quantized table had no data."""
+    rows, ids = torch.randn(300, 64), torch.tensor([[5, 299, 0]])
+    table = RowTable.create(tmp_path / "rows", rows, row_format="f32")
+    formats = ("int8_group32", "fp8_e4m3_tensor", "fp8_e4m3_row", "nvfp4")
+    plain = [table.quantize(row_format)[0] for row_format in formats]
+    fingerprint = table.fingerprint()
+    with default():
+        assert table.fingerprint() == fingerprint
+        for row_format, want in zip(formats, plain, strict=True):
+            for got in (table.quantize(row_format)[0], table.quantize(row_format, tmp_path / row_format)[0]):
+                for have, expected in zip(got.read_rows(ids), want.read_rows(ids), strict=True):
+                    assert expected is None or torch.equal(have, expected)
+                assert got.table_scale == want.table_scale
+        shared = table.share(f"modes{os.getpid()}")
+        assert torch.equal(shared.rows, rows) and torch.equal(pickle.loads(pickle.dumps(table)).read_rows(ids)[0], rows[ids[0]])
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode, torch.inference_mode])
+def test_a_prefetcher_made_in_a_mode_is_known_by_its_number(mode, compiled):
+    """Its number was a tensor of the mode: on the meta device the ops gave memory that nobody had written, without an error."""
+    table, ids, cpu = RowTable.from_tensor(torch.randn(300, 64), row_format="f32"), torch.tensor([5, 299, 0]), torch.device("cpu")
+    with mode():
+        prefetcher = RowPrefetcher(table, out_dtype=torch.float32, verify_rows=2)
+    ops = torch.ops.engram_kernels
+    with torch.device("meta"):
+        ticket = ops.prefetch_submit(ids, prefetcher.handle)
+        assert ticket.device == cpu
+        got = ops.prefetch_wait(ticket, ids, prefetcher.handle, 64, torch.float32, cpu)
+        assert torch.equal(got, table.rows[ids])
+        assert torch.equal(prefetcher.wait(prefetcher.submit(ids)), table.rows[ids])
+        assert prefetcher.wait(prefetcher.submit(ids[:0])).device == cpu
+    prefetcher.close()
 
 
 def test_engram_computes_in_fake_mode():

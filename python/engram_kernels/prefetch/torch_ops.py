@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._library import LIB
+from engram_kernels._modes import plain_tensors
 
 _PREFETCHERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -29,8 +30,8 @@ def register_prefetcher(prefetcher: Any) -> Tensor:
     """The number that the ops know `prefetcher` by, while it lives: [1] int64 on the CPU."""
     number = next(_numbers)
     _PREFETCHERS[number] = prefetcher
-    with torch.inference_mode(False):
-        return torch.tensor([number])
+    with plain_tensors():  # a mode, or a default device, would make another number of it
+        return torch.tensor([number], device="cpu")
 
 
 def _prefetcher(handle: Tensor) -> Any:
@@ -54,7 +55,7 @@ def prefetch_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
     Raises:
         PrefetchQueueFull: as many requests are in flight as `depth` allows.
     """
-    return torch.tensor([_prefetcher(prefetcher).submit(row_ids)])
+    return torch.tensor([_prefetcher(prefetcher).submit(row_ids)], device="cpu")
 
 
 @torch.library.impl(LIB, "prefetch_wait", "CompositeExplicitAutograd")
@@ -97,7 +98,7 @@ def _wait_without_grad(*args: Any, **kwargs: Any) -> Tensor:
 
 @torch.library.register_fake("engram_kernels::prefetch_submit", lib=LIB)
 def _fake_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
-    return torch.empty(1, dtype=torch.int64)
+    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("engram_kernels::prefetch_wait", lib=LIB)

@@ -18,7 +18,7 @@ def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tenso
     if not rows.numel():
         return squares
     g, where = _summed(rows, ids, grads)
-    g = g * torch.tensor(grad_scale, dtype=torch.float32)
+    g = g * torch.tensor(grad_scale, dtype=torch.float32, device="cpu")
     total = _sum_of_squares(g)
     squares[where] = total
     if rule == "none":
@@ -51,7 +51,7 @@ def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tenso
 
 
 def _f32(x: float | list[float]) -> Tensor:
-    return torch.tensor(x, dtype=torch.float32)
+    return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def _root(x: Tensor) -> Tensor:

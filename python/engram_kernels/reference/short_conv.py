@@ -33,7 +33,7 @@ def short_conv_update(x: Tensor, weight: Tensor, norm_weight: Tensor, cu_seqlens
             if state_ends is not None:
                 furthest = 0 if position == 0 else int(state_ends[ring, 1])
                 length = position + end - begin
-                state_ends[ring] = torch.tensor([length, max(length, furthest)])
+                state_ends[ring] = torch.tensor([length, max(length, furthest)], device=state_ends.device)
     return out
 
 

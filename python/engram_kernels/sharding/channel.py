@@ -68,9 +68,9 @@ class Channel:
             ValueError: the ranks are at different exchanges.
             ConnectionError: a rank did not come.
         """
-        mine = torch.zeros(self.ranks, HEADER, dtype=torch.int64)
+        mine = torch.zeros(self.ranks, HEADER, dtype=torch.int64, device="cpu")
         if counts is not None and error is None:
-            mine[:, 0] = torch.tensor(counts, dtype=torch.int64)
+            mine[:, 0] = torch.tensor(counts, dtype=torch.int64, device="cpu")
         mine[:, 1], mine[:, 2], mine[:, 3] = KINDS.index(kind), ticket, int(error is not None)
         theirs = self._all_to_all(mine.to(self.device), None, None, "header").cpu()
         if theirs[:, 3].any():

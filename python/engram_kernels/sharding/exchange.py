@@ -53,7 +53,8 @@ class Exchange:
     def ids(self, ticket: int, row_ids: Any) -> Wanted:
         """Finds the distinct ids and tells each rank which of its rows are wanted. Errors: `check_row_ids`, on every rank."""
         channel, error = self.channel, None
-        distinct, inverse, counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), [0] * self.ranks
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        distinct, inverse, counts = none, none, [0] * self.ranks
         try:
             expect_row_ids("ShardedRows", row_ids, row_ids.device if isinstance(row_ids, Tensor) else torch.device("cpu"))
             check_row_ids("ShardedRows", row_ids, self.partition.num_rows)
@@ -64,8 +65,8 @@ class Exchange:
         except Exception as err:
             error = err
         coming = channel.agree("ids", ticket, error, counts)
-        begins = torch.tensor(self.partition.begins[:-1]).repeat_interleave(torch.tensor(counts)).to(distinct.device)
-        asked = channel.exchange("ids", (distinct - begins).to(self.wire_ids)[:, None], counts, coming)
+        begins = torch.tensor(self.partition.begins[:-1], device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+        asked = channel.exchange("ids", (distinct - begins.to(distinct.device)).to(self.wire_ids)[:, None], counts, coming)
         remote = distinct.numel() - counts[self.rank]
         for name, more in (("requested", inverse.numel()), ("distinct", distinct.numel()), ("remote_rows", remote),
                            ("served_rows", asked.shape[0] - coming[self.rank])):

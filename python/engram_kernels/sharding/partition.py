@@ -69,7 +69,7 @@ class Partition:
 
     def __init__(self, sizes: Sequence[int]):
         self.begins = [0, *itertools.accumulate(sizes)]
-        self._inner = torch.tensor(self.begins[1:], dtype=torch.int64)
+        self._inner = torch.tensor(self.begins[1:], dtype=torch.int64, device="cpu")
 
     @property
     def num_rows(self) -> int:

@@ -101,7 +101,8 @@ class ShardedRows:
         self._flying: dict[int, tuple[Future[Wanted], Future[Arrived] | None]] = {}
         self._kept: list[tuple[Wanted, Tensor]] = []
         self._lock = threading.Lock()
-        self._anchor = self.parameter if self.parameter is not None else torch.zeros(0, requires_grad=self.gradients == "rows")
+        self._anchor = (self.parameter if self.parameter is not None
+                        else torch.zeros(0, device="cpu", requires_grad=self.gradients == "rows"))
 
     @staticmethod
     def range_of(num_rows: int, rank: int, ranks: int, heads: Sequence[int] | Tensor | None = None) -> tuple[int, int]:

@@ -110,7 +110,7 @@ class Checkpoint(Mapping[str, Tensor]):
                                  "may be split over ranks")
             data = data if rank else read
         dtype = _DTYPES[extent.dtype]
-        return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(extent.shape)
+        return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")).view(extent.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self.files

@@ -74,14 +74,14 @@ def quantize(table: RowTable, row_format: str, path: str | os.PathLike[str] | No
             whole = _scale_of_table(row_format, _largest(table))
     errors = _Errors(row_format, table)
     table_scale = whole if fmt.has_table_scale else None
-    of_table = torch.tensor([whole]) if whole is not None and not fmt.has_row_scales else None
+    of_table = torch.tensor([whole], dtype=torch.float32, device="cpu") if whole is not None and not fmt.has_row_scales else None
     if path is not None:
         made = type(table).create(path, _pieces(table, row_format, whole, errors), of_table, row_format, num_rows=table.num_rows,
                                   row_dim=table.row_dim, table_scale=table_scale)
         return made, errors.report()
-    rows = torch.empty(table.num_rows, fmt.width(table.row_dim), dtype=fmt.dtype)
+    rows = torch.empty(table.num_rows, fmt.width(table.row_dim), dtype=fmt.dtype, device="cpu")
     shape = fmt.scale_shape(table.num_rows, table.row_dim)
-    scales = of_table if shape is None or of_table is not None else torch.empty(shape, dtype=fmt.scale_dtype)
+    scales = of_table if shape is None or of_table is not None else torch.empty(shape, dtype=fmt.scale_dtype, device="cpu")
     done = 0
     for piece_rows, piece_scales in _pieces(table, row_format, whole, errors):
         rows[done:done + len(piece_rows)] = piece_rows
@@ -142,7 +142,7 @@ def _to_e4m3(scaled: Tensor) -> Tensor:
 def _to_e2m1(scaled: Tensor) -> Tensor:
     """Bytes of two values each. A tie goes to the code whose last bit is 0."""
     x = scaled.flatten(1).abs()
-    codes = torch.zeros(x.shape, dtype=torch.uint8)
+    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for middle, from_even in ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False), (5.0, True)):
         codes += x > middle if from_even else x >= middle
     codes |= scaled.flatten(1).signbit().to(torch.uint8) << 3
@@ -165,14 +165,14 @@ def _exponents(largest: Tensor, most: float) -> Tensor:
 
 def _scale_of_table(row_format: str, largest: float) -> float:
     most = _E4M3_MAX * (_E2M1_MAX if ROW_FORMATS[row_format].has_table_scale else 1.0)
-    return float(_float_scales(torch.tensor(largest, dtype=torch.float64), most))
+    return float(_float_scales(torch.tensor(largest, dtype=torch.float64, device="cpu"), most))
 
 
 def _float_pieces(table: RowTable) -> Iterator[tuple[int, Tensor]]:
     """(first row, float32 values) of a table in order. ValueError names the first row that is not finite."""
     step = max(_PIECE_VALUES // max(table.row_dim, 1), 1)
     for begin in range(0, table.num_rows, step):
-        ids = torch.arange(begin, min(begin + step, table.num_rows))
+        ids = torch.arange(begin, min(begin + step, table.num_rows), device="cpu")
         values = table.read_rows(ids.to(table.device))[0].detach().cpu().float()
         finite = values.isfinite()
         if not finite.all():
@@ -205,7 +205,7 @@ class _Errors:
     def add(self, begin: int, values: Tensor, rows: Tensor, scales: Tensor | None, whole: float | None) -> None:
         fmt = ROW_FORMATS[self._row_format]
         if scales is None and whole is not None:
-            scales = torch.tensor([whole])
+            scales = torch.tensor([whole], dtype=torch.float32, device="cpu")
         table_scale = whole if fmt.has_table_scale and whole is not None else 1.0
         exact = values.double()
         off = decode(rows, scales, self._row_format, self._row_dim, False, table_scale).double() - exact

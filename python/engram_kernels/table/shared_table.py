@@ -63,7 +63,7 @@ def stats_of(memory: Any) -> dict[str, Any]:
 def fingerprint(table: RowTable) -> str:
     """What tells one table from another: a hash of shape, format and 1,024 rows spread evenly, first and last among them."""
     num_rows, count = table.num_rows, min(table.num_rows, _SAMPLE_ROWS)
-    ids = torch.arange(count, dtype=torch.int64)
+    ids = torch.arange(count, dtype=torch.int64, device="cpu")
     ids = ids if count < 2 else ids * (num_rows - 1) // (count - 1)
     described = [table.row_format, table.row_dim, num_rows, table.rows.shape[1], bool(table.zero_scale_is_zero)]
     if ROW_FORMATS[table.row_format].has_table_scale:
