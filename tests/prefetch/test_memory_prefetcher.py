@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from module_cases import CU, H, M, make_layer, make_spec
+from module_cases import CU, H, M, T, make_layer, make_spec
 from torch import nn
 
 from engram_kernels import Engram, MemoryPrefetcher, MemoryState, RowOptimizer, RowTable, gather_rows
@@ -74,8 +74,8 @@ def test_memory_prefetcher_trains_rows_as_gather_rows_does(tmp_path):
 def test_memory_prefetcher_gives_sparse_gradients_where_the_module_does():
     """They were dense: of the size of the table, and refused by the RowOptimizer that such a module is made for."""
     spec = make_spec("deepseek_v41")
-    layer, hidden = Engram(spec, 1, dtype=torch.float32, train_table=True), torch.randn(CU[-1], M, H)
-    ids, grads = torch.randint(0, 400, (int(CU[-1]),)), []
+    layer, hidden = Engram(spec, 1, dtype=torch.float32, train_table=True), torch.randn(T, M, H)
+    ids, grads = torch.randint(0, 400, (T,)), []
     with MemoryPrefetcher(layer) as prefetcher:
         for fetched in (True, False):
             rows = dict(rows=prefetcher.wait(layer, prefetcher.submit(ids, CU)))

@@ -162,7 +162,8 @@ class MemoryPrefetcher:
                 raise
         trained = getattr(self._modules[at], "rows", None)
         if isinstance(trained, Tensor) and trained.requires_grad and torch.is_grad_enabled():
-            rows = _Trained.apply(trained, row_ids.to(trained.device), rows, self._modules[at].sparse_grad)
+            is_sparse = getattr(self._modules[at], "sparse_grad", False)
+            rows = _Trained.apply(trained, row_ids.to(trained.device), rows, is_sparse)
         return rows
 
     def cancel(self, ticket: MemoryTicket) -> None:
