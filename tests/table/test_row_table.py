@@ -177,6 +177,12 @@ def test_row_table_read_rows_into_outputs(tier, tmp_path):
         assert same(out_rows, rows[ids.flatten().long()]) and same(out_scales, scales[ids.flatten().long()])
     with pytest.raises(IndexError, match=r"read_rows: row_ids\[1\] is -1, expected \[0, 300\)"):
         table.read_rows(torch.tensor([0, -1]))
+    both, ids = torch.zeros(2 * 66, dtype=torch.uint8), torch.tensor([3, 1])
+    with pytest.raises(ValueError, match="RowTable.read_rows: out_scales shares memory with out_rows"):  # both were written
+        table.read_rows(ids, both[:128].view(2, 64), both[126:130].view(2, 2))
+    with pytest.raises(ValueError, match="RowTable.read_rows: out_rows shares memory with row_ids"):
+        over = torch.zeros(16, dtype=torch.int64)
+        table.read_rows(over[:2], out_rows=over.view(torch.uint8).view(2, 64))
     with pytest.raises(ValueError, match=r"out_rows must have shape \[1, 64\], got \[2, 64\]"):
         table.read_rows(torch.tensor([0]), torch.empty(2, D, dtype=torch.uint8))
     with pytest.raises(ValueError, match="out_scales must be torch.uint8, got torch.float32"):

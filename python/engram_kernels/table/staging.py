@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from engram_kernels._checks import expect_tensor
+from engram_kernels._checks import expect_apart, expect_tensor
 from engram_kernels._library import LIB
 from engram_kernels.row_format import check_tensors
 from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
@@ -112,6 +112,11 @@ def read_stored(table: RowTable, row_ids: Tensor, out_rows: Tensor | None,
     check_row_ids(op, row_ids, table.num_rows, may_be_absent=False)
     ids = row_ids.reshape(-1).to(torch.int64)
     per_row = table.scales is not None and table.scales.dim() == 2
+    for name, out in (("out_rows", out_rows), ("out_scales", out_scales)):
+        if isinstance(out, Tensor):
+            expect_apart(op, "row_ids", row_ids, out, out_name=name)
+    if isinstance(out_rows, Tensor) and isinstance(out_scales, Tensor):
+        expect_apart(op, "out_rows", out_rows, out_scales, out_name="out_scales")
     out_rows = output(op, "out_rows", table.rows, ids, out_rows)
     if per_row:
         assert table.scales is not None
