@@ -57,12 +57,13 @@ def paragraph(report: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """One line per size and split, in Markdown."""
-    lines = ["| size | rho | experts | rows | total | active | loss | memory off | local | local, off | other | other, off |",
+    lines = ["| size | rho | experts | rows | total | active | loss | off | local | local, off | other | other, off |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for size, runs in _sizes(report).items():
         for of in by_split(runs).values():
             cells = [_cell(of, f"loss{off}{kind}") for kind in ("", "_local", "_other") for off in ("", "_off")]
-            lines.append(f"| {size} | {of[0]['rho']:.3f} | {of[0]['experts']} | {of[0]['rows_parameters']:,} | "
+            rows = of[0]["rows"]["rank"][-1] if "rows" in of[0] else 0
+            lines.append(f"| {size} | {of[0]['rho']:.2f} | {of[0]['experts']} | {rows:,} | "
                          f"{of[0]['total_parameters']:,} | {of[0]['active_parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

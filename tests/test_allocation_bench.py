@@ -43,3 +43,12 @@ def test_allocation_paragraph_claims_what_was_seen(losses, words):
              "active_parameters": 1} for rho, of in losses.items() for seed, loss in enumerate(of)]
     text = paragraph({"runs": runs})
     assert all(word in text for word in words) and "says nothing of larger models" in text
+
+
+def test_allocation_page_shows_the_results_that_are_kept():
+    """docs/allocation.md has table and paragraph of docs/allocation.json: six splits, three seeds, two sizes."""
+    from allocation_report import paragraph, table
+    report = json.loads((ROOT / "docs/allocation.json").read_text())
+    assert len({(run["size"], run["asked"], run["seed"]) for run in report["runs"]}) == len(report["runs"]) == 36
+    page = (ROOT / "docs/allocation.md").read_text()
+    assert table(report) in page and paragraph(report) in " ".join(line.removeprefix("> ") for line in page.splitlines())
