@@ -56,6 +56,16 @@ def test_sparse_gradients_are_the_dense_ones(dtype):
         assert name == "rows" or torch.equal(parameter.grad, dense.get_parameter(name).grad), name
 
 
+def test_transforms_of_torch_func_get_the_dense_gradient():
+    sparse, dense = make(), make(sparse_grad=False)
+    loss_of(dense).backward()
+    hidden, ids = batch()
+    found = torch.func.grad(lambda p: (torch.func.functional_call(sparse, p, (hidden, ids, CU)) - 1).square().mean())(
+        dict(sparse.named_parameters()))
+    for name, gradient in found.items():
+        assert not gradient.is_sparse and torch.equal(gradient, dense.get_parameter(name).grad), name
+
+
 @pytest.mark.parametrize("how", ["checkpoint", "compile"])
 def test_gradients_under_checkpointing_and_compile(how):
     plain, other = make(), make()

@@ -11,6 +11,7 @@ import torch
 from prefetch_cases import ROW_DIM, TIMEOUT_S, Tables, check, make_ids, prefetcher
 
 from engram_kernels import gather_rows
+from engram_kernels.prefetch.errors import PrefetchCancelled
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -184,3 +185,15 @@ def test_prefetch_signal_handler_that_raises_nothing(tables):
     finally:
         signal.signal(signal.SIGUSR1, old)
     assert seen
+
+
+def test_prefetch_closed_by_a_signal_handler_in_a_wait(tables):
+    pf = prefetcher(tables.make("host"), "host_staged", dict(max_delay_us=400_000, seed=3))
+    old = signal.signal(signal.SIGUSR1, lambda *_: pf.close())
+    try:
+        ticket = pf.submit(make_ids(9))
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(PrefetchCancelled, match="closed"):
+            pf.wait(ticket, timeout_s=TIMEOUT_S)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
