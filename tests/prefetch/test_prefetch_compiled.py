@@ -75,6 +75,27 @@ def test_prefetch_inductor_keeps_the_compute_between_submit_and_wait(result, wit
             torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_prefetch_inductor_keeps_a_submit_behind_the_wait_before(with_grad, tables):
+    """Two steps in one graph: the second submit overtook the first wait, and found a queue of depth 1 full."""
+    table, ids = tables.make("host"), make_ids(64, num_rows=2000)
+    with RowPrefetcher(table, depth=1, out_dtype=torch.float32) as pf:
+        def steps(x, ids, handle):
+            rows = None
+            for i in range(2):
+                ticket = OPS.prefetch_submit(ids + i, handle, after=rows)
+                x = torch.sin(x @ x / 64)
+                rows = OPS.prefetch_wait(ticket, ids + i, handle, *made_by(pf), after=x)
+                x = x / 2 + rows
+            return x
+
+        torch.manual_seed(0)
+        x = torch.randn(64, 64, requires_grad=with_grad)
+        compiled = torch.compile(steps, fullgraph=True, backend="inductor")
+        torch.testing.assert_close(compiled(x, ids, pf.handle), steps(x, ids, pf.handle))
+        assert order_of_calls(lambda: compiled(x, ids, pf.handle)) == 2 * ["submit", "mm", "wait"]
+
+
 def test_prefetch_a_prefetcher_per_epoch_costs_no_graph(tables):
     table, counter = tables.make("host"), CompileCounter()
 

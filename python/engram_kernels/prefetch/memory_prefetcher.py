@@ -79,7 +79,7 @@ class MemoryPrefetcher:
         self._made = tuple(made.values())
 
     def submit(self, token_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, *, history: Tensor | None = None,
-               dead_mask: Tensor | None = None, row_ids: Tensor | None = None) -> MemoryTicket:
+               dead_mask: Tensor | None = None, row_ids: Tensor | None = None, after: Tensor | None = None) -> MemoryTicket:
         """Hashes the tokens for every layer and starts fetching their rows; returns without waiting for data.
 
         Args:
@@ -88,6 +88,7 @@ class MemoryPrefetcher:
             history: [B, N-1], as `ngram_hash` takes it.
             dead_mask: [T] bool; rows of dead tokens are fetched for the pad, as the layer does; for LongCat there are none.
             row_ids: [L, T, C] of all layers of the spec, as `MemoryState.step` returns them; hashed before, not here.
+            after: in a compiled graph of several steps, the rows of an earlier wait that must come before (see docs/prefetch.md).
 
         Returns:
             A ticket for `wait`.
@@ -115,7 +116,7 @@ class MemoryPrefetcher:
         try:
             for place, prefetcher in zip(self._places, self._of_layer, strict=True):
                 if is_compiling():
-                    tickets.append(torch.ops.engram_kernels.prefetch_submit(row_ids[place], prefetcher.handle))
+                    tickets.append(torch.ops.engram_kernels.prefetch_submit(row_ids[place], prefetcher.handle, after))
                 else:
                     tickets.append(prefetcher.submit(row_ids[place]))
         except BaseException:

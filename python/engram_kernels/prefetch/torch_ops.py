@@ -19,9 +19,9 @@ _numbers = itertools.count()
 # on disk knows nothing of the prefetcher of another process.
 # The tag says that a call has effects of its own: without it Inductor moves a submit down to its wait, and nothing is hidden.
 # It does not keep a wait behind the compute: Inductor moves the operands of what follows (reorder_for_locality) past a tagged
-# op. `after` does, since it makes the order data.
+# op, and a later submit in front of an earlier wait. `after` keeps the order, since it makes it data.
 _TAGS = (torch.Tag.nondeterministic_seeded,)
-LIB.define("prefetch_submit(Tensor row_ids, Tensor prefetcher) -> Tensor", tags=_TAGS)
+LIB.define("prefetch_submit(Tensor row_ids, Tensor prefetcher, Tensor? after=None) -> Tensor", tags=_TAGS)
 LIB.define("prefetch_wait(Tensor ticket, Tensor row_ids, Tensor prefetcher, int row_dim, ScalarType out_dtype, Device device,"
            " Tensor? after=None) -> Tensor", tags=_TAGS)
 
@@ -42,12 +42,14 @@ def _prefetcher(handle: Tensor) -> Any:
 
 
 @torch.library.impl(LIB, "prefetch_submit", "CompositeExplicitAutograd")
-def prefetch_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
+def prefetch_submit(row_ids: Tensor, prefetcher: Tensor, after: Tensor | None = None) -> Tensor:
     """`RowPrefetcher.submit` as a torch op.
 
     Args:
         row_ids: as for `RowPrefetcher.submit`.
         prefetcher: `RowPrefetcher.handle`.
+        after: what must be there before, such as the rows of the last wait; it is not read. Without it a compiler may submit
+            before an earlier wait, and one request more is in flight.
 
     Returns:
         [1] int64 on the CPU, the ticket.
@@ -88,6 +90,14 @@ def prefetch_wait(ticket: Tensor, row_ids: Tensor, prefetcher: Tensor, row_dim: 
     return rows
 
 
+@torch.library.impl(LIB, "prefetch_submit", "Autograd")
+def _submit_without_grad(*args: Any, **kwargs: Any) -> Tensor:
+    """A ticket carries no gradient, whether or not `after` does."""
+    with torch._C._AutoDispatchBelowAutograd():
+        ticket: Tensor = torch.ops.engram_kernels.prefetch_submit.default(*args, **kwargs)
+    return ticket
+
+
 @torch.library.impl(LIB, "prefetch_wait", "Autograd")
 def _wait_without_grad(*args: Any, **kwargs: Any) -> Tensor:
     """Rows carry no gradient, whether or not `after` does."""
@@ -97,7 +107,7 @@ def _wait_without_grad(*args: Any, **kwargs: Any) -> Tensor:
 
 
 @torch.library.register_fake("engram_kernels::prefetch_submit", lib=LIB)
-def _fake_submit(row_ids: Tensor, prefetcher: Tensor) -> Tensor:
+def _fake_submit(row_ids: Tensor, prefetcher: Tensor, after: Tensor | None = None) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
