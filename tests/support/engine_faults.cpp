@@ -6,7 +6,6 @@
 #include <deque>
 #include <mutex>
 #include <random>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -18,48 +17,41 @@ namespace {
 
 constexpr size_t kMaxHeldBack = 3;  // events whose end is hidden at a time, where they are reordered
 
-// How a launch ended. A message and not an exception: every waiter gets an exception of its own.
-struct Outcome {
-  enum { kDone, kBadId, kFailed } kind = kDone;
-  std::string message;
-  EngineTimes times;
-};
-
+// Shows the event of the engine below once it is told to.
 class FaultyEvent final : public EngineEvent {
  public:
-  void finish(Outcome outcome) {
+  // inner null: the launch failed
+  void show(Event inner) {
     {
       const std::lock_guard lock(mutex_);
-      done_ = true;
-      outcome_ = std::move(outcome);
+      shown_ = true;
+      inner_ = std::move(inner);
     }
     changed_.notify_all();
   }
 
-  bool wait(double timeout_s) {
+  bool wait(CopyEngine& engine, double timeout_s) {
     std::unique_lock lock(mutex_);
-    const auto done = [this] { return done_; };
+    const auto shown = [this] { return shown_; };
     if (timeout_s < 0) {
-      changed_.wait(lock, done);
-    } else if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), done)) {
+      changed_.wait(lock, shown);
+    } else if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), shown)) {
       return false;
     }
-    if (outcome_.kind == Outcome::kBadId) throw std::out_of_range(outcome_.message);
-    if (outcome_.kind == Outcome::kFailed) throw EngineError(outcome_.message);
-    return true;
+    if (inner_ == nullptr) throw EngineError("injected failure of a launch");
+    return engine.wait_host(inner_, -1);
   }
 
-  bool times(EngineTimes* times) {
+  bool times(const CopyEngine& engine, EngineTimes* times) {
     const std::lock_guard lock(mutex_);
-    *times = outcome_.times;
-    return done_;
+    return inner_ == nullptr ? shown_ : engine.times(inner_, times);
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool done_ = false;
-  Outcome outcome_;
+  bool shown_ = false;
+  Event inner_;
 };
 
 FaultyEvent& of(const Event& event) { return static_cast<FaultyEvent&>(*event); }
@@ -104,8 +96,12 @@ class FaultyEngine final : public CopyEngine {
   }
 
   bool wait_on(const Event& event, uintptr_t, double timeout_s) override { return wait_host(event, timeout_s); }
-  bool wait_host(const Event& event, double timeout_s) override { return event == nullptr || of(event).wait(timeout_s); }
-  bool times(const Event& event, EngineTimes* times) const override { return event != nullptr && of(event).times(times); }
+  bool wait_host(const Event& event, double timeout_s) override {
+    return event == nullptr || of(event).wait(*engine_, timeout_s);
+  }
+  bool times(const Event& event, EngineTimes* times) const override {
+    return event != nullptr && of(event).times(*engine_, times);
+  }
 
  private:
   struct Task {
@@ -116,7 +112,7 @@ class FaultyEngine final : public CopyEngine {
   };
   struct Finished {
     std::shared_ptr<FaultyEvent> event;
-    Outcome outcome;
+    Event inner;
   };
 
   void run() {
@@ -132,18 +128,11 @@ class FaultyEngine final : public CopyEngine {
       Task task = std::move(tasks_.front());
       tasks_.pop_front();
       lock.unlock();
-      Finished finished{task.event, {}};
       if (faults_.max_delay_us > 0) {
         std::this_thread::sleep_for(
             std::chrono::microseconds(std::uniform_int_distribution<int>(0, faults_.max_delay_us)(random_)));
       }
-      try {
-        execute(task, &finished.outcome.times);
-      } catch (const std::out_of_range& err) {
-        finished.outcome = {Outcome::kBadId, err.what(), finished.outcome.times};
-      } catch (const std::exception& err) {
-        finished.outcome = {Outcome::kFailed, err.what(), finished.outcome.times};
-      }
+      Finished finished{task.event, execute(task)};
       task = {};  // what it keeps alive goes before anybody is told
       finished_.push_back(std::move(finished));
       show_finished(faults_.reorder ? kMaxHeldBack : 0);
@@ -151,23 +140,20 @@ class FaultyEngine final : public CopyEngine {
     }
   }
 
-  void execute(Task& task, EngineTimes* times) {
-    if (faults_.error > 0 && std::uniform_real_distribution<double>(0, 1)(random_) < faults_.error) {
-      throw EngineError("injected failure of a launch");
-    }
+  // The event of the engine below, when it is done; null where the launch was to fail.
+  Event execute(Task& task) {
+    if (faults_.error > 0 && std::uniform_real_distribution<double>(0, 1)(random_) < faults_.error) return nullptr;
     EngineLaunch launch = std::move(task.launch);
     launch.after = launch.also_after = nullptr;  // of this stream, and so before it
     if (launch.gather != nullptr) launch.gather = &task.gather;
     if (launch.place != nullptr) launch.place = &task.place;
-    const Event event = engine_->launch(launch);
+    Event event = engine_->launch(launch);
     launch = {};
     try {
       engine_->wait_host(event, -1);
-    } catch (...) {
-      engine_->times(event, times);
-      throw;
+    } catch (const std::exception&) {  // told to whoever waits for it
     }
-    engine_->times(event, times);
+    return event;
   }
 
   // Tells of all finished launches but `held_back`.
@@ -176,7 +162,7 @@ class FaultyEngine final : public CopyEngine {
     while (finished_.size() > held_back) {
       Finished finished = std::move(finished_.back());
       finished_.pop_back();
-      finished.event->finish(std::move(finished.outcome));
+      finished.event->show(std::move(finished.inner));
     }
   }
 
