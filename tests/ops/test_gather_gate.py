@@ -250,7 +250,7 @@ def test_gather_gate_rejects_other_misuse():
 @pytest.mark.slow_cases("triton")
 def test_gather_gate_threads_give_the_same_bits(backend):
     table = make_table("int8_group32", 64)
-    hidden, *rest = make_inputs(67, 2, 16, 64, torch.bfloat16)
+    hidden, *rest = make_inputs(7 if backend == "triton" else 67, 2, 16, 64, torch.bfloat16)  # the interpreter is slow
     grad_out = torch.randn_like(hidden)
     before, results = torch.get_num_threads(), []
     try:

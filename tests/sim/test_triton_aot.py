@@ -88,7 +88,10 @@ def test_triton_gather_gate_compiles(target, name):
     mask = torch.empty(100, dtype=torch.bool, device="meta") if i % 3 == 0 else None
     args = (hidden, rows, scales, ids, weight, weight, mask, name, 256, False, 1e-6, 1e-6, "copysign", True)
     variants = launch.variants_of(lambda: gather_gate(*args), target)
-    if target == "sm_90" or i < 4:  # seconds each
+    if i >= 4:  # a backward of four branches compiles for up to 46 s: four formats have each shape, the others one branch
+        hidden = torch.empty(100, 1, 5120, dtype=torch.bfloat16, device="meta")
+        args = (hidden, *args[1:4], hidden[0], hidden[0], *args[6:])
+    if target == "sm_90" or i < 4:
         variants += launch.variants_of(lambda: gather_gate_bwd(hidden, *args), target)
     assert_compiles_without_spills(variants, target)
 
