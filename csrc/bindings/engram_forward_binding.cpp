@@ -76,8 +76,7 @@ void run(EngramForwardParams p, const GateOptions& options, const Tensor& hidden
   expect_apart_or_same(kOp, hidden, out);
   if (p.num_tokens == 0) return;
   const int64_t tile = std::min(p.num_tokens, kTileTokens);
-  TorchProduct torch_product{torch::stable::new_empty(hidden, {tile, p.memory_size()}),
-                             torch::stable::new_empty(hidden, {tile, w_kv.size(0)}), w_kv};
+  TorchProduct torch_product{new_output(hidden, {tile, p.memory_size()}), new_output(hidden, {tile, w_kv.size(0)}), w_kv};
   std::vector<int64_t> row_ids(static_cast<size_t>(tile * p.columns));
   const TileProduct product{TorchProduct::run,
                             &torch_product,
@@ -94,7 +93,7 @@ Tensor engram_forward(const Tensor& hidden, const Tensor& rows, OptionalTensor s
                       double table_scale) {
   const EngramForwardParams p = params(hidden, rows, scales, row_ids, w_kv, w_hidden, w_key, mask,
                                        row_source_of(kOp, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale));
-  Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
+  Tensor out = new_output(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, gate_options(kOp, eps, clamp, zero_sign, add_residual), hidden, w_kv, out);
   return out;
 }

@@ -51,7 +51,7 @@ void run(GateParams p, const Tensor& hidden, const Tensor& out) {
 Tensor gate(const Tensor& hidden, const Tensor& key, const Tensor& value, const Tensor& w_hidden, const Tensor& w_key,
             OptionalTensor mask, double eps, double clamp, std::string zero_sign, bool add_residual) {
   const GateParams p = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
-  Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
+  Tensor out = new_output(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, hidden, out);
   return out;
 }
@@ -72,11 +72,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const Tensor& grad_o
   p.forward = params(hidden, key, value, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
   const int64_t tokens = p.forward.num_tokens, branches = p.forward.branches, size = p.forward.hidden_size;
-  Tensor grad_hidden = torch::stable::new_empty(hidden, {tokens, branches, size});
-  Tensor grad_key = torch::stable::new_empty(hidden, {tokens, branches, size});
-  Tensor grad_value = torch::stable::new_empty(hidden, {tokens, size});
-  Tensor grad_w_hidden = torch::stable::new_empty(w_hidden, {branches, size});
-  Tensor grad_w_key = torch::stable::new_empty(w_key, {branches, size});
+  Tensor grad_hidden = new_output(hidden, {tokens, branches, size});
+  Tensor grad_key = new_output(hidden, {tokens, branches, size});
+  Tensor grad_value = new_output(hidden, {tokens, size});
+  Tensor grad_w_hidden = new_output(w_hidden, {branches, size});
+  Tensor grad_w_key = new_output(w_key, {branches, size});
   p.grad_hidden = branch_rows(kOp, "grad_hidden", grad_hidden, hidden, 3);
   p.grad_key = branch_rows(kOp, "grad_key", grad_key, hidden, 3);
   p.grad_value = grad_value.mutable_data_ptr();

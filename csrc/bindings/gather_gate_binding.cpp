@@ -64,7 +64,7 @@ Tensor gather_gate(const Tensor& hidden, const Tensor& rows, OptionalTensor scal
                    double eps, double clamp, std::string zero_sign, bool add_residual, double table_scale) {
   const GatherGateParams p = params(hidden, table_of(hidden, rows, scales, row_format, row_dim, zero_scale_is_zero, table_scale),
                                     row_ids, w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
-  Tensor out = torch::stable::new_empty(hidden, {p.num_tokens, p.branches, p.hidden_size});
+  Tensor out = new_output(hidden, {p.num_tokens, p.branches, p.hidden_size});
   run(p, hidden, out);
   return out;
 }
@@ -96,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_gate_bwd(const Tensor& grad_ou
                      w_hidden, w_key, mask, gate_options(kOp, eps, clamp, zero_sign, add_residual));
   p.grad_out = branch_rows(kOp, "grad_out", grad_out, hidden);
   const int64_t tokens = p.forward.num_tokens, branches = p.forward.branches, size = p.forward.hidden_size;
-  Tensor grad_hidden = torch::stable::new_empty(hidden, {tokens, branches, size});
-  Tensor grad_rows = torch::stable::new_empty(hidden, {tokens, p.forward.columns, row_dim});
-  Tensor grad_w_hidden = torch::stable::new_empty(w_hidden, {branches, size});
-  Tensor grad_w_key = torch::stable::new_empty(w_key, {branches, size});
+  Tensor grad_hidden = new_output(hidden, {tokens, branches, size});
+  Tensor grad_rows = new_output(hidden, {tokens, p.forward.columns, row_dim});
+  Tensor grad_w_hidden = new_output(w_hidden, {branches, size});
+  Tensor grad_w_key = new_output(w_key, {branches, size});
   p.grad_hidden = branch_rows(kOp, "grad_hidden", grad_hidden, hidden, 3);
   p.grad_rows = grad_rows.mutable_data_ptr();
   p.grad_w_hidden = grad_w_hidden.mutable_data_ptr();

@@ -52,7 +52,7 @@ Tensor gather_rows(const Tensor& rows, std::optional<Tensor> scales, const Tenso
                    int64_t row_dim, bool zero_scale_is_zero, ScalarType out_dtype, double table_scale) {
   EK_CHECK(row_dim >= 1 && row_dim <= std::numeric_limits<int>::max(), kOp << ": row_dim is " << row_dim);
   dtype_of(kOp, "out_dtype", out_dtype);
-  Tensor out = torch::stable::new_empty(row_ids, with_row_dim(row_ids, row_dim), out_dtype);
+  Tensor out = new_output(row_ids, with_row_dim(row_ids, row_dim), out_dtype);
   run(rows, scales, row_ids, row_format, row_dim, zero_scale_is_zero, out_dtype, table_scale, out);
   return out;
 }
@@ -79,7 +79,7 @@ Tensor gather_rows_bwd(const Tensor& grad, const Tensor& row_ids, int64_t num_ro
 #ifndef EK_WITH_CUDA
   check_row_ids_of(kBwdOp, row_ids, p.row_ids, num_rows);
 #endif
-  Tensor grad_rows = torch::stable::new_empty(grad, {num_rows, row_dim}, dtype);
+  Tensor grad_rows = new_output(grad, {num_rows, row_dim}, dtype);
   p.grad = static_cast<const std::byte*>(grad.const_data_ptr());
   p.grad_rows = static_cast<std::byte*>(grad_rows.mutable_data_ptr());
 #ifdef EK_WITH_CUDA

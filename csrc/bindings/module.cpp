@@ -3,6 +3,7 @@
 
 #include "bindings/module.h"
 #include "common/cpu_isa.h"
+#include "common/huge_pages.h"
 
 namespace ek = engram_kernels;
 
@@ -23,6 +24,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const char* name) { ek::set_cpu_isa(ek::cpu_isa_from_name(name)); }, pybind11::arg("name"),
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
+  m.def(
+      "ask_for_huge_pages",
+      [](uintptr_t memory, int64_t bytes) { ek::ask_for_huge_pages(reinterpret_cast<void*>(memory), bytes); },
+      pybind11::arg("memory"), pybind11::arg("bytes"), "For an output that was made in Python, before its first write.");
   ek::bind_table(m);
   ek::bind_prefetcher(m);
   ek::bind_host_memory(m);

@@ -118,7 +118,7 @@ void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Ten
 
 Tensor new_row_ids(const Tensor& token_ids, const Tensor& moduli) {
   expect_shape(kOp, "moduli", moduli, {kAnySize, kAnySize}, 2);
-  return torch::stable::new_empty(token_ids, {moduli.size(0), token_ids.numel(), moduli.size(1)}, ScalarType::Int);
+  return new_output(token_ids, {moduli.size(0), token_ids.numel(), moduli.size(1)}, ScalarType::Int);
 }
 
 Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,

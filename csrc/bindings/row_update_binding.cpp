@@ -129,7 +129,7 @@ void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& g
 Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
                   std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
                   double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row) {
-  Tensor out = torch::stable::new_empty(weight, {row_ids.numel()}, ScalarType::Float);
+  Tensor out = new_output(weight, {row_ids.numel()}, ScalarType::Float);
   row_update_out(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic,
                  seed, first_row, out);
   return out;

@@ -67,7 +67,7 @@ void short_conv_out(const Tensor& x, const Tensor& weight, const Tensor& norm_we
 Tensor short_conv(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& cu_seqlens, int64_t dilation,
                   double eps) {
   expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor out = new_output(x, {x.size(0), x.size(1), x.size(2)});
   short_conv_out(x, weight, norm_weight, cu_seqlens, dilation, eps, out);
   return out;
 }
@@ -133,7 +133,7 @@ Tensor short_conv_update(const Tensor& x, const Tensor& weight, const Tensor& no
                          const Tensor& positions, int64_t dilation, double eps, const Tensor& state,
                          std::optional<Tensor> state_indices, std::optional<Tensor> state_ends) {
   expect_shape(kOp, "x", x, {kAnySize, kAnySize, kAnySize}, 1);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor out = new_output(x, {x.size(0), x.size(1), x.size(2)});
   short_conv_update_out(x, weight, norm_weight, cu_seqlens, positions, dilation, eps, state, state_indices, state_ends, out);
   return out;
 }
@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_bwd(const Tensor& grad_out, const 
 #endif
   expect_dtype(kOp, "grad_out", grad_out, {x.scalar_type()});
   expect_shape(kOp, "grad_out", grad_out, {x.size(0), x.size(1), x.size(2)}, 1);
-  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor grad_weight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1), weight.size(2)});
-  Tensor grad_norm_weight = torch::stable::new_empty(norm_weight, {weight.size(0), weight.size(1)});
+  Tensor grad_x = new_output(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor grad_weight = new_output(weight, {weight.size(0), weight.size(1), weight.size(2)});
+  Tensor grad_norm_weight = new_output(norm_weight, {weight.size(0), weight.size(1)});
   p.grad_out = grad_out.const_data_ptr();
   p.grad_token_stride = grad_out.stride(0);
   p.grad_branch_stride = grad_out.stride(1);

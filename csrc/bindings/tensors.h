@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/row_format.h"
 #include "common/row_ids.h"
@@ -36,6 +37,17 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kAnySize = -1;
+
+// A new tensor, of the dtype of `like` unless another is given, that an op writes whole. On the host its memory is asked for in
+// huge pages: it is fresh where it is large, and with small pages a gather of 32 MiB takes twice as long for the faults.
+inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+#ifndef EK_WITH_CUDA
+  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+#endif
+  return out;
+}
 
 inline Parallel torch_threads() {
   return {[](int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {

@@ -11,6 +11,7 @@
 #include <map>
 
 #include "common/error.h"
+#include "common/huge_pages.h"
 #include "table/proc_file.h"
 
 #ifndef MAP_HUGE_2MB
@@ -110,7 +111,7 @@ void HostMemory::map_private() {
       data_) {
     EK_THROW_MEMORY(errno, mapped_bytes_ << " bytes of memory cannot be had: " << std::strerror(errno));
   }
-  if (bytes_ >= kHugePageBytes && madvise(data_, static_cast<size_t>(mapped_bytes_), MADV_HUGEPAGE) == 0) pages_ = "transparent";
+  if (ask_for_huge_pages(data_, mapped_bytes_)) pages_ = "transparent";
 }
 
 void HostMemory::map_segment(const HostMemoryOptions& options) {
@@ -120,7 +121,7 @@ void HostMemory::map_segment(const HostMemoryOptions& options) {
   if (mmap(data_, static_cast<size_t>(mapped_bytes_), access, MAP_SHARED | MAP_FIXED, options.fd, options.fd_offset) != data_) {
     EK_THROW_MEMORY(errno, mapped_bytes_ << " bytes of a segment cannot be mapped: " << std::strerror(errno));
   }
-  if (bytes_ >= kHugePageBytes && madvise(data_, static_cast<size_t>(mapped_bytes_), MADV_HUGEPAGE) == 0) pages_ = "transparent";
+  if (ask_for_huge_pages(data_, mapped_bytes_)) pages_ = "transparent";
 }
 
 // Before the first touch. A policy on a shared segment belongs to the segment.

@@ -40,8 +40,6 @@ struct HostMemoryOptions {
 
 class HostMemory {
  public:
-  static constexpr int64_t kHugePageBytes = 2 << 20;
-
   explicit HostMemory(int64_t bytes, const HostMemoryOptions& options = {});
   ~HostMemory();
   HostMemory(const HostMemory&) = delete;

@@ -10,13 +10,13 @@
 // Cost        kBytesPerSlot bytes per slot; find and admit look at one bucket.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <vector>
+
+#include "common/huge_pages.h"
 
 namespace engram_kernels {
 
@@ -25,20 +25,18 @@ namespace engram_kernels {
 template <class T>
 struct HugeAllocator {
   using value_type = T;
-  static constexpr size_t kHugePageBytes = size_t{2} << 20;
 
   HugeAllocator() = default;
   template <class U>
   HugeAllocator(const HugeAllocator<U>&) {}
 
   T* allocate(size_t count) {
-    const size_t bytes = count * sizeof(T), align = bytes >= kHugePageBytes ? kHugePageBytes : alignof(std::max_align_t);
+    constexpr size_t page = static_cast<size_t>(kHugePageBytes);
+    const size_t bytes = count * sizeof(T), align = bytes >= page ? page : alignof(std::max_align_t);
     const size_t aligned = align > alignof(T) ? align : alignof(T);
     void* memory = std::aligned_alloc(aligned, (bytes + aligned - 1) / aligned * aligned);
     if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (bytes >= kHugePageBytes) madvise(memory, bytes / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);  // or small pages serve
-#endif
+    ask_for_huge_pages(memory, static_cast<int64_t>(bytes));
     return static_cast<T*>(memory);
   }
   void deallocate(T* memory, size_t) { std::free(memory); }

@@ -18,8 +18,12 @@ is_grad_enabled, is_inference_mode_enabled = torch.is_grad_enabled, torch.is_inf
 increment_version = torch._C._increment_version
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
+if COMPILE_ERROR is None:
+    from engram_kernels._C import ask_for_huge_pages
+
 _COMPILED_FIRST = frozenset() if COMPILE_ERROR else frozenset({"auto", "cpu"})
 _DTYPE_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # of c10::ScalarType, part of torch's stable ABI
+_LARGE_BYTES = 4 << 20  # two huge pages: one of them lies within the memory, wherever it begins
 
 
 class Op:
@@ -136,6 +140,8 @@ class Op:
         if out is None and self._differentiable and not inference:
             # the Python layer of autograd, which torch.library puts before the op, costs more than the rows of a decode step
             out = self._empty(*args)
+            if out.nbytes >= _LARGE_BYTES and out.is_cpu:  # fresh memory: with small pages its faults outweigh a gather
+                ask_for_huge_pages(out.data_ptr(), out.nbytes)
         if self._dtype_at is not None:  # torch's parser takes a microsecond for a dtype, and none for its number
             args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
         if out is None:
