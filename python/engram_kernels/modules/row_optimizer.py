@@ -15,7 +15,6 @@ from engram_kernels.table.row_table import RowTable
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
 _FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
-_BLOCK = 1024  # of a sum that does not depend on the number of threads
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -171,16 +170,15 @@ class RowOptimizer(torch.optim.Optimizer):
             grad_rows: as `step` takes them.
 
         Returns:
-            float64 [] on the device of the table: the same bits for any number of threads.
+            float64 [] on the device of the table: the same bits for any number of threads, and as `ShardedRows.norm`.
 
         Raises:
             TypeError, ValueError, IndexError: as `row_update`.
         """
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
         table = RowTable.from_tensor(self.table.rows.data, row_format=self.table.row_format)  # its version does not grow
-        squares = row_update(table, row_ids, grad_rows, "none", lr=0.0).double()
-        blocks = torch.nn.functional.pad(squares, (0, -squares.numel() % _BLOCK)).view(-1, _BLOCK)
-        return torch.tensor(math.sqrt(math.fsum(blocks.sum(1).tolist())), dtype=torch.float64, device=squares.device)
+        squares = row_update(table, row_ids, grad_rows, "none", lr=0.0)
+        return torch.tensor(math.sqrt(math.fsum(squares.tolist())), dtype=torch.float64, device=squares.device)
 
     def _gradients(self, row_ids: Tensor | None, grad_rows: Tensor | None) -> tuple[Tensor, Tensor]:
         grad = self._follow().grad

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ class Exchange:
             self.counters[name] += more
         return Wanted(ticket, inverse, counts, asked[:, 0].to(self.table.device), coming)
 
-    def rows(self, wanted: Wanted) -> Arrived:
-        """Reads the rows that are wanted of this rank and sends them. Errors of a file, on every rank."""
-        channel, error = self.channel, None
+    def rows(self, ids: Future[Wanted]) -> Arrived:
+        """Reads the rows that are wanted of this rank and sends them. Errors of `ids`, and of a file, on every rank."""
+        wanted, channel, error = ids.result(), self.channel, None
         rows, scales = self.table.rows, self.table.scales
         try:
             rows, scales = self.table.read_rows(wanted.asked)
@@ -107,6 +108,12 @@ class Exchange:
             error = err
         channel.agree("gradients", wanted.ticket, error)
         return channel.exchange("gradients", summed, wanted.counts, wanted.asked_counts)
+
+    def everywhere(self, ticket: int, error: Exception | None, numbers: list[float]) -> list[float]:
+        """The numbers of all ranks, as many from each, on every rank. What failed on one is raised on all."""
+        self.channel.agree("gradients", ticket, error)
+        each = torch.tensor([numbers] * self.ranks, dtype=torch.float64, device="cpu")
+        return self.channel.exchange("gradients", each, [1] * self.ranks, [1] * self.ranks).flatten().tolist()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the bytes that went to other ranks."""

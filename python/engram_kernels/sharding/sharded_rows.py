@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,19 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports dyn
 from torch.autograd.function import once_differentiable
 
 from engram_kernels._checks import FLOAT_DTYPES
+from engram_kernels._exact_sum import exact_parts
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS
 from engram_kernels.sharding.agreement import agreed_facts, checked_facts, checked_partition, table_of
 from engram_kernels.sharding.channel import Channel
-from engram_kernels.sharding.exchange import Arrived, Exchange, Wanted, sum_rows
+from engram_kernels.sharding.exchange import Arrived, Exchange, Wanted
 from engram_kernels.sharding.partition import range_of
 from engram_kernels.sharding.shard_state import copy_state, dtensor_of
+from engram_kernels.sharding.shard_training import load_optimizer_numbers, optimizer_state, refusal, squares_of, sum_kept
 from engram_kernels.table.row_table import RowTable
+
+if TYPE_CHECKING:
+    from engram_kernels.modules.row_optimizer import RowOptimizer
 
 
 class ShardedRows:
@@ -100,6 +106,7 @@ class ShardedRows:
         self._numbers = itertools.count()
         self._flying: dict[int, tuple[Future[Wanted], Future[Arrived] | None]] = {}
         self._kept: list[tuple[Wanted, Tensor]] = []
+        self._sums: tuple[Tensor, Tensor] | None = None  # of what is kept
         self._lock = threading.Lock()
         self._anchor = (self.parameter if self.parameter is not None
                         else torch.zeros(0, device="cpu", requires_grad=self.gradients == "rows"))
@@ -150,7 +157,7 @@ class ShardedRows:
         ticket = next(self._numbers)
         kept = row_ids.clone() if isinstance(row_ids, Tensor) else row_ids
         wanted = self._channel.submit(self._exchange.ids, ticket, kept)
-        rows = None if self.trains else self._channel.submit(_rows_of, self._exchange, wanted)
+        rows = None if self.trains else self._channel.submit(self._exchange.rows, wanted)
         self._flying[ticket] = (wanted, rows)
         return ticket
 
@@ -184,7 +191,7 @@ class ShardedRows:
             raise KeyError(f"ShardedRows: ticket {ticket} is unknown, or was waited for before")
         wanted, rows = self._flying[ticket]
         if rows is None:
-            rows = self._channel.submit(_rows_of, self._exchange, wanted)
+            rows = self._channel.submit(self._exchange.rows, wanted)
             self._flying[ticket] = (wanted, rows)
         try:
             arrived = rows.result(timeout_s)
@@ -220,22 +227,12 @@ class ShardedRows:
         if self.gradients == "rows":
             with self._lock:
                 self._kept.append((wanted, received))
+                self._sums = None
             return None
-        row_ids, summed = self._summed([(wanted, received)])
+        row_ids, summed = self._sums_of([(wanted, received)])
         assert self.parameter is not None
         return torch.sparse_coo_tensor(row_ids[None], summed.to(self.parameter.dtype), self.parameter.shape, is_coalesced=True,
                                        check_invariants=False)
-
-    def _summed(self, kept: Sequence[tuple[Wanted, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Distinct rows of the shard, ascending, and their gradients, summed in the order of the ranks."""
-        device = self.table.device
-        if not kept:
-            return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, self.row_dim, device=device)
-        split = [(wanted.asked.split(wanted.asked_counts), grads.split(wanted.asked_counts)) for wanted, grads in kept]
-        pieces = [(ids[rank], grads[rank]) for rank in range(self._exchange.ranks) for ids, grads in split]
-        row_ids, inverse = torch.unique(torch.cat([ids for ids, _ in pieces]).to(torch.int64), return_inverse=True)
-        summed = sum_rows(torch.cat([grads for _, grads in pieces]), inverse, row_ids.numel())
-        return row_ids, summed / self._exchange.ranks if self.reduce == "mean" else summed
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients of this rank's rows since they were last taken; only with gradients="rows".
@@ -249,13 +246,50 @@ class ShardedRows:
         if self.gradients != "rows":
             raise ValueError(f"ShardedRows.take_gradients: gradients is {self.gradients!r}, expected 'rows'")
         with self._lock:
-            kept, self._kept = self._kept, []
-        return self._summed(kept)
+            sums, self._kept, self._sums = self._summed_once(), [], None
+            return sums
 
-    def step(self, optimizer: Any) -> Any:
+    def _summed_once(self) -> tuple[Tensor, Tensor]:
+        self._sums = self._sums or self._sums_of(self._kept)
+        return self._sums
+
+    def _sums_of(self, kept: Sequence[tuple[Wanted, Tensor]]) -> tuple[Tensor, Tensor]:
+        row_ids, summed = sum_kept(kept, self._exchange.ranks, self.row_dim, self.table.device)
+        return row_ids, summed / self._exchange.ranks if self.reduce == "mean" else summed
+
+    def norm(self) -> Tensor:
+        """The norm of the whole table's gradient, of all ranks: for clipping by the global norm. Every rank has to call it.
+
+        ``total = torch.sqrt(dense**2 + rows.norm()**2)``, then ``rows.step(optimizer, grad_scale=min(1, max_norm / total))``.
+        With gradients="rows" it is of what `take_gradients` will give; with "sparse" of `parameter.grad`.
+
+        Returns:
+            float64 [] on the device of the shard: the same bits on every rank, for any number of ranks with the same gradients,
+            and those of `RowOptimizer.norm`.
+
+        Raises:
+            ValueError: rows carry no gradient here, or `parameter.grad` is a dense tensor. On every rank.
+            ConnectionError: a rank died or did not come.
+        """
+        error: Exception | None = None
+        parts = exact_parts([])
+        try:
+            with self._lock:
+                parts = exact_parts(squares_of(self.gradients, self.parameter, self._summed_once).tolist())
+        except ValueError as err:
+            error = err
+        found = self._channel.submit(self._exchange.everywhere, next(self._numbers), error, parts).result()
+        return torch.tensor(math.sqrt(math.fsum(found)), dtype=torch.float64, device=self.table.device)
+
+    def step(self, optimizer: Any, grad_scale: float | Tensor | None = None) -> Any:
         """``optimizer.step(row_ids, grad_rows)`` with what `take_gradients` gives, such as a `RowOptimizer` of `table`; returns
-        what that returns. No other rank is asked."""
-        return optimizer.step(*self.take_gradients())
+        what that returns. No other rank is asked.
+
+        Args:
+            optimizer: takes the step.
+            grad_scale: third argument of its step where it is given, such as that of clipping by `norm`.
+        """
+        return optimizer.step(*self.take_gradients(), *(() if grad_scale is None else (grad_scale,)))
 
     def dtensor(self, local: Tensor) -> Any:
         """A DTensor [R, ...] with Shard(0) of what each rank has for its rows [r, ...], such as an optimizer's moments.
@@ -270,39 +304,58 @@ class ShardedRows:
             raise ValueError(f"ShardedRows.dtensor: local has {local.shape[0]} rows, expected {self.table.num_rows}, the shard's")
         return self._channel.submit(dtensor_of, local, self._exchange.partition, self._channel).result()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, optimizer: RowOptimizer | None = None) -> dict[str, Any]:
         """The rows, and scales where there are any, as DTensors with Shard(0), for torch.distributed.checkpoint. As `dtensor`.
 
         The `table_scale` of nvfp4 is the table's own, which a state is loaded into.
 
+        Args:
+            optimizer: of the rows of this rank, with ``first_row=rows.first_row``: its moments, steps and settings are part of
+                the state then, and go to any number of ranks as the rows do.
+
         Raises:
-            ValueError: the shard is in a file, which is its own checkpoint.
+            TypeError: `optimizer` is no RowOptimizer, on any rank.
+            ValueError: the shard is in a file, which is its own checkpoint; or the optimizer is of another table. On every rank.
         """
         if self.table.tier == "file":
             raise ValueError(f"ShardedRows.state_dict: the shard is the file {self.table.path}, which is its own checkpoint")
+        if optimizer is not None:
+            self._agree(refusal("ShardedRows.state_dict", optimizer, self.table, self.first_row))
         state = {"rows": self.dtensor(self.table.rows)}
         if self.table.scales is not None:
             state["scales"] = self.dtensor(self.table.scales) if self.table.scales.dim() == 2 else self.table.scales
+        if optimizer is not None:
+            state["optimizer"] = optimizer_state(optimizer, self.dtensor)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: RowOptimizer | None = None) -> None:
         """Copies a state into the shard. Every rank has to call it.
 
         Args:
             state: what `state_dict` gave, filled by torch.distributed.checkpoint; or tensors of all R rows.
+            optimizer: of the rows of this rank, of the kind that the state was taken with; it goes on where that stood.
 
         Raises:
             KeyError: a tensor is missing.
-            TypeError: one is no tensor.
-            ValueError: a shape or dtype differs, or it is the state of another number of ranks. On every rank.
+            TypeError: one is no tensor, or `optimizer` no RowOptimizer.
+            ValueError: a shape or dtype differs, it is the state of another number of ranks, or the optimizer's settings are
+                others. On every rank.
         """
         wanted = {"rows": self.table.rows.detach(), **({} if self.table.scales is None else {"scales": self.table.scales})}
+        given = dict(state)
+        if optimizer is not None:
+            self._agree(load_optimizer_numbers(optimizer, state.get("optimizer"), self.table, self.first_row))
+            given |= {f"optimizer.{name}": x for name, x in state["optimizer"].items()}
+            wanted |= {f"optimizer.{name}": x for name, x in optimizer.state_dict()["state"].items() if x is not None}
         for name, local in wanted.items():
-            if local.dim() == 2:
-                self._channel.submit(copy_state, name, state.get(name), local, self._exchange.partition, self._channel,
-                                     next(self._numbers)).result()
-            else:
+            if name == "scales" and local.dim() != 2:
                 local.copy_(state[name])
+            else:
+                self._channel.submit(copy_state, name, given.get(name), local, self._exchange.partition, self._channel,
+                                     next(self._numbers)).result()
+
+    def _agree(self, error: Exception | None) -> None:  # raises that of any rank on every rank
+        self._channel.submit(self._channel.agree, "state", next(self._numbers), error).result()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, all measured.
@@ -345,7 +398,3 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return ctx.sharded._add_gradients(ctx.wanted, grads[0]), None, None, None
-
-
-def _rows_of(exchange: Exchange, wanted: Future[Wanted]) -> Arrived:
-    return exchange.rows(wanted.result())
