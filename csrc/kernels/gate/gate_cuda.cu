@@ -5,7 +5,8 @@
 //   2. scores  one thread per branch turns them into the gate
 //   3. output  h + gate * v goes out; loads of the next token's hidden start as registers fall free
 // hidden and key stay in registers, the value and the products of the weights in shared memory (layout: gate_cuda.h). Few
-// tokens are bound by latency: as long as there are enough multiprocessors, each of their branches has a block.
+// tokens are bound by latency: as long as there are enough multiprocessors, each of their branches has a block, which
+// keeps everything in registers (one token).
 // Traffic  hidden and key once, output once, the value once per group of branches (one group where they are 4, 2 or 1 and
 //          not f16); the weights once per block.
 // Limits   rows are 16-byte aligned and have at most kMaxThreads * 8 vectors. Other rows go to gate_plain_cuda.h.
@@ -163,6 +164,72 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_kernel(const GateParams p
   }
 }
 
+// ---- one token -------------------------------------------------------------------------------------------------------
+//
+// A block per token and branch. All that it reads is asked for at once and stays in registers, the weights too.
+
+template <DType kType, DType kWeights, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    gate_one_token_kernel(const GateParams p, const Arrays arrays, const TokenTile tile) {
+  constexpr int kElements = kVectorElements<kType>, kWords = dtype_bytes(kWeights) / dtype_bytes(kType);
+  __shared__ float by_warp[kMaxThreads / kWarp * kSums];
+  __shared__ float shared_gate;
+  const int t = blockIdx.x, branch = blockIdx.y;
+  if (p.masked(t)) return pass_token<kType>(p, t, branch, 1, tile.vectors);
+  const int first = first_vector<kTokenVectors>();
+  const bool there[kTokenVectors] = {first < tile.vectors, first + kWarp < tile.vectors};
+  uint4 hidden[kTokenVectors][1], key[kTokenVectors][1], value[kTokenVectors][1];
+  uint4 of_hidden[kTokenVectors][kWords], of_key[kTokenVectors][kWords];
+  const uint32_t weights_at = (branch * static_cast<uint32_t>(tile.vectors) + first) * (kVectorBytes * kWords);
+  load_row<kWhole>(arrays.hidden.at(t, first) + branch * arrays.hidden.branch_bytes, there, hidden);
+  load_row<kWhole>(arrays.key.at(t, first) + branch * arrays.key.branch_bytes, there, key);
+  load_row<kWhole>(static_cast<const std::byte*>(p.weights.w_hidden) + weights_at, there, of_hidden);
+  load_row<kWhole>(static_cast<const std::byte*>(p.weights.w_key) + weights_at, there, of_key);
+  load_row<kWhole>(arrays.value.at(t, first), there, value);
+  float h[kTokenVectors][kElements], sums[kSums] = {}, of_branch[kSums];
+  sums[1] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(hidden[j][0], hidden[j][0]); });
+  sums[2] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(key[j][0], key[j][0]); });
+#pragma unroll
+  for (int j = 0; j < kTokenVectors; ++j) {
+    float k[kElements], w[kElements];
+    unpack_vector<kType>(hidden[j][0], h[j]), unpack_vector<kType>(key[j][0], k);
+    multiply_weights<kWeights>(of_hidden[j], of_key[j], w);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) sums[0] = fmaf(h[j][e], k[e] * w[e], sums[0]);
+  }
+  token_sums<1>(sums, tile, by_warp, of_branch);
+  if (threadIdx.x == 0) {
+    shared_gate = gate_score(p.options, p.hidden_size, of_branch[0], of_branch[1], of_branch[2]).gate;
+  }
+  __syncthreads();
+  const float gate = shared_gate;
+  std::byte* out = arrays.out.at(t, first) + branch * arrays.out.branch_bytes;
+  const auto write = [&](bool residual) {
+#pragma unroll
+    for (int j = 0; j < kTokenVectors; ++j) {
+      float v[kElements];
+      unpack_vector<kType>(value[j][0], v);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) v[e] = residual ? fmaf(gate, v[e], h[j][e]) : gate * v[e];
+      if (kWhole || there[j]) store_floats<kType>(out + j * kWarp * kVectorBytes, v);
+    }
+  };
+  p.options.add_residual ? write(true) : write(false);
+}
+
+template <DType kType>
+void launch_one_token(const GateParams& p, const Arrays& arrays, const TokenTile& tile, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(p.branches));
+  const bool floats = p.weights.dtype == DType::kF32, whole = tile.vectors == tile.warps * kWarp * kTokenVectors;
+  const auto kernel =
+      floats ? (whole ? gate_one_token_kernel<kType, DType::kF32, true> : gate_one_token_kernel<kType, DType::kF32, false>)
+             : (whole ? gate_one_token_kernel<kType, kType, true> : gate_one_token_kernel<kType, kType, false>);
+  kernel<<<grid, static_cast<unsigned>(tile.warps * kWarp), 0, stream>>>(p, arrays, tile);
+  EK_CUDA_CHECK(cudaGetLastError());
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
 template <DType kType, int kBranches, int kVectors>
 void launch_tokens(const GateParams& p, const Arrays& arrays, const TokenTile& tile, cudaStream_t stream) {
   const auto kernel = gate_kernel<kType, kBranches, kVectors>;
@@ -199,13 +266,16 @@ constexpr Shape shape(bool only_for_few_tokens = false) {
   return {kBranches, kVectors, launch_tokens<kType, kBranches, kVectors>, only_for_few_tokens};
 }
 
+template <DType kType>
+constexpr Shape kOneToken = {1, kTokenVectors, launch_one_token<kType>, true};
+
 // In the order in which they are tried.
 template <DType kType>
 constexpr auto shapes() {
   if constexpr (kType == DType::kF16) {  // four branches spill registers on sm_90
-    return std::array{shape<kType, 1, 2>(true), shape<kType, 2, 4>(), shape<kType, 1, 8>()};
+    return std::array{kOneToken<kType>, shape<kType, 2, 4>(), shape<kType, 1, 8>()};
   } else {
-    return std::array{shape<kType, 1, 2>(true), shape<kType, 2, 4>(true), shape<kType, 4, 2>(), shape<kType, 2, 4>(),
+    return std::array{kOneToken<kType>, shape<kType, 2, 4>(true), shape<kType, 4, 2>(), shape<kType, 2, 4>(),
                       shape<kType, 1, 8>()};
   }
 }

@@ -236,6 +236,41 @@ inline bool has_token_rows(const BranchRows& rows, int64_t tokens, int64_t branc
          rows.token_stride <= UINT32_MAX / element_bytes;
 }
 
+constexpr int kTokenVectors = 2;  // of a thread of a kernel for one token, which keeps all that it reads in registers
+
+// kElements products of the two weights of a thread's vector, as they were loaded.
+template <DType kWeights, int kWords>
+__device__ __forceinline__ void multiply_weights(const uint4 (&of_hidden)[kWords], const uint4 (&of_key)[kWords],
+                                                 float* products) {
+  constexpr int kElements = kVectorElements<kWeights>;
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) {
+    float b[kElements];
+    unpack_vector<kWeights>(of_hidden[n], products + n * kElements), unpack_vector<kWeights>(of_key[n], b);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) products[n * kElements + e] *= b[e];
+  }
+}
+
+// A thread's vectors of a row, from `row` on; zeros behind the row's end. kWhole: every thread has all its vectors.
+template <bool kWhole, int kWords>
+__device__ __forceinline__ void load_row(const std::byte* row, const bool (&there)[kTokenVectors],
+                                         uint4 (&to)[kTokenVectors][kWords]) {
+#pragma unroll
+  for (int j = 0; j < kTokenVectors; ++j) {
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) {
+      const std::byte* from = row + (j * kWarp * kWords + n) * kVectorBytes;
+      if constexpr (kWhole) {
+        to[j][n] = *reinterpret_cast<const uint4*>(from);
+      } else {
+        to[j][n] = make_uint4(0, 0, 0, 0);
+        load_if(there[j], from, &to[j][n]);
+      }
+    }
+  }
+}
+
 // A step of sums of products of 2-byte elements on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15
 // from `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
 template <DType kType>
