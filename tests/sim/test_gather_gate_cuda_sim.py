@@ -43,6 +43,8 @@ def check(table, inputs, mask=None, device=None, **options):
 
 def kernel_of(launches):
     """The kernel's name and, of the one that takes whole tokens, (weights in shared memory, branches at once)."""
+    if "one_token" in launches[0].kernel:
+        return ("one_token",)
     found = re.search(r"gather_gate_kernelI.*?Lb([01])ELb[01]ELi(\d)E", launches[0].kernel)
     return ("tokens", found[1] == "1", int(found[2])) if found else ("rows",)
 
@@ -79,11 +81,26 @@ def test_gather_gate_any_shape(case):
     for multiprocessors, tokens in ((132, shape[0]), (1, shape[0] + 2)):  # a token per block; tokens one after the other
         inputs = make_inputs(tokens, *shape[1:], dtype, weight_dtype=dtype)
         launches = check(Table("bf16", shape[3]), inputs, device=Device(multiprocessors=multiprocessors))
-        few = kernel[0] == "tokens" and shape[1] > 1 and tokens * shape[1] <= multiprocessors
-        assert kernel_of(launches) == (("tokens", True, 1) if few else kernel)
+        few = kernel[0] == "tokens" and tokens * shape[1] <= multiprocessors
+        assert kernel_of(launches) == (("one_token",) if few else kernel)
         assert launches[0].grid[1] == (shape[1] if few or kernel[0] == "rows" else 1)
         if np.prod(shape) > 20_000:
             break
+
+
+def test_gather_gate_of_one_token_keeps_everything_in_registers():
+    """PTX instructions per warp of a block, of a token and branch: 1,021 where rows and weights were staged."""
+    table = Table("fp8_e4m3_block32_packed", 256)
+    for weight_dtype, most in ((torch.bfloat16, 630), (torch.float32, 610)):
+        inputs = make_inputs(1, 4, 20, 256, weight_dtype=weight_dtype, none=False)
+        launch, = check(table, inputs, device=Device(multiprocessors=4))
+        assert kernel_of([launch]) == ("one_token",) and launch.grid == (1, 4, 1) and launch.shared_bytes == 0
+        took = launch.result.warp_instructions / (4 * launch.block[0] // 32)
+        print(f"{took:.0f} PTX instructions per warp")
+        assert 250 < took <= most
+        buffers = launch.result.buffers
+        assert buffers["hidden"]["load_bytes"] == buffers["out"]["store_bytes"] == 4 * 5120 * 2
+        assert buffers["rows"]["unique_bytes_read"] <= 20 * 264
 
 
 STRIDES = {  # name: (bytes from row to row, before the first, whole tokens)
@@ -94,7 +111,7 @@ STRIDES = {  # name: (bytes from row to row, before the first, whole tokens)
 @pytest.mark.parametrize("pitch, lead, whole", STRIDES.values(), ids=STRIDES.keys())
 def test_gather_gate_packed_strides(pitch, lead, whole):
     launches = check(Table("fp8_e4m3_block32_packed", 256, pitch=pitch, lead=lead), make_inputs(3, 2, 3, 256))
-    assert (kernel_of(launches)[0] == "tokens") == whole
+    assert kernel_of(launches) == (("one_token",) if pitch % 8 == 0 else ("tokens", True, 1) if whole else ("rows",))
 
 
 @pytest.mark.parametrize("row_format", BYTE_FORMATS)
@@ -207,8 +224,9 @@ def test_gather_gate_strides():
     _, ids, *weights = make_inputs(5, 2, 3, 64)
     parts = torch.randn(10, 4, 192).bfloat16()[::2, 1:3]
     by_column = ids.long().t().contiguous().t()
-    assert kernel_of(check(table, [parts, by_column, *weights]))[0] == "tokens"
-    assert kernel_of(check(table, [parts, ids[:1, :1].expand(5, 3), *weights]))[0] == "tokens"
+    assert kernel_of(check(table, [parts, by_column, *weights]))[0] == "one_token"
+    assert kernel_of(check(table, [parts, ids[:1, :1].expand(5, 3), *weights]))[0] == "one_token"
+    assert kernel_of(check(table, [parts, by_column, *weights], device=Device(multiprocessors=1)))[0] == "tokens"
     odd = torch.randn(5, 2, 192 + 1).bfloat16()[:, :, 1:]  # rows that begin between the vectors
     assert kernel_of(check(table, [odd, ids, *weights]))[0] == "rows"
 

@@ -7,7 +7,8 @@
 //   3. scores  one warp per branch turns them into the gate; the copies of the next token's rows start
 //   4. output  h + gate * e goes out, and the hidden of what follows takes its place in the registers
 // The products of the weights stay in shared memory for the life of the block where they fit. Few tokens are bound by
-// latency: as long as there are enough multiprocessors, each of their branches has a block.
+// latency: as long as there are enough multiprocessors, each of their branches has a block, which keeps all in registers and
+// stages nothing (one token).
 // Traffic  rows, ids and hidden once, output once; the weights once per block (else once per token, out of the cache).
 // Limits   16-byte aligned rows of at most 1,536 vectors per branch, row_dim a multiple of a vector's elements. Other rows go to
 //          gate_plain_cuda.h.
@@ -184,6 +185,106 @@ __global__ void __launch_bounds__(kMaxThreads<kWhole, kGroup>) gather_gate_kerne
   }
 }
 
+// ---- one token -------------------------------------------------------------------------------------------------------
+
+// A block per token and branch. Each thread decodes its part of the rows out of memory, so that nothing waits for a barrier
+// before the sums; what it reads besides is asked for first, and all of it stays in registers.
+template <DType kType, DType kWeights, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads<false, 1>) gather_gate_one_token_kernel(const GatherGateParams p, const Tile tile) {
+  static_assert(kTokenVectors == kVectors);
+  constexpr int kElements = kVectorElements<kType>, kWords = dtype_bytes(kWeights) / dtype_bytes(kType);
+  __shared__ Sums<1> sums;
+  const int t = blockIdx.x, branch = blockIdx.y, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool masked = p.masked(t);
+  VectorPlace places[kVectors];
+  find_places<kElements>(p, tile, places);
+  const bool there[kVectors] = {kWhole || places[0].is_there(), kWhole || places[1].is_there()};
+  int64_t ids[kVectors];
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) ids[j] = there[j] && !masked ? p.row_id(t, places[j].row()) : kNoRow;
+  uint4 held[1][kVectors], hidden[kVectors][1], of_hidden[kVectors][kWords], of_key[kVectors][kWords];
+  const uint32_t weights_at = (branch * static_cast<uint32_t>(tile.vectors) + first_vector<kVectors>()) * (kVectorBytes * kWords);
+  load_row<kWhole>(static_cast<const std::byte*>(p.weights.w_hidden) + weights_at, there, of_hidden);
+  load_row<kWhole>(static_cast<const std::byte*>(p.weights.w_key) + weights_at, there, of_key);
+  load_row<kWhole>(first_vector_at<kType>(p.hidden, t, branch), there, hidden);
+  std::byte* out = first_vector_at<kType>(p.out, t, branch);
+  if (masked) {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) held[0][j] = hidden[j][0];
+    return pass_group(p.options.add_residual, 0, 1, places, out, held);
+  }
+  float e[kVectors][kElements] = {};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (static_cast<uint64_t>(ids[j]) >= static_cast<uint64_t>(p.table.num_rows)) {
+      if (ids[j] != kNoRow && branch == 0 && places[j].element() == 0) count_error(p.error_count);
+      continue;
+    }
+    const auto *row = reinterpret_cast<const unsigned char*>(p.table.row(ids[j])),
+               *scales = reinterpret_cast<const unsigned char*>(p.table.row_scales(ids[j]));
+    with_row_decode(p.table.format, [&](auto format) {
+      constexpr RowFormat kFormat = decltype(format)::value;
+      decode<kFormat, kElements>(p.table, row, scales, places[j].element(), tensor_scale_of<kFormat>(p.table), e[j]);
+    });
+  }
+  float h[kVectors][kElements], v[2] = {0, 0}, key[1] = {0};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    float w[kElements];
+    unpack_vector<kType>(hidden[j][0], h[j]);
+    multiply_weights<kWeights>(of_hidden[j], of_key[j], w);
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) {
+      v[0] = fmaf(h[j][n], e[j][n] * w[n], v[0]);
+      v[1] = fmaf(h[j][n], h[j][n], v[1]);
+      key[0] = fmaf(e[j][n], e[j][n], key[0]);
+    }
+  }
+  const float sum = spread_sums<kWarp / 2>(v);
+  warp_sums(key);
+  if (lane % (kWarp / 2) == 0) sums.of_branch[lane / (kWarp / 2)][warp] = sum;
+  if (lane == 0) sums.key[warp] = key[0];
+  __syncthreads();
+  score_group(p, 1, sums);
+  __syncthreads();
+  const float gate = sums.gates[0];
+  const auto write = [&](bool residual) {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+      for (int n = 0; n < kElements; ++n) h[j][n] = residual ? fmaf(gate, e[j][n], h[j][n]) : gate * e[j][n];
+      if (kWhole || there[j]) store_floats<kType>(out + j * kWarp * kVectorBytes, h[j]);
+    }
+  };
+  p.options.add_residual ? write(true) : write(false);
+}
+
+// Whether it was launched: what a thread decodes at once is aligned in memory, and the block is not too wide.
+template <DType kType>
+bool launch_one_token(const GatherGateParams& p, int64_t /*branches*/, cudaStream_t stream) {
+  const RowSource& s = p.table;
+  const int64_t elements = kVectorElements<kType>, vectors = p.hidden_size / elements;
+  const uint64_t load_bytes = static_cast<uint64_t>(std::min<int64_t>(value_bytes(s.format, elements), kVectorBytes));
+  const bool words = !has_row_scales(s.format) || scale_bytes(s.format) == 1 ||
+                     (reinterpret_cast<uintptr_t>(s.scales) | static_cast<uint64_t>(s.scale_stride_bytes)) % 4 == 0;
+  if ((reinterpret_cast<uintptr_t>(s.rows) | static_cast<uint64_t>(s.row_stride_bytes)) % load_bytes != 0 || !words) return false;
+  if (vectors > kVectors * kMaxThreads<false, 1> || s.row_dim % elements != 0 || s.row_dim > kMaxRowDim) return false;
+  Tile tile{};
+  tile.vectors = static_cast<int>(vectors);
+  const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(p.branches));
+  const int threads = lanes_for(vectors, kVectors);
+  const bool floats = p.weights.dtype == DType::kF32, whole = vectors == int64_t{kVectors} * threads;
+  const auto kernel =
+      floats ? (whole ? gather_gate_one_token_kernel<kType, DType::kF32, true>
+                      : gather_gate_one_token_kernel<kType, DType::kF32, false>)
+             : (whole ? gather_gate_one_token_kernel<kType, kType, true> : gather_gate_one_token_kernel<kType, kType, false>);
+  kernel<<<grid, threads, 0, stream>>>(p, tile);
+  EK_CUDA_CHECK(cudaGetLastError());
+  return true;
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
 // Whether it was launched: the block is not too wide, and what it holds of `branches` branches fits. kStaged: the products of
 // the weights stay in shared memory; kWhole: every thread has all its vectors; kGroup: branches at a time.
 template <DType kType, bool kStaged, bool kWhole, int kGroup>
@@ -219,6 +320,7 @@ struct Shape {
 // token, four branches at a time before one.
 template <DType kType>
 constexpr Shape kShapes[] = {
+    {.launch = launch_one_token<kType>, .one_branch_per_block = true, .only_for_few_tokens = true},
     {.launch = launch_tokens<kType, true, false, 1>, .one_branch_per_block = true, .only_for_few_tokens = true},
     {.launch = launch_tokens<kType, true, true, 4>, .one_branch_per_block = false, .only_for_few_tokens = false},
     {.launch = launch_tokens<kType, true, false, 4>, .one_branch_per_block = false, .only_for_few_tokens = false},
@@ -235,7 +337,7 @@ bool launch_tokens(const GatherGateParams& p, cudaStream_t stream) {
       !on_vectors(p.hidden, p.num_tokens, p.branches, kBytes) || !on_vectors(p.out, p.num_tokens, p.branches, kBytes)) {
     return false;
   }
-  const bool few = p.branches > 1 && p.num_tokens * p.branches <= num_multiprocessors();
+  const bool few = p.num_tokens * p.branches <= num_multiprocessors();
   for (const Shape& shape : kShapes<kType>) {
     if (shape.only_for_few_tokens && !few) continue;
     if (shape.launch(p, shape.one_branch_per_block ? 1 : p.branches, stream)) return true;
