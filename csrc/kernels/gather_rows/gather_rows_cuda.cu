@@ -4,6 +4,8 @@
 //                1. stage  a group of lanes reads a row as it lies in memory, one 128-byte line at a time, to shared memory;
 //                          nothing waits until the whole tile is on its way
 //                2. write  the block writes the tile, 16 bytes per thread: as it lies there, or decoded
+//   direct       a warp takes kDirectRows fp8 rows with ue8m0 scales at a time from memory through registers to memory: no
+//                barrier, and fewer instructions than in tiles
 //   warps        a warp carries a row from memory to memory. A batch that fills no GPU so waits less than in tiles, whose
 //                barriers take longer than a row takes from memory
 //   by element   an element or byte per thread, for what has no alignment
@@ -27,6 +29,13 @@ constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
 constexpr int64_t kMaxRowsPerThread = 32;
 constexpr int kMaxStagedBytes = 2048;
 constexpr int kResidentWarps = 64;  // of a multiprocessor
+constexpr int kDirectThreads = 256;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr int kDirectRows = 4;  // of a warp at once: fp8 is decoded in steps, which take registers
+#else
+constexpr int kDirectRows = 8;
+#endif
+constexpr int kDirectBlocksPerSm = 4;
 
 // What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
 // then the staged rows, then the ids.
@@ -251,6 +260,117 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
   });
 }
 
+// ---- direct ----------------------------------------------------------------------------------------------------------
+
+// A vector of the output: fp8 values times a ue8m0 scale.
+template <DType kOut>
+__device__ __forceinline__ uint4 scale_fp8(const uint32_t (&words)[kVectorElements<kOut> / 4], uint32_t scale,
+                                           bool zero_scale_is_zero) {
+  constexpr int kCount = kVectorElements<kOut>;
+  float values[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) unpack_fp8(words[i], values + 4 * i);
+  uint32_t out[4];
+  if constexpr (kOut == DType::kBf16) {
+    // Values of four bits are exact in bf16, and a power of two times them is rounded once, as the float product is.
+    const uint32_t bits = max(scale * 0x00800080U, zero_scale_is_zero ? 0U : 0x00400040U);
+    const uint32_t factors = scale == 255 ? 0x7FC07FC0U : bits;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = pack_pair<kOut>(values[2 * i], values[2 * i + 1]);
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(pair), "r"(factors), "r"(0x80008000U));  // -0: keeps signs
+    }
+  } else {
+    const float factor = unpack_ue8m0(scale, zero_scale_is_zero);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] *= factor;
+    if constexpr (kOut == DType::kF32) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(values[i]);
+    } else {
+      pack_vector<kOut>(values, out);
+    }
+  }
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Where a lane's part of a row lies, its values or its scale. The row's number has 32 bits, so that its place is one product.
+struct LaneColumn {
+  uint64_t first_row;
+  uint32_t stride;
+
+  __device__ __forceinline__ LaneColumn(const std::byte* first_row, int64_t stride)
+      : first_row(__cvta_generic_to_global(first_row)), stride(static_cast<uint32_t>(stride)) {
+    asm("" : "+l"(this->first_row), "+r"(this->stride));  // else its parts are added anew for every row
+  }
+  __device__ __forceinline__ uint64_t at(uint32_t row) const {
+    uint64_t address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(first_row));
+    return address;
+  }
+};
+
+template <int kWords>
+__device__ __forceinline__ void load_global(uint64_t from, uint32_t (&words)[kWords]) {
+  if constexpr (kWords == 1) {
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(words[0]) : "l"(from));
+  } else {
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
+  }
+}
+
+// fp8 rows with ue8m0 scales, packed or apart, whose output has at most a vector per lane.
+template <DType kOut>
+__global__ void __launch_bounds__(kDirectThreads, kDirectBlocksPerSm)
+    gather_rows_direct_kernel(const GatherRowsParams p, const int vectors) {
+  constexpr int kCount = kVectorElements<kOut>, kWords = kCount / 4, kWarps = kDirectThreads / kWarp;
+  constexpr uint32_t kNone = ~0U;
+  const RowSource& s = p.source;
+  const int lane = threadIdx.x % kWarp, element = min(lane, vectors - 1) * kCount;
+  const bool has_vector = lane < vectors;
+  const LaneColumn values(s.rows + element, s.row_stride_bytes);
+  const LaneColumn scales(s.row_scales(0) + element / traits_of(RowFormat::kFp8Block32).block,
+                          is_packed(s.format) ? s.row_stride_bytes : s.scale_stride_bytes);
+  const int count = static_cast<int>(p.row_ids.count), step = static_cast<int>(gridDim.x) * (kWarps * kDirectRows);
+  int first = (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp) * kDirectRows;
+  const auto id_at = [&](int at) { return lane < kDirectRows && at + lane < count ? p.row_ids[at + lane] : kNoRow; };
+  int64_t id = id_at(first);
+#pragma unroll 1
+  for (; first < count; first += step) {
+    const bool there = is_row(p, id);
+    const bool whole = __all_sync(~0U, there || lane >= kDirectRows);
+    if (!there && id != kNoRow) count_error(p.error_count);
+    const uint32_t row_of_lane = there ? static_cast<uint32_t>(id) : kNone;
+    id = id_at(first + step);
+    auto* out = reinterpret_cast<uint4*>(p.out) + (int64_t{first} * vectors + lane);
+    uint32_t words[kDirectRows][kWords], scale[kDirectRows];
+    const auto load = [&](int r, uint32_t row) {
+      load_global(values.at(row), words[r]);
+      asm volatile("ld.global.u8 %0, [%1];" : "=r"(scale[r]) : "l"(scales.at(row)));
+    };
+    const auto store = [&](int r) {
+      if (has_vector) out[r * vectors] = scale_fp8<kOut>(words[r], scale[r], s.zero_scale_is_zero);
+    };
+    if (whole) {
+#pragma unroll
+      for (int r = 0; r < kDirectRows; ++r) load(r, __shfl_sync(~0U, row_of_lane, r));
+#pragma unroll
+      for (int r = 0; r < kDirectRows; ++r) store(r);
+    } else {
+#pragma unroll 1
+      for (int r = 0; r < min(count - first, kDirectRows); ++r) {
+        const uint32_t row = __shfl_sync(~0U, row_of_lane, r);
+        if (row != kNone) {
+          load(0, row);
+          if (has_vector) out[r * vectors] = scale_fp8<kOut>(words[0], scale[0], s.zero_scale_is_zero);
+        } else if (has_vector) {
+          out[r * vectors] = make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+  }
+}
+
 // ---- warps -----------------------------------------------------------------------------------------------------------
 
 // A warp's row to the output, decoded.
@@ -421,6 +541,14 @@ bool decodes_from_memory(const GatherRowsParams& p, const Plan& plan) {
          (!has_row_scales(p.source.format) || scale_bytes(p.source.format) == 1 || scale_words);
 }
 
+// Whether the kernel for fp8 rows with ue8m0 scales takes them: most of a warp's lanes have a vector, and places fit 32 bits.
+bool goes_directly(const GatherRowsParams& p, const Plan& plan) {
+  const RowFormatTraits traits = traits_of(p.source.format);
+  return !copies(p) && p.max_blocks == 0 && traits.element == RowElement::kFp8E4m3 && traits.scale == RowScale::kBlockUe8m0 &&
+         p.row_ids.count <= INT32_MAX / 2 && plan.vectors > kWarp / 2 && plan.vectors <= kWarp && decodes_from_memory(p, plan) &&
+         p.source.num_rows < UINT32_MAX && p.source.row_stride_bytes <= UINT32_MAX && p.source.scale_stride_bytes <= UINT32_MAX;
+}
+
 template <DType kOut>
 void launch(const GatherRowsParams& p, cudaStream_t stream) {
   Plan plan{};
@@ -429,6 +557,10 @@ void launch(const GatherRowsParams& p, cudaStream_t stream) {
   if (aligned && (fits_warps(p) || !tiles) && decodes_from_memory(p, plan)) {
     const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, kThreads / kWarp), resident));
     gather_rows_warp_per_row_kernel<kOut><<<grid, kThreads, 0, stream>>>(p, plan, copies(p));
+  } else if (aligned && goes_directly(p, plan)) {
+    const int64_t groups = ceil_div(p.row_ids.count, kDirectThreads / kWarp * kDirectRows);
+    const unsigned grid = grid_of(p, std::min(groups, int64_t{kDirectBlocksPerSm} * num_multiprocessors()));
+    gather_rows_direct_kernel<kOut><<<grid, kDirectThreads, 0, stream>>>(p, plan.vectors);
   } else if (tiles) {
     // each block walks several tiles and sets up once
     const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, plan.rows), resident));
