@@ -7,10 +7,13 @@
 
 namespace engram_kernels {
 
+class FileReader;
+class RowTier;
+
 // Each adds the classes or functions of one folder of csrc to the module.
 void bind_table(pybind11::module_& m);
 void bind_host_memory(pybind11::module_& m);
-void bind_prefetcher(pybind11::module_& m);  // after bind_table: a file table is a FileTier
+void bind_prefetcher(pybind11::module_& m);  // after bind_table: a table outside memory is a RowTier
 void bind_probes(pybind11::module_& m);
 
 // Ends an object without the interpreter lock: its memory may be gigabytes, and its threads may wait for a disk.
@@ -31,5 +34,11 @@ std::shared_ptr<T> make_unlocked(Args&&... args) {
   const pybind11::gil_scoped_release release;
   return std::shared_ptr<T>(new T(std::forward<Args>(args)...), DeleteUnlocked());
 }
+
+// What Python holds of a tier: the reader of its files beside it, where there are any.
+struct TierOfPython {
+  std::shared_ptr<RowTier> tier;
+  std::shared_ptr<FileReader> reader;
+};
 
 }  // namespace engram_kernels

@@ -17,6 +17,8 @@
 #include "prefetch/deadline.h"
 #include "prefetch/fetch_way.h"
 #include "prefetch/row_prefetcher.h"
+#include "table/file_reader.h"
+#include "table/row_tier.h"
 
 namespace py = pybind11;
 
@@ -77,7 +79,7 @@ struct DeleteInItsProcess {
 std::shared_ptr<PythonPrefetcher> make_prefetcher(const py::dict& o, std::shared_ptr<CopyEngine> engine) {
   PrefetcherOptions options;
   options.stager.table = table_of(o);
-  if (!o["file"].is_none()) options.stager.file = option<std::shared_ptr<FileTier>>(o, "file");
+  if (!o["tier"].is_none()) options.stager.tier = option<const TierOfPython&>(o, "tier").tier;
   options.stager.way = fetch_way_from_name(option<std::string>(o, "way"));
   options.stager.staging_bytes = option<int64_t>(o, "staging_bytes");
   options.stager.cache_bytes = option<int64_t>(o, "cache_bytes");

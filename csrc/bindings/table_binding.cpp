@@ -12,9 +12,11 @@
 
 #include "bindings/module.h"
 #include "common/error.h"
+#include "table/cached_tier.h"
 #include "table/file_reader.h"
 #include "table/file_tier.h"
 #include "table/row_cache.h"
+#include "table/row_tier.h"
 
 namespace py = pybind11;
 
@@ -90,8 +92,9 @@ struct CancelFlag {
   std::atomic<bool> set{false};
 };
 
-void fetch(FileTier& tier, const py::buffer& row_ids, const py::buffer& rows_out, const py::object& scales_out,
+void fetch(const TierOfPython& of_python, const py::buffer& row_ids, const py::buffer& rows_out, const py::object& scales_out,
            const CancelFlag* cancelled) {
+  RowTier& tier = *of_python.tier;
   const py::buffer_info ids = ids_of(row_ids);
   std::byte* rows = dense_bytes(rows_out, "rows_out", ids.size * tier.row_bytes());
   std::byte* scales =
@@ -100,24 +103,26 @@ void fetch(FileTier& tier, const py::buffer& row_ids, const py::buffer& rows_out
   expect_apart("scales_out", scales, ids.size * tier.scale_bytes(), "row_ids", ids.ptr, ids.size * 8);
   expect_apart("rows_out", rows, ids.size * tier.row_bytes(), "scales_out", scales, ids.size * tier.scale_bytes());
   const py::gil_scoped_release release;
-  tier.fetch(static_cast<const int64_t*>(ids.ptr), ids.size, rows, scales, nullptr,
+  tier.fetch({static_cast<const int64_t*>(ids.ptr), ids.size, rows, scales}, nullptr,
              cancelled == nullptr ? nullptr : &cancelled->set);
 }
 
-py::dict stats(const FileTier& tier) {
+py::dict stats(const TierOfPython& of_python) {
+  const RowTier& tier = *of_python.tier;
   const FetchCounters totals = tier.totals();
   py::dict result;
   result["rows"] = totals.rows;
   result["cache_hits"] = totals.cache_hits;
-  result["file_rows"] = totals.file_rows;
+  result[of_python.reader == nullptr ? "remote_rows" : "file_rows"] = totals.tier_rows;
   result["payload_bytes"] = totals.payload_bytes;
   result["moved_bytes"] = totals.moved_bytes;
   result["reads"] = totals.reads;
   result["cache_slots"] = tier.cache_slots();
   result["cached_rows"] = tier.cached_rows();
-  result["io"] = tier.reader().backend();
-  result["direct"] = tier.reader().direct();
-  result["queue_depth"] = tier.reader().queue_depth();
+  if (of_python.reader == nullptr) return result;
+  result["io"] = of_python.reader->backend();
+  result["direct"] = of_python.reader->direct();
+  result["queue_depth"] = of_python.reader->queue_depth();
   return result;
 }
 
@@ -187,11 +192,14 @@ void bind_table(py::module_& m) {
           "tier",
           [](std::shared_ptr<FileReader> reader, const Extent& rows, const Extent& scales, int64_t cache_bytes,
              const std::string& stored_scales) {
-            return make_unlocked<FileTier>(std::move(reader), rows_of(rows), rows_of(scales), cache_bytes,
-                                           stored_scales_of(stored_scales));
+            EK_CHECK(cache_bytes >= 0, "FileTier: cache_bytes is " << cache_bytes << ", expected at least 0");
+            std::shared_ptr<RowTier> tier =
+                make_unlocked<FileTier>(reader, rows_of(rows), rows_of(scales), stored_scales_of(stored_scales));
+            if (cache_bytes > 0) tier = make_unlocked<CachedTier>(std::move(tier), cache_bytes);
+            return TierOfPython{std::move(tier), std::move(reader)};
           },
           py::arg("rows"), py::arg("scales"), py::arg("cache_bytes"), py::arg("stored_scales") = "",
-          "A FileTier of two extents (offset, stride_bytes, row_bytes, num_rows) of the first file, or (stride_bytes, row_bytes, "
+          "A RowTier of two extents (offset, stride_bytes, row_bytes, num_rows) of the first file, or (stride_bytes, row_bytes, "
           "[(file, offset, num_rows), ..]); row_bytes 0: no scales per row. stored_scales \"bf16\" or \"f16\": what the file "
           "has; "
           "`fetch` gives float32. \"\": as they are.")
@@ -202,10 +210,10 @@ void bind_table(py::module_& m) {
           },
           py::arg("wrapper"), py::arg("context"),
           "From the next call on, reads go through what a C function makes of each queue (IoQueueWrapper).");
-  py::class_<FileTier, std::shared_ptr<FileTier>>(m, "FileTier", "Rows of one table in a file. See csrc/table/file_tier.h.")
+  py::class_<TierOfPython>(m, "RowTier", "Rows of one table outside memory. See csrc/table/row_tier.h.")
       .def("fetch", &fetch, py::arg("row_ids"), py::arg("rows_out"), py::arg("scales_out") = py::none(),
            py::arg("cancelled") = nullptr, "Fills the outputs with the rows at distinct `row_ids` (int64).")
-      .def("stats", &stats, "Counters of all fetches that succeeded, and how the file is read.");
+      .def("stats", &stats, "Counters of all fetches that succeeded, and how files are read.");
   py::class_<RowCacheDirectory>(m, "RowCacheDirectory", "Which row lies in which slot. See csrc/table/row_cache.h.")
       .def(py::init<int64_t>(), py::arg("max_slots"))
       .def_property_readonly("num_slots", &RowCacheDirectory::num_slots)

@@ -15,16 +15,16 @@ struct FetchWayTraits {
   const char* name;
   bool gathers_table;  // the gather reads the table itself; else distinct rows go through a staging slot first
   bool to_device;      // the gather runs on a device with memory of its own, so what the host prepares is copied there
-  bool reads_file;
-  TraceTrack tier;    // where the table rests
-  TraceTrack gather;  // whose time a gather takes
+  bool reads_tier;     // the rows come from a RowTier
+  TraceTrack tier;     // where the table rests
+  TraceTrack gather;   // whose time a gather takes
 
   bool stages() const { return !gathers_table || to_device; }     // rows, or ids alone
   bool can_cache() const { return !gathers_table && to_device; }  // rows that the device has already need not be copied
 };
 
 constexpr FetchWayTraits kFetchWays[] = {
-    // name        table  device file   tier                 gather
+    // name        table  device tier   tier                 gather
     {"in_place", true, false, false, TraceTrack::kHost, TraceTrack::kHost},
     {"uva", true, true, false, TraceTrack::kHost, TraceTrack::kHost},
     {"device", true, true, false, TraceTrack::kDevice, TraceTrack::kDevice},

@@ -7,6 +7,7 @@
 
 #include "common/error.h"
 #include "common/math.h"
+#include "table/file_reader.h"
 
 namespace engram_kernels {
 namespace {
@@ -37,17 +38,17 @@ RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine
       engine_(std::move(engine)),
       way_(traits_of(options.way)),
       row_bytes_(std::max(row_value_bytes(options.table.format, options.table.row_dim),
-                          options.file == nullptr ? int64_t{0} : options.file->row_bytes())),  // with padding
+                          options.tier == nullptr ? int64_t{0} : options.tier->row_bytes())),  // with padding
       scale_bytes_(row_scale_bytes(options.table.format, options.table.row_dim)),
       threads_(options.num_threads) {
-  EK_CHECK(way_.to_device != engine_->reads_host_memory() && way_.reads_file == (options_.file != nullptr),
+  EK_CHECK(way_.to_device != engine_->reads_host_memory() && way_.reads_tier == (options_.tier != nullptr),
            "RowPrefetcher: way '" << way_.name << "' on engine " << engine_->name() << " with"
-                                  << (options_.file == nullptr ? "out" : "") << " a file");
-  if (options_.file != nullptr) {
-    const FileTier& file = *options_.file;
-    EK_CHECK(file.num_rows() == options_.table.num_rows &&
-                 (file.num_rows() == 0 || (file.row_bytes() == row_bytes_ && file.scale_bytes() == scale_bytes_)),
-             "RowPrefetcher: the file has " << file.num_rows() << " rows of " << file.row_bytes() << " and " << file.scale_bytes()
+                                  << (options_.tier == nullptr ? "out" : "") << " a tier");
+  if (options_.tier != nullptr) {
+    const RowTier& tier = *options_.tier;
+    EK_CHECK(tier.num_rows() == options_.table.num_rows &&
+                 (tier.num_rows() == 0 || (tier.row_bytes() == row_bytes_ && tier.scale_bytes() == scale_bytes_)),
+             "RowPrefetcher: the tier has " << tier.num_rows() << " rows of " << tier.row_bytes() << " and " << tier.scale_bytes()
                                             << " bytes, expected " << options_.table.num_rows << " of " << row_bytes_ << " and "
                                             << scale_bytes_);
   } else {
@@ -191,8 +192,8 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
   if (cache_ == nullptr) {
     std::iota(indices_.begin(), indices_.end(), 0);
   } else {
-    // rows that stay on the device are of the file, too
-    if (options_.file != nullptr) options_.file->check_unchanged(distinct_.data(), unique);
+    // rows that stay on the device are of the tier, too
+    if (options_.tier != nullptr) options_.tier->check_unchanged(distinct_.data(), unique);
     count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
   }
   const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
@@ -235,14 +236,14 @@ void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const st
 // The first rows of distinct_, from wherever the table is.
 void RowStager::read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled,
                           StageCounters* counters) {
-  if (options_.file == nullptr) {
+  if (options_.tier == nullptr) {
     if (cancelled.load(std::memory_order_relaxed)) throw FetchCancelled("RowPrefetcher: the request was cancelled");
     return copy_rows(count, rows, scales);
   }
   FetchCounters fetched;
-  options_.file->fetch(distinct_.data(), count, rows, scales, &fetched, &cancelled);
+  options_.tier->fetch({distinct_.data(), count, rows, scales}, &fetched, &cancelled);
   counters->cached_rows += fetched.cache_hits;
-  counters->file_rows += fetched.file_rows;
+  counters->tier_rows += fetched.tier_rows;
   counters->moved_bytes += fetched.moved_bytes;
 }
 

@@ -19,13 +19,13 @@
 #include "prefetch/fetch_way.h"
 #include "prefetch/slot_ring.h"
 #include "prefetch/thread_pool.h"
-#include "table/file_tier.h"
+#include "table/row_tier.h"
 
 namespace engram_kernels {
 
 struct RowStagerOptions {
-  RowSource table{};               // `rows` is null for a file
-  std::shared_ptr<FileTier> file;  // null: the table is in memory
+  RowSource table{};              // `rows` is null where a tier has them
+  std::shared_ptr<RowTier> tier;  // null: the table is in memory
   FetchWay way = FetchWay::kInPlace;
   int64_t staging_bytes = 0;  // of all slots
   int64_t cache_bytes = 0;    // of rows on a device that rows are copied to; 0: no cache
@@ -34,7 +34,7 @@ struct RowStagerOptions {
 
 struct StageCounters {
   int64_t unique = 0, moved_bytes = 0;
-  int64_t device_cached = 0, cached_rows = 0, file_rows = 0;  // of `unique`, from: the device's cache, the file tier's, the file
+  int64_t device_cached = 0, cached_rows = 0, tier_rows = 0;  // of `unique`, from: the device's cache, the tier's, the tier
 };
 
 class RowStager {

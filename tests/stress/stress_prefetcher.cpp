@@ -19,6 +19,8 @@
 #include "engine_faults.h"
 #include "io_faults.h"
 #include "prefetch/row_prefetcher.h"
+#include "table/cached_tier.h"
+#include "table/file_tier.h"
 
 namespace {
 
@@ -202,7 +204,7 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
     reader->wrap_queues(&add_io_faults, &faults);
     const int64_t row_bytes = kRowDim * 4, split = kNumRows / 3;  // the same rows, in two parts that lie in order
     const FileRows rows{row_bytes, row_bytes, kNumRows, {{0, 0, 0}, {0, split * row_bytes, split}}};
-    options.stager.file = std::make_shared<FileTier>(reader, rows, FileRows{}, 200'000);
+    options.stager.tier = std::make_shared<CachedTier>(std::make_shared<FileTier>(reader, rows, FileRows{}), 200'000);
   } else {
     source.rows = reinterpret_cast<const std::byte*>(table.data());
   }

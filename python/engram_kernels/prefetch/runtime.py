@@ -255,4 +255,4 @@ def _table_of(table: RowTable, scales: Tensor | None) -> dict[str, Any]:
         "scale_stride_bytes": stride(scales) if scales is not None and scales.dim() == 2 else 0,
         "row_dim": table.row_dim, "row_format": table.row_format, "zero_scale_is_zero": table.zero_scale_is_zero,
         "table_scale": table.table_scale,
-        "file": table._file.tier if table._file is not None else None}
+        "tier": table._file.tier if table._file is not None else None}

@@ -106,7 +106,7 @@ class TableFile:
     source: tuple[str, str, int] = ("", "", 0)
     rows_in: Array | None = None
     scales_in: Array | None = None
-    tier: Any = None  # a FileTier
+    tier: Any = None  # a RowTier
     reader: Any = None  # its FileReader
     opened: dict[str, Any] = dataclasses.field(default_factory=dict)  # the arguments of `RowTable.open` that open it again
     name: str = ""  # those as JSON: what a graph calls the table, so that a saved one finds it again
