@@ -47,7 +47,7 @@ test: $(VENV)/.built
 	$(call run_tests, and not slow)
 
 # Everything: the slow tests too, the simulator on PTX of Triton, and the AVX-512 kernels on a CPU that has none.
-test-all: $(VENV)/.built
+test-all: $(VENV)/.built $(VENV)/.remote
 	$(call run_tests,)
 	TRITON_INTERPRET=0 $(PYTEST) tests/sim/ptxsim/tests/test_triton.py
 	best=$$(python -c "from engram_kernels import _C; print(_C.best_cpu_isa())") && { [ "$$best" != avx2 ] || $(MAKE) test-avx512; }
@@ -72,8 +72,8 @@ test-avx512: $(VENV)/.built
 # objects with a lifetime: their threads, memory and files
 TABLE_TESTS := $(filter-out tests/table/test_capacity.py tests/table/test_pack.py,$(wildcard tests/table/test_*.py))
 PREFETCH_TESTS := $(filter-out tests/prefetch/test_prefetch_policy.py,$(wildcard tests/prefetch/test_*.py))
-# they build modules of their own, without the sanitizers, or compile with inductor
-NOT_UNDER_ASAN := tests/ops/test_new_row_format.py tests/prefetch/test_prefetch_compiled.py
+# they build modules of their own, without the sanitizers, compile with inductor, or start servers
+NOT_UNDER_ASAN := tests/ops/test_new_row_format.py tests/prefetch/test_prefetch_compiled.py tests/table/test_ray_rows.py tests/table/test_mooncake_world.py
 test-asan: $(VENV)/.built
 	$(call build_beside,build-asan,-DEK_SANITIZE=ON -DEK_AVX512=$$(python -c "from engram_kernels import _C; print(_C.best_cpu_isa() == 'avx512')"))
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
@@ -183,6 +183,11 @@ build-gpu/.built: $(CUDA_SOURCES)
 $(VENV)/.bench: $(VENV)/.built
 	pip install -q --no-build-isolation 'pytest-benchmark>=4' 
 	pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
+	@touch $@
+
+# engines for rows on other machines, 120 MB: Ray, and Mooncake with what it imports
+$(VENV)/.remote: $(VENV)/.built
+	pip install -q 'ray==2.60.0' 'mooncake-transfer-engine-non-cuda==0.3.13.post1' aiohttp msgpack requests
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python

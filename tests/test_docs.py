@@ -44,6 +44,8 @@ def prose(page):
 
 
 PYTHON_BLOCKS = [(page, i) for page in PAGES for i in range(sum(lang == "python" for lang, _ in fences(page)))]
+# they start a Ray runtime, which takes 5 to 20 s: in make test-all alone, for which Ray is installed
+RAY_PAGES = {page for page in PAGES if any(lang == "python" and "import ray" in text for lang, text in fences(page))}
 
 
 def command_lines(page):
@@ -90,8 +92,12 @@ def shown_after(page, index):
     return blocks[index][1]
 
 
-@pytest.mark.parametrize(("page", "index"), PYTHON_BLOCKS, ids=[f"{p}-{i}" for p, i in PYTHON_BLOCKS])
+@pytest.mark.parametrize(("page", "index"), [
+    pytest.param(page, i, id=f"{page}-{i}", marks=[pytest.mark.slow, pytest.mark.alone] if page in RAY_PAGES else [])
+    for page, i in PYTHON_BLOCKS])
 def test_python_block_runs_and_prints_what_the_page_shows(page, index):
+    if page in RAY_PAGES:
+        pytest.importorskip("ray", reason="ray is not installed: pip install 'engram-kernels[ray]'")
     printed, shown = run_block(page, index)[1].strip(), shown_after(page, index)
     assert (shown is None) == (printed == ""), "what a block prints stands below it"
     if shown is not None:  # numbers may differ in the last digit that is shown, from one CPU to another

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t memory, int64_t bytes) { ek::ask_for_huge_pages(reinterpret_cast<void*>(memory), bytes); },
       pybind11::arg("memory"), pybind11::arg("bytes"), "For an output that was made in Python, before its first write.");
   ek::bind_table(m);
+  ek::bind_client_tier(m);
   ek::bind_prefetcher(m);
   ek::bind_host_memory(m);
   ek::bind_probes(m);

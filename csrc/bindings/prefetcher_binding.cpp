@@ -187,6 +187,7 @@ py::dict counters(PythonPrefetcher& p) {
   hits["device_cache"] = c.device_cache_rows;
   hits["cache"] = c.cached_rows;
   hits["file"] = c.file_rows;
+  hits["remote"] = c.remote_rows;
   py::dict result;
   result["requests"] = c.requests;
   result["failed"] = c.failed;

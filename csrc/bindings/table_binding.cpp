@@ -94,6 +94,7 @@ struct CancelFlag {
 
 void fetch(const TierOfPython& of_python, const py::buffer& row_ids, const py::buffer& rows_out, const py::object& scales_out,
            const CancelFlag* cancelled) {
+  const DirectRead inside;
   RowTier& tier = *of_python.tier;
   const py::buffer_info ids = ids_of(row_ids);
   std::byte* rows = dense_bytes(rows_out, "rows_out", ids.size * tier.row_bytes());

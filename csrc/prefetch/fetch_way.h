@@ -1,4 +1,4 @@
-// The six ways that rows take to the slot that the caller reads, and what each of them does.
+// The eight ways that rows take to the slot that the caller reads, and what each of them does.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace engram_kernels {
 
-enum class FetchWay : int { kInPlace, kUva, kDevice, kStaged, kFile, kFileStaged };
+enum class FetchWay : int { kInPlace, kUva, kDevice, kStaged, kFile, kFileStaged, kRemote, kRemoteStaged };
 
 struct FetchWayTraits {
   const char* name;
@@ -31,6 +31,8 @@ constexpr FetchWayTraits kFetchWays[] = {
     {"staged", false, true, false, TraceTrack::kHost, TraceTrack::kDevice},
     {"file", false, false, true, TraceTrack::kFile, TraceTrack::kHost},
     {"file_staged", false, true, true, TraceTrack::kFile, TraceTrack::kDevice},
+    {"remote", false, false, true, TraceTrack::kRemote, TraceTrack::kHost},
+    {"remote_staged", false, true, true, TraceTrack::kRemote, TraceTrack::kDevice},
 };
 
 constexpr const FetchWayTraits& traits_of(FetchWay way) { return kFetchWays[static_cast<size_t>(way)]; }

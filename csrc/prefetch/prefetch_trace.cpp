@@ -5,7 +5,7 @@
 namespace engram_kernels {
 namespace {
 
-constexpr const char* kTrackNames[] = {"caller", "tier device", "tier host", "tier file"};
+constexpr const char* kTrackNames[] = {"caller", "tier device", "tier host", "tier file", "tier remote"};
 
 // With three decimals.
 std::string microseconds(int64_t ns) {

@@ -9,7 +9,7 @@
 
 namespace engram_kernels {
 
-enum class TraceTrack : int { kCaller, kDevice, kHost, kFile };
+enum class TraceTrack : int { kCaller, kDevice, kHost, kFile, kRemote };
 
 struct TraceSpan {
   TraceTrack track;

@@ -547,7 +547,7 @@ void RowPrefetcher::count(Request& request, int64_t waited_since_ns) {
   c.unique += staged.unique;
   c.device_cache_rows += staged.device_cached;
   c.cached_rows += staged.cached_rows;
-  c.file_rows += staged.tier_rows;
+  (way_.tier == TraceTrack::kRemote ? c.remote_rows : c.file_rows) += staged.tier_rows;
   if (!way_.reads_tier) {
     (way_.tier == TraceTrack::kDevice ? c.device_rows : c.host_rows) += staged.unique - staged.device_cached;
   }

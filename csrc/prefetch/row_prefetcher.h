@@ -69,8 +69,8 @@ struct PrefetchIds {
 struct PrefetchCounters {
   int64_t requests = 0, failed = 0, cancelled = 0;
   int64_t requested = 0, unique = 0;  // rows; unique: that were looked up
-  // hits by tier, of `unique`: the table's own, the cache on the device, the file tier's cache
-  int64_t device_rows = 0, host_rows = 0, file_rows = 0, device_cache_rows = 0, cached_rows = 0;
+  // hits by tier, of `unique`: the table's own, the cache on the device, that in front of a tier
+  int64_t device_rows = 0, host_rows = 0, file_rows = 0, remote_rows = 0, device_cache_rows = 0, cached_rows = 0;
   int64_t payload_bytes = 0, moved_bytes = 0;  // of the rows requested; read from a file or copied to a device
   int64_t fetch_ns = 0, exposed_wait_ns = 0;
   int64_t in_flight = 0, max_in_flight = 0, queued = 0;

@@ -20,10 +20,12 @@ from engram_kernels.prefetch.memory_prefetcher import MemoryPrefetcher
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.mooncake_rows import store_rows
+from engram_kernels.table.ray_rows import serve_rows
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 __all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "MemoryPrefetcher", "MemoryState", "RowOptimizer",
            "RowPrefetcher", "RowTable", "ShardedRows", "TokenMap", "backends", "budget", "check_errors", "engram_forward",
            "from_checkpoint", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash", "ngram_hash_and_commit",
-           "param_groups", "row_update", "short_conv"]
+           "param_groups", "row_update", "serve_rows", "short_conv", "store_rows"]

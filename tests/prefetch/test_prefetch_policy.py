@@ -83,7 +83,7 @@ def test_prefetch_counters(way, tables):
         stats = pf.stats()
     unique = 3 if policy == "file" or (policy == "staged" and has_device_memory) else 6  # gathers read duplicates from a cache
     assert (stats["requests"], stats["requested"], stats["unique"]) == (2, 12, 2 * unique)
-    wanted = {"device": 0, "host": 0, "device_cache": 0, "cache": 0, "file": 0}
+    wanted = {"device": 0, "host": 0, "device_cache": 0, "cache": 0, "file": 0, "remote": 0}
     if "cached" in way:  # nothing is left to look up in the file tier's own cache
         wanted.update({"device_cache": 3, tier: 3})
     else:
@@ -101,7 +101,7 @@ def test_prefetch_trace(way, tables, tmp_path):
         pf.trace(tmp_path / "trace.json")
     trace = json.loads((tmp_path / "trace.json").read_text())
     tracks = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
-    assert sorted(tracks.values()) == ["caller", "tier device", "tier file", "tier host"]
+    assert sorted(tracks.values()) == ["caller", "tier device", "tier file", "tier host", "tier remote"]
     spans = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     tickets = [e["args"]["ticket"] for e in spans]
     assert len(spans) == 8 and tickets[-1] == max(tickets) > min(tickets) and all(e["dur"] >= 0 for e in spans)

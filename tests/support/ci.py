@@ -19,6 +19,7 @@ ALLOWED_SKIPS = re.compile("|".join((
     r".*io_uring is refused: .*",  # the kernel or its sandbox; a build without liburing is no reason
     r"root may write everywhere",
     r"only root can .*",
+    r"no network namespace can be made here: .*",
     r"the sanitizer's shadow takes more addresses than a limit could spare",
     r"no compiled op", r"no CUDA kernel of it yet",  # of tests/cuda_build, which takes every op
     r"it can run here", r"slow; one dtype shows the path", r"needs sm_90",

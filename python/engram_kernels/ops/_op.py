@@ -78,7 +78,7 @@ class Op:
 
     def call(self, backend: str, args: tuple[Any, ...], out: Tensor | None = None, table: RowTable | None = None) -> Tensor:
         """The output for `args`, from `backend`; `out` when given. `table`: whose rows are among `args`."""
-        if (backend in _COMPILED_FIRST and getattr(args[0], "is_cpu", False) and (table is None or table.tier != "file")
+        if (backend in _COMPILED_FIRST and getattr(args[0], "is_cpu", False) and (table is None or table.in_memory)
                 and not is_compiling()):
             try:
                 return self._run(args, out)
@@ -89,11 +89,11 @@ class Op:
 
     def selected(self, backend: str, args: tuple[Any, ...], out: Tensor | None,
                  table: RowTable | None = None) -> Callable[..., Tensor]:
-        """Checks, chooses a backend and reads the rows of a file: a function of `out` that is ready to run."""
+        """Checks, chooses a backend and reads the rows of a table outside memory: a function of `out` that is ready to run."""
         self.check(args, out, table)
         like = args[2] if self._rows == 0 else args[0]  # the ids say where rows are gathered
         run = backends.select(self.name, like.device, backend)
-        if table is not None and table.tier == "file":
+        if table is not None and not table.in_memory:
             args = self._staged(args, table)
         return lambda out: run(*args, out=out)
 

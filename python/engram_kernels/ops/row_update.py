@@ -90,8 +90,9 @@ def expect_writable(op: str, table: RowTable) -> None:
     """Raises ValueError unless the rows of `table` are floats in memory of this process that may be written."""
     if table.row_format not in FLOAT_FORMATS:
         raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, FLOAT_FORMATS))}")
-    if table.tier == "file":
-        raise ValueError(f"{op}: table is in the file {table.path}, which is read-only; expected one in memory")
+    if not table.in_memory:
+        where = f"in the file {table.path}" if table.tier == "file" else f"at {table.address}"
+        raise ValueError(f"{op}: table is {where}, which is read-only; expected one in memory")
     if hasattr(table._memory, "num_users"):
         raise ValueError(f"{op}: table is shared as {table._memory.name!r}, which is read-only; expected one of this process")
     rows = table.rows

@@ -12,10 +12,10 @@ import torch
 
 from engram_kernels.table.row_table import RowTable
 
-POLICIES = ("auto", "staged", "uva", "device", "file")
+POLICIES = ("auto", "staged", "uva", "device", "file", "remote")
 # the way that rows take (csrc/prefetch/fetch_way.h) by policy: where gathers read host memory themselves, and where they do not
 _WAYS = {"staged": ("in_place", "staged"), "uva": ("in_place", "uva"), "device": ("in_place", "device"),
-         "file": ("file", "file_staged")}
+         "file": ("file", "file_staged"), "remote": ("remote", "remote_staged")}
 SURFACE_VERSION = 1
 
 
@@ -31,11 +31,11 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
                   caches: bool = False) -> Policy:
     """The policy of a prefetcher.
 
-    A file table is read by "file" and one in the device's own memory by "device": there is no other way. Host memory goes to a
-    GPU by "staged" or "uva": "auto" takes the one with more rows/s in the measured surface, at the row size nearest to the
-    table's; without one, "uva" where the table is pinned (no copy by the CPU, lowest latency), else "staged"; and "staged" with a
-    cache on the device, which rows reach by staging alone. On the CPU, where the gather reads host memory itself, "auto" is
-    "staged".
+    A file table is read by "file", a remote one by "remote", one in the device's own memory by "device": there is no other way.
+    Host memory goes to a GPU by "staged" or "uva": "auto" takes the one with more rows/s in the measured surface, at the row
+    size nearest to the table's; without one, "uva" where the table is pinned (no copy by the CPU, lowest latency), else
+    "staged"; and "staged" with a cache on the device, which rows reach by staging alone. On the CPU, where the gather reads
+    host memory itself, "auto" is "staged".
 
     Args:
         policy: one of POLICIES.
@@ -55,8 +55,8 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
     rates = None if surface is None else read_surface(surface, table.row_bytes)  # also where it decides nothing
     if policy not in POLICIES:
         raise ValueError(f"RowPrefetcher: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
-    if table.tier == "file":
-        allowed: tuple[str, ...] = ("file",)
+    if not table.in_memory:
+        allowed: tuple[str, ...] = (table.tier,)
     elif table.device.type != "cpu":
         if table.device != device:
             raise ValueError(f"RowPrefetcher: the table is on {table.device}, expected the host or {device}")
@@ -108,10 +108,11 @@ def check_cache(cache_bytes: int, policy: Policy, crosses_link: bool) -> None:
     if not crosses_link:
         raise ValueError(f"{asked}: the CPU reads rows where they are, there is no link to a device that a cache would save "
                          "(RowTable.open(cache_bytes=) keeps rows of a file in memory)")
-    if policy.name not in ("staged", "file"):
+    if policy.name not in ("staged", "file", "remote"):
         why = ("the table is on the device itself" if policy.name == "device" else
                "its kernel reads rows over the bus by ids that the host may never see")
-        raise ValueError(f"{asked} with policy {policy.name!r}: {why}; a cache of hot rows goes with policy staged or file")
+        raise ValueError(f"{asked} with policy {policy.name!r}: {why}; a cache of hot rows goes with policy "
+                         "staged, file or remote")
 
 
 def read_surface(path: str | os.PathLike[str], row_bytes: int) -> dict[str, float]:

@@ -69,17 +69,17 @@ class RowPrefetcher:
     ticket and leaves the others whole; docs/prefetch.md lists them.
 
     Args:
-        table: where the rows are, in memory, on a device or in a file.
+        table: where the rows are: in memory, on a device, in a file, or on other machines (`RowTable.connect`).
         device: where the rows are wanted.
         depth: requests that may be in flight, at least 1.
         out_dtype: dtype of the rows: float32, bfloat16 or float16.
-        policy: "auto", "staged", "uva", "device" or "file"; `stats` tells which it became and why.
+        policy: "auto", "staged", "uva", "device", "file" or "remote"; `stats` tells which it became and why.
         ring_bytes: bytes of the ring; a request may have as many rows as fit into one of its depth + 1 slots. None: 64 MiB a
             slot. On the CPU memory is taken as slots are used, on a GPU at once.
         staging_bytes: memory for rows and ids on their way (registered host memory, and as much on a GPU). None: 32 MiB, or
             2 MiB where ids alone are staged.
-        cache_bytes: memory on the device for hot rows, as stored, where rows cross a link to it: policies staged and file on a
-            GPU. Trimmed to the size of the table. Takes 29 bytes of host memory per row besides. 0: no cache.
+        cache_bytes: memory on the device for hot rows, as stored, where rows cross a link to it: policies staged, file and remote
+            on a GPU. Trimmed to the size of the table. Takes 29 bytes of host memory per row besides. 0: no cache.
         threads: CPU threads that gather; None: as many as torch uses.
         background: leave the machine to others: one CPU thread (unless `threads` says more), few blocks of a GPU.
         surface: JSON of `engram-kernels profile`, for "auto".
@@ -106,7 +106,7 @@ class RowPrefetcher:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-        if table.tier != "file":  # what they are now: a module may have converted them since the table was made
+        if table.in_memory:  # what they are now: a module may have converted them since the table was made
             check_tensors("RowPrefetcher: the table", table.rows, table.scales, table.row_format, table.row_dim)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"RowPrefetcher: device is {device}, expected cpu or cuda")
@@ -264,10 +264,11 @@ class RowPrefetcher:
 
         Returns:
             requests, failed, cancelled; requested (rows) and unique (that were looked up); hits (of `unique`, by tier: device,
-            host, file, and the caches: device_cache, that of `cache_bytes`, and cache, the file table's in RAM); payload_bytes
-            (of the rows requested, as stored) and moved_bytes (read from a file or copied to a device); fetch_s (busy) and
-            exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of the rings and the device's
-            cache, and device_cache_slots, the rows that it has room for; tier, policy and policy_reason; provenance.
+            host, file, remote, and the caches: device_cache, that of `cache_bytes`, and cache, the table's own in RAM);
+            payload_bytes (of the rows requested, as stored) and moved_bytes (read from a file or copied to a device); fetch_s
+            (busy) and exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of the rings and
+            the device's cache, and device_cache_slots, the rows that it has room for; tier, policy and policy_reason;
+            provenance.
         """
         return {**self._runtime.counters(), "depth": self._options.depth, "tier": self.table.tier, "policy": self._policy.name,
                 "policy_reason": self._policy.reason, "provenance": "measured"}

@@ -176,7 +176,7 @@ _Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 def _places_of(table: RowTable) -> list[_Place]:
     """Of the rows and of the scales, where the table is in memory."""
-    if table.tier == "file":
+    if not table.in_memory:
         return []
     return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (table.rows, table.scales) if x is not None]
 
@@ -244,13 +244,13 @@ def _cpu_memory(options: RuntimeOptions, num_slots: int) -> mmap.mmap:
 
 
 def _table_of(table: RowTable, scales: Tensor | None) -> dict[str, Any]:
-    rows, in_file = table.rows, table.tier == "file"
+    rows, elsewhere = table.rows, not table.in_memory
 
     def stride(x: Tensor) -> int:  # that of a single row means nothing
-        return (x.stride(0) if x.shape[0] > 1 and not in_file else x.shape[1]) * x.element_size()
+        return (x.stride(0) if x.shape[0] > 1 and not elsewhere else x.shape[1]) * x.element_size()
 
     return {
-        "rows": 0 if in_file else rows.data_ptr(), "num_rows": table.num_rows, "row_stride_bytes": stride(rows),
+        "rows": 0 if elsewhere else rows.data_ptr(), "num_rows": table.num_rows, "row_stride_bytes": stride(rows),
         "scales": scales.data_ptr() if scales is not None and not scales.is_meta else 0,
         "scale_stride_bytes": stride(scales) if scales is not None and scales.dim() == 2 else 0,
         "row_dim": table.row_dim, "row_format": table.row_format, "zero_scale_is_zero": table.zero_scale_is_zero,

@@ -317,8 +317,9 @@ class ShardedRows:
             TypeError: `optimizer` is no RowOptimizer, on any rank.
             ValueError: the shard is in a file, which is its own checkpoint; or the optimizer is of another table. On every rank.
         """
-        if self.table.tier == "file":
-            raise ValueError(f"ShardedRows.state_dict: the shard is the file {self.table.path}, which is its own checkpoint")
+        if not self.table.in_memory:
+            where = f"the file {self.table.path}" if self.table.tier == "file" else f"at {self.table.address}"
+            raise ValueError(f"ShardedRows.state_dict: the shard is {where}, which is its own checkpoint")
         if optimizer is not None:
             self._agree(refusal("ShardedRows.state_dict", optimizer, self.table, self.first_row))
         state = {"rows": self.dtensor(self.table.rows)}

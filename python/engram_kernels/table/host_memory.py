@@ -115,6 +115,16 @@ def copy_to_host_memory(op: str, rows: Tensor, scales: Tensor | None, layout: Ta
     return copied, copied_scales, host
 
 
+def copied(op: str, rows: Tensor, scales: Tensor | None, described_as: tuple[str, int],
+           numa: int | None) -> tuple[Tensor, Tensor | None, Any]:
+    """Rows and scales in memory of their own, and on the CPU its owner; `described_as`: row_format and row_dim."""
+    if rows.device.type == "cpu":
+        layout = TableLayout.of(described_as[0], rows.shape[0], rows.shape[1], described_as[1])
+        return copy_to_host_memory(op, rows, scales, layout, numa)
+    copies = [None if x is None else x.detach().clone(memory_format=torch.contiguous_format) for x in (rows, scales)]
+    return *copies, None  # type: ignore[return-value]
+
+
 def pin_host_memory(op: str, host: Any, registrar: Any = None) -> None:
     """Registers the memory with a device. Arguments and errors: `RowTable.pin`."""
     if host is None:

@@ -25,6 +25,7 @@ from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.table.checkpoint_files import Names, Source
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.table.safetensors_file import Extent, lay_out
+from engram_kernels.table.table_file import TableFile
 
 try:
     import fcntl
@@ -74,7 +75,7 @@ def pack_table(source: Source, target: str | os.PathLike[str], tensor: Names | N
     capacity.expect_linux("pack")
     target = Path(target)
     table = RowTable.open(source, tensor, scales)
-    if table.row_format != _UNPACKED or table._file is None or table._file.scales is None:
+    if table.row_format != _UNPACKED or not isinstance(table._file, TableFile) or table._file.scales is None:
         raise ValueError(f"pack: {table.path} has row_format {table.row_format!r}, expected {_UNPACKED!r} with scales apart")
     if target.exists():
         raise FileExistsError(errno.EEXIST, "pack: the target exists already", str(target))

@@ -1,4 +1,5 @@
-"""Copies of a table: pickled, sent to another process, deep-copied. A file is opened again, a shared table attached again."""
+"""Copies of a table: pickled, sent to another process, deep-copied. A file is opened again, a shared table attached and a
+remote one connected again."""
 from __future__ import annotations
 
 import copy
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def reduced(table: RowTable) -> tuple[Any, ...] | None:
-    """What pickle writes of a table: never the rows of a file or of a shared table, but where they are and their fingerprint.
+    """What pickle writes of a table: never rows of a file, a shared or a remote table, but where they are and their fingerprint.
 
     Args:
         table: any.
@@ -25,6 +26,8 @@ def reduced(table: RowTable) -> tuple[Any, ...] | None:
         (function, arguments); None: its tensors are pickled as they are.
     """
     if table._file is not None:
+        if table.tier == "remote":
+            return _connect_again, (type(table), table._file.opened)
         return _open_again, (type(table), table._file.opened, table.fingerprint())
     if isinstance(table._memory, shared_table.SharedMemory):
         shared = table._memory
@@ -60,6 +63,10 @@ def _open_again(cls: type[RowTable], opened: dict[str, Any], fingerprint: str) -
         raise ValueError(f"RowTable: {table.path} has rows with fingerprint {found}, the table that was pickled had "
                          f"{fingerprint}: it is another file by now")
     return table
+
+
+def _connect_again(cls: type[RowTable], connected: dict[str, Any]) -> RowTable:
+    return cls.connect(**connected)
 
 
 def _attach_again(cls: type[RowTable], name: str, directory: str, fingerprint: str) -> RowTable:

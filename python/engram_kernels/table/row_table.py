@@ -1,4 +1,4 @@
-"""RowTable: the rows of one memory layer, in memory or in a file."""
+"""RowTable: the rows of one memory layer, in memory, in a file or on other machines."""
 from __future__ import annotations
 
 import dataclasses
@@ -11,42 +11,42 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from engram_kernels._library import IO_NOTE
 from engram_kernels._terminal import Progress
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS, check_table_scale, check_tensors
-from engram_kernels.table import reopen, shared_table, staging
+from engram_kernels.table import remote_rows, reopen, shared_table, staging
 from engram_kernels.table.checkpoint_files import Names, Source
-from engram_kernels.table.host_memory import TableLayout, copy_to_host_memory, pin_host_memory
+from engram_kernels.table.host_memory import copied, pin_host_memory
 from engram_kernels.table.open_table import open_table
 from engram_kernels.table.quantize import QuantizeReport, quantize
 from engram_kernels.table.row_ids import expect_row_ids
 from engram_kernels.table.table_file import TableFile
-from engram_kernels.table.table_writer import Chunk, write_table
+from engram_kernels.table.table_writer import Chunk, create_table
 
 __all__ = ["FLOAT_FORMATS", "ROW_FORMATS", "RowTable", "expect_row_ids"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RowTable:
-    """Rows of one memory layer and how they are stored. Made by `from_tensor`, `create` or `open`.
+    """Rows of one memory layer and how they are stored. Made by `from_tensor`, `create`, `open` or `connect`.
 
     Scope: raw storage and its description; `gather_rows` dequantizes. It does not cache rows of a file (the kernel does).
 
     Attributes:
         rows: [R, D], [R, stride] uint8 for the packed format, or [R, D/2] uint8 for nvfp4 and mxfp4: float32, bfloat16, float16,
-            uint8 (fp8) or int8. The rows of a file table are a tensor on the meta device: shape and dtype, no data.
+            uint8 (fp8) or int8. Of a table outside memory, a tensor on the meta device: shape and dtype, no data.
         scales: uint8 [R, D/32] (fp8_e4m3_block32, mxfp4) or [R, D/16] (nvfp4: e4m3), float32 [R, D/32] (int8_group32), [R, 1]
-            (fp8_e4m3_row) or [1] (fp8_e4m3_tensor), or None; on the meta device for a file table where there are some per row.
+            (fp8_e4m3_row) or [1] (fp8_e4m3_tensor), or None; on the meta device for one outside
+            memory where there are some per row.
         row_format: how a row is stored; a name of docs/ops.md, "Row formats".
         row_dim: D.
         zero_scale_is_zero: a scale byte of 0 means 0.0, not 2^-127.
         table_scale: what every value is multiplied by last, where the format has such a scale (nvfp4); else 1.
         path: the file of a file table, or the folder or index of the checkpoint that it was opened from.
-        tier: "host" (in memory; "device" on another device), or "file".
+        tier: "host" (in memory; "device" on another device), "file", or "remote" (in other processes).
 
     Ownership: tensors are held, not copied, unless asked for; a file stays open until the table goes. Threads: all methods
-    may be called from several threads at once. Failure: a file that is cut short, resized or written to while it is open
-    is an OSError of the next read, never a crash.
+    may be called from several threads at once. Failure: a file that is cut short, resized or written to while it is open, or
+    a server that is lost, is an OSError of the next read, never a crash.
     """
 
     rows: Tensor
@@ -56,7 +56,7 @@ class RowTable:
     zero_scale_is_zero: bool = False
     path: Path | None = None
     tier: str = "host"
-    _file: TableFile | None = None
+    _file: TableFile | remote_rows.RemoteRows | None = None
     _memory: Any = None  # a HostMemory, or a SharedMemory with one
     table_scale: float = 1.0
 
@@ -76,8 +76,18 @@ class RowTable:
 
     @property
     def device(self) -> torch.device:
-        """Where rows come out: the device of the rows; the CPU for a file table."""
-        return torch.device("cpu") if self.tier == "file" else self.rows.device
+        """Where rows come out: the device of the rows; the CPU for a table outside memory."""
+        return self.rows.device if self.in_memory else torch.device("cpu")
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are in memory of this process or of a device: not in a file and not remote."""
+        return self.tier not in ("file", "remote")
+
+    @property
+    def address(self) -> str | None:
+        """The address that `connect` got; None of any other table."""
+        return self._file.opened["address"] if isinstance(self._file, remote_rows.RemoteRows) else None
 
     def device_for(self, like: object) -> torch.device:
         """Where an op gathers rows for `like`: its GPU where that can read the table (pinned host memory), else `device`."""
@@ -86,7 +96,7 @@ class RowTable:
         return self.device
 
     def __repr__(self) -> str:
-        where = f", path={str(self.path)!r}" if self.path else ""
+        where = f", path={str(self.path)!r}" if self.path else f", address={self.address!r}" if self.address else ""
         if isinstance(self._memory, shared_table.SharedMemory):
             where = f", shared as {self._memory.name!r}"
         return (f"RowTable({self.num_rows} rows of {self.row_dim}, {self.row_format}, {self.row_bytes} bytes per row, "
@@ -124,15 +134,9 @@ class RowTable:
         op = "RowTable.from_tensor"
         rows, scales, row_dim = check_tensors(op, weight, scales, row_format, row_dim)
         table_scale = check_table_scale(op, row_format, table_scale)
-        host: Any = None
-        if copy and rows.device.type == "cpu":
-            layout = TableLayout.of(row_format, rows.shape[0], rows.shape[1], row_dim)
-            rows, scales, host = copy_to_host_memory(op, rows, scales, layout, numa)
-        elif copy:
-            rows = rows.detach().clone(memory_format=torch.contiguous_format)
-            scales = None if scales is None else scales.detach().clone(memory_format=torch.contiguous_format)
-        tier = "host" if rows.device.type == "cpu" else "device"
-        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, tier=tier, _memory=host, table_scale=table_scale)
+        rows, scales, host = copied(op, rows, scales, (row_format, row_dim), numa) if copy else (rows, scales, None)
+        return cls(rows, scales, row_format, row_dim, zero_scale_is_zero, _memory=host, table_scale=table_scale,
+                   tier="host" if rows.device.type == "cpu" else "device")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], rows: Tensor | Iterable[Chunk], scales: Tensor | None = None,
@@ -146,8 +150,7 @@ class RowTable:
                 tensor, or a pair of rows and their scales.
             scales: of all rows, or the single scale of fp8_e4m3_tensor; not with pieces that bring their own.
             row_format: a name of docs/ops.md, "Row formats".
-            num_rows: R; needed with pieces.
-            row_dim: D; needed with pieces and for the packed format.
+            num_rows, row_dim: R and D; needed with pieces, D for the packed format too.
             zero_scale_is_zero: what a scale byte of 0 means; kept in the file.
             table_scale: as in `from_tensor`; kept in the file.
 
@@ -158,23 +161,11 @@ class RowTable:
             TypeError: a piece is no tensor.
             ValueError: a dtype or shape is wrong, or the pieces are not `num_rows` rows. Nothing is left behind.
             OSError: the directory is missing or read-only, the disk is too full (`CapacityError`), or a write failed; names the
-                path and the step.
-                Nothing is left behind, an old file is whole.
+                path and the step. Nothing is left behind, an old file is whole.
 
         Source: the file is safetensors with tensors "rows" and "scales"; the format is in its metadata.
         """
-        path = Path(path)
-        if isinstance(rows, Tensor):
-            table = cls.from_tensor(rows, scales, row_format, zero_scale_is_zero=zero_scale_is_zero, row_dim=row_dim,
-                                    table_scale=table_scale)
-            if num_rows not in (None, table.num_rows):
-                raise ValueError(f"RowTable.create: num_rows is {num_rows}, rows has {table.num_rows}")
-            num_rows, row_dim, rows = table.num_rows, table.row_dim, [(table.rows, table.scales)]
-            scales = None
-        if num_rows is None or row_dim is None:
-            raise ValueError("RowTable.create: num_rows and row_dim are needed when rows come in pieces")
-        write_table(path, rows, scales, row_format, num_rows, row_dim, zero_scale_is_zero,
-                    check_table_scale("RowTable.create", row_format, table_scale))
+        create_table(Path(path), rows, scales, row_format, (num_rows, row_dim), zero_scale_is_zero, table_scale)
         return cls.open(path)
 
     @classmethod
@@ -223,6 +214,28 @@ class RowTable:
         return open_table(cls, source, tensor, scales, row_format, (row_dim, zero_scale_is_zero, table_scale),
                           (queue_depth, cache_bytes, io))
 
+    @classmethod
+    def connect(cls, address: str, *, fingerprint: str | None = None, cache_bytes: int = 0, timeout_s: float = 30.0,
+                **engine: Any) -> RowTable:
+        """A table whose rows lie in other processes, on this machine or others, served by an engine that exists.
+
+        Args:
+            address: "ray://NAME": Ray actors (`serve_rows`); "mooncake://HOST:PORT/NAME": Mooncake Store (`store_rows`).
+            fingerprint: that the table must have; None: any.
+            cache_bytes: memory for rows that were brought before, at most; 0: none.
+            timeout_s: seconds that a request may take.
+            engine: options of the engine; docs/remote.md lists them.
+
+        Returns:
+            A table of tier "remote"; rows of another fingerprint or generation than were found are an error.
+
+        Raises:
+            ValueError: the address cannot be one, or another table is served there.
+            OSError: there is no server, or it is lost, now or at a later read; names it.
+            RuntimeError: the engine's package is not installed, or it is not running.
+        """
+        return remote_rows.connect(cls, address, fingerprint, cache_bytes, timeout_s, engine)
+
     def read_rows(self, row_ids: Tensor, out_rows: Tensor | None = None,
                   out_scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The rows as stored, in the order of the ids. Each distinct row of a file is read once.
@@ -243,14 +256,14 @@ class RowTable:
         return staging.read_stored(self, row_ids, out_rows, out_scales)
 
     def io_stats(self) -> dict[str, Any]:
-        """Counters of what was read from the file since it was opened.
+        """Counters of what was read from the file, or from other processes, since it was opened.
 
         Returns:
             rows (distinct, asked for), cache_hits, file_rows, payload_bytes (of rows), moved_bytes (read from the file), reads
             (submitted); cache_slots and cached_rows; io ("io_uring" or "preadv"), direct (past the page cache) and
-            queue_depth; io_note, where the build has no io_uring, says what that costs. Empty where the table is in memory.
+            queue_depth; io_note where the build has no io_uring. Empty in memory; remote: remote_rows, address for file_rows, io.
         """
-        return {} if self._file is None else dict(self._file.tier.stats(), **({"io_note": IO_NOTE} if IO_NOTE else {}))
+        return {} if self._file is None else self._file.stats()
 
     def share(self, name: str, *, timeout_s: float = 600.0, numa: int | None = None, directory: str = shared_table.DIRECTORY,
               progress: Progress | None = None) -> RowTable:
@@ -373,7 +386,7 @@ class RowTable:
         return (self, row_ids) if self._file is None else staging.stage(self, row_ids)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """A file is opened again by its path, a shared table attached by its name; both are verified by fingerprint."""
+        """A file is opened, a shared table attached and a remote one connected again; all are verified by fingerprint."""
         return reopen.reduced(self) or super().__reduce_ex__(protocol)
 
     def __copy__(self) -> RowTable:
@@ -384,4 +397,4 @@ class RowTable:
 
 
 reopen.register(RowTable)
-staging._OPENERS.append(RowTable.open)
+staging._OPENERS.update(open=RowTable.open, connect=RowTable.connect)

@@ -29,7 +29,7 @@ _OPEN: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _HELD: collections.OrderedDict[str, Any] = collections.OrderedDict()  # opened here, for a graph that outlived its table
 
 
-_OPENERS: list[Any] = []  # RowTable.open; row_table, which imports this module, puts it here
+_OPENERS: dict[str, Any] = {}  # RowTable.open and connect; row_table, which imports this module, puts them here
 
 
 def remember(name: str, table: RowTable) -> None:
@@ -40,7 +40,8 @@ def remember(name: str, table: RowTable) -> None:
 def _table(name: str) -> Any:
     table = _OPEN.get(name)
     if table is None:
-        table = _HELD[name] = _OPENERS[0](**json.loads(name))
+        options = json.loads(name)
+        table = _HELD[name] = _OPENERS["connect" if "address" in options else "open"](**options)
         while len(_HELD) > _MOST_HELD:
             _HELD.popitem(last=False)
     return table

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engram_kernels import _modes
 from engram_kernels._files import shorten
+from engram_kernels._library import IO_NOTE
 from engram_kernels.row_format import ROW_FORMATS, RowFormat, check_shape, row_format_of
 from engram_kernels.table.file_reader import FileExtent
 from engram_kernels.table.safetensors_file import Extent
@@ -193,6 +194,10 @@ class TableFile:
             array.read_span(self.reader, begin, stored.view(torch.uint8).view(-1).numpy())
             if is_wider:
                 out.copy_(stored)
+
+    def stats(self) -> dict[str, Any]:
+        """`RowTable.io_stats`."""
+        return dict(self.tier.stats(), **({"io_note": IO_NOTE} if IO_NOTE else {}))
 
     def read(self, ids: Tensor, out_rows: Tensor, out_scales: Tensor | None) -> None:
         """Fills the outputs with the rows at `ids` (int64, distinct, in range) and their scales."""

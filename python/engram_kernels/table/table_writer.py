@@ -14,6 +14,8 @@ from engram_kernels._files import naming_path
 from engram_kernels.row_format import (
     RowFormat,
     check_shape,
+    check_table_scale,
+    check_tensors,
     row_format_of,
     rows_as_stored,
     scales_as_stored,
@@ -23,6 +25,21 @@ from engram_kernels.table.safetensors_file import Writer, atomic_writer
 
 Chunk = Tensor | tuple[Tensor, Tensor | None]
 _OP = "RowTable.create"
+
+
+def create_table(path: Path, rows: Tensor | Iterable[Chunk], scales: Tensor | None, row_format: str,
+                 shape: tuple[int | None, int | None], zero_scale_is_zero: bool, table_scale: float | Tensor | None) -> None:
+    """Writes a table file of all rows or of pieces. Arguments and errors: `RowTable.create`; `shape`: num_rows, row_dim."""
+    num_rows, row_dim = shape
+    if isinstance(rows, Tensor):
+        weight, scales, row_dim = check_tensors("RowTable.from_tensor", rows, scales, row_format, row_dim)
+        if num_rows not in (None, weight.shape[0]):
+            raise ValueError(f"{_OP}: num_rows is {num_rows}, rows has {weight.shape[0]}")
+        num_rows, rows, scales = weight.shape[0], [(weight, scales)], None
+    if num_rows is None or row_dim is None:
+        raise ValueError(f"{_OP}: num_rows and row_dim are needed when rows come in pieces")
+    write_table(path, rows, scales, row_format, num_rows, row_dim, zero_scale_is_zero,
+                check_table_scale(_OP, row_format, table_scale))
 
 
 def write_table(path: Path, pieces: Iterable[Chunk], scales: Tensor | None, row_format: str, num_rows: int, row_dim: int,

@@ -1,0 +1,211 @@
+"""Mooncake's two API generations and its error codes, on a stand-in with the same signatures.
+
+test_mooncake_world.py has the real one.
+
+`EngramStore({layer: config}, store).lookup_into(layer, ids, out)` is on Mooncake's main branch and in no wheel
+without CUDA yet.
+"""
+import ctypes
+import json
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import engram_kernels as ek
+from engram_kernels.table import mooncake_rows
+from engram_kernels.testing import random_rows
+
+pytestmark = pytest.mark.usefixtures("compiled")
+ADDRESS = "mooncake://10.0.0.7:50051/rows"
+
+
+class Store:
+    """MooncakeDistributedStore in this process: setup, put, get, ranges; `answers` replaces what ranges answer."""
+
+    def __init__(self, objects):
+        self.objects, self.registered, self.code, self.asked = objects, {}, None, []
+
+    def setup(self, hostname, metadata, segment, buffer, protocol, devices, master):
+        return 0 if protocol == "tcp" else -600
+
+    def close(self):
+        return 0
+
+    def is_exist(self, key):
+        return int(key in self.objects)
+
+    def put(self, key, value, config):
+        self.objects.setdefault(key, bytes(value))
+        return 0
+
+    def upsert(self, key, value, config):
+        self.objects[key] = bytes(value)
+        return 0
+
+    def get(self, key):
+        return self.objects.get(key, b"")
+
+    def remove(self, key, force=False):
+        return 0 if self.objects.pop(key, None) is not None else -704
+
+    def register_buffer(self, pointer, size):
+        self.registered[pointer] = size
+        return 0
+
+    def get_into_ranges(self, pointers, all_keys, targets, sources, sizes):
+        answers = []
+        self.asked.append([len(x) for x in sizes[0]])
+        for key, to, at, size in zip(all_keys[0], targets[0], sources[0], sizes[0], strict=True):
+            answers.append([])
+            for target, source, count in zip(to, at, size, strict=True):
+                stored = self.objects.get(key)
+                if self.code is not None or stored is None:
+                    answers[-1].append(-704 if self.code is None else self.code)
+                    continue
+                assert target + count <= self.registered[pointers[0]] and source + count <= len(stored)
+                ctypes.memmove(pointers[0] + target, stored[source:source + count], count)
+                answers[-1].append(count)
+        return [answers]
+
+
+class Config:
+    pass
+
+
+class EngramStore:
+    """That of Mooncake after #4065."""
+
+    def __init__(self, layers, store):
+        (self.layer, self.config), self.store = *layers.items(), store
+
+    def lookup_into(self, layer, ids, out):
+        assert layer == self.layer and ids.dtype == np.int64 and out.shape == (*ids.shape, self.config.row_bytes)
+        assert out.ctypes.data in self.store.registered
+        for place in np.ndindex(*ids.shape):
+            at = int(ids[place]) * self.config.row_bytes
+            assert 0 <= ids[place] < self.config.table_vocab_sizes[place[2]]
+            stored = self.store.objects[f"engram:l{layer}:h{place[2]}"]
+            out[place] = np.frombuffer(stored[at:at + self.config.row_bytes], np.uint8)
+        return self.store.code or 0
+
+
+@pytest.fixture(params=["lookup_into", "ranges"])
+def generation(request):
+    return request.param
+
+
+@pytest.fixture
+def objects(monkeypatch):
+    """Of the stand-in; `stores` are its clients."""
+    found, stores = {}, []
+
+    def make():
+        stores.append(Store(found))
+        return stores[-1]
+    module = types.SimpleNamespace(MooncakeDistributedStore=make, ReplicateConfig=Config, EngramStoreConfig=Config,
+                                   EngramStore=EngramStore)
+    monkeypatch.setattr(mooncake_rows, "_mooncake", lambda: module)
+    return types.SimpleNamespace(found=found, stores=stores, module=module)
+
+
+def make_table(row_format="int8_group32", num_rows=500):
+    rows, scales = random_rows(row_format, num_rows, 64, torch.Generator().manual_seed(0))
+    return ek.RowTable.from_tensor(rows, scales, row_format, row_dim=64)
+
+
+@pytest.mark.parametrize("row_format", ["bf16", "int8_group32", "fp8_e4m3_block32_packed"])
+def test_mooncake_rows_equal_those_of_the_table(row_format, objects):
+    table = make_table(row_format)
+    stored = ek.store_rows(table, ADDRESS, object_bytes=1000)
+    remote = ek.RowTable.connect(stored.address)
+    ids = torch.randint(-1, 500, (70, 5), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ek.gather_rows(remote, ids).view(torch.int16), ek.gather_rows(table, ids).view(torch.int16))
+    assert torch.equal(remote.read_rows(torch.arange(499, -1, -1))[0], table.rows.flip(0))
+    asked = objects.stores[-1].asked[-1]
+    assert len(asked) == len(stored.keys) - 1 and set(asked) == {1}  # neighbours are one range of each object
+    stored.remove()
+    assert objects.found == {}
+
+
+def test_mooncake_rows_of_an_engram_store(generation, objects):
+    """What Mooncake's own EngramStore populated: an object per head."""
+    if generation == "ranges":
+        objects.module.EngramStore = type("EngramStore", (), {})  # of the wheel: lookup alone
+    sizes, table = [101, 67, 203], make_table("fp8_e4m3_block32_packed", 371)
+    for head, part in enumerate(table.rows.split(sizes)):
+        objects.found[f"engram:l3:h{head}"] = part.numpy().tobytes()
+    options = dict(row_format="fp8_e4m3_block32_packed", row_dim=64, table_vocab_sizes=sizes)
+    remote = ek.RowTable.connect("mooncake://10.0.0.7:50051/engram:l3", fingerprint=table.fingerprint(), **options)
+    for ids in (torch.arange(370, -1, -1), torch.tensor([370]), torch.tensor([100, 101, 167, 168])):
+        assert torch.equal(remote.read_rows(ids)[0], table.rows[ids])
+    assert bool(objects.stores[-1].asked) == (generation == "ranges")
+    objects.stores[-1].code = -707
+    with pytest.raises(ConnectionError, match=r"mooncake://10.0.0.7:50051: key 'engram:l3:h1' cannot be read: -707: its lease"):
+        remote.read_rows(torch.tensor([101]))
+    with pytest.raises(ValueError, match="should have a table with fingerprint 0123"):
+        ek.RowTable.connect("mooncake://10.0.0.7:50051/engram:l3", fingerprint="0123", **options)
+    for wrong, message in (({"row_format": None}, "needs row_format and row_dim"),
+                           ({"row_format": "int8_group32"}, "hold their scales")):
+        with pytest.raises(ValueError, match=message):
+            ek.RowTable.connect("mooncake://10.0.0.7:50051/engram:l3", **{**options, **wrong})
+
+
+@pytest.mark.parametrize(("code", "message"), [(-707, "-707: its lease expired while it was read"),
+                                               (-704, "there is no such object"),
+                                               (-800, "the transfer failed"), (-900, "the master does not answer"), (17, "17")])
+def test_mooncake_rows_an_error_names_host_and_key(code, message, objects):
+    remote = ek.RowTable.connect(ek.store_rows(make_table(), ADDRESS, object_bytes=1000).address)
+    objects.stores[-1].code = code
+    with ek.RowPrefetcher(remote) as pf:
+        ticket = pf.submit(torch.tensor([499]))
+        with pytest.raises(ConnectionError, match=rf"mooncake://10.0.0.7:50051: key 'engram_kernels/rows/\w+/\d+' cannot be "
+                                                  rf"read: .*{message}"):
+            pf.wait(ticket, timeout_s=60)
+
+
+def test_mooncake_rows_generations_and_fingerprints(objects):
+    table, other = make_table(), make_table("bf16")
+    stored = ek.store_rows(table, ADDRESS)
+    remote = ek.RowTable.connect(ADDRESS)
+    with pytest.raises(FileExistsError, match="replace=True takes its place"):
+        ek.store_rows(other, ADDRESS)
+    again = ek.store_rows(other, ADDRESS, replace=True)
+    with pytest.raises(ConnectionError, match=f"generation {stored.generation} is gone, there is one of generation "
+                                              f"{again.generation} now"):
+        remote.read_rows(torch.tensor([3]))
+    assert set(objects.found) == set(again.keys)
+    key = next(key for key in again.keys if key.endswith("/0"))
+    objects.found[key] = bytes(len(objects.found[key]))
+    with pytest.raises(ValueError, match="its rows have .*: they are of another table or generation"):
+        ek.RowTable.connect(ADDRESS)
+    manifest = json.loads(objects.found["engram_kernels/rows"])
+    for damaged, message in ((b"{", "is no manifest of a table"), (json.dumps({**manifest, "version": 9}).encode(), "version 9"),
+                             (json.dumps({**manifest, "table": {}}).encode(), "of another version, or is damaged")):
+        objects.found["engram_kernels/rows"] = damaged
+        with pytest.raises(OSError, match=f"key 'engram_kernels/rows'.* {message}"):
+            ek.RowTable.connect(ADDRESS)
+    with pytest.raises(ConnectionError, match="cannot join the store: -600"):
+        ek.RowTable.connect(ADDRESS, protocol="rdma")
+
+
+def test_mooncake_rows_a_write_that_fails_leaves_nothing(objects, monkeypatch):
+    puts = []
+
+    def put(self, key, value, config):
+        puts.append(key)
+        if len(puts) == 4:
+            return -200
+        self.objects[key] = bytes(value)
+        return 0
+    monkeypatch.setattr(Store, "put", put)
+    with pytest.raises(OSError, match=r"key 'engram_kernels/rows/\w+/3' cannot be put: -200: no memory is left in the store"):
+        ek.store_rows(make_table(), ADDRESS, object_bytes=1000)
+    assert objects.found == {}
+
+
+def test_mooncake_rows_deadline(objects):
+    stored = ek.store_rows(make_table(num_rows=5000), ADDRESS)
+    with pytest.raises(TimeoutError, match=r"mooncake://10.0.0.7:50051/rows: 1024 rows did not arrive in 1e-09 s"):
+        ek.RowTable.connect(stored.address, timeout_s=1e-9)
