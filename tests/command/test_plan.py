@@ -10,7 +10,7 @@ from plan_cases import GB, SPEC, cpu_machine, in_layers, machine, workload
 
 from engram_kernels import EngramSpec
 from engram_kernels.plan import Provenance, Surface, assumed_hardware, make_plan, published_repeats
-from engram_kernels.plan.hardware import with_room
+from engram_kernels.plan.hardware import with_engine, with_room
 from engram_kernels.plan.model import (
     MAX_TOKENS,
     evaluate,
@@ -78,6 +78,15 @@ def test_lookup_latency_is_paid_once_a_lookup():
             work = workload(nodes=nodes)
             latency = evaluate(placement, work, slow).lookup_s.value - evaluate(placement, work, machine()).lookup_s.value
             assert latency == milliseconds(more + hop)
+
+
+def test_a_remote_engine_has_a_rate_of_rows_and_a_latency_of_its_own():
+    node = machine(link=4 * GB, network=1e-3 * GB)  # which is in the engine's rate
+    for name, rows, latency in (("ray", 2.6e6, 3.0), ("mooncake-tcp", 0.018e6, 0.7)):
+        ms = latency + 16_000 / rows * 1e3 + 0.512 / 4  # rows of 128 bytes; a quarter of the copying
+        found = evaluate("remote", workload(nodes=2), with_engine(node, name))
+        assert found.lookup_s.value == milliseconds(ms) and "measured elsewhere" in found.lookup_s.source
+    assert with_engine(node, "rdma") == node
 
 
 def test_cpu_reads_every_id_and_a_gpu_each_row_once():

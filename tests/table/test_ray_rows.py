@@ -177,7 +177,7 @@ def test_ray_rows_the_wrong_table_is_refused(served, tmp_path):
         ek.serve_rows(table, 0)
     with pytest.raises(OSError, match="no/such"):
         ek.serve_rows(tmp_path / "no/such")
-    with pytest.raises(ValueError, match="packed"):
+    with pytest.raises(ValueError, match="name is 'packed', expected another"):
         ek.serve_rows(table, name="packed")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engram_kernels._files import write_json
-from engram_kernels._names import GPUS, KINDS, PAPER_ROWS, PHASES, PLACEMENTS
+from engram_kernels._names import GPUS, KINDS, PAPER_ROWS, PHASES, PLACEMENTS, REMOTE_ENGINES
 from engram_kernels._terminal import Printer, Progress, UsageError, expect_writable, finite, no_progress, progress_bar
 from engram_kernels.cli.options import SPEC_HELP, check_spec, load_spec
 
@@ -54,6 +54,8 @@ def _add_machine(plan: argparse.ArgumentParser) -> None:
     for names, what in ((("--device-gib", "--hbm-gib"), "device memory left beside weights and KV cache"),
                         (("--host-gib",), "host memory"), (("--disk-gib",), "disk")):
         machine.add_argument(*names, type=finite, metavar="GIB", help=f"{what}, for tables")
+    machine.add_argument("--remote-engine", choices=REMOTE_ENGINES, default="rdma", help="what brings rows from other machines: "
+                         "rdma, the link at its rate (the default); ray or mooncake-tcp, as docs/remote.md measured them")
     machine.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node; default: 1")
     machine.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share the table; default: 1")
 
@@ -109,7 +111,7 @@ def _paper(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from engram_kernels.plan import report
-    from engram_kernels.plan.hardware import with_room
+    from engram_kernels.plan.hardware import with_engine, with_room
     from engram_kernels.plan.inputs import machine_of, profiles_of_this_machine, workload_of
     from engram_kernels.plan.measure_here import measure_here
     from engram_kernels.plan.model import make_plan, winner_of
@@ -127,7 +129,7 @@ def _plan(args: argparse.Namespace) -> int:
     mine = profiles_of_this_machine(profiles)
     room = [None if gib is None else gib * _GIB for gib in (args.device_gib, args.host_gib, args.disk_gib)]
     try:
-        node = with_room(machine_of(args.gpu, profiles), *room)
+        node = with_engine(with_room(machine_of(args.gpu, profiles), *room), args.remote_engine)
         work = workload_of(args, spec, node)
     except ValueError as err:
         raise UsageError(str(err).removeprefix("plan: ")) from None
@@ -136,7 +138,7 @@ def _plan(args: argparse.Namespace) -> int:
         with progress("measures this machine", 1):
             mine = [(Path("this machine"), measure_here(spec, args.tokens_per_step))]
         if _plans_for_here(args):
-            node = with_room(machine_of(args.gpu, mine), *room)
+            node = with_engine(with_room(machine_of(args.gpu, mine), *room), args.remote_engine)
     plan = make_plan(work, node)
     trial = None
     if plan.winner is not None and not args.no_run:

@@ -33,6 +33,8 @@ class Hardware:
         gather_share: of the compute lost while a kernel reads rows over the link beside it.
         host_share: of the compute lost while the CPU gathers.
         flops: of dense bf16 products, per second.
+        engine_rows, engine_latency: of what brings rows from other machines: rows/s of at most 264 bytes, the other side's gather
+            included (larger rows take as many times longer), and seconds of a request for a few; None: RDMA at the network's rate.
     """
     name: str
     device_bytes: Quantity | None
@@ -57,6 +59,8 @@ class Hardware:
     gather_share: Quantity | None
     host_share: Quantity
     flops: Quantity | None = None
+    engine_rows: Quantity | None = None
+    engine_latency: Quantity | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -153,6 +157,17 @@ def with_room(hardware: Hardware, device_bytes: float | None, host_bytes: float 
             raise ValueError(f"plan: {value:.3g} bytes of device memory are given, but there is no GPU: name one with --gpu")
         changes[field] = given(value, "B", "command line")
     return dataclasses.replace(hardware, **changes)
+
+
+def with_engine(hardware: Hardware, name: str) -> Hardware:
+    """A machine like `hardware` whose remote rows come through this engine, one of `REMOTE_ENGINES`: docs/remote.md."""
+    source = "this project's docs/remote.md, measured elsewhere on 2 cores over loopback, rows of 264 bytes: "
+    engines = {"ray": (2.6e6, 3.0e-3, "one Ray 2.60 actor"), "mooncake-tcp": (0.018e6, 0.7e-3, "Mooncake 0.3.13 over TCP")}
+    if name == "rdma":
+        return hardware
+    rows, latency, what = engines[name]
+    return dataclasses.replace(hardware, engine_rows=assumed(rows, "1/s", source + what),
+                               engine_latency=assumed(latency, "s", source + what))
 
 
 def this_node(hardware: Hardware, host_bytes: int | None, disk_bytes: int | None) -> Hardware:

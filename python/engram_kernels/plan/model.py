@@ -192,6 +192,7 @@ _NODE_INPUTS = {"room in device memory": "device_bytes", "room in host memory": 
                 "disk reads per second": "disk_reads", "network rate": "network", "NVLink rate": "nvlink",
                 "GPU lookup latency": "gpu_latency", "copy latency": "copy_latency", "host lookup latency": "host_latency",
                 "disk latency": "disk_latency", "network latency": "network_latency",
+                "rows per second of the remote engine": "engine_rows", "latency of the remote engine": "engine_latency",
                 "compute lost beside a UVA gather": "gather_share", "compute lost beside a host gather": "host_share"}
 
 

@@ -11,6 +11,7 @@ from engram_kernels.plan.workload import OUT_BYTES, Workload, touched
 
 TITLES = {"device": "device memory", "device_cache": "device cache", "uva": "UVA", "staged": "staged", "file": "file",
           "remote": "remote"}
+ENGINE_ROW_BYTES = 264  # of the rows with which engines for remote rows were measured
 CHUNKS = 4  # pieces in which rows pass from stage to stage
 RING_DEPTH = 2  # requests whose buffers exist at once
 _NO_COMPUTE = given(0, "1", "a link, a drive or another machine takes no compute")
@@ -213,11 +214,17 @@ def _file(work: Workload, node: Hardware) -> Lookup:
 
 
 def _remote(work: Workload, node: Hardware) -> Lookup:
-    """The whole table in the memory of another machine of the same kind, which gathers and sends."""
+    """The whole table in the memory of another machine of the same kind, which gathers and sends, or an engine does it all."""
     rows = work.distinct
-    gather = dataclasses.replace(_host_gather(work, node, rows, work.table_bytes.value), share=_NO_COMPUTE)
-    stages = [gather, Stage("network", _seconds(work.row_bytes, rows, node.network), _NO_COMPUTE), *_to_device(work, node, rows)]
+    latency = _latency(work, node, node.host_latency, node.copy_latency)
+    if node.engine_rows is not None:  # whose rate has the gather and the network in it, and its latency the hop
+        latency = total("s", [x for x in (node.engine_latency, node.copy_latency) if x is not None])
+        sending = [Stage("network", _seconds(max(work.row_bytes / ENGINE_ROW_BYTES, 1), rows, node.engine_rows), _NO_COMPUTE)]
+    else:
+        gather = dataclasses.replace(_host_gather(work, node, rows, work.table_bytes.value), share=_NO_COMPUTE)
+        sending = [gather, Stage("network", _seconds(work.row_bytes, rows, node.network), _NO_COMPUTE)]
+    stages = [*sending, *_to_device(work, node, rows)]
     others = derived("B", lambda room, nodes: room * (nodes - 1), node.host_bytes, work.nodes)
     why_not = "there is no other node (--nodes)" if work.nodes.value < 2 else (
         _fits(work.table_bytes, others, "the other nodes' memory") or _ring_fits(work, node))
-    return Lookup(_latency(work, node, node.host_latency, node.copy_latency), tuple(stages), _device_ring(work, node), why_not)
+    return Lookup(latency, tuple(stages), _device_ring(work, node), why_not)

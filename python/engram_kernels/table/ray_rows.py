@@ -167,8 +167,8 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
     remote, actors = ray.remote(_RowActor), []
     try:
         for number in range(num_actors):
-            opened = getattr(table._file, "opened", None)
-            held = opened if opened is not None else _arrays_of(table, bounds[number], bounds[number + 1])
+            opened = table._file.opened if table.tier == "file" and table._file is not None else None
+            held = opened or _arrays_of(table, bounds[number], bounds[number + 1])
             actors.append(remote.options(name=_actor_name(name, number), **options).remote(
                 held, described, number, bounds, in_memory))
         ray.get([actor.describe.remote() for actor in actors], timeout=timeout_s)
@@ -176,6 +176,8 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
         RowServer("", actors).close()
         if isinstance(err, ray.exceptions.GetTimeoutError):
             raise TimeoutError(f"{_OP}: the {num_actors} actors of {name!r} did not answer in {timeout_s} s") from None
+        if isinstance(err, ValueError) and "taken" in str(err):  # Ray's ActorAlreadyExistsError, once a plain ValueError
+            raise ValueError(f"{_OP}: name is {name!r}, expected another: actors of that name serve rows already") from None
         if isinstance(err, ray.exceptions.RayError):
             raise OSError(f"{_OP}: an actor of {name!r} could not start: {_last_line(err)}") from err
         raise
