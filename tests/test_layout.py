@@ -133,7 +133,7 @@ def test_layout_compiled_code_uses_no_iostreams():
 
 
 # the floors of the package: a module imports from its own floor and from those below. What is in no list is the ground floor
-FLOORS = (("table",), ("ops",), ("prefetch", "sharding"), ("modules",), ("integrations",),
+FLOORS = (("table",), ("ops",), ("prefetch", "sharding", "training"), ("modules",), ("integrations",),
           ("profile", "plan", "allocation", "demo", "info"), ("cli",))
 COMPILED = {"engram_kernels._C", "engram_kernels._C_cuda"}
 

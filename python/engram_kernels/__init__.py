@@ -8,7 +8,6 @@ from engram_kernels.modules.from_checkpoint import from_checkpoint
 from engram_kernels.modules.longcat import LongcatEmbedding
 from engram_kernels.modules.memory_state import MemoryState
 from engram_kernels.modules.param_groups import param_groups
-from engram_kernels.modules.row_optimizer import RowOptimizer
 from engram_kernels.ops.engram_forward import engram_forward
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.gather_gate import gather_gate
@@ -24,8 +23,10 @@ from engram_kernels.table.mooncake_rows import store_rows
 from engram_kernels.table.ray_rows import serve_rows
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
+from engram_kernels.training.row_optimizer import RowOptimizer
+from engram_kernels.training.trainable_rows import TrainableRows
 
 __all__ = ["Engram", "EngramSpec", "Layout", "LongcatEmbedding", "MemoryPrefetcher", "MemoryState", "RowOptimizer",
-           "RowPrefetcher", "RowTable", "ShardedRows", "TokenMap", "backends", "budget", "check_errors", "engram_forward",
-           "from_checkpoint", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash", "ngram_hash_and_commit",
-           "param_groups", "row_update", "serve_rows", "short_conv", "store_rows"]
+           "RowPrefetcher", "RowTable", "ShardedRows", "TokenMap", "TrainableRows", "backends", "budget", "check_errors",
+           "engram_forward", "from_checkpoint", "gate", "gather_gate", "gather_rows", "integrations", "ngram_hash",
+           "ngram_hash_and_commit", "param_groups", "row_update", "serve_rows", "short_conv", "store_rows"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engram_kernels.integrations.convolution_state import conv_reach, convolve_behind, packed_bounds
 from engram_kernels.modules.engram import Engram, checked_rounding
 from engram_kernels.modules.memory_module import MemoryModule
-from engram_kernels.sharding.sharded_rows import ShardedRows
+from engram_kernels.modules.module_table import AnyTable
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 
@@ -69,12 +69,12 @@ class Qwen4ExpMemory(Engram):
                                  f"configuration gives {ours.flatten()[:3].tolist()} ..")
 
     @property
-    def table(self) -> RowTable | ShardedRows | None:
+    def table(self) -> AnyTable | None:
         """The rows, wherever they lie."""
         return self._current_table()
 
     @table.setter
-    def table(self, table: RowTable | ShardedRows | None) -> None:
+    def table(self, table: AnyTable | None) -> None:
         if isinstance(getattr(table, "rows", None), nn.Parameter):
             raise ValueError("attach: table is made of a parameter; table=None trains the model's own rows")
         Engram.table.fset(self, table)  # type: ignore[attr-defined]

@@ -10,13 +10,12 @@ from engram_kernels import _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_int, expect_tensor, wants_grad
 from engram_kernels.modules.history import history_of_new_sequences
 from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
+from engram_kernels.modules.module_table import AnyTable
 from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.modules.published_rounding import published_conv, published_gate
 from engram_kernels.ops.gate import gate
 from engram_kernels.ops.short_conv import short_conv
-from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
-from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 
 
@@ -60,8 +59,8 @@ class Engram(MemoryModule):
             the size of the table, as ``torch.optim.AdamW`` and FSDP take it. None: True with `train_table`, else False.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, `token_map` no TokenMap, or `train_table` or
-            `sparse_grad` no bool.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, `token_map` no TokenMap, or
+            `train_table` or `sparse_grad` no bool.
         ValueError: the spec has no such layer or no module variant, table or token map do not belong to it, a table is given
             with `train_table`, or `rounding` is neither word or not for this variant.
 
@@ -74,7 +73,7 @@ class Engram(MemoryModule):
     variants = ("deepseek_v41", "demo_v1", "qwen4_ple")
 
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
-                 table: RowTable | ShardedRows | None = None, token_map: TokenMap | None = None,
+                 table: AnyTable | None = None, token_map: TokenMap | None = None,
                  dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once",
                  train_table: bool = False, sparse_grad: bool | None = None):
         super().__init__(spec, layer_id, table, token_map)

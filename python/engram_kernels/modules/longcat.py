@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
 from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
+from engram_kernels.modules.module_table import AnyTable
 from engram_kernels.modules.published import ROUNDINGS, assign_published
-from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
-from engram_kernels.table.row_table import RowTable
 
 
 class LongcatEmbedding(MemoryModule):
@@ -41,7 +40,8 @@ class LongcatEmbedding(MemoryModule):
         sparse_grad: the gradient of `rows` is sparse, as of `Engram`; None: True with `train_table`, else False.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, or `train_table` or `sparse_grad` no bool.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, or `train_table` or `sparse_grad`
+            no bool.
         ValueError: the spec has another variant or no such layer, the table does not belong to it or is given with `train_table`,
             `dtype` is no dtype of parameters, or `rounding` is neither word.
 
@@ -53,7 +53,7 @@ class LongcatEmbedding(MemoryModule):
     variants = ("longcat",)
 
     def __init__(self, spec: EngramSpec, layer_id: int | None = None, hidden_size: int | None = None, *,
-                 num_embeddings: int | None = None, table: RowTable | ShardedRows | None = None,
+                 num_embeddings: int | None = None, table: AnyTable | None = None,
                  dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once",
                  train_table: bool = False, sparse_grad: bool | None = None):
         first = spec.layer_ids[0] if isinstance(spec, EngramSpec) and layer_id is None else layer_id

@@ -14,7 +14,7 @@ from engram_kernels import _modes
 from engram_kernels._checks import FLOAT_DTYPES
 from engram_kernels._files import shorten
 from engram_kernels.layout import Layout
-from engram_kernels.modules.module_table import ModuleTable, as_table
+from engram_kernels.modules.module_table import AnyTable, ModuleTable, as_table
 from engram_kernels.modules.published import assign_published
 from engram_kernels.modules.published_model import OF_FOLDER, PublishedModel
 from engram_kernels.ops.gather_rows import gather_rows
@@ -24,6 +24,7 @@ from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
+from engram_kernels.training.trainable_rows import TrainableRows
 
 # examples/train_text.py learns faster from it than from 1, the deviation of an nn.Embedding
 ROW_STD = 0.02
@@ -36,11 +37,12 @@ class MemoryModule(nn.Module):
     Args:
         spec: the descriptor.
         layer_id: which of ``spec.layer_ids``.
-        table: the layer's rows (a `ShardedRows` stays outside of the module's parameters and state), or None.
+        table: the layer's rows (a `ShardedRows` or `TrainableRows` stays outside of the module's parameters and state), or
+            None.
         token_map: compression of token ids, or None.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable or ShardedRows, `token_map` no TokenMap.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, `token_map` no TokenMap.
         ValueError: the spec has another variant or no such layer, or table or token map do not belong to it.
     """
 
@@ -49,7 +51,7 @@ class MemoryModule(nn.Module):
     sparse_grad = False  # of the rows, where they are trained
     unused_tensors: tuple[str, ...] = ()  # of a checkpoint: those of this layer that were not read
 
-    def __init__(self, spec: EngramSpec, layer_id: int, table: RowTable | ShardedRows | None, token_map: TokenMap | None):
+    def __init__(self, spec: EngramSpec, layer_id: int, table: AnyTable | None, token_map: TokenMap | None):
         super().__init__()
         if not isinstance(spec, EngramSpec):
             raise TypeError(f"{self.op}: spec is a {type(spec).__name__}, expected an EngramSpec")
@@ -61,7 +63,7 @@ class MemoryModule(nn.Module):
         self.spec, self.layer_id = spec, layer_id
         self._layout = spec.layout().of_layer(layer_id)
         self._elsewhere: dict[torch.device, tuple[Layout, TokenMap | None]] = {}
-        self._table: RowTable | ShardedRows | None = None
+        self._table: AnyTable | None = None
         self._trains_rows = False
         self.table, self.token_map = as_table(self.op, table), token_map  # a Module would be registered, past the property
 
@@ -141,16 +143,16 @@ class MemoryModule(nn.Module):
         """Where the parameters are; None: there are none yet."""
         raise NotImplementedError(f"{type(self).__name__}.device_of_parameters: each module says where its own are")
 
-    def _current_table(self) -> RowTable | ShardedRows | None:
+    def _current_table(self) -> AnyTable | None:
         return ModuleTable(self) if self._trains_rows else self._table
 
     @property
-    def table(self) -> RowTable | ShardedRows | None:
+    def table(self) -> AnyTable | None:
         """The rows: the table that was given or, where they are trained, one that reads the parameter `rows` when it is used."""
         return self._current_table()
 
     @table.setter
-    def table(self, table: RowTable | ShardedRows | None) -> None:
+    def table(self, table: AnyTable | None) -> None:
         table = as_table(self.op, table)
         if table is not None and table.row_dim != self.spec.row_dim:
             raise ValueError(f"{self.op}: the table has rows of {table.row_dim}, spec {self.spec.name} has rows of "
@@ -201,7 +203,7 @@ class MemoryModule(nn.Module):
         table = self.table
         if table is None:
             raise ValueError(f"{self.op}: {given} needs a table, and the module was made without one")
-        if isinstance(table, ShardedRows):
+        if isinstance(table, ShardedRows | TrainableRows):
             return table.gather(row_ids, dtype, backend=backend)
         return gather_rows(table.snapshot() if isinstance(table, ModuleTable) else table, row_ids, dtype, backend=backend,
                            sparse_grad=self.sparse_grad)

@@ -11,10 +11,12 @@ from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.table.quantize import QuantizeReport
 from engram_kernels.table.row_table import RowTable
+from engram_kernels.training.trainable_rows import TrainableRows
 
 if TYPE_CHECKING:
     from engram_kernels.modules.memory_module import MemoryModule
 
+AnyTable = RowTable | ShardedRows | TrainableRows  # what a module reads its rows from
 _FORMAT_OF = {dtype: name for name, dtype in FLOAT_FORMATS.items()}
 
 
@@ -98,9 +100,9 @@ def checked_rows(module: MemoryModule, rows: Any) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def as_table(op: str, table: object) -> RowTable | ShardedRows | None:
+def as_table(op: str, table: object) -> AnyTable | None:
     """`table` if a module can read it. TypeError says how to make a table of a tensor or a path."""
-    if table is None or isinstance(table, RowTable | ShardedRows):
+    if table is None or isinstance(table, AnyTable):
         return table
     got, how = type(table).__name__, ""
     if isinstance(table, Tensor):

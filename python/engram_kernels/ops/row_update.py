@@ -11,6 +11,7 @@ from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_int, expe
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.reference.row_update import row_update as _reference
 from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.table.held_tables import expect_not_held
 from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.row_table import RowTable
 
@@ -98,6 +99,7 @@ def expect_writable(op: str, table: RowTable) -> None:
     rows = table.rows
     if not rows.is_cpu or rows.numel() == 0 or is_compiling() or _transforms.active() or _modes.fake_mode_of(rows) is not None:
         return
+    expect_not_held(op, rows)
     if getattr(table, "_writable_at", None) != rows.data_ptr():
         _expect_writable_memory(op, rows)
         object.__setattr__(table, "_writable_at", rows.data_ptr())  # looked up once

@@ -12,7 +12,7 @@ from engram_kernels.sharding.exchange import Wanted, sum_rows
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
-    from engram_kernels.modules.row_optimizer import RowOptimizer
+    from engram_kernels.training.row_optimizer import RowOptimizer
 
 _OF_A_SHARD = ("first_row", "num_rows")  # of an optimizer's kind: what differs from rank to rank
 
@@ -52,7 +52,7 @@ def squares_of(gradients: str, parameter: Tensor | None, kept: Callable[[], tupl
 
 def refusal(op: str, optimizer: Any, table: RowTable, first_row: int) -> Exception | None:
     """TypeError or ValueError unless it is a RowOptimizer of this shard; for every rank to raise."""
-    from engram_kernels.modules.row_optimizer import RowOptimizer
+    from engram_kernels.training.row_optimizer import RowOptimizer
     if not isinstance(optimizer, RowOptimizer):
         return TypeError(f"{op}: optimizer is a {type(optimizer).__name__}, expected a RowOptimizer")
     found = optimizer.state_dict()["kind"]

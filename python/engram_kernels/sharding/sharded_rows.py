@@ -28,7 +28,7 @@ from engram_kernels.sharding.shard_training import load_optimizer_numbers, optim
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
-    from engram_kernels.modules.row_optimizer import RowOptimizer
+    from engram_kernels.training.row_optimizer import RowOptimizer
 
 
 class ShardedRows:

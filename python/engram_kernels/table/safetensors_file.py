@@ -40,17 +40,17 @@ class Header:
     metadata: dict[str, str]
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path, op: str = "RowTable.open") -> int:
     """A descriptor of a regular file. OSError names the path and why not; a directory or a pipe is refused, not waited for."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as err:
-        raise OSError(err.errno, f"RowTable.open: {err.strerror}", str(path)) from None
+        raise OSError(err.errno, f"{op}: {err.strerror}", str(path)) from None
     except ValueError as err:  # a name with a zero byte
-        raise ValueError(f"RowTable.open: {shorten(str(path))!r} is no path: {err}") from None
+        raise ValueError(f"{op}: {shorten(str(path))!r} is no path: {err}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise ValueError(f"RowTable.open: {path} is no regular file, expected a safetensors file")
+        raise ValueError(f"{op}: {path} is no regular file, expected a safetensors file")
     return fd
 
 
@@ -63,7 +63,7 @@ def other_kind(first: bytes) -> str | None:
     return None
 
 
-def read_header(fd: int, path: Path) -> Header:
+def read_header(fd: int, path: Path, op: str = "RowTable.open") -> Header:
     """Reads and checks the header of an open file: every extent inside the file, none overlapping, no byte unaccounted for.
 
     Raises:
@@ -73,7 +73,7 @@ def read_header(fd: int, path: Path) -> Header:
     file_bytes = os.fstat(fd).st_size
 
     def refuse(why: str) -> ValueError:
-        return ValueError(f"RowTable.open: {path} is no whole safetensors file: {why}")
+        return ValueError(f"{op}: {path} is no whole safetensors file: {why}")
 
     try:
         if (kind := other_kind(read_bytes(fd, 0, 64))) is not None:
@@ -86,7 +86,7 @@ def read_header(fd: int, path: Path) -> Header:
                          f"(and at most {MAX_HEADER_BYTES} are allowed)")
         text = read_bytes(fd, 8, header_bytes)
     except OSError as err:
-        raise OSError(err.errno, f"RowTable.open: {err.strerror}", str(path)) from None
+        raise OSError(err.errno, f"{op}: {err.strerror}", str(path)) from None
     if len(text) != header_bytes:
         raise refuse(f"its header should have {header_bytes} bytes, {len(text)} could be read")
     try:
@@ -187,7 +187,8 @@ def lay_out(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str,
 
 
 @contextmanager
-def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> Iterator[Writer]:
+def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str],
+                  op: str = "RowTable.create") -> Iterator[Writer]:
     """A file that appears at `path` when the block ends, whole and on disk, or not at all; an old file stays until then.
 
     The space is reserved before anything is written, so a disk too full fails first. A process that is killed leaves a
@@ -197,6 +198,7 @@ def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], m
         path: where the file shall be; its directory must exist.
         tensors: safetensors dtype and shape by name, in file order.
         metadata: strings for the header.
+        op: named by the errors.
 
     Yields:
         A `Writer` of the temporary file.
@@ -205,7 +207,6 @@ def atomic_writer(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], m
         OSError: a step failed, or there is no room (`CapacityError`); names the path and the step. Nothing is left behind.
     """
     header, extents, file_bytes = lay_out(tensors, metadata)
-    op = "RowTable.create"
     capacity.check_directory(op, f"the file {path}", file_bytes, path.parent, capacity.DISK_REMEDY)
 
     def reserve(fd: int) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_choice, expect_int
-from engram_kernels.modules.module_table import ModuleTable
 from engram_kernels.ops.row_update import MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
 from engram_kernels.table.row_table import RowTable
+from engram_kernels.training.optimizer_state import load_state, save_state
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
 _FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -45,10 +46,13 @@ class RowOptimizer(torch.optim.Optimizer):
             small updates are not lost; "nearest".
         seed: of stochastic rounding, in [0, 2^63).
         first_row: number of the table's first row in the whole table, where this is a shard of it: `ShardedRows.first_row`.
+        nonfinite: what a step with a NaN or infinite gradient does: "raise" a ValueError that names the row, or "skip" all of
+            the step, as a gradient scaler does. On a GPU "skip" waits for the gradients.
 
     Attributes:
         table: whose rows are updated.
         num_steps: steps taken.
+        skipped_steps: steps that a gradient which was not finite kept from being taken.
         second, first, steps: tensors of R rows, or None: float32 [R] or [R, D]; float32 or bfloat16 [R, D]; int32 [R], the
             updates that each row has had.
 
@@ -61,7 +65,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def __init__(self, table: RowTable, rule: str = "adam", *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float | None = None, second_moment: str | None = None, first_moment: str | None = "auto",
-                 bias_correction: str = "row", rounding: str = "stochastic", seed: int = 0, first_row: int = 0):
+                 bias_correction: str = "row", rounding: str = "stochastic", seed: int = 0, first_row: int = 0,
+                 nonfinite: str = "raise"):
         op = "RowOptimizer"
         if not isinstance(table, RowTable):
             raise TypeError(f"{op}: table is a {type(table).__name__}, expected a RowTable")
@@ -83,7 +88,10 @@ class RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{op}: first_moment is {first_moment!r}, expected None: adagrad has none")
         expect_choice(op, "bias_correction", bias_correction, ("row", "step"))
         expect_choice(op, "rounding", rounding, ROUNDINGS)
+        expect_choice(op, "nonfinite", nonfinite, ("raise", "skip"))
         check_rates(op, lr, betas, eps)
+        self.nonfinite, self.skipped_steps = nonfinite, 0
+        self._holder: Any = None  # a weak reference to the TrainableRows that holds the table
         self.table, self.num_steps, self.rule, self._by_row = table, 0, rule, bias_correction == "row"
         self._rounding, self._seed = rounding, expect_int(op, "seed", seed, 0, 2**63 - 1)
         self._first_row = expect_int(op, "first_row", first_row, 0, MAX_ROW)
@@ -125,13 +133,46 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        row_ids, grad_rows = self._gradients(row_ids, grad_rows)
-        group, step = self.param_groups[0], None if self._by_row else self.num_steps + 1
-        row_update(self.table, row_ids, grad_rows, self.rule, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-                   second=self.second, first=self.first, steps=self.steps, step=step, rounding=self._rounding, seed=self._seed,
+        self._expect_free("step")
+        self.apply(*self._gradients(row_ids, grad_rows), self.rates(), grad_scale)
+        return loss
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Rule, options, and shape and format of the table: what a state must have been made with."""
+        return dict(self._kind)
+
+    def moment_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of each moment that is kept, by name."""
+        return {name: (x.dtype, tuple(x.shape)) for name in ("second", "first", "steps")
+                if (x := getattr(self, name)) is not None}
+
+    def rates(self) -> dict[str, Any]:
+        """lr, betas and eps as they are now: what `apply` takes, also later, when a scheduler has gone on."""
+        group = self.param_groups[0]
+        return {"lr": float(group["lr"]), "betas": tuple(group["betas"]), "eps": group["eps"]}
+
+    @torch.no_grad()
+    def apply(self, row_ids: Tensor, grad_rows: Tensor, rates: Mapping[str, Any], grad_scale: float | Tensor = 1.0) -> None:
+        """One step at the `rates` that `self.rates()` gave; else as `step`, also where a `TrainableRows` holds the table."""
+        if self.nonfinite == "skip" and bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any()):
+            self.skipped_steps += 1
+            return
+        row_update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
+                   step=None if self._by_row else self.num_steps + 1, rounding=self._rounding, seed=self._seed,
                    first_row=self._first_row, grad_scale=grad_scale)
         self.num_steps += 1
-        return loss
+
+    def _expect_free(self, call: str) -> None:
+        if self._holder is not None and self._holder() is not None:
+            raise ValueError(f"RowOptimizer.{call}: the optimizer is held by a TrainableRows, whose rows in flight would not "
+                             "know of it; use that one's step, or close it first")
+
+    def _settle(self) -> None:
+        """Waits for the steps that a `TrainableRows` has not taken yet."""
+        holder = None if self._holder is None else self._holder()
+        if holder is not None:
+            holder.flush()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradient of the parameter that the table has now, and of the one that it had."""
@@ -199,6 +240,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Returns:
             kind (rule, options, shape and format of the table), num_steps, state (second, first, steps) and param_groups.
         """
+        self._settle()
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return {"kind": dict(self._kind), "num_steps": self.num_steps, "param_groups": groups,
                 "state": {"second": self.second, "first": self.first, "steps": self.steps}}
@@ -211,6 +253,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 names what differs. Nothing has changed.
         """
         op = "RowOptimizer.load_state_dict"
+        self._expect_free("load_state_dict")
         wanted = {"kind": Mapping, "num_steps": int, "param_groups": list, "state": Mapping}
         for name, kind_of in wanted.items():
             value = state_dict.get(name) if isinstance(state_dict, Mapping) else None
@@ -243,6 +286,38 @@ class RowOptimizer(torch.optim.Optimizer):
         self.num_steps = num_steps
         self.param_groups[0].update({name: value for name, value in groups[0].items() if name != "params"})
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state beside its table: a file that appears whole or not at all.
+
+        It is a safetensors file with the moments in the order of the table's rows. It names the settings of this optimizer, the
+        step, the learning rate, and a fingerprint and a checksum of the table as it is now. Save the table in the same step.
+
+        Args:
+            path: the file; its directory must exist. A file that is there is replaced.
+
+        Raises:
+            TypeError: a value of the parameter group is neither a number nor text, nor a list of these.
+            OSError: the directory is missing or read-only, the disk is too full (`CapacityError`), or a write failed; names the
+                path and the step. An old file is whole.
+        """
+        self._settle()
+        save_state(self, path)
+
+    def load(self, path: str | os.PathLike[str], *, num_steps: int | None = None) -> None:
+        """Goes on from a file that `save` wrote, with the same bits, once the table has the rows of that step.
+
+        Args:
+            path: the file.
+            num_steps: the step that it must be of; None: any.
+
+        Raises:
+            ValueError: it is no whole state file; it is of an optimizer with other settings, of another table, or of another step
+                of this table; names what differs. Nothing has changed.
+            OSError: it cannot be read. Nothing has changed.
+        """
+        self._expect_free("load")
+        load_state(self, path, num_steps)
+
 
 def _is_computed(table: RowTable) -> bool:
-    return not table.rows.is_leaf or (isinstance(table, ModuleTable) and table.is_computed)
+    return not table.rows.is_leaf or bool(getattr(table, "is_computed", False))

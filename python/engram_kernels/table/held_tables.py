@@ -1,0 +1,99 @@
+"""Which tables are held for training: any other write to them is refused, in this process and in others."""
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+_LOCKED_BYTE = 2**62  # of a lock that belongs to an open file, far behind its data
+_inside = threading.local()
+_held: list[HeldTable] = []
+_lock = threading.Lock()
+
+
+class HeldTable:
+    """A table that one owner alone may write to, from `writing`.
+
+    Ownership: memory is known by its address, a file by a lock of the system that goes with the process. Threads: any.
+
+    Args:
+        op: names the owner in errors.
+        rows: the table's rows, where they are in memory; None: they are in a file.
+        path: the file, which is locked for writing, or None.
+
+    Raises:
+        ValueError: another owner in this process holds rows of the same memory.
+        OSError: another process, or owner, holds the file, or it cannot be opened for writing; names the path.
+    """
+
+    def __init__(self, op: str, rows: Tensor | None, path: Path | None = None):
+        self.op, self.fd = op, -1
+        self._span = (0, 0) if rows is None else _span_of(rows)
+        if path is not None:
+            self.fd = _lock_file(op, path)
+        with _lock:
+            if any(_meet(self._span, other._span) for other in _held):
+                raise ValueError(f"{op}: table is held by a TrainableRows already, which alone writes to it; close that one "
+                                 "first")
+            _held.append(self)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """In the block this thread may write to the table."""
+        before, _inside.table = getattr(_inside, "table", None), self
+        try:
+            yield
+        finally:
+            _inside.table = before
+
+    def release(self) -> None:
+        """Lets others write again. May be called again."""
+        with _lock:
+            if self in _held:
+                _held.remove(self)
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def expect_not_held(op: str, rows: Tensor) -> None:
+    """Raises ValueError where `rows` are held for training and this thread is not their owner's."""
+    if not _held or rows.numel() == 0:
+        return
+    span = _span_of(rows)
+    with _lock:
+        found = [table for table in _held if _meet(span, table._span)]
+    if found and getattr(_inside, "table", None) is not found[0]:
+        raise ValueError(f"{op}: table is held by a {found[0].op}, which alone writes to it: rows in flight would be torn or "
+                         "stale; use its step, or close it first")
+
+
+def _span_of(rows: Tensor) -> tuple[int, int]:
+    begin = rows.data_ptr()
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(rows.shape, rows.stride(), strict=True)) if rows.numel() else 0
+    return (begin, begin + extent * rows.element_size())
+
+
+def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _lock_file(op: str, path: Path) -> int:
+    """A descriptor for reading and writing that holds the lock of the file while it is open."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as err:
+        raise OSError(err.errno, f"{op}: it cannot be opened for writing: {err.strerror}", str(path)) from None
+    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE, 1, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+    except OSError as err:
+        os.close(fd)
+        raise OSError(err.errno, f"{op}: another process, or this one, has it open for training", str(path)) from None
+    return fd

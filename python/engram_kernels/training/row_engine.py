@@ -1,0 +1,301 @@
+"""The thread behind a TrainableRows: it fetches rows and updates the table, never both at the same time."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engram_kernels.ops.gather_rows import gather_rows
+from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
+from engram_kernels.table.held_tables import HeldTable
+
+if TYPE_CHECKING:
+    from engram_kernels.training.row_optimizer import RowOptimizer
+
+
+@dataclasses.dataclass
+class Fetch:
+    """A ticket: ids, and the rows once they are here."""
+
+    row_ids: Tensor  # int64 [n] in host memory, its own
+    shape: torch.Size
+    rows: Tensor | None = None
+    error: BaseException | None = None
+    steps: int = 0  # that the rows have seen
+    is_patched: bool = False  # being patched: nobody may take it
+    ready: Any = None  # an event of the device
+
+    def is_there(self) -> bool:
+        """Whether it can be taken."""
+        return not self.is_patched and (self.rows is not None or self.error is not None)
+
+
+@dataclasses.dataclass
+class Update:
+    """What one step applies."""
+
+    row_ids: list[Tensor]
+    grads: list[Tensor]
+    rates: dict[str, Any]
+    grad_scale: float | Tensor
+    events: list[Any]  # of a device, behind which the gradients are there
+
+
+@dataclasses.dataclass
+class Counters:
+    """Of rows, unless the name says otherwise."""
+
+    waits: int = 0
+    requested: int = 0
+    updated: int = 0
+    regathered: int = 0  # distinct rows of a ticket that a step updated after they were fetched
+    regathered_positions: int = 0
+    regathered_tickets: int = 0
+    steps_lagged: int = 0  # sum over the waits
+    max_lag: int = 0
+    wait_s: float = 0.0  # of the callers
+    fetch_s: float = 0.0
+    update_s: float = 0.0
+    regather_s: float = 0.0
+
+
+class RowEngine:
+    """Fetches and updates in one thread of its own: updates first, fetches in the order of submission.
+
+    So a fetch sees the table as a step left it, and no row is torn. Tickets that were fetched before a step and not taken yet get
+    the rows that the step updated once more, before the step counts as done.
+
+    Ownership: holds table and optimizer. Threads: every method from any. Failure: that of an update is raised by the next call
+    that asks (`raise_failure`), that of a fetch is the ticket's.
+    """
+
+    def __init__(self, table: Any, optimizer: RowOptimizer, held: HeldTable, out_dtype: torch.dtype, device: torch.device,
+                 prefetcher: RowPrefetcher | None):
+        self.table, self.optimizer, self._held, self.out_dtype, self.device = table, optimizer, held, out_dtype, device
+        self.prefetcher = prefetcher
+        self.changed = threading.Condition()
+        self.counters = Counters()
+        self.returned = self.done = 0  # steps that `update` took, and those that the table has seen
+        self.flying: dict[int, Fetch] = {}
+        self._fetches: deque[Fetch] = deque()
+        self._updates: deque[Update] = deque()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._version = _version(table)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = threading.Thread(target=self._work, name="engram_kernels: trainable rows", daemon=True)
+        self._thread.start()
+
+    # ---- callers ------------------------------------------------------------------------------------------------------
+
+    def fetch(self, ticket: int, fetch: Fetch) -> None:
+        """Queues a fetch."""
+        with self.changed:
+            self._notice_writes()
+            self.flying[ticket] = fetch
+            self._fetches.append(fetch)
+            self.changed.notify_all()
+
+    def take(self, ticket: int, staleness: int, timeout_s: float | None) -> Fetch | None:
+        """The ticket once its rows are here and no more than `staleness` steps behind; None: not in time."""
+        begin = time.perf_counter()
+        with self.changed:
+            fetch = self.flying[ticket]
+            wanted = self.returned - staleness
+            arrived = self.changed.wait_for(
+                lambda: self._closed or self._failure is not None or ticket not in self.flying
+                or (self.done >= wanted and fetch.is_there()), timeout_s)
+            self.raise_failure()
+            if not arrived:
+                return None
+            if self._closed or ticket not in self.flying:
+                fetch.error = RuntimeError(f"TrainableRows: ticket {ticket} was cancelled, or all was closed")
+                return fetch
+            self._notice_writes()
+            del self.flying[ticket]
+            counters, lag = self.counters, self.returned - fetch.steps
+            counters.waits += 1
+            counters.requested += fetch.row_ids.numel()
+            counters.steps_lagged += lag
+            counters.max_lag = max(counters.max_lag, lag)
+            counters.wait_s += time.perf_counter() - begin
+        return fetch
+
+    def update(self, update: Update, most_pending: int) -> None:
+        """Queues a step, once fewer than `most_pending` are queued."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._closed or self._failure is not None or len(self._updates) < most_pending)
+            self.raise_failure()
+            self._notice_writes()
+            self._updates.append(update)
+            self.returned += 1
+            self.changed.notify_all()
+
+    def flush(self) -> None:
+        """Waits until no step is queued; raises what one of them failed with."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self._updates)
+            self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Under the lock: raises what a step failed with, once."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def pending(self) -> int:
+        """Steps that are queued or running."""
+        return len(self._updates)
+
+    def close(self) -> None:
+        """Takes the steps that are queued, drops the fetches, ends the thread."""
+        with self.changed:
+            self._closed = True
+            self._fetches.clear()
+            self.flying.clear()
+            self.changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # ---- the thread ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            while True:
+                with self.changed:
+                    self.changed.wait_for(lambda: self._closed or self._updates or self._fetches)
+                    if not self._updates and not self._fetches:
+                        return
+                    job: Any = self._updates[0] if self._updates else self._fetches.popleft()
+                if isinstance(job, Update):
+                    self._run_update(job)
+                else:
+                    self._run_fetch(job)
+                del job  # its tensors
+
+    def _run_fetch(self, fetch: Fetch) -> None:
+        begin = time.perf_counter()
+        rows = error = None
+        try:
+            rows = self._fetched(fetch)
+        except BaseException as err:
+            error = err
+        with self.changed:
+            fetch.rows, fetch.error, fetch.steps = rows, fetch.error or error, self.done
+            fetch.ready = self._record()
+            self.counters.fetch_s += time.perf_counter() - begin
+            self.changed.notify_all()
+
+    def _fetched(self, fetch: Fetch) -> Tensor:
+        if self.prefetcher is None:
+            return gather_rows(self.table, fetch.row_ids.view(fetch.shape), self.out_dtype).detach()
+        out = torch.empty(*fetch.shape, self.table.row_dim, dtype=self.out_dtype, device=self.device)
+        ticket = self.prefetcher.submit(fetch.row_ids.view(fetch.shape))
+        return self.prefetcher.wait(ticket, out=out)
+
+    def _run_update(self, update: Update) -> None:
+        begin = time.perf_counter()
+        failure = None
+        distinct = torch.empty(0, dtype=torch.int64, device="cpu")
+        try:
+            row_ids = torch.cat(update.row_ids) if len(update.row_ids) > 1 else update.row_ids[0]
+            grads = self._grads_here(update)
+            steps = self.optimizer.num_steps
+            with self._held.writing():
+                self.optimizer.apply(row_ids, grads, update.rates, update.grad_scale)
+            if self.optimizer.num_steps > steps:  # else it was skipped
+                distinct = torch.unique(row_ids)
+                distinct = distinct[int(distinct[:1].eq(-1).sum()):]
+        except BaseException as err:
+            failure = err
+        self.counters.update_s += time.perf_counter() - begin
+        self._patch(distinct)
+        with self.changed:
+            self._version = _version(self.table)
+            self._updates.popleft()
+            self.done += 1
+            self.counters.updated += distinct.numel()
+            for fetch in self.flying.values():
+                if fetch.rows is not None:
+                    fetch.is_patched, fetch.steps = False, self.done
+            self._failure = self._failure or failure
+            self.changed.notify_all()
+
+    def _grads_here(self, update: Update) -> Tensor:
+        """The gradients of all micro-batches, one behind the other, where the table's rows are updated."""
+        for event in update.events:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        grads = torch.cat(update.grads) if len(update.grads) > 1 else update.grads[0]
+        if grads.is_cuda:
+            for grad in update.grads:
+                grad.record_stream(torch.cuda.current_stream(self.device))
+            host = torch.empty(grads.shape, dtype=grads.dtype, device="cpu", pin_memory=True)
+            host.copy_(grads, non_blocking=True)
+            torch.cuda.current_stream(self.device).synchronize()
+            return host
+        return grads
+
+    def _patch(self, distinct: Tensor) -> None:
+        """Gathers again what tickets that are here have of these rows."""
+        with self.changed:
+            here = [fetch for fetch in self.flying.values() if fetch.rows is not None]
+            for fetch in here:
+                fetch.is_patched = True
+        if not distinct.numel():
+            return
+        begin = time.perf_counter()
+        for fetch in here:
+            try:
+                self._regather(fetch, distinct)
+            except BaseException as err:  # its rows are of before the step
+                fetch.error = fetch.error or err
+        self.counters.regather_s += time.perf_counter() - begin
+
+    def _regather(self, fetch: Fetch, distinct: Tensor) -> None:
+        place = torch.searchsorted(distinct, fetch.row_ids).clamp_(max=distinct.numel() - 1)
+        positions = (distinct[place] == fetch.row_ids).nonzero().flatten()
+        if not positions.numel():
+            return
+        assert fetch.rows is not None
+        rows = gather_rows(self.table, fetch.row_ids[positions], self.out_dtype).detach()
+        flat = fetch.rows.view(-1, self.table.row_dim)
+        flat.index_copy_(0, positions.to(flat.device), rows.to(flat.device))
+        fetch.ready = self._record()
+        hit = torch.zeros(distinct.numel(), dtype=torch.bool, device="cpu")
+        hit[place[positions]] = True
+        self.counters.regathered += int(hit.sum())
+        self.counters.regathered_positions += positions.numel()
+        self.counters.regathered_tickets += 1
+
+    def _record(self) -> Any:
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def _notice_writes(self) -> None:
+        """Under the lock: where something else wrote to the rows, what was fetched before is no good."""
+        if self._updates:
+            return  # the thread writes just now
+        version = _version(self.table)
+        if version == self._version:
+            return
+        self._version = version
+        for ticket, fetch in self.flying.items():
+            fetch.error = RuntimeError(f"TrainableRows: ticket {ticket}: the table's rows were written to by something else "
+                                       "after it was submitted, so its rows may be of before; submit it again")
+
+
+def _version(table: Any) -> int:
+    """What torch counts of the writes to the rows."""
+    rows = table.rows
+    return 0 if rows.is_meta or rows.is_inference() else rows._version
+
+

@@ -1,0 +1,431 @@
+"""TrainableRows: rows as of the last step, whatever the threads do; the bits of a plain RowOptimizer loop; what it refuses."""
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import engram_kernels as ek
+
+pytestmark = pytest.mark.usefixtures("compiled")
+R, D = 300, 16
+
+
+def table_of(dtype=torch.float32, rows=R, dim=D, seed=3):
+    weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return ek.RowTable.from_tensor(weight, row_format={torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype])
+
+
+def optimizer_of(table, **options):
+    return ek.RowOptimizer(table, "adam", **{"lr": 0.05, "first_moment": "bf16", "seed": 5, **options})
+
+
+def ids_of(number, count=80, rows=R):
+    ids = torch.randint(0, rows, (count,), generator=torch.Generator().manual_seed(number))
+    ids[number % count] = -1
+    return ids
+
+
+def same_bits(a, b):
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
+    assert torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
+
+
+def plain_loop(steps, table, optimizer, head, losses=None, start=0):
+    """The same training with gather_rows and the optimizer's own step."""
+    for number in range(start, start + steps):
+        ids = ids_of(number)
+        rows = ek.gather_rows(table, ids, table.rows.dtype).detach().requires_grad_()
+        loss = head(rows.float()).square().mean()
+        loss.backward()
+        optimizer.step(ids, rows.grad)
+        losses is not None and losses.append(loss.item())
+
+
+def behind_loop(steps, mem, head, losses=None, start=0):
+    ticket = mem.submit(ids_of(start))
+    for number in range(start, start + steps):
+        following = mem.submit(ids_of(number + 1))
+        rows = mem.wait(ticket)
+        loss = head(rows.float()).square().mean()
+        loss.backward()
+        mem.step()
+        losses is not None and losses.append(loss.item())
+        ticket = following
+    mem.cancel(ticket)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bits_of_a_plain_loop(dtype):
+    head = nn.Linear(D, 4)
+    tables = [table_of(dtype), table_of(dtype)]
+    optimizers = [optimizer_of(table) for table in tables]
+    losses = [], []
+    plain_loop(25, tables[0], optimizers[0], head, losses[0])
+    with ek.TrainableRows(tables[1], optimizers[1]) as mem:
+        behind_loop(25, mem, head, losses[1])
+        mem.flush()
+        stats = mem.stats()
+    assert losses[0] == losses[1] and optimizers[1].num_steps == stats["steps"] == 25
+    same_bits(tables[0].rows, tables[1].rows)
+    same_bits(optimizers[0].first, optimizers[1].first)
+    assert torch.equal(optimizers[0].steps, optimizers[1].steps)
+    assert stats["rows_regathered"] > 100 and stats["steps_lagged"] == 0 and stats["waits"] == 25
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 8])
+def test_same_bits_with_any_number_of_threads(threads):
+    head, before = nn.Linear(D, 4), torch.get_num_threads()
+    torch.manual_seed(0)
+    nn.init.normal_(head.weight)
+    tables = [table_of(torch.bfloat16, rows=4000), table_of(torch.bfloat16, rows=4000)]
+    try:
+        for table, count in zip(tables, (1, threads), strict=True):
+            torch.set_num_threads(count)
+            with ek.TrainableRows(table, optimizer_of(table)) as mem:
+                for number in range(4):
+                    rows = mem.wait(mem.submit(ids_of(number, 20_000, 4000)))
+                    (rows.float() * (number + 1)).sin().sum().backward()
+                    mem.step()
+    finally:
+        torch.set_num_threads(before)
+    same_bits(tables[0].rows, tables[1].rows)
+
+
+def count_stale_and_torn(steps, seed, num_rows, most_ids, delays):
+    """Steps of sgd that add to each row how often a ticket names it: every row says how many updates it has seen.
+
+    (rows that are not as of the last step, or not the same in all elements; rows that were waited for)
+    """
+    draw, depth = random.Random(seed), 3
+    table = ek.RowTable.from_tensor(torch.zeros(num_rows, 32), row_format="f32")
+    truth, wrong, waited, flying = torch.zeros(num_rows), 0, 0, []
+    with ek.TrainableRows(table, ek.RowOptimizer(table, "sgd", lr=1.0), depth=depth) as mem:
+        for _ in range(steps):
+            while len(flying) < depth and draw.random() < 0.8:
+                ids = torch.randint(0, num_rows, (draw.randrange(1, most_ids),))
+                flying.append((mem.submit(ids), ids))
+            if delays and draw.random() < 0.2:
+                time.sleep(draw.random() * 1e-3)
+            if flying:
+                ticket, ids = flying.pop(draw.randrange(len(flying)))
+                rows = mem.wait(ticket)
+                waited += ids.numel()
+                wrong += int((rows != truth[ids][:, None]).any(1).sum())
+                (-rows).sum().backward()
+                mem.step(wait=draw.random() < 0.1)
+                truth.index_add_(0, ids, torch.ones(ids.numel()))
+        assert mem.stats()["rows_regathered"] > 0
+    assert torch.equal(table.rows, truth[:, None].expand(-1, 32))
+    return wrong, waited
+
+
+def test_no_row_is_stale_or_torn():
+    wrong, waited = count_stale_and_torn(250, 1, 500, 1000, delays=True)
+    assert wrong == 0 and waited > 50_000
+
+
+@pytest.mark.slow
+def test_no_row_of_a_million_is_stale_or_torn():
+    wrong, waited = count_stale_and_torn(1000, 2, 2000, 5000, delays=True)
+    assert wrong == 0 and waited > 1_000_000
+
+
+def test_threads_that_wait_and_step_at_once_meet_whole_rows():
+    """One thread trains; others read with tickets of their own: every row is of one step, and no older than the last one."""
+    table = ek.RowTable.from_tensor(torch.zeros(50, 64), row_format="f32")
+    mem = ek.TrainableRows(table, ek.RowOptimizer(table, "sgd", lr=1.0), depth=64)
+    stop, wrong, ids = threading.Event(), [], torch.arange(50)
+    floor = [0.0]
+
+    def read():
+        while not stop.is_set():
+            least = floor[0]
+            with torch.no_grad():
+                rows = mem.wait(mem.submit(ids))
+            if not (rows == rows[:1, :1]).all() or rows[0, 0] < least:
+                wrong.append(rows)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    [reader.start() for reader in readers]
+    for number in range(60):
+        (-mem.wait(mem.submit(ids))).sum().backward()
+        mem.step()
+        floor[0] = number + 1.0
+    stop.set()
+    [reader.join() for reader in readers]
+    mem.close()
+    assert not wrong and table.rows.eq(60).all()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_staleness_lets_steps_lag_and_counts_them(staleness):
+    table = table_of()
+    optimizer = optimizer_of(table)
+    apply, gate, ids = optimizer.apply, threading.Event(), ids_of(0)
+    present = ids != -1
+    optimizer.apply = lambda *args: gate.wait(30) and apply(*args)
+    with ek.TrainableRows(table, optimizer, staleness=staleness) as mem:
+        first, before = mem.submit(ids), table.rows.clone()
+        rows, second = mem.wait(first), mem.submit(ids)
+        while mem._engine.flying[second].rows is None:
+            time.sleep(0.001)
+        rows.sum().backward()
+        mem.step()
+        try:
+            if staleness:
+                same_bits(mem.wait(second)[present], before[ids[present]])  # it did not wait for the step
+                assert mem.stats()["steps_pending"] == 1
+            else:
+                with pytest.raises(TimeoutError, match=r"did not arrive in 0.05 s"):
+                    mem.wait(second, timeout_s=0.05)
+        finally:
+            gate.set()
+        if not staleness:
+            same_bits(mem.wait(second)[present], table.rows[ids[present]])
+        assert not torch.equal(table.rows, before) or staleness
+        stats = mem.stats()
+    assert stats["max_lag"] == stats["steps_lagged"] == staleness
+
+
+def test_micro_batches_and_duplicates_are_one_update():
+    tables = [table_of(), table_of()]
+    optimizers = [optimizer_of(table) for table in tables]
+    ids = torch.cat([ids_of(1), ids_of(1), ids_of(2)])
+    rows = ek.gather_rows(tables[0], ids, torch.float32).requires_grad_()
+    rows.square().sum().backward()
+    optimizers[0].step(ids, rows.grad)
+    with ek.TrainableRows(tables[1], optimizers[1], depth=3) as mem:
+        for part in [mem.submit(i) for i in (ids_of(1), ids_of(1), ids_of(2))]:
+            mem.wait(part).square().sum().backward()
+        torch.testing.assert_close(mem.norm(), optimizers[0].norm(ids, rows.grad))
+        mem.step()
+    assert optimizers[1].num_steps == 1
+    same_bits(tables[0].rows, tables[1].rows)
+    assert torch.equal(optimizers[0].steps, optimizers[1].steps)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False], ids=["wait_inside", "wait_outside"])
+def test_checkpointing_queues_a_gradient_once(reentrant, inside):
+    tables, x = [table_of(), table_of()], torch.ones(1, requires_grad=True)
+    rows = ek.gather_rows(tables[0], ids_of(4), torch.float32).requires_grad_()
+    (rows.sin() * x).sum().backward()
+    optimizer_of(tables[0]).step(ids_of(4), rows.grad)
+    with ek.TrainableRows(tables[1], optimizer_of(tables[1])) as mem:
+        ticket = mem.submit(ids_of(4))
+        if inside:
+            out = checkpoint(lambda x: mem.wait(ticket).sin() * x, x, use_reentrant=reentrant)
+        else:
+            out = checkpoint(lambda rows, x: rows.sin() * x, mem.wait(ticket), x, use_reentrant=reentrant)
+        out.sum().backward()
+        assert len(mem._gradients.grads) == 1
+        mem.step()
+    same_bits(tables[0].rows, tables[1].rows)
+
+
+def test_without_autograd_rows_carry_no_gradient_and_grad_keeps_nothing():
+    table = table_of()
+    with ek.TrainableRows(table, optimizer_of(table)) as mem:
+        with torch.no_grad():
+            assert not mem.wait(mem.submit(ids_of(0))).requires_grad
+        with torch.inference_mode():
+            assert not mem.wait(mem.submit(ids_of(0))).requires_grad
+        rows = mem.wait(mem.submit(ids_of(0)))
+        torch.autograd.grad(rows.square().sum(), rows)
+        mem.step(wait=True)
+        assert mem.stats()["steps"] == 0 and rows.is_leaf
+        rows.sum().backward()
+        assert rows.grad is None
+        mem.zero_grad()
+        mem.step(wait=True)
+        assert mem.stats()["steps"] == 0
+
+
+def test_compiled_backbone():
+    tables = [table_of(), table_of()]
+    torch.manual_seed(1)
+    head = nn.Linear(D, 4)
+    plain_loop(3, tables[0], optimizer_of(tables[0]), head)
+    compiled = torch.compile(head, backend="aot_eager")
+    with ek.TrainableRows(tables[1], optimizer_of(tables[1])) as mem:
+        behind_loop(3, mem, compiled)
+    same_bits(tables[0].rows, tables[1].rows)
+
+
+def test_schedulers_and_clipping():
+    tables = [table_of(), table_of()]
+    optimizers = [optimizer_of(table) for table in tables]
+    schedulers = [torch.optim.lr_scheduler.StepLR(x, 1, gamma=0.5) for x in optimizers]
+    with ek.TrainableRows(tables[1], optimizers[1]) as mem:
+        for number in range(4):
+            rows = ek.gather_rows(tables[0], ids_of(number), torch.float32).requires_grad_()
+            rows.square().sum().backward()
+            optimizers[0].step(ids_of(number), rows.grad, 1 / float(optimizers[0].norm(ids_of(number), rows.grad)))
+            mem.wait(mem.submit(ids_of(number))).square().sum().backward()
+            mem.step(1 / float(mem.norm()))
+            [scheduler.step() for scheduler in schedulers]
+    same_bits(tables[0].rows, tables[1].rows)
+    assert optimizers[1].param_groups[0]["lr"] == 0.05 / 16
+
+
+def engram(table):
+    torch.manual_seed(0)
+    spec = ek.EngramSpec.deepseek_v41(vocab_size=64, num_classes=64, table_sizes=(R,) * 3, head_dim=D, hidden_size=32, branches=2,
+                                      row_format="f32")
+    if table is None:
+        return spec.layout().num_rows[0]
+    return ek.Engram(spec, layer_id=1, table=table, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_engram_takes_it_as_its_table(compiles):
+    tables = [table_of(rows=engram(None)) for _ in range(2)]
+    optimizers = [optimizer_of(table) for table in tables]
+    bounds, hidden = torch.tensor([0, 6, 10], dtype=torch.int32), torch.randn(10, 2, 32)
+    plain, module = engram(tables[0]), None
+    with ek.TrainableRows(tables[1], optimizers[1]) as mem:
+        module = engram(mem)
+        assert "rows" not in dict(module.named_parameters()) and module.table is mem
+        call = torch.compile(module, backend="aot_eager") if compiles else module
+        dense = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (plain, module)]
+        layout = plain.layout
+        for number in range(3):
+            tokens = torch.randint(0, 64, (10,), generator=torch.Generator().manual_seed(number), dtype=torch.int32)
+            ids = ek.ngram_hash(tokens, bounds, layout)[0]
+            rows = ek.gather_rows(tables[0], ids, torch.float32).requires_grad_()
+            plain(hidden, cu_seqlens=bounds, rows=rows).square().mean().backward()
+            optimizers[0].step(ids, rows.grad)
+            call(hidden, tokens, bounds).square().mean().backward()
+            mem.step()
+            for optimizer in dense:
+                optimizer.step()
+                optimizer.zero_grad()
+    same_bits(tables[0].rows, tables[1].rows)
+    same_bits(plain.wkv.weight, module.wkv.weight)
+
+
+def test_errors_of_a_step_leave_nothing_half_done():
+    table = table_of()
+    optimizer = optimizer_of(table)
+    before = table.rows.clone()
+    with ek.TrainableRows(table, optimizer) as mem:
+        rows = mem.wait(mem.submit(torch.tensor([3, 4])))
+        (rows * torch.tensor([[1.0], [float("nan")]])).sum().backward()
+        ticket = mem.submit(torch.tensor([3, 4]))
+        mem.step()
+        with pytest.raises(ValueError, match=r"grad_rows\[1, 0\], of row 4, is nan"):
+            mem.wait(ticket)
+        same_bits(mem.wait(ticket), before[[3, 4]])
+        mem.wait(mem.submit(torch.tensor([3]))).sum().backward()
+        mem.step(wait=True)
+        assert optimizer.num_steps == 1 and (table.rows != before).any(1).nonzero().flatten().tolist() == [3]
+        with pytest.raises(IndexError, match=r"is 300, expected \[0, 300\)"):
+            mem.wait(mem.submit(torch.tensor([300])))
+        mem.wait(mem.submit(torch.tensor([3]))).mul(float("inf")).sum().backward()
+        with pytest.raises(ValueError, match="of row 3"):
+            mem.step(wait=True)
+
+
+def test_steps_with_nan_are_skipped_by_option():
+    table = table_of()
+    optimizer = optimizer_of(table, nonfinite="skip")
+    before = table.rows.clone()
+    with ek.TrainableRows(table, optimizer) as mem:
+        mem.wait(mem.submit(torch.tensor([3, -1]))).mul(float("nan")).sum().backward()
+        mem.step(wait=True)
+        assert mem.stats()["skipped_steps"] == 1 and mem.stats()["steps"] == 0
+        mem.wait(mem.submit(torch.tensor([3, -1]))).sum().backward()
+        mem.step(wait=True)
+    same_bits(before[4:], table.rows[4:])
+    assert optimizer.num_steps == 1 and not torch.equal(before[3], table.rows[3])
+
+
+def test_nothing_else_writes_to_the_table():
+    table = table_of()
+    optimizer = optimizer_of(table)
+    ids, grads = torch.tensor([1]), torch.ones(1, D)
+    mem = ek.TrainableRows(table, optimizer)
+    for write in (lambda: optimizer.step(ids, grads), lambda: optimizer.load_state_dict(optimizer.state_dict()),
+                  lambda: ek.RowOptimizer(table, "sgd"), lambda: ek.TrainableRows(table, optimizer),
+                  lambda: ek.row_update(table, ids, grads, "sgd", lr=0.1)):
+        with pytest.raises(ValueError, match="held by a TrainableRows"):
+            write()
+    ticket = mem.submit(ids)
+    mem.wait(mem.submit(ids)).sum().backward()
+    mem.step(wait=True)  # its own writes are no writes of others
+    mem.wait(ticket)
+    ticket = mem.submit(ids)
+    mem.wait(mem.submit(ids))
+    table.rows[1] = 7.0
+    with pytest.raises(RuntimeError, match="written to by something else"):
+        mem.wait(ticket)
+    assert mem.wait(mem.submit(ids)).eq(7).all()
+    mem.close()
+    mem.close()
+    optimizer.step(ids, grads)
+    with pytest.raises(RuntimeError, match="closed"):
+        mem.submit(ids)
+
+
+def test_bad_arguments_are_refused():
+    table, other = table_of(), table_of(seed=8)
+    optimizer = optimizer_of(table)
+    with pytest.raises(ValueError, match="expected one of this table"):
+        ek.TrainableRows(other, optimizer)
+    with pytest.raises(TypeError, match="RowOptimizer"):
+        ek.TrainableRows(table, torch.optim.SGD([torch.ones(1)]))
+    with pytest.raises(ValueError, match="depth is 0"):
+        ek.TrainableRows(table, optimizer, depth=0)
+    with pytest.raises(ValueError, match="take no prefetcher"):
+        ek.TrainableRows(table, optimizer, ring_bytes=1 << 20)
+    with ek.TrainableRows(table, optimizer, depth=1) as mem:
+        ticket = mem.submit(ids_of(0))
+        with pytest.raises(ek.RowPrefetcher.__init__.__globals__["PrefetchQueueFull"], match="1 tickets are in flight"):
+            mem.submit(ids_of(0))
+        assert mem.cancel(ticket) and not mem.cancel(ticket)
+        with pytest.raises(KeyError, match="unknown"):
+            mem.wait(ticket)
+        with pytest.raises(ValueError, match="out_dtype"):
+            mem.gather(ids_of(0), torch.bfloat16)
+        with pytest.raises(ValueError, match="int32 or torch.int64"):
+            mem.submit(torch.zeros(3))
+        with pytest.raises(TypeError, match="pickled"):
+            __import__("copy").deepcopy(mem)
+
+
+def test_a_backward_after_close_says_so():
+    table = table_of()
+    mem = ek.TrainableRows(table, optimizer_of(table))
+    rows = mem.wait(mem.submit(ids_of(0)))
+    mem.close()
+    with pytest.raises(RuntimeError, match="their gradient is lost"):
+        rows.sum().backward()
+
+
+def test_a_child_after_a_fork_is_told():
+    table = table_of()
+    with ek.TrainableRows(table, optimizer_of(table)) as mem:
+        child = os.fork()
+        if child == 0:
+            try:
+                mem.submit(ids_of(0))
+            except RuntimeError as err:
+                os._exit(0 if "before a fork" in str(err) else 2)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_is_dropped_ends_its_thread():
+    table = table_of()
+    threads = threading.active_count()
+    mem = ek.TrainableRows(table, optimizer_of(table))
+    mem.submit(ids_of(0))
+    del mem
+    __import__("gc").collect()
+    assert threading.active_count() == threads
+    ek.TrainableRows(table, optimizer_of(table)).close()
