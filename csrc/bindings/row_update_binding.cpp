@@ -77,10 +77,10 @@ void run(RowUpdateParams& p, const Tensor& weight, const Tensor& row_ids) {
 #endif
 }
 
-void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
-                    std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
-                    double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row,
-                    const Tensor& out) {
+void update_into(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, const std::optional<Tensor>& second,
+                 const std::optional<Tensor>& first, const std::optional<Tensor>& steps, const std::string& rule, double lr,
+                 double beta1, double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed,
+                 int64_t first_row, const int64_t* row_names, const Tensor& out) {
   expect_one_device(kOp, {{"weight", &weight},
                           {"row_ids", &row_ids},
                           {"grad_rows", &grad_rows},
@@ -118,6 +118,7 @@ void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& g
   EK_CHECK(seed >= 0, kOp << ": seed is " << seed << ", expected at least 0");
   p.seed = static_cast<uint64_t>(seed);
   p.first_row = first_row;
+  p.row_names = row_names;
   p.grad = static_cast<const std::byte*>(grad_rows.const_data_ptr());
   set_moments(p, second, first, steps);
   check_params(p);
@@ -125,6 +126,29 @@ void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& g
   p.squares = static_cast<float*>(out.mutable_data_ptr());
   run(p, weight, row_ids);
 }
+
+void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
+                    std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
+                    double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row,
+                    const Tensor& out) {
+  update_into(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic, seed,
+              first_row, nullptr, out);
+}
+
+#ifndef EK_WITH_CUDA
+// Rows of `weight` are called row_names[..], which a table in a file needs: of it, weight holds those of one step.
+Tensor row_update_named(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, const Tensor& row_names,
+                        std::optional<Tensor> second, std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule,
+                        double lr, double beta1, double beta2, double eps, double grad_scale, int64_t step, bool stochastic,
+                        int64_t seed) {
+  Tensor out = torch::stable::new_empty(weight, {row_ids.numel()}, ScalarType::Float);
+  expect_dtype(kOp, "row_names", row_names, {ScalarType::Long});
+  expect_shape(kOp, "row_names", row_names, {weight.size(0)}, 1);
+  update_into(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic, seed,
+              0, row_names.const_data_ptr<int64_t>(), out);
+  return out;
+}
+#endif
 
 Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
                   std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
@@ -141,4 +165,7 @@ Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& gra
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, EK_DISPATCH_KEY, m) {
   m.impl("row_update", TORCH_BOX(&engram_kernels::row_update));
   m.impl("row_update.out", TORCH_BOX(&engram_kernels::row_update_out));
+#ifndef EK_WITH_CUDA
+  m.impl("row_update_named", TORCH_BOX(&engram_kernels::row_update_named));
+#endif
 }

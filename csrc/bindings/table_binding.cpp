@@ -17,6 +17,7 @@
 #include "table/file_tier.h"
 #include "table/row_cache.h"
 #include "table/row_tier.h"
+#include "table/row_writer.h"
 
 namespace py = pybind11;
 
@@ -149,6 +150,15 @@ int64_t replay(RowCacheDirectory& directory, const py::buffer& row_ids) {
   return hits;
 }
 
+void write_rows(RowWriter& writer, int64_t offset, int64_t row_bytes, int64_t num_rows, const py::buffer& row_ids,
+                const py::buffer& rows) {
+  const py::buffer_info ids = ids_of(row_ids), from = rows.request();
+  EK_CHECK(PyBuffer_IsContiguous(from.view(), 'C') != 0 && from.size * from.itemsize == ids.size * row_bytes,
+           "RowWriter: rows has " << from.size * from.itemsize << " bytes, expected " << ids.size * row_bytes << ", dense");
+  const py::gil_scoped_release release;
+  writer.write(offset, row_bytes, num_rows, static_cast<const int64_t*>(ids.ptr), ids.size, static_cast<std::byte*>(from.ptr));
+}
+
 void translate_read_error(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -204,6 +214,8 @@ void bind_table(py::module_& m) {
           "[(file, offset, num_rows), ..]); row_bytes 0: no scales per row. stored_scales \"bf16\" or \"f16\": what the file "
           "has; "
           "`fetch` gives float32. \"\": as they are.")
+      .def("accept_changes", &FileReader::accept_changes, py::call_guard<py::gil_scoped_release>(),
+           "Takes the files as they are now for what was opened; not while another call reads.")
       .def(
           "wrap_queues",
           [](FileReader& reader, uintptr_t wrapper, uintptr_t context) {
@@ -215,6 +227,17 @@ void bind_table(py::module_& m) {
       .def("fetch", &fetch, py::arg("row_ids"), py::arg("rows_out"), py::arg("scales_out") = py::none(),
            py::arg("cancelled") = nullptr, "Fills the outputs with the rows at distinct `row_ids` (int64).")
       .def("stats", &stats, "Counters of all fetches that succeeded, and how files are read.");
+  py::class_<RowWriter, std::shared_ptr<RowWriter>>(m, "RowWriter", "Writes rows of an open file. See csrc/table/row_writer.h.")
+      .def(
+          py::init([](int fd, const std::string& path, const std::string& io) { return make_unlocked<RowWriter>(fd, path, io); }),
+          py::arg("fd"), py::arg("path"), py::arg("io") = "auto")
+      .def("write", &write_rows, py::arg("offset"), py::arg("row_bytes"), py::arg("num_rows"), py::arg("row_ids"),
+           py::arg("rows"),
+           "Writes `rows` (dense) to the places of `row_ids` (int64, distinct). OSError names the path and the row.")
+      .def("sync", &RowWriter::sync, py::call_guard<py::gil_scoped_release>(), "What was written is on disk when it returns.")
+      .def_property_readonly("io", &RowWriter::backend)
+      .def_property_readonly("writes", &RowWriter::writes)
+      .def_property_readonly("bytes", &RowWriter::bytes);
   py::class_<RowCacheDirectory>(m, "RowCacheDirectory", "Which row lies in which slot. See csrc/table/row_cache.h.")
       .def(py::init<int64_t>(), py::arg("max_slots"))
       .def_property_readonly("num_slots", &RowCacheDirectory::num_slots)

@@ -523,6 +523,14 @@ void FileReader::read_range(int file, int64_t offset, int64_t bytes, std::byte* 
   from.check_unchanged(0);
 }
 
+void FileReader::accept_changes() {
+  for (const auto& file : files_) {
+    const FileState now = state_of(file->fd, file->path);
+    file->size = now.size;
+    file->changed_ns = now.changed_ns;
+  }
+}
+
 void FileReader::check_unchanged(const RowsWanted* wanted, int num_wanted, const int64_t* ids, int64_t count) const {
   if (count == 0) return;
   if (files_.size() == 1) return files_[0]->check_unchanged(ids[0]);

@@ -116,6 +116,9 @@ class FileReader {
   // FileReadError where a file that holds a wanted row is not what was opened; names a row of it.
   void check_unchanged(const RowsWanted* wanted, int num_wanted, const int64_t* ids, int64_t count) const;
 
+  // Takes the files as they are now for what was opened: their owner has written to them. Not while another call reads.
+  void accept_changes();
+
   const char* backend() const { return use_io_uring_ ? "io_uring" : "preadv"; }
   // Whether all files are read past the page cache.
   bool direct() const { return direct_files_.load(std::memory_order_relaxed) == static_cast<int>(files_.size()); }

@@ -1,4 +1,4 @@
-// Reads of a file that are in flight at the same time: one interface, two backends (io_uring, threads that call pread).
+// Reads and writes of a file that are in flight at the same time: one interface, two backends (io_uring, threads that call pread).
 //
 // Scope       bytes at positions; no rows, no retries, no meaning of an error.
 // Ownership   a queue borrows descriptors and buffers until every read of it was returned by `wait`.
@@ -21,6 +21,7 @@ struct IoRead {
   int64_t bytes;  // below 2^31
   std::byte* to;
   bool direct = false;  // past the page cache, in whole sectors
+  bool write = false;   // `to` is where the bytes come from
 };
 
 struct IoDone {

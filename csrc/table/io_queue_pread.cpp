@@ -17,7 +17,8 @@ namespace {
 class PreadQueue;
 
 int64_t read_now(const IoRead& read) {
-  const ssize_t got = pread(read.fd, read.to, static_cast<size_t>(read.bytes), read.offset);
+  const auto bytes = static_cast<size_t>(read.bytes);
+  const ssize_t got = read.write ? pwrite(read.fd, read.to, bytes, read.offset) : pread(read.fd, read.to, bytes, read.offset);
   return got >= 0 ? int64_t{got} : -int64_t{errno};
 }
 

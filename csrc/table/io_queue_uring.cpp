@@ -37,7 +37,9 @@ class UringQueue final : public IoQueue {
     if (sqe == nullptr) throw std::logic_error("UringQueue: more reads than its depth");
     const auto bytes = static_cast<unsigned>(read.bytes);
     const auto offset = static_cast<uint64_t>(read.offset);
-    if (registered_) {
+    if (read.write) {
+      io_uring_prep_write(sqe, read.fd, read.to, bytes, offset);
+    } else if (registered_) {
       io_uring_prep_read_fixed(sqe, read.fd, read.to, bytes, offset, 0);
     } else {
       io_uring_prep_read(sqe, read.fd, read.to, bytes, offset);

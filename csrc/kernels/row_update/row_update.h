@@ -42,6 +42,8 @@ struct RowUpdateParams {
   bool stochastic;
   uint64_t seed;
   int64_t first_row;  // what row 0 is called when its random bits are drawn
+  // CPU only: what each row is called instead, in a table that holds some rows of another; or null
+  const int64_t* row_names = nullptr;
   // CUDA only: row_ids is sorted stably, and may name no row of the table; this is where each id stood
   const int64_t* positions = nullptr;
   uint32_t* refused = nullptr;      // device memory, 0 before the call; not 0 after one that wrote nothing but `squares`
@@ -62,6 +64,11 @@ void check_params(const RowUpdateParams& p);
 void throw_fault(const RowUpdateParams& p, const GradientFault& fault);
 
 constexpr int kSquareParts = 16;  // of a row's sum of squares: part k sums the elements k, k + 16, .. in their order
+
+// What a row is called in messages and when its random bits are drawn.
+EK_INLINE int64_t name_of(const RowUpdateParams& p, int64_t row) {
+  return p.row_names == nullptr || row < 0 ? p.first_row + row : p.row_names[row];
+}
 
 // Whether the factor of an update differs from row to row.
 EK_INLINE bool has_own_sizes(const RowUpdateParams& p) { return p.rule == UpdateRule::kAdam && p.step == 0; }

@@ -57,17 +57,18 @@ void check_params(const RowUpdateParams& p) {
 }
 
 void throw_fault(const RowUpdateParams& p, const GradientFault& fault) {
+  const auto shown = [&p](int64_t row) { return p.row_names == nullptr || row < 0 ? row : p.row_names[row]; };
   if (fault.position >= 0) {
     const int64_t begin = fault.position * p.row_dim;
     int64_t element = 0;
     while (element + 1 < p.row_dim && std::isfinite(value_at(p.grad, p.grad_dtype, begin + element))) ++element;
     EK_THROW_AS(std::invalid_argument, kOp << ": grad_rows[" << fault.position << ", " << element << "], of row "
-                                           << p.row_ids[fault.position] << ", is "
+                                           << shown(p.row_ids[fault.position]) << ", is "
                                            << value_at(p.grad, p.grad_dtype, begin + element) << ", expected a finite number");
   }
-  EK_CHECK(fault.row < 0, kOp << ": the gradients of row " << fault.row << " sum up to more than float32 holds");
-  EK_CHECK(fault.spent_row < 0,
-           kOp << ": steps[" << fault.spent_row << "] is " << p.steps[fault.spent_row] << ", expected [0, " << INT32_MAX << ")");
+  EK_CHECK(fault.row < 0, kOp << ": the gradients of row " << shown(fault.row) << " sum up to more than float32 holds");
+  EK_CHECK(fault.spent_row < 0, kOp << ": steps[" << shown(fault.spent_row) << "] is " << p.steps[fault.spent_row]
+                                    << ", expected [0, " << INT32_MAX << ")");
 }
 
 }  // namespace engram_kernels

@@ -175,7 +175,7 @@ EK_LANE void update_row(const RowUpdateParams& p, int64_t row, float squares, St
   if (p.steps != nullptr) {
     const int64_t own = ++p.steps[row];
     if (step == 0) step = own;
-    if (p.stochastic) key = key_of(p.seed, p.first_row + row, own);
+    if (p.stochastic) key = key_of(p.seed, name_of(p, row), own);
   }
   Row* stored = reinterpret_cast<Row*>(p.rows) + row * p.row_stride;
   load_row(stored, p.row_dim, b.row);

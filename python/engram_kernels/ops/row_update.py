@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels import _modes, _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_int, expect_tensor
+from engram_kernels._library import LIB
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.reference.row_update import row_update as _reference
 from engram_kernels.row_format import FLOAT_FORMATS
@@ -77,14 +78,39 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     expect_int("row_update", "seed", seed, 0, 2**63 - 1)
     expect_int("row_update", "first_row", first_row, 0, MAX_ROW)
     beta1, beta2 = check_rates("row_update", lr, betas, eps)
-    grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
-    if not isinstance(grad_scale, Real):
-        raise TypeError(f"row_update: grad_scale is {grad_scale!r}, expected a number")
-    grad_scale = float(grad_scale)
-    if not abs(grad_scale) <= FLOAT_MAX:
-        raise ValueError(f"row_update: grad_scale is {grad_scale}, expected a number that float32 holds")
+    grad_scale = _number("row_update", grad_scale)
     return _OP.call(backend, (table.rows.detach(), row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps,
                               grad_scale, step, rounding == "stochastic", seed, first_row), out)
+
+
+def update_named(rows: Tensor, row_ids: Tensor, grad_rows: Tensor, row_names: Tensor, rule: str, *, lr: float,
+                 betas: tuple[float, float], eps: float, second: Tensor | None, first: Tensor | None, steps: Tensor | None,
+                 step: int | None, rounding: str, seed: int, grad_scale: float | Tensor) -> Tensor:
+    """`row_update` of rows [n, D] out of a larger table, on the CPU, in place: with the bits that it would give there.
+
+    Args:
+        rows: those that the step updates, as stored.
+        row_ids: places in `rows`, or -1.
+        row_names: int64 [n], what the rows are called in the table: it decides how they are rounded.
+
+    The others are those of `row_update`; moments and steps are of these rows, n instead of R.
+
+    Returns, Raises: as `row_update`.
+    """
+    beta1, beta2 = check_rates("row_update", lr, betas, eps)
+    return torch.ops.engram_kernels.row_update_named(  # type: ignore[no-any-return]
+        rows, row_ids, grad_rows, row_names, second, first, steps, rule, lr, beta1, beta2, eps,
+        _number("row_update", grad_scale), 0 if step is None else step, rounding == "stochastic", seed)
+
+
+def _number(op: str, grad_scale: float | Tensor) -> float:
+    grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
+    if not isinstance(grad_scale, Real):
+        raise TypeError(f"{op}: grad_scale is {grad_scale!r}, expected a number")
+    grad_scale = float(grad_scale)
+    if not abs(grad_scale) <= FLOAT_MAX:
+        raise ValueError(f"{op}: grad_scale is {grad_scale}, expected a number that float32 holds")
+    return grad_scale
 
 
 def expect_writable(op: str, table: RowTable) -> None:
@@ -196,6 +222,9 @@ def _empty(weight, row_ids, *options):
     return weight.new_empty(row_ids.numel(), dtype=torch.float32)
 
 
+LIB.define("row_update_named(Tensor(a!) rows, Tensor row_ids, Tensor grad_rows, Tensor row_names, Tensor(b!)? second, "
+           "Tensor(c!)? first, Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, "
+           "int step, bool stochastic, int seed) -> Tensor")
 _OP = Op("row_update", "Tensor(a!) weight, Tensor row_ids, Tensor grad_rows, Tensor(b!)? second, Tensor(c!)? first, "
          "Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, int step, "
          "bool stochastic, int seed, int first_row", empty=_empty, reference=_reference, check=_check, check_data=_check_data,

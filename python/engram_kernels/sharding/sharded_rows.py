@@ -184,7 +184,7 @@ class ShardedRows:
             OSError: the file of some rank's shard cannot be read.
             ConnectionError: a rank died or did not come; the ranks have to be started again.
         """
-        out_dtype = FLOAT_FORMATS.get(self.table.row_format, torch.bfloat16) if out_dtype is None else out_dtype
+        out_dtype = out_dtype or FLOAT_FORMATS.get(self.table.row_format, torch.bfloat16)
         if out_dtype not in FLOAT_DTYPES:
             raise ValueError(f"ShardedRows: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
         if ticket not in self._flying:
@@ -318,8 +318,8 @@ class ShardedRows:
             ValueError: the shard is in a file, which is its own checkpoint; or the optimizer is of another table. On every rank.
         """
         if not self.table.in_memory:
-            where = f"the file {self.table.path}" if self.table.tier == "file" else f"at {self.table.address}"
-            raise ValueError(f"ShardedRows.state_dict: the shard is {where}, which is its own checkpoint")
+            where = self.table.path if self.table.tier == "file" else self.table.address
+            raise ValueError(f"ShardedRows.state_dict: the shard is at {where}, which is its own checkpoint")
         if optimizer is not None:
             self._agree(refusal("ShardedRows.state_dict", optimizer, self.table, self.first_row))
         state = {"rows": self.dtensor(self.table.rows)}

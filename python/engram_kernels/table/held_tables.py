@@ -14,7 +14,7 @@ from torch import Tensor
 _LOCKED_BYTE = 2**62  # of a lock that belongs to an open file, far behind its data
 _inside = threading.local()
 _held: list[HeldTable] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # a table that is collected as garbage while it is held releases itself in the same thread
 
 
 class HeldTable:
@@ -59,6 +59,7 @@ class HeldTable:
                 _held.remove(self)
             fd, self.fd = self.fd, -1
         if fd >= 0:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_UNLCK))  # copies of the descriptor hold it, too
             os.close(fd)
 
 
@@ -84,15 +85,18 @@ def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
 
 
+def _lock_of(kind: int) -> bytes:
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, _LOCKED_BYTE, 1, 0)
+
+
 def _lock_file(op: str, path: Path) -> int:
     """A descriptor for reading and writing that holds the lock of the file while it is open."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as err:
         raise OSError(err.errno, f"{op}: it cannot be opened for writing: {err.strerror}", str(path)) from None
-    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE, 1, 0)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK))
     except OSError as err:
         os.close(fd)
         raise OSError(err.errno, f"{op}: another process, or this one, has it open for training", str(path)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +35,12 @@ def save_state(optimizer: RowOptimizer, path: str | os.PathLike[str]) -> None:
     op, path = "RowOptimizer.save", Path(path)
     table = {"fingerprint": fingerprint(optimizer.table), "checksum": checksum(optimizer.table)}
     progress = encode_progress(op, optimizer.num_steps, optimizer.param_groups[0], table)
-    moments = {name: x for name in MOMENTS if (x := getattr(optimizer, name)) is not None}
-    with atomic_writer(path, *described(optimizer.settings, {name: (x.dtype, tuple(x.shape)) for name, x in moments.items()}),
-                       op=op) as writer, naming_path(op, path, "cannot be written"):
-        for name, x in moments.items():
+    tensors, metadata = described(optimizer.settings, optimizer.moment_shapes())
+    metadata["id"] = secrets.token_hex(16)  # a journal names it
+    with atomic_writer(path, tensors, metadata, op=op) as writer, naming_path(op, path, "cannot be written"):
+        for name in optimizer.moment_shapes():
             at = 0
-            for piece in x.split(max(_PIECE_BYTES // max(x[:1].nbytes, 1), 1)):
+            for piece in optimizer.moment_pieces(name):
                 writer.write(name, at, bytes_of(piece))
                 at += piece.nbytes
         writer.write(PROGRESS, 0, progress)

@@ -183,6 +183,8 @@ class RowEngine:
         begin = time.perf_counter()
         rows = error = None
         try:
+            if self.optimizer.file is not None:
+                self.optimizer.file.make_whole()
             rows = self._fetched(fetch)
         except BaseException as err:
             error = err

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels.ops.row_update import MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
+from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.row_table import RowTable
+from engram_kernels.training.file_rows import FileRows
 from engram_kernels.training.optimizer_state import load_state, save_state
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
 _FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
+_PIECE_BYTES = 64 << 20
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -28,12 +32,16 @@ class RowOptimizer(torch.optim.Optimizer):
 
     It is a ``torch.optim.Optimizer`` with one parameter group: learning rate schedulers work on it. There is no weight decay.
 
-    Ownership: holds the table, and moments beside it: none are made for rows in a file. It is neither copied nor pickled:
+    A table in a file is updated in place, its moments in the file `state` beside it, through a journal (``<table>.journal``): a
+    process that is killed at any moment leaves files that the next RowOptimizer of them brings to a step's end. While it is open
+    no other process can train the table; `close` ends that.
+
+    Ownership: holds the table, and moments beside it. It is neither copied nor pickled:
     `state_dict` says where it stands. Threads: one step at a time. Failure: what is wrong with a step is raised before
     anything is written.
 
     Args:
-        table: in memory, of format f32, bf16 or f16, not shared.
+        table: of format f32, bf16 or f16, in memory and not shared, or in one file that `RowTable.create` wrote.
         rule: "adam", "adagrad" or "sgd"; formulas in docs/ops.md, "row_update".
         lr: learning rate.
         betas: of adam; the first is the momentum of sgd with a first moment.
@@ -46,6 +54,11 @@ class RowOptimizer(torch.optim.Optimizer):
             small updates are not lost; "nearest".
         seed: of stochastic rounding, in [0, 2^63).
         first_row: number of the table's first row in the whole table, where this is a shard of it: `ShardedRows.first_row`.
+        state: of a table in a file: the file of its moments, in the order of its rows. It is made where there is none; else it is
+            opened, and the optimizer goes on from the step that it is of, with its learning rate.
+        journal_bytes: of such a table: how long its journal grows before table and state are brought to the disk.
+        durable: of such a table: each step's record is on the disk before the table is written to, so that a loss of power does
+            not tear it. False: it survives the end of the process alone.
         nonfinite: what a step with a NaN or infinite gradient does: "raise" a ValueError that names the row, or "skip" all of
             the step, as a gradient scaler does. On a GPU "skip" waits for the gradients.
 
@@ -53,12 +66,14 @@ class RowOptimizer(torch.optim.Optimizer):
         table: whose rows are updated.
         num_steps: steps taken.
         skipped_steps: steps that a gradient which was not finite kept from being taken.
+        file: what a table in a file is trained through, with `stats` of what was written; or None.
         second, first, steps: tensors of R rows, or None: float32 [R] or [R, D]; float32 or bfloat16 [R, D]; int32 [R], the
             updates that each row has had.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an option is out of range, or the table cannot be written.
+        ValueError: an option is out of range, the table cannot be written, or `state` is that of another optimizer or table.
+        OSError: another process has the table open for training, or a file cannot be opened, made or written; names the file.
 
     Source: Kingma and Ba, arXiv 1412.6980; torch.optim.SparseAdam and torch.optim.Adagrad, whose results it gives in float32.
     """
@@ -66,11 +81,13 @@ class RowOptimizer(torch.optim.Optimizer):
     def __init__(self, table: RowTable, rule: str = "adam", *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float | None = None, second_moment: str | None = None, first_moment: str | None = "auto",
                  bias_correction: str = "row", rounding: str = "stochastic", seed: int = 0, first_row: int = 0,
-                 nonfinite: str = "raise"):
+                 nonfinite: str = "raise", state: str | os.PathLike[str] | None = None, journal_bytes: int = 256 << 20,
+                 durable: bool = True):
         op = "RowOptimizer"
         if not isinstance(table, RowTable):
             raise TypeError(f"{op}: table is a {type(table).__name__}, expected a RowTable")
-        expect_writable(op, table)
+        self.file: FileRows | None = None
+        _expect_trainable(op, table, state)
         if _is_computed(table):
             raise ValueError(f"{op}: table.rows is computed from a parameter, by a parametrization, by pruning or from another "
                              "memory layout, so that an update of it would be lost; expected rows that are the parameter itself")
@@ -95,17 +112,24 @@ class RowOptimizer(torch.optim.Optimizer):
         self.table, self.num_steps, self.rule, self._by_row = table, 0, rule, bias_correction == "row"
         self._rounding, self._seed = rounding, expect_int(op, "seed", seed, 0, 2**63 - 1)
         self._first_row = expect_int(op, "first_row", first_row, 0, MAX_ROW)
-        rows = table.rows.detach()
-        shape = rows.shape if second_moment == "element" else rows.shape[:1]
-        self.second = None if second_moment is None else torch.zeros(shape, dtype=torch.float32, device=rows.device)
-        self.first = None if first_moment is None else torch.zeros(rows.shape, device=rows.device, dtype=_FIRST[first_moment])
+        rows, self._shapes = table.rows.detach(), {}
+        if second_moment is not None:
+            self._shapes["second"] = (torch.float32, tuple(rows.shape if second_moment == "element" else rows.shape[:1]))
+        if first_moment is not None:
+            self._shapes["first"] = (_FIRST[first_moment], tuple(rows.shape))
         rounds = rounding == "stochastic" and (rows.dtype != torch.float32 or first_moment == "bf16")
-        counts = rounds or (rule == "adam" and self._by_row)
-        self.steps = torch.zeros(rows.shape[0], dtype=torch.int32, device=rows.device) if counts else None
+        if rounds or (rule == "adam" and self._by_row):
+            self._shapes["steps"] = (torch.int32, tuple(rows.shape[:1]))
+        kept = {name: torch.zeros(shape, dtype=dtype, device=rows.device) for name, (dtype, shape) in self._shapes.items()
+                if table.tier != "file"}
+        self.second, self.first, self.steps = (kept.get(name) for name in ("second", "first", "steps"))
         self._kind = {"rule": rule, "second_moment": second_moment, "first_moment": first_moment, "rounding": rounding,
                       "bias_correction": bias_correction, "seed": self._seed, "first_row": self._first_row,
                       "num_rows": table.num_rows, "row_dim": table.row_dim, "row_format": table.row_format}
         super().__init__([table.rows], {"lr": lr, "betas": betas, "eps": eps})
+        if state is not None:
+            expect_int(op, "journal_bytes", journal_bytes, 0)
+            self.file = FileRows(op, self, Path(state), journal_bytes, bool(durable))
 
     def __repr__(self) -> str:
         group, kind = self.param_groups[0], self._kind
@@ -144,8 +168,14 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def moment_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of each moment that is kept, by name."""
-        return {name: (x.dtype, tuple(x.shape)) for name in ("second", "first", "steps")
-                if (x := getattr(self, name)) is not None}
+        return dict(self._shapes)
+
+    def moment_pieces(self, name: str) -> Iterator[Tensor]:
+        """One of them, of all rows, piece by piece."""
+        if self.file is not None:
+            return self.file.pieces(name)
+        moment = getattr(self, name)
+        return iter(moment.split(max(_PIECE_BYTES // max(moment[:1].nbytes, 1), 1)))
 
     def rates(self) -> dict[str, Any]:
         """lr, betas and eps as they are now: what `apply` takes, also later, when a scheduler has gone on."""
@@ -157,6 +187,10 @@ class RowOptimizer(torch.optim.Optimizer):
         """One step at the `rates` that `self.rates()` gave; else as `step`, also where a `TrainableRows` holds the table."""
         if self.nonfinite == "skip" and bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any()):
             self.skipped_steps += 1
+            return
+        if self.file is not None:
+            self.file.step(row_ids, grad_rows, rates, grad_scale, self.num_steps + 1, rule=self.rule, rounding=self._rounding,
+                           step=None if self._by_row else self.num_steps + 1, seed=self._seed, first_row=self._first_row)
             return
         row_update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
                    step=None if self._by_row else self.num_steps + 1, rounding=self._rounding, seed=self._seed,
@@ -217,7 +251,12 @@ class RowOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, IndexError: as `row_update`.
         """
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
-        table = RowTable.from_tensor(self.table.rows.data, row_format=self.table.row_format)  # its version does not grow
+        if self.file is not None:  # its rows do not matter, only which ids are equal
+            distinct, row_ids = torch.unique(row_ids, return_inverse=True)
+            row_ids = row_ids - int(distinct[:1].eq(-1).sum())
+            table = RowTable.from_tensor(torch.zeros(max(distinct.numel(), 1), self.table.row_dim), row_format="f32")
+        else:
+            table = RowTable.from_tensor(self.table.rows.data, row_format=self.table.row_format)  # its version does not grow
         squares = row_update(table, row_ids, grad_rows, "none", lr=0.0)
         return torch.tensor(math.sqrt(math.fsum(squares.tolist())), dtype=torch.float64, device=squares.device)
 
@@ -240,6 +279,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Returns:
             kind (rule, options, shape and format of the table), num_steps, state (second, first, steps) and param_groups.
         """
+        self._expect_in_memory("state_dict")
         self._settle()
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return {"kind": dict(self._kind), "num_steps": self.num_steps, "param_groups": groups,
@@ -253,6 +293,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 names what differs. Nothing has changed.
         """
         op = "RowOptimizer.load_state_dict"
+        self._expect_in_memory("load_state_dict")
         self._expect_free("load_state_dict")
         wanted = {"kind": Mapping, "num_steps": int, "param_groups": list, "state": Mapping}
         for name, kind_of in wanted.items():
@@ -315,8 +356,42 @@ class RowOptimizer(torch.optim.Optimizer):
                 of this table; names what differs. Nothing has changed.
             OSError: it cannot be read. Nothing has changed.
         """
+        self._expect_in_memory("load")
         self._expect_free("load")
         load_state(self, path, num_steps)
+
+    def close(self) -> None:
+        """Ends training of a table in a file: table and state are on the disk, others may open them. Nothing for one in memory.
+
+        Raises:
+            ValueError: a `TrainableRows` holds the table.
+            OSError: the last step cannot be written; it is in the journal, which the next optimizer of the table reads.
+        """
+        if self.file is not None:
+            self._expect_free("close")
+            self.file.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "file", None) is not None:
+            self.file.close()  # type: ignore[union-attr]
+
+    def _expect_in_memory(self, call: str) -> None:
+        if self.file is not None:
+            raise ValueError(f"RowOptimizer.{call}: the state is the file {self.file.state}; save() writes a copy of it, and "
+                             "RowOptimizer(.., state=) opens one beside a copy of the table")
+
+
+def _expect_trainable(op: str, table: RowTable, state: str | os.PathLike[str] | None) -> None:
+    """Raises ValueError unless the rows can be updated where they are."""
+    if table.tier != "file":
+        expect_writable(op, table)
+        if state is not None:
+            raise ValueError(f"{op}: state is given, but table is in memory, where its moments are too; use save and load")
+    elif table.row_format not in FLOAT_FORMATS:
+        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, FLOAT_FORMATS))}")
+    elif state is None:
+        raise ValueError(f"{op}: table is in the file {table.path}, and state is None; expected the file of its moments, state=, "
+                         "which is made where there is none")
 
 
 def _is_computed(table: RowTable) -> bool:

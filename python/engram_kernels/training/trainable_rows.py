@@ -316,7 +316,8 @@ class TrainableRows:
             rows_regathered (distinct rows of a ticket that a step updated after they were fetched), positions_regathered and
             tickets_regathered; steps_lagged (sum over the waits of how many steps the rows were behind) and max_lag; seconds:
             exposed_wait_s (in `wait`), fetch_s, update_s, regather_s (of the thread); in_flight, depth, staleness; prefetcher:
-            `RowPrefetcher.stats`, or None where rows are gathered where they are.
+            `RowPrefetcher.stats`, or None where rows are gathered where they are; write_back: of a table in a file: io
+            ("io_uring" or "pwrite"), writes, bytes, syncs, durable, journal_bytes; or None.
         """
         engine, c = self._engine, self._engine.counters
         return {"steps": self.optimizer.num_steps, "steps_pending": engine.pending(),
@@ -325,7 +326,8 @@ class TrainableRows:
                 "positions_regathered": c.regathered_positions, "tickets_regathered": c.regathered_tickets,
                 "steps_lagged": c.steps_lagged, "max_lag": c.max_lag, "exposed_wait_s": c.wait_s, "fetch_s": c.fetch_s,
                 "update_s": c.update_s, "regather_s": c.regather_s, "in_flight": len(engine.flying), "depth": self.depth,
-                "staleness": self.staleness, "prefetcher": engine.prefetcher.stats() if engine.prefetcher is not None else None}
+                "staleness": self.staleness, "prefetcher": engine.prefetcher.stats() if engine.prefetcher is not None else None,
+                "write_back": self.optimizer.file.stats() if self.optimizer.file is not None else None}
 
     def close(self) -> None:
         """Takes the steps that returned, drops tickets and gradients, lets others write to the table. May be called again.
