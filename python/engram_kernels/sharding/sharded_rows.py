@@ -98,8 +98,7 @@ class ShardedRows:
             error = err
         partition = checked_partition(agreed_facts(group, facts, error))
         self.by, self.reduce, self.gradients, self.timeout_s = by, reduce, facts["gradients"], facts["timeout_s"]
-        if self.gradients != "sparse":
-            self.parameter = None
+        self.parameter = self.parameter if self.gradients == "sparse" else None
         self.num_rows, self.row_dim = partition.num_rows, self.table.row_dim
         self._exchange = Exchange(self.table, partition, Channel(group, self.timeout_s))
         self._channel, self.first_row = self._exchange.channel, self._exchange.first_row

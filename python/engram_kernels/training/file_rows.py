@@ -19,6 +19,7 @@ from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.table.safetensors_file import Extent, atomic_writer, open_regular, read_bytes
 from engram_kernels.table.shared_table import fingerprint
+from engram_kernels.table.table_file import TableFile
 from engram_kernels.training.optimizer_state import (
     PROGRESS,
     PROGRESS_BYTES,
@@ -91,8 +92,7 @@ class FileRows:
             io = self.table.io_stats()["io"]
             writers = [_C.RowWriter(fd, str(where), io) for fd, where in ((self._held.fd, path), (self._state_fd, state))]
             reader = make_reader(self._state_fd, str(state), io=f"{io}_buffered")
-            file = self.table._file
-            assert file is not None
+            file = _file_of(self.table)
             self.rows = _Array(file.rows, self.table.rows.dtype, file.reader, writers[0])
             self.moments = {name: _Array(header.extents[name], dtype, reader, writers[1])
                             for name, (dtype, _) in optimizer.moment_shapes().items()}
@@ -241,10 +241,15 @@ class FileRows:
             reader.accept_changes()
 
 
+def _file_of(table: RowTable) -> TableFile:
+    assert isinstance(table._file, TableFile)  # its tier says so
+    return table._file
+
+
 def _single_file(op: str, table: RowTable) -> Path:
     """The file of a table that can be trained in it."""
-    file = table._file
-    assert file is not None and file.rows_in is not None
+    file = _file_of(table)
+    assert file.rows_in is not None
     if len(file.rows_in.parts) != 1:
         raise ValueError(f"{op}: table lies in {len(file.rows_in.parts)} parts, expected one file, as RowTable.create writes it")
     if table.io_stats()["cache_slots"]:
@@ -254,6 +259,5 @@ def _single_file(op: str, table: RowTable) -> Path:
 
 def _expect_same_file(op: str, table: RowTable, fd: int, path: Path) -> None:
     info = os.fstat(fd)
-    assert table._file is not None
-    if table._file.source[1] != f"{info.st_dev}:{info.st_ino}":
+    if _file_of(table).source[1] != f"{info.st_dev}:{info.st_ino}":
         raise ValueError(f"{op}: {path} is another file than when the table was opened; open it again")
