@@ -1,4 +1,6 @@
 """TrainableRows: rows as of the last step, whatever the threads do; the bits of a plain RowOptimizer loop; what it refuses."""
+import copy
+import gc
 import os
 import random
 import threading
@@ -10,8 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import engram_kernels as ek
+from engram_kernels.prefetch.errors import PrefetchQueueFull
 
 pytestmark = pytest.mark.usefixtures("compiled")
+pytest_plugins = ["shared_worker"]
 R, D = 300, 16
 
 
@@ -35,7 +39,7 @@ def same_bits(a, b):
     assert torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
 
 
-def plain_loop(steps, table, optimizer, head, losses=None, start=0):
+def plain_loop(steps, table, optimizer, head, losses, start=0):
     """The same training with gather_rows and the optimizer's own step."""
     for number in range(start, start + steps):
         ids = ids_of(number)
@@ -43,10 +47,10 @@ def plain_loop(steps, table, optimizer, head, losses=None, start=0):
         loss = head(rows.float()).square().mean()
         loss.backward()
         optimizer.step(ids, rows.grad)
-        losses is not None and losses.append(loss.item())
+        losses += [loss.item()]
 
 
-def behind_loop(steps, mem, head, losses=None, start=0):
+def behind_loop(steps, mem, head, losses, start=0):
     ticket = mem.submit(ids_of(start))
     for number in range(start, start + steps):
         following = mem.submit(ids_of(number + 1))
@@ -54,7 +58,7 @@ def behind_loop(steps, mem, head, losses=None, start=0):
         loss = head(rows.float()).square().mean()
         loss.backward()
         mem.step()
-        losses is not None and losses.append(loss.item())
+        losses += [loss.item()]
         ticket = following
     mem.cancel(ticket)
 
@@ -151,13 +155,15 @@ def test_threads_that_wait_and_step_at_once_meet_whole_rows():
                 wrong.append(rows)
 
     readers = [threading.Thread(target=read) for _ in range(3)]
-    [reader.start() for reader in readers]
+    for reader in readers:
+        reader.start()
     for number in range(60):
         (-mem.wait(mem.submit(ids))).sum().backward()
         mem.step()
         floor[0] = number + 1.0
     stop.set()
-    [reader.join() for reader in readers]
+    for reader in readers:
+        reader.join()
     mem.close()
     assert not wrong and table.rows.eq(60).all()
 
@@ -168,7 +174,7 @@ def test_staleness_lets_steps_lag_and_counts_them(staleness):
     optimizer = optimizer_of(table)
     apply, gate, ids = optimizer.apply, threading.Event(), ids_of(0)
     present = ids != -1
-    optimizer.apply = lambda *args: gate.wait(30) and apply(*args)
+    optimizer.apply = lambda *args, **options: gate.wait(30) and apply(*args, **options)
     with ek.TrainableRows(table, optimizer, staleness=staleness) as mem:
         first, before = mem.submit(ids), table.rows.clone()
         rows, second = mem.wait(first), mem.submit(ids)
@@ -250,10 +256,10 @@ def test_compiled_backbone():
     tables = [table_of(), table_of()]
     torch.manual_seed(1)
     head = nn.Linear(D, 4)
-    plain_loop(3, tables[0], optimizer_of(tables[0]), head)
+    plain_loop(3, tables[0], optimizer_of(tables[0]), head, [])
     compiled = torch.compile(head, backend="aot_eager")
     with ek.TrainableRows(tables[1], optimizer_of(tables[1])) as mem:
-        behind_loop(3, mem, compiled)
+        behind_loop(3, mem, compiled, [])
     same_bits(tables[0].rows, tables[1].rows)
 
 
@@ -268,7 +274,8 @@ def test_schedulers_and_clipping():
             optimizers[0].step(ids_of(number), rows.grad, 1 / float(optimizers[0].norm(ids_of(number), rows.grad)))
             mem.wait(mem.submit(ids_of(number))).square().sum().backward()
             mem.step(1 / float(mem.norm()))
-            [scheduler.step() for scheduler in schedulers]
+            for scheduler in schedulers:
+                scheduler.step()
     same_bits(tables[0].rows, tables[1].rows)
     assert optimizers[1].param_groups[0]["lr"] == 0.05 / 16
 
@@ -385,7 +392,7 @@ def test_bad_arguments_are_refused():
         ek.TrainableRows(table, optimizer, ring_bytes=1 << 20)
     with ek.TrainableRows(table, optimizer, depth=1) as mem:
         ticket = mem.submit(ids_of(0))
-        with pytest.raises(ek.RowPrefetcher.__init__.__globals__["PrefetchQueueFull"], match="1 tickets are in flight"):
+        with pytest.raises(PrefetchQueueFull, match="1 tickets are in flight"):
             mem.submit(ids_of(0))
         assert mem.cancel(ticket) and not mem.cancel(ticket)
         with pytest.raises(KeyError, match="unknown"):
@@ -395,7 +402,7 @@ def test_bad_arguments_are_refused():
         with pytest.raises(ValueError, match="int32 or torch.int64"):
             mem.submit(torch.zeros(3))
         with pytest.raises(TypeError, match="pickled"):
-            __import__("copy").deepcopy(mem)
+            copy.deepcopy(mem)
 
 
 def test_a_backward_after_close_says_so():
@@ -426,6 +433,30 @@ def test_what_is_dropped_ends_its_thread():
     mem = ek.TrainableRows(table, optimizer_of(table))
     mem.submit(ids_of(0))
     del mem
-    __import__("gc").collect()
+    gc.collect()
     assert threading.active_count() == threads
     ek.TrainableRows(table, optimizer_of(table)).close()
+
+
+def test_rows_in_shared_memory_change_for_all_processes():
+    weight = torch.zeros(8, D).share_memory_()
+    go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(go[0], 1)
+        os._exit(0 if weight[3].eq(-1).all() and weight[4].eq(0).all() else 1)
+    table = ek.RowTable.from_tensor(weight, row_format="f32")
+    with ek.TrainableRows(table, ek.RowOptimizer(table, "sgd", lr=1.0)) as mem:
+        mem.wait(mem.submit(torch.tensor([3]))).sum().backward()
+        mem.step()
+        mem.flush()
+        os.write(go[1], b".")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for end in go:
+        os.close(end)
+
+
+def test_a_table_of_share_is_refused(shm):
+    shared = table_of().share("held", directory=shm)
+    with pytest.raises(ValueError, match="is shared as 'held', which is read-only"):
+        ek.RowOptimizer(shared)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,10 @@ def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales
     table = cls(*file.stand_ins(), file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file,
                 table_scale=scale)
     staging.remember(file.name, table)
+    if files.is_one_file and opened.paths[0].with_name(f"{opened.paths[0].name}.journal").exists():
+        warnings.warn(f"{_OP}: {opened.paths[0]} is being trained, or was when its process ended: beside it is a journal of "
+                      "steps. Its rows may be between two steps until a RowOptimizer of the table and its state has opened it",
+                      stacklevel=3)
     return table
 
 

@@ -26,6 +26,7 @@ class Fetch:
     row_ids: Tensor  # int64 [n] in host memory, its own
     shape: torch.Size
     rows: Tensor | None = None
+    distinct: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))  # ids, sorted
     error: BaseException | None = None
     steps: int = 0  # that the rows have seen
     is_patched: bool = False  # being patched: nobody may take it
@@ -68,8 +69,8 @@ class Counters:
 class RowEngine:
     """Fetches and updates in one thread of its own: updates first, fetches in the order of submission.
 
-    So a fetch sees the table as a step left it, and no row is torn. Tickets that were fetched before a step and not taken yet get
-    the rows that the step updated once more, before the step counts as done.
+    So a fetch sees the table as a step left it, and no row is torn. Of a step the rows come first that tickets which are here
+    have, and those are gathered again; so such a ticket can be taken while the step's other rows are updated.
 
     Ownership: holds table and optimizer. Threads: every method from any. Failure: that of an update is raised by the next call
     that asks (`raise_failure`), that of a fetch is the ticket's.
@@ -81,7 +82,8 @@ class RowEngine:
         self.prefetcher = prefetcher
         self.changed = threading.Condition()
         self.counters = Counters()
-        self.returned = self.done = 0  # steps that `update` took, and those that the table has seen
+        # steps that `update` took, those that tickets have seen which are here, and those that the table has seen
+        self.returned = self.patched = self.done = 0
         self.flying: dict[int, Fetch] = {}
         self._fetches: deque[Fetch] = deque()
         self._updates: deque[Update] = deque()
@@ -110,7 +112,7 @@ class RowEngine:
             wanted = self.returned - staleness
             arrived = self.changed.wait_for(
                 lambda: self._closed or self._failure is not None or ticket not in self.flying
-                or (self.done >= wanted and fetch.is_there()), timeout_s)
+                or (self.patched >= wanted and fetch.is_there()), timeout_s)
             self.raise_failure()
             if not arrived:
                 return None
@@ -185,7 +187,7 @@ class RowEngine:
         try:
             if self.optimizer.file is not None:
                 self.optimizer.file.make_whole()
-            rows = self._fetched(fetch)
+            rows, fetch.distinct = self._fetched(fetch), torch.unique(fetch.row_ids)
         except BaseException as err:
             error = err
         with self.changed:
@@ -203,31 +205,41 @@ class RowEngine:
 
     def _run_update(self, update: Update) -> None:
         begin = time.perf_counter()
-        failure = None
-        distinct = torch.empty(0, dtype=torch.int64, device="cpu")
+        failure, updated = None, 0
+        with self.changed:
+            here = [fetch for fetch in self.flying.values() if fetch.rows is not None]
         try:
-            row_ids = torch.cat(update.row_ids) if len(update.row_ids) > 1 else update.row_ids[0]
-            grads = self._grads_here(update)
+            row_ids, grads = torch.cat(update.row_ids) if len(update.row_ids) > 1 else update.row_ids[0], self._grads_here(update)
+            touched = torch.zeros(row_ids.shape, dtype=torch.bool, device="cpu")
+            for fetch in here:
+                touched |= _places(fetch.distinct, row_ids)[1]
+            urgent = torch.unique(row_ids[touched & (row_ids != -1)])
             steps = self.optimizer.num_steps
-            with self._held.writing():
-                self.optimizer.apply(row_ids, grads, update.rates, update.grad_scale)
-            if self.optimizer.num_steps > steps:  # else it was skipped
-                distinct = torch.unique(row_ids)
-                distinct = distinct[int(distinct[:1].eq(-1).sum()):]
+            with self._held.writing():  # rows that tickets wait for come first: their `wait` need not wait for the others
+                self.optimizer.apply(row_ids, grads, update.rates, update.grad_scale, first=touched,
+                                     then=lambda: self._patch(here, urgent))
+            if self.optimizer.num_steps > steps:
+                updated = torch.unique(row_ids[row_ids != -1]).numel()
         except BaseException as err:
             failure = err
-        self.counters.update_s += time.perf_counter() - begin
-        self._patch(distinct)
         with self.changed:
             self._version = _version(self.table)
             self._updates.popleft()
             self.done += 1
-            self.counters.updated += distinct.numel()
-            for fetch in self.flying.values():
-                if fetch.rows is not None:
-                    fetch.is_patched, fetch.steps = False, self.done
+            self._release(here, self.done)
+            self.counters.updated += updated
+            self.counters.update_s += time.perf_counter() - begin
             self._failure = self._failure or failure
             self.changed.notify_all()
+
+    def _release(self, here: list[Fetch], number: int) -> None:
+        """Under the lock: the tickets are as of step `number`; they may be already."""
+        if self.patched >= number:
+            return
+        self.patched = number
+        for fetch in here:
+            fetch.is_patched, fetch.steps = False, number
+        self.changed.notify_all()
 
     def _grads_here(self, update: Update) -> Tensor:
         """The gradients of all micro-batches, one behind the other, where the table's rows are updated."""
@@ -243,25 +255,25 @@ class RowEngine:
             return host
         return grads
 
-    def _patch(self, distinct: Tensor) -> None:
-        """Gathers again what tickets that are here have of these rows."""
-        with self.changed:
-            here = [fetch for fetch in self.flying.values() if fetch.rows is not None]
+    def _patch(self, here: list[Fetch], urgent: Tensor) -> None:
+        """Gathers again what tickets that are here have of these rows, which are updated."""
+        begin = time.perf_counter()
+        with self.changed:  # with staleness one may have been taken meanwhile
+            here = [fetch for fetch in self.flying.values() if any(fetch is one for one in here)]
             for fetch in here:
                 fetch.is_patched = True
-        if not distinct.numel():
-            return
-        begin = time.perf_counter()
-        for fetch in here:
+        for fetch in here if urgent.numel() else ():
             try:
-                self._regather(fetch, distinct)
+                self._regather(fetch, urgent)
             except BaseException as err:  # its rows are of before the step
                 fetch.error = fetch.error or err
-        self.counters.regather_s += time.perf_counter() - begin
+        with self.changed:
+            self._release(here, self.done + 1)
+            self.counters.regather_s += time.perf_counter() - begin
 
     def _regather(self, fetch: Fetch, distinct: Tensor) -> None:
-        place = torch.searchsorted(distinct, fetch.row_ids).clamp_(max=distinct.numel() - 1)
-        positions = (distinct[place] == fetch.row_ids).nonzero().flatten()
+        place, is_hit = _places(distinct, fetch.row_ids)
+        positions = is_hit.nonzero().flatten()
         if not positions.numel():
             return
         assert fetch.rows is not None
@@ -293,6 +305,14 @@ class RowEngine:
         for ticket, fetch in self.flying.items():
             fetch.error = RuntimeError(f"TrainableRows: ticket {ticket}: the table's rows were written to by something else "
                                        "after it was submitted, so its rows may be of before; submit it again")
+
+
+def _places(distinct: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each id would stand in a sorted vector, and whether it does."""
+    if not distinct.numel():
+        return torch.zeros_like(row_ids), torch.zeros(row_ids.shape, dtype=torch.bool, device="cpu")
+    place = torch.searchsorted(distinct, row_ids).clamp_(max=distinct.numel() - 1)
+    return place, distinct[place] == row_ids
 
 
 def _version(table: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_choice, expect_int
-from engram_kernels.ops.row_update import MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
+from engram_kernels.ops.row_update import FLOAT_MAX, MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.training.file_rows import FileRows
@@ -183,19 +183,46 @@ class RowOptimizer(torch.optim.Optimizer):
         return {"lr": float(group["lr"]), "betas": tuple(group["betas"]), "eps": group["eps"]}
 
     @torch.no_grad()
-    def apply(self, row_ids: Tensor, grad_rows: Tensor, rates: Mapping[str, Any], grad_scale: float | Tensor = 1.0) -> None:
-        """One step at the `rates` that `self.rates()` gave; else as `step`, also where a `TrainableRows` holds the table."""
+    def apply(self, row_ids: Tensor, grad_rows: Tensor, rates: Mapping[str, Any], grad_scale: float | Tensor = 1.0, *,
+              first: Tensor | None = None, then: Callable[[], None] | None = None) -> None:
+        """One step at the `rates` that `self.rates()` gave; else as `step`, also where a `TrainableRows` holds the table.
+
+        Rows whose positions `first` (bool [n]; whole rows) names are updated before the others where nothing can go wrong in
+        between, and `then` is called when they are; each row comes out as in one go.
+        """
         if self.nonfinite == "skip" and bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any()):
             self.skipped_steps += 1
             return
+        if first is None or self.file is not None or not self._cannot_fail(row_ids, grad_rows, grad_scale):
+            parts = [row_ids]
+        else:
+            parts = [torch.where(first, row_ids, -1), torch.where(first, -1, row_ids)]
+        for part in parts:
+            self._update(part, grad_rows, rates, grad_scale)
+            if then is not None and part is parts[0]:
+                then()
+        self.num_steps += self.file is None  # a file counts its own, which its journal must know first
+
+    def _update(self, row_ids: Tensor, grad_rows: Tensor, rates: Mapping[str, Any], grad_scale: float | Tensor) -> None:
+        number = self.num_steps + 1
         if self.file is not None:
-            self.file.step(row_ids, grad_rows, rates, grad_scale, self.num_steps + 1, rule=self.rule, rounding=self._rounding,
-                           step=None if self._by_row else self.num_steps + 1, seed=self._seed, first_row=self._first_row)
+            self.file.step(row_ids, grad_rows, rates, grad_scale, number, rule=self.rule, rounding=self._rounding,
+                           step=None if self._by_row else number, seed=self._seed, first_row=self._first_row)
             return
         row_update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
-                   step=None if self._by_row else self.num_steps + 1, rounding=self._rounding, seed=self._seed,
-                   first_row=self._first_row, grad_scale=grad_scale)
-        self.num_steps += 1
+                   step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
+                   grad_scale=grad_scale)
+
+    def _cannot_fail(self, row_ids: Tensor, grad_rows: Tensor, grad_scale: float | Tensor) -> bool:
+        """Whether all ids are in range, no sum of gradients can leave float32, and every row's count of steps can grow."""
+        if not row_ids.numel():
+            return False
+        least, most = (float(x) for x in grad_rows.aminmax())
+        bound = max(-least, most) * row_ids.numel() * max(1.0, abs(float(grad_scale)))
+        lowest, highest = (int(x) for x in row_ids.aminmax())
+        if not (bound <= FLOAT_MAX / 2 and lowest >= -1 and highest < self.table.num_rows):
+            return False
+        return self.steps is None or int(self.steps[row_ids.clamp(min=0)].amax()) < 2**31 - 1
 
     def _expect_free(self, call: str) -> None:
         if self._holder is not None and self._holder() is not None:
