@@ -44,6 +44,12 @@ def ids_of(seed, count=60):
     return torch.randint(-1, R, (count // 4, 4), generator=torch.Generator().manual_seed(seed))
 
 
+def micro_batch(k):
+    """Ids and gradients of one of the micro-batches."""
+    ids = ids_of(100 + k, 24)
+    return ids, torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(k)) * 10.0 ** (k % 5)
+
+
 def uneven(n):
     """Sizes of n shards that are unlike; one has no rows."""
     sizes = {1: [R], 2: [R, 0], 3: [50, 0, R - 50], 4: [3, 100, 0, R - 103]}[n]

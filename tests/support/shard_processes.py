@@ -5,18 +5,19 @@ import time
 import traceback
 
 import shard_faults
+import shard_optimizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from module_cases import T, make_layer
-from shard_cases import PROCESSES, D, R, World, ids_of, raises, table_of, uneven
+from shard_cases import PROCESSES, D, R, World, ids_of, micro_batch, raises, table_of, uneven
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from engram_kernels import Engram, RowOptimizer, RowTable, ShardedRows, gather_rows
+from engram_kernels import Engram, RowTable, ShardedRows, gather_rows
 
 FORMATS = ("f32", "bf16", "f16", "fp8_e4m3_block32", "fp8_e4m3_block32_packed", "fp8_e4m3_tensor", "int8_group32",
            "nvfp4", "mxfp4", "fp8_e4m3_row")
@@ -69,12 +70,6 @@ def check_heads(world):
 
 
 MICRO_BATCHES = 12
-
-
-def micro_batch(k):
-    """Ids and gradients of one of the micro-batches."""
-    ids = ids_of(100 + k, 24)
-    return ids, torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(k)) * 10.0 ** (k % 5)
 
 
 def one_after_the_other():
@@ -144,89 +139,6 @@ def check_sparse_gradients_train_the_shards(world):
         torch.testing.assert_close(sharded.parameter.detach(), whole[begin:end], rtol=2e-6, atol=0)
         with torch.no_grad():
             assert not sharded.gather(ids).requires_grad
-
-
-def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
-    for n in (2, 3):
-        if world.full(n) is None:
-            continue
-        group, rank = world.full(n)
-        for rule, options in (("adam", {"first_moment": "bf16"}), ("adagrad", {"second_moment": "element"})):
-            whole = RowTable.from_tensor(table_of("bf16").rows.clone(), row_format="bf16")
-            one = RowOptimizer(whole, rule, lr=0.1, seed=5, **options)
-            begin, end = uneven(n)[rank]
-            shard = RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
-            with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
-                mine = RowOptimizer(shard, rule, lr=0.1, seed=5, first_row=sharded.first_row, **options)
-                for step in range(5):
-                    summed = [_by_row(*micro_batch(10 * step + other)) for other in range(n)]  # what each rank sends
-                    one.step(torch.cat([ids for ids, _ in summed]), torch.cat([grads for _, grads in summed]))
-                    ids, grads = micro_batch(10 * step + rank)
-                    sharded.gather(ids, torch.float32).backward(grads)
-                    sharded.step(mine)
-                assert sharded.first_row == begin and torch.equal(shard.rows, whole.rows[begin:end]), (n, rule)
-            assert not torch.equal(whole.rows, table_of("bf16").rows)
-            for name in ("second", "first", "steps"):
-                x, y = getattr(mine, name), getattr(one, name)
-                assert (x is None) == (y is None) and (x is None or torch.equal(x, y[begin:end])), (n, rule, name)
-
-
-def check_the_global_norm_and_the_moments_are_those_of_one_process(world):
-    """Clipped Adam on 4, then 3, then 1 ranks, through checkpoints between, against one process that never stopped."""
-    def shard_of(begin, end):
-        return RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
-
-    def batch(step):  # of one process: twelve micro-batches one after the other
-        summed = [_by_row(*micro_batch(20 * step + k)) for k in range(12)]
-        return torch.cat([ids for ids, _ in summed]), torch.cat([grads for _, grads in summed])
-
-    whole, options = shard_of(0, R), {"lr": 0.1, "seed": 5, "first_moment": "bf16", "bias_correction": "step"}
-    one, norms = RowOptimizer(whole, **options), []
-    for step in range(6):
-        one.param_groups[0]["lr"] = 0.1 / (1 + step)
-        norms.append(one.norm(*batch(step)))
-        one.step(*batch(step), grad_scale=min(1.0, 0.5 / norms[-1].item()))
-
-    def even(n, rank):
-        return ShardedRows.range_of(R, rank, n)
-
-    for stage, (n, cut) in enumerate(((4, even), (3, lambda n, rank: uneven(n)[rank]), (1, even))):
-        if world.full(n) is not None:
-            (group, rank), others = world.full(n), world.others[n]
-            shard = shard_of(*cut(n, rank))
-            with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
-                mine = RowOptimizer(shard, first_row=sharded.first_row, **options)
-                if stage:
-                    state = sharded.state_dict(mine)
-                    dcp.load(state, checkpoint_id=f"{world.folder}/trained{stage - 1}", process_group=others)
-                    sharded.load_state_dict(state, mine)
-                    assert mine.num_steps == 2 * stage and mine.param_groups[0]["lr"] == 0.1 / (2 * stage), mine
-                for step in range(2 * stage, 2 * stage + 2):
-                    mine.param_groups[0]["lr"] = 0.1 / (1 + step)
-                    for k in range(rank * 12 // n, (rank + 1) * 12 // n):
-                        ids, grads = micro_batch(20 * step + k)
-                        sharded.gather(ids, torch.float32).backward(grads)
-                    norm = sharded.norm()
-                    assert torch.equal(norm, norms[step]), (n, step, norm, norms[step])
-                    sharded.step(mine, grad_scale=min(1.0, 0.5 / norm.item()))
-                    assert sharded.norm() == 0
-                raises(TypeError, ["optimizer is a SGD, expected a RowOptimizer"],
-                       lambda sharded=sharded: sharded.state_dict(torch.optim.SGD([torch.zeros(1)])))
-                if n > 1:  # on the first rank too, where the optimizer would do
-                    raises(ValueError, ["first_row is 0, expected"], lambda s=sharded: s.state_dict(RowOptimizer(s.table)))
-                if stage < 2:
-                    dcp.save(sharded.state_dict(mine), checkpoint_id=f"{world.folder}/trained{stage}", process_group=others)
-                else:
-                    assert torch.equal(shard.rows, whole.rows)
-                    assert all(torch.equal(getattr(mine, name), getattr(one, name)) for name in ("second", "first", "steps"))
-        dist.barrier()
-
-
-def _by_row(ids, grads):
-    """Distinct ids of one rank, ascending, and their gradients, summed in float32."""
-    present = ids >= 0
-    distinct, inverse = torch.unique(ids[present], return_inverse=True)
-    return distinct, torch.ops.engram_kernels.gather_rows_bwd(grads[present], inverse, distinct.numel(), torch.float32)
 
 
 def check_what_may_go_ahead_does(world):
@@ -383,7 +295,8 @@ def check_engram_trains_beside_ddp_and_fsdp2(world):
     assert isinstance(layer, Engram)
 
 
-CHECKS = {name: found for name, found in {**globals(), **vars(shard_faults)}.items() if name.startswith("check_")}
+CHECKS = {**globals(), **vars(shard_optimizers), **vars(shard_faults)}
+CHECKS = {name: found for name, found in CHECKS.items() if name.startswith("check_")}
 CHECKS = {**{name: CHECKS[name] for name in CHECKS if name not in shard_faults.LAST}, **{n: CHECKS[n] for n in shard_faults.LAST}}
 
 

@@ -1,0 +1,90 @@
+"""A RowOptimizer per shard, on the processes of tests/table/test_sharded_rows.py, against one of the whole table."""
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from shard_cases import R, micro_batch, raises, table_of, uneven
+
+from engram_kernels import RowOptimizer, RowTable, ShardedRows
+
+
+def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
+    for n in (2, 3):
+        if world.full(n) is None:
+            continue
+        group, rank = world.full(n)
+        for rule, options in (("adam", {"first_moment": "bf16"}), ("adagrad", {"second_moment": "element"})):
+            whole = RowTable.from_tensor(table_of("bf16").rows.clone(), row_format="bf16")
+            one = RowOptimizer(whole, rule, lr=0.1, seed=5, **options)
+            begin, end = uneven(n)[rank]
+            shard = RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
+            with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
+                mine = RowOptimizer(shard, rule, lr=0.1, seed=5, first_row=sharded.first_row, **options)
+                for step in range(5):
+                    summed = [_by_row(*micro_batch(10 * step + other)) for other in range(n)]  # what each rank sends
+                    one.step(torch.cat([ids for ids, _ in summed]), torch.cat([grads for _, grads in summed]))
+                    ids, grads = micro_batch(10 * step + rank)
+                    sharded.gather(ids, torch.float32).backward(grads)
+                    sharded.step(mine)
+                assert sharded.first_row == begin and torch.equal(shard.rows, whole.rows[begin:end]), (n, rule)
+            assert not torch.equal(whole.rows, table_of("bf16").rows)
+            for name in ("second", "first", "steps"):
+                x, y = getattr(mine, name), getattr(one, name)
+                assert (x is None) == (y is None) and (x is None or torch.equal(x, y[begin:end])), (n, rule, name)
+
+
+def check_the_global_norm_and_the_moments_are_those_of_one_process(world):
+    """Clipped Adam on 4, then 3, then 1 ranks, through checkpoints between, against one process that never stopped."""
+    def shard_of(begin, end):
+        return RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
+
+    def batch(step):  # of one process: twelve micro-batches one after the other
+        summed = [_by_row(*micro_batch(20 * step + k)) for k in range(12)]
+        return torch.cat([ids for ids, _ in summed]), torch.cat([grads for _, grads in summed])
+
+    whole, options = shard_of(0, R), {"lr": 0.1, "seed": 5, "first_moment": "bf16", "bias_correction": "step"}
+    one, norms = RowOptimizer(whole, **options), []
+    for step in range(6):
+        one.param_groups[0]["lr"] = 0.1 / (1 + step)
+        norms.append(one.norm(*batch(step)))
+        one.step(*batch(step), grad_scale=min(1.0, 0.5 / norms[-1].item()))
+
+    def even(n, rank):
+        return ShardedRows.range_of(R, rank, n)
+
+    for stage, (n, cut) in enumerate(((4, even), (3, lambda n, rank: uneven(n)[rank]), (1, even))):
+        if world.full(n) is not None:
+            (group, rank), others = world.full(n), world.others[n]
+            shard = shard_of(*cut(n, rank))
+            with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
+                mine = RowOptimizer(shard, first_row=sharded.first_row, **options)
+                if stage:
+                    state = sharded.state_dict(mine)
+                    dcp.load(state, checkpoint_id=f"{world.folder}/trained{stage - 1}", process_group=others)
+                    sharded.load_state_dict(state, mine)
+                    assert mine.num_steps == 2 * stage and mine.param_groups[0]["lr"] == 0.1 / (2 * stage), mine
+                for step in range(2 * stage, 2 * stage + 2):
+                    mine.param_groups[0]["lr"] = 0.1 / (1 + step)
+                    for k in range(rank * 12 // n, (rank + 1) * 12 // n):
+                        ids, grads = micro_batch(20 * step + k)
+                        sharded.gather(ids, torch.float32).backward(grads)
+                    norm = sharded.norm()
+                    assert torch.equal(norm, norms[step]), (n, step, norm, norms[step])
+                    sharded.step(mine, grad_scale=min(1.0, 0.5 / norm.item()))
+                    assert sharded.norm() == 0
+                raises(TypeError, ["optimizer is a SGD, expected a RowOptimizer"],
+                       lambda sharded=sharded: sharded.state_dict(torch.optim.SGD([torch.zeros(1)])))
+                if n > 1:  # on the first rank too, where the optimizer would do
+                    raises(ValueError, ["first_row is 0, expected"], lambda s=sharded: s.state_dict(RowOptimizer(s.table)))
+                if stage < 2:
+                    dcp.save(sharded.state_dict(mine), checkpoint_id=f"{world.folder}/trained{stage}", process_group=others)
+                else:
+                    assert torch.equal(shard.rows, whole.rows)
+                    assert all(torch.equal(getattr(mine, name), getattr(one, name)) for name in ("second", "first", "steps"))
+        dist.barrier()
+
+
+def _by_row(ids, grads):
+    """Distinct ids of one rank, ascending, and their gradients, summed in float32."""
+    present = ids >= 0
+    distinct, inverse = torch.unique(ids[present], return_inverse=True)
+    return distinct, torch.ops.engram_kernels.gather_rows_bwd(grads[present], inverse, distinct.numel(), torch.float32)
