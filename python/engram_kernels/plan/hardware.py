@@ -34,7 +34,7 @@ class Hardware:
         host_share: of the compute lost while the CPU gathers.
         flops: of dense bf16 products, per second.
         engine_rows, engine_latency: of what brings rows from other machines: rows/s of at most 264 bytes, the other side's gather
-            included (larger rows take as many times longer), and seconds of a request for a few; None: RDMA at the network's rate.
+            included (larger rows take as many times longer), and seconds of a request for a few; None: RDMA, at `network`.
     """
     name: str
     device_bytes: Quantity | None

@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 NAMESPACE = "engram_kernels"
 _OP = "serve_rows"
-_SLICE_S = 0.05  # after which a request looks whether it was given up
-_CALL_IDS = 8192  # of one call to an actor: Ray sends arguments below 100 KB with the call
-_CALL_BYTES = 4 << 20
-_CALLS = 8  # in flight per request
+_SLICE_S = 0.1  # after which a request looks whether it was given up
+_CALL_IDS, _CALL_BYTES = 65_536, 32 << 20  # of one call to an actor: with eight calls in its place it took twice as long
+_CALLS = 4  # in flight per request
 
 
 def _ray() -> Any:
@@ -74,7 +73,7 @@ class _RowActor:
             rows, scales = self._arrays
             local = ids - self._begin
             return np.take(rows, local, axis=0), None if scales is None else np.take(scales, local, axis=0)
-        rows, scales = self._table.read_rows(torch.from_numpy(np.array(ids)))
+        rows, scales = self._table.read_rows(torch.from_numpy(np.array(ids)))  # Ray's arrays are read-only
         return _bytes_of(rows), _bytes_of(scales) if scales is not None and scales.dim() == 2 else None
 
 
@@ -106,12 +105,13 @@ class RowServer:
         actors: the Ray actors, in the order of their rows.
     """
 
-    def __init__(self, address: str, actors: list[Any]):
+    def __init__(self, address: str, actors: list[Any], held: list[Any]):
         self.address, self.actors = address, actors
+        self._held = held  # rows in Ray's object store, with which it starts an actor again
 
     def close(self) -> None:
         """Ends the actors; what is asked of them from here on fails."""
-        actors, self.actors = self.actors, []
+        (actors, self.actors), self._held = (self.actors, []), []
         with contextlib.suppress(ImportError):
             import ray
             for actor in actors if ray.is_initialized() else []:
@@ -133,8 +133,8 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
     `RowTable.connect("ray://NAME")`.
 
     Args:
-        source: a table in memory, whose rows are sent to the actors; a table in a file, or what `RowTable.open` takes: files
-            that every node of the cluster sees under that path.
+        source: a table in memory, whose rows go into Ray's object store and stay there while they are served; a table in a
+            file, or what `RowTable.open` takes: files that every node of the cluster sees under that path.
         num_actors: n, at most R.
         name: by which clients find it.
         in_memory: of a table in a file: each actor reads its rows once and serves them from memory.
@@ -164,16 +164,17 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
     base, more = divmod(table.num_rows, num_actors)
     bounds = [number * base + min(number, more) for number in range(num_actors + 1)]
     options = {"num_cpus": 0, "namespace": NAMESPACE, **(actor_options or {}), "max_restarts": max_restarts}
-    remote, actors = ray.remote(_RowActor), []
+    remote, actors, stored = ray.remote(_RowActor), [], []
     try:
         for number in range(num_actors):
             opened = table._file.opened if table.tier == "file" and table._file is not None else None
-            held = opened or _arrays_of(table, bounds[number], bounds[number + 1])
+            if opened is None:
+                stored.append(ray.put(_arrays_of(table, bounds[number], bounds[number + 1])))
             actors.append(remote.options(name=_actor_name(name, number), **options).remote(
-                held, described, number, bounds, in_memory))
+                opened or stored[-1], described, number, bounds, in_memory))
         ray.get([actor.describe.remote() for actor in actors], timeout=timeout_s)
     except BaseException as err:
-        RowServer("", actors).close()
+        RowServer("", actors, stored).close()
         if isinstance(err, ray.exceptions.GetTimeoutError):
             raise TimeoutError(f"{_OP}: the {num_actors} actors of {name!r} did not answer in {timeout_s} s") from None
         if isinstance(err, ValueError) and "taken" in str(err):  # Ray's ActorAlreadyExistsError, once a plain ValueError
@@ -181,7 +182,7 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
         if isinstance(err, ray.exceptions.RayError):
             raise OSError(f"{_OP}: an actor of {name!r} could not start: {_last_line(err)}") from err
         raise
-    return RowServer(f"ray://{name}", actors)
+    return RowServer(f"ray://{name}", actors, stored)
 
 
 def _last_line(err: BaseException) -> str:
@@ -237,6 +238,8 @@ class RayClient:
         deadline = time.monotonic() + self._timeout_s
         most = max(min(_CALL_IDS, _CALL_BYTES // self._row_bytes), 1)
         ends = np.searchsorted(ids, self._bounds)
+        if self._bounds[-1] < 1 << 31:
+            ids = ids.astype(np.int32)  # half to send
         calls = ((number, ids[begin:min(begin + most, ends[number + 1])]) for number in range(len(self._actors))
                  for begin in range(ends[number], ends[number + 1], most))
         asked: collections.deque[tuple[int, Any]] = collections.deque()
@@ -261,19 +264,16 @@ class RayClient:
     def _answer(self, answer: Any, number: int, deadline: float, watch: Any) -> Any:
         """What an actor answers; None: the request was given up."""
         ray = self._ray
-        try:
-            while not ray.wait([answer], timeout=_SLICE_S)[0]:
+        while True:
+            try:
+                return ray.get(answer, timeout=_SLICE_S)
+            except ray.exceptions.GetTimeoutError:
                 if watch is not None and watch.cancelled():
                     return None
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"ray://{self.name}: {self._who(number)} did not answer in {self._timeout_s} s")
-            return ray.get(answer, timeout=max(deadline - time.monotonic(), _SLICE_S))
-        except TimeoutError as err:
-            if isinstance(err, ray.exceptions.GetTimeoutError):
-                raise TimeoutError(f"ray://{self.name}: {self._who(number)} did not answer in {self._timeout_s} s") from None
-            raise
-        except Exception as err:
-            raise self._error(number, err) from err
+            except Exception as err:
+                raise self._error(number, err) from err
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ray://{self.name}: {self._who(number)} did not answer in {self._timeout_s} s")
 
     def _error(self, number: int, err: Exception) -> OSError:
         failed = self._ray.exceptions
