@@ -199,7 +199,7 @@ int64_t run(const Way& way, double seconds, uint64_t seed, const std::vector<flo
   source.row_dim = kRowDim;
   source.format = RowFormat::kF32;
   source.row_stride_bytes = kRowDim * 4;
-  if (traits_of(way.fetch).reads_file) {
+  if (traits_of(way.fetch).reads_tier) {
     auto reader = std::make_shared<FileReader>(std::vector{FileReader::NamedFile(fd, "table")}, 16, way.io);
     reader->wrap_queues(&add_io_faults, &faults);
     const int64_t row_bytes = kRowDim * 4, split = kNumRows / 3;  // the same rows, in two parts that lie in order
