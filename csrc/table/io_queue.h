@@ -1,4 +1,5 @@
-// Reads and writes of a file that are in flight at the same time: one interface, two backends (io_uring, threads that call pread).
+// Reads and writes of a file that are in flight at the same time: one interface, two backends (io_uring, threads that call
+// pread and pwrite).
 //
 // Scope       bytes at positions; no rows, no retries, no meaning of an error.
 // Ownership   a queue borrows descriptors and buffers until every read of it was returned by `wait`.

@@ -1,63 +1,17 @@
-"""Training of a table in a file: the bits of one in memory, kills at any moment, full disks, and who may open it."""
-import contextlib
-import multiprocessing
+"""Training of a table in a file: the bits of one in memory, a stop at each point of a step, and what is refused."""
 import os
 import random
-import resource
-import signal
 import time
-import traceback
 
 import pytest
 import torch
+from train_file_cases import OPTIONS, D, R, all_rows, batch, expect_as_in_memory, in_memory, opened, start
 
 import engram_kernels as ek
 from engram_kernels import _files
 from engram_kernels.training import file_rows, step_journal
 
 pytestmark = pytest.mark.usefixtures("compiled")
-R, D = 400, 32
-OPTIONS = {"lr": 0.05, "first_moment": "bf16", "seed": 5}
-
-
-def start(dtype=torch.bfloat16):
-    return torch.randn(R, D, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def batch(number, count=120):
-    generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(0, R, (count,), generator=generator)
-    ids[number % count] = -1
-    return ids, torch.randn(count, D, generator=generator).bfloat16()
-
-
-def opened(folder, **options):
-    """(table, optimizer) of the files in a folder, which are made where there are none."""
-    path = folder / "rows.safetensors"
-    has_journal = (folder / "rows.safetensors.journal").exists()
-    with pytest.warns(UserWarning, match="beside it is a journal of steps") if has_journal else contextlib.nullcontext():
-        table = ek.RowTable.open(path) if path.exists() else ek.RowTable.create(path, start())
-    return table, ek.RowOptimizer(table, "adam", state=folder / "state.safetensors", **{**OPTIONS, **options})
-
-
-def in_memory(steps):
-    """Rows, and an optimizer, after so many steps."""
-    table = ek.RowTable.from_tensor(start(), row_format="bf16")
-    optimizer = ek.RowOptimizer(table, "adam", **OPTIONS)
-    for number in range(steps):
-        optimizer.step(*batch(number))
-    return table.rows, optimizer
-
-
-def all_rows(table):
-    return table.read_rows(torch.arange(R))[0]
-
-
-def expect_as_in_memory(table, optimizer):
-    rows, wanted = in_memory(optimizer.num_steps)
-    assert torch.equal(all_rows(table).view(torch.int16), rows.view(torch.int16))
-    for name in ("second", "first", "steps"):
-        assert torch.equal(torch.cat(list(optimizer.moment_pieces(name))), getattr(wanted, name)), name
 
 
 @pytest.mark.parametrize("io", ["io_uring_buffered", "preadv_buffered", "auto"])
@@ -136,97 +90,6 @@ def test_a_short_journal_is_emptied_in_between(tmp_path):
     expect_as_in_memory(table, optimizer)
 
 
-# ---- a process that dies ----------------------------------------------------------------------------------------------------
-
-
-def serve(calls):
-    """Runs each call in a fork of this process, which has started no thread; sends the child's number, and how it ended."""
-    torch.set_num_threads(1)
-    in_memory(1)  # imports what torch puts off until its first optimizer
-    while True:
-        function, *args = calls.recv()
-        child = os.fork()
-        if child == 0:
-            try:
-                function(*args)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        calls.send(child)
-        calls.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-
-
-@pytest.fixture(scope="module")
-def children():
-    """Makes children one after the other: start(function, ..) gives the number of one, end() how it ended."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    server = context.Process(target=serve, args=(there,), daemon=True)
-    server.start()
-
-    class Children:
-        def start(self, *call):
-            here.send(call)
-            assert here.poll(60)
-            return here.recv()
-
-        def end(self):
-            assert here.poll(60)
-            return here.recv()
-
-    yield Children()
-    server.kill()
-    server.join()
-
-
-def train_until_killed(folder):
-    table, optimizer = opened(folder, journal_bytes=60_000, durable=False)
-    with ek.TrainableRows(table, optimizer) as mem:
-        while True:
-            ids, grads = batch(optimizer.num_steps)
-            (mem.wait(mem.submit(ids)) * grads).sum().backward()
-            mem.step()
-            mem.flush()
-            (folder / "begun").touch()
-
-
-def killed_rounds(children, folder, rounds, seed):
-    """(steps after each kill; how many kills left records in the journal)"""
-    draw, steps, unfinished = random.Random(seed), [], 0
-    for _ in range(rounds):
-        (folder / "begun").unlink(missing_ok=True)
-        child, waits = children.start(train_until_killed, folder), draw.random() < 0.8
-        while waits and not (folder / "begun").exists():  # the others are killed while they open the files
-            time.sleep(0.001)
-        time.sleep(draw.random() * 0.03)
-        os.kill(child, signal.SIGKILL)
-        assert children.end() == -signal.SIGKILL
-        journal = folder / "rows.safetensors.journal"
-        unfinished += journal.exists() and journal.stat().st_size > step_journal.HEADER_BYTES
-        table, optimizer = opened(folder)
-        expect_as_in_memory(table, optimizer)
-        steps.append(optimizer.num_steps)
-        optimizer.file.abandon()  # the next one finds a journal, too
-    return steps, unfinished
-
-
-def test_a_killed_process_leaves_a_step_boundary(children, tmp_path):
-    steps, unfinished = killed_rounds(children, tmp_path, 6, 1)
-    assert steps == sorted(steps) and steps[-1] > 5 and unfinished > 2
-
-
-@pytest.mark.slow
-def test_many_killed_processes_leave_step_boundaries(children, tmp_path):
-    unfinished = 0
-    for seed in range(3):  # of a table that has few steps, whose expected rows are made quickly
-        (tmp_path / str(seed)).mkdir()
-        steps, of_these = killed_rounds(children, tmp_path / str(seed), 12, seed)
-        assert steps == sorted(steps)
-        unfinished += of_these
-    assert unfinished > 18
-
-
 @pytest.mark.parametrize("at", ["journal", "rows", "moments", "progress", "sync"])
 def test_a_stop_at_each_point_of_a_step_is_one_of_two_boundaries(tmp_path, at, monkeypatch):
     """The process ends at a chosen point: in the middle of a record, of the rows, of the moments, before the progress, before the
@@ -294,32 +157,6 @@ def test_a_journal_that_is_cut_or_flipped_ends_at_the_last_whole_record(tmp_path
 # ---- what goes wrong --------------------------------------------------------------------------------------------------------
 
 
-def train_on_a_full_disk(folder):
-    """Writes beyond a size fail, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    table, optimizer = opened(folder, journal_bytes=1 << 30)
-    optimizer.step(*batch(0))
-    size = os.path.getsize(folder / "rows.safetensors.journal")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
-    with pytest.raises(OSError, match="step 2 cannot be journaled, so the table and its state are those of step 1"):
-        optimizer.step(*batch(1))
-    assert optimizer.num_steps == 1
-    expect_as_in_memory(table, optimizer)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    optimizer.step(*batch(1))
-    expect_as_in_memory(table, optimizer)
-    optimizer.close()
-
-
-def test_a_disk_too_full_for_the_journal_loses_nothing(children, tmp_path):
-    children.start(train_on_a_full_disk, tmp_path)
-    assert children.end() == 0
-    table, optimizer = opened(tmp_path)
-    assert optimizer.num_steps == 2
-    expect_as_in_memory(table, optimizer)
-    optimizer.close()
-
-
 def test_a_disk_that_fails_behind_the_journal_is_made_up_for(tmp_path, monkeypatch):
     table, optimizer = opened(tmp_path)
     with ek.TrainableRows(table, optimizer) as mem:
@@ -346,20 +183,6 @@ def test_a_disk_that_fails_behind_the_journal_is_made_up_for(tmp_path, monkeypat
         step(2)
     expect_as_in_memory(table, optimizer)
     optimizer.close()
-
-
-def expect_refused(folder):
-    with pytest.raises(OSError, match="has it open for training"):
-        opened(folder)
-
-
-def test_one_process_trains_a_table(children, tmp_path):
-    optimizer = opened(tmp_path)[1]
-    expect_refused(tmp_path)
-    children.start(expect_refused, tmp_path)
-    assert children.end() == 0
-    optimizer.close()
-    opened(tmp_path)[1].close()
 
 
 def test_bad_gradients_and_ids_leave_the_files_as_they_are(tmp_path):

@@ -195,3 +195,39 @@ def pieces_of(table: RowTable) -> Iterator[Tensor]:
         rows = torch.empty(count, table.rows.shape[1], dtype=table.rows.dtype, device="cpu")
         table._file.read_span(begin, rows, None)
         yield rows
+
+
+def load_state_dict(optimizer: RowOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """`RowOptimizer.load_state_dict` of one whose moments are in memory."""
+    op = "RowOptimizer.load_state_dict"
+    wanted = {"kind": Mapping, "num_steps": int, "param_groups": list, "state": Mapping}
+    for name, kind_of in wanted.items():
+        value = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+        if not isinstance(value, kind_of):
+            raise ValueError(f"{op}: {name} is {'missing' if value is None else repr(value)}, expected what "
+                             "RowOptimizer.state_dict gives")
+    kind = state_dict["kind"]
+    wrong = [f"{name} is {kind.get(name)!r}, expected {value!r}" for name, value in optimizer.settings.items()
+             if kind.get(name) != value]
+    if wrong:
+        raise ValueError(f"{op}: the state is of another optimizer or table: {'; '.join(wrong)}")
+    ours = {"second": optimizer.second, "first": optimizer.first, "steps": optimizer.steps}
+    for name, mine in ours.items():
+        other = state_dict["state"].get(name)
+        facts = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in (mine, other)]
+        if facts[0] != facts[1]:
+            raise ValueError(f"{op}: state[{name!r}] is {facts[1]}, expected {facts[0]}")
+    if optimizer.steps is not None and bool((state_dict["state"]["steps"] < 0).any()):
+        raise ValueError(f"{op}: state['steps'] has a number below 0")
+    num_steps = expect_int(op, "num_steps", state_dict["num_steps"], 0)
+    groups = state_dict["param_groups"]
+    if len(groups) != 1 or not isinstance(groups[0], Mapping) or not {"lr", "betas", "eps"} <= set(groups[0]):
+        raise ValueError(f"{op}: param_groups has {len(groups)} groups, expected one with lr, betas and eps")
+    check_rates(op, float(groups[0]["lr"]) if isinstance(groups[0]["lr"], Tensor) else groups[0]["lr"], groups[0]["betas"],
+                groups[0]["eps"])
+    with torch.no_grad():
+        for name, mine in ours.items():
+            if mine is not None:
+                mine.copy_(state_dict["state"][name])
+    optimizer.num_steps = num_steps
+    optimizer.param_groups[0].update({name: value for name, value in groups[0].items() if name != "params"})

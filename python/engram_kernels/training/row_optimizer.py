@@ -15,7 +15,7 @@ from engram_kernels.ops.row_update import FLOAT_MAX, MAX_ROW, ROUNDINGS, check_r
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.training.file_rows import FileRows
-from engram_kernels.training.optimizer_state import load_state, save_state
+from engram_kernels.training.optimizer_state import load_state, load_state_dict, save_state
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
 _FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -319,40 +319,9 @@ class RowOptimizer(torch.optim.Optimizer):
             ValueError: it is no state of this class, or that of an optimizer of another kind or of a table of another shape;
                 names what differs. Nothing has changed.
         """
-        op = "RowOptimizer.load_state_dict"
         self._expect_in_memory("load_state_dict")
         self._expect_free("load_state_dict")
-        wanted = {"kind": Mapping, "num_steps": int, "param_groups": list, "state": Mapping}
-        for name, kind_of in wanted.items():
-            value = state_dict.get(name) if isinstance(state_dict, Mapping) else None
-            if not isinstance(value, kind_of):
-                raise ValueError(f"{op}: {name} is {'missing' if value is None else repr(value)}, expected what "
-                                 "RowOptimizer.state_dict gives")
-        kind = state_dict["kind"]
-        wrong = [f"{name} is {kind.get(name)!r}, expected {value!r}" for name, value in self._kind.items()
-                 if kind.get(name) != value]
-        if wrong:
-            raise ValueError(f"{op}: the state is of another optimizer or table: {'; '.join(wrong)}")
-        ours = {"second": self.second, "first": self.first, "steps": self.steps}
-        for name, mine in ours.items():
-            other = state_dict["state"].get(name)
-            facts = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in (mine, other)]
-            if facts[0] != facts[1]:
-                raise ValueError(f"{op}: state[{name!r}] is {facts[1]}, expected {facts[0]}")
-        if self.steps is not None and bool((state_dict["state"]["steps"] < 0).any()):
-            raise ValueError(f"{op}: state['steps'] has a number below 0")
-        num_steps = expect_int(op, "num_steps", state_dict["num_steps"], 0)
-        groups = state_dict["param_groups"]
-        if len(groups) != 1 or not isinstance(groups[0], Mapping) or not {"lr", "betas", "eps"} <= set(groups[0]):
-            raise ValueError(f"{op}: param_groups has {len(groups)} groups, expected one with lr, betas and eps")
-        check_rates(op, float(groups[0]["lr"]) if isinstance(groups[0]["lr"], Tensor) else groups[0]["lr"], groups[0]["betas"],
-                    groups[0]["eps"])
-        with torch.no_grad():
-            for name, mine in ours.items():
-                if mine is not None:
-                    mine.copy_(state_dict["state"][name])
-        self.num_steps = num_steps
-        self.param_groups[0].update({name: value for name, value in groups[0].items() if name != "params"})
+        load_state_dict(self, state_dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state beside its table: a file that appears whole or not at all.
