@@ -98,7 +98,7 @@ def main():
     torch.set_num_threads(2)
     print("| ids per step | backbone | our step over its step (quartiles) | update, of the thread | rows gathered again |")
     print("|---|---|---|---|---|")
-    for num_ids in (8192, 16384, 65536):
+    for num_ids in (4096, 8192, 16384, 65536):
         for name, backbone in (("a device's", sleep_until), ("one thread's", compute_until)):
             found, stats = ratios(num_ids, backbone, int(sys.argv[1]) if len(sys.argv) > 1 else PAIRS)
             low, middle, high = statistics.quantiles(found, n=4)

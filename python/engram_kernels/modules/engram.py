@@ -32,7 +32,8 @@ class Engram(MemoryModule):
     [M, H]. A table made of an ``nn.Parameter`` is registered as `rows` and trained. `forward` and `table` read that parameter
     when they are called, so whatever a framework puts in its place counts: another dtype or device, FSDP's gathered tensor,
     `functional_call`, a parametrization. Any other table stays where it is, such as a `ShardedRows`, whose `parameter` an
-    optimizer is given beside the module's. `load_published` reads the published names.
+    optimizer is given beside the module's, or a `TrainableRows`, whose `step` updates it. `load_published` reads the
+    published names.
 
     The constants of the hash (`layout`) and `token_map` follow the module to another device. They are no buffers: they are
     derived or given, so that a module made on the meta device has them right after `to_empty`.

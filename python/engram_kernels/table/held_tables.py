@@ -5,6 +5,7 @@ import fcntl
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 _LOCKED_BYTE = 2**62  # of a lock that belongs to an open file, far behind its data
+# writes of a killed process that the system still does keep the lock; they must not land behind those of the next one
+_DYING_S = 2.0
 _inside = threading.local()
 _held: list[HeldTable] = []
 _lock = threading.RLock()  # a table that is collected as garbage while it is held releases itself in the same thread
@@ -95,9 +98,14 @@ def _lock_file(op: str, path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as err:
         raise OSError(err.errno, f"{op}: it cannot be opened for writing: {err.strerror}", str(path)) from None
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK))
-    except OSError as err:
-        os.close(fd)
-        raise OSError(err.errno, f"{op}: another process, or this one, has it open for training", str(path)) from None
-    return fd
+    deadline = time.monotonic() + _DYING_S
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_WRLCK))
+            return fd
+        except OSError as err:
+            if time.monotonic() < deadline:
+                time.sleep(0.01)
+                continue
+            os.close(fd)
+            raise OSError(err.errno, f"{op}: another process, or this one, has it open for training", str(path)) from None

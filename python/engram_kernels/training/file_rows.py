@@ -86,8 +86,8 @@ class FileRows:
             if not state.exists():
                 self._make_state()
             os.close(open_regular(state, op))  # refuses what is no file, and does not wait for a pipe
-            with naming_path(op, state, "cannot be opened for writing"):
-                self._state_fd = os.open(state, os.O_RDWR | os.O_CLOEXEC)
+            self._state_held = HeldTable(op, None, state)
+            self._state_fd = self._state_held.fd
             header, progress = read_state(op, self._state_fd, state, optimizer)
             io = self.table.io_stats()["io"]
             writers = [_C.RowWriter(fd, str(where), io) for fd, where in ((self._held.fd, path), (self._state_fd, state))]
@@ -231,7 +231,7 @@ class FileRows:
             self.journal.close(remove=False)
             del self.journal
         if self._state_fd >= 0:
-            os.close(self._state_fd)
+            self._state_held.release()
             self._state_fd = -1
         self._held.release()
         self._writers = []
