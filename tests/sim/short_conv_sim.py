@@ -40,7 +40,8 @@ def simulate(x, weight, norm_weight, cu, dilation, state=None, positions=None, d
 
 
 def kernel_of(launches):
-    return next(name for name in ("walk", "taps", "plain") if all(name in launch.kernel for launch in launches))
+    """Of the three kernels, the one that computed the outputs."""
+    return next(name for name in ("walk", "taps", "plain") if f"short_conv_{name}" in launches[0].kernel)
 
 
 def simulate_bwd(grad_out, x, weight, norm_weight, cu, dilation, device=None):

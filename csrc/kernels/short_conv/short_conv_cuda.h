@@ -39,7 +39,9 @@ struct Plan {
   int group;           // rows that are fetched together
   int row_bytes;
   int shared_bytes;
-  int tokens;          // tokens per block
+  int tokens;      // tokens per block
+  int64_t x_step;  // of the walk: bytes to the next token of a phase
+  int64_t out_step;
   float inverse_size;  // 1 / H
   ExactModulus slots;  // modulus: slots of a ring of the state
   bool aligned;        // every row and weight is 16-byte aligned
@@ -54,7 +56,22 @@ struct Span {
   int begin, end, before;
   uint32_t phase;
   int ring;  // negative: the sequence is skipped
+  int sequence;
 };
+
+// Sequence b, in which token t lies.
+__device__ __forceinline__ Span span_of_sequence(const ShortConvParams& p, const Plan& plan, int b, int t) {
+  const int num_tokens = static_cast<int>(p.num_tokens);
+  const int begin = min(max(p.cu_seqlens[b], 0), num_tokens), end = min(p.cu_seqlens[b + 1], num_tokens);
+  Span s{min(begin, t), max(end, t + 1), 0, 0, 0, b};
+  if (p.has_state()) {
+    s.ring = static_cast<int>(p.ring_of(b, s.end - s.begin));
+    const int64_t position = max(p.position(b), int64_t{0});
+    s.before = static_cast<int>(min(position, p.reach()));
+    s.phase = plan.slots(static_cast<uint64_t>(position));
+  }
+  return s;
+}
 
 // Looks for the sequence of token t with a whole warp: up to 1,024 sequences take two rounds of loads.
 __device__ __forceinline__ Span span_of(const ShortConvParams& p, const Plan& plan, int t) {
@@ -67,16 +84,7 @@ __device__ __forceinline__ Span span_of(const ShortConvParams& p, const Plan& pl
     low += (before == 0 ? 0 : kWarp - 1 - __clz(before)) * step;
     high = high - low > step ? low + step : high;
   }
-  const int num_tokens = static_cast<int>(p.num_tokens);
-  const int begin = min(max(p.cu_seqlens[low], 0), num_tokens), end = min(p.cu_seqlens[low + 1], num_tokens);
-  Span s{min(begin, t), max(end, t + 1), 0, 0, 0};
-  if (p.has_state()) {
-    s.ring = static_cast<int>(p.ring_of(low, s.end - s.begin));
-    const int64_t position = max(p.position(low), int64_t{0});
-    s.before = static_cast<int>(min(position, p.reach()));
-    s.phase = plan.slots(static_cast<uint64_t>(position));
-  }
-  return s;
+  return span_of_sequence(p, plan, low, t);
 }
 
 // Counts what check_host_data refuses.
@@ -324,16 +332,26 @@ struct Ring {
     }
   }
 
+  // This thread's part of a row's sum of squares. kWhole: every thread has all its vectors.
+  template <bool kWhole>
+  __device__ __forceinline__ float sum_of_squares(int slot) const {
+    float sum = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors<kType>; ++v) {
+      if (!kWhole && !has(v)) continue;
+      float x[kLanes<kType>];
+      load_floats<kType, kLanes<kType>>(vector_of(slot, v), x);
+      sum = add_squares<kLanes<kType>>(x, sum);
+    }
+    return sum;
+  }
+
   // Takes the norms of the rows in slots first .. first + 3 whose bit in `there` is set. The whole block
   // calls it; parity alternates between calls.
   __device__ __forceinline__ void norm_group(int first, unsigned there, int parity) const {
     float sums[kGroup];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      float x[kChannels] = {};
-      if ((there >> i & 1) != 0) load(wrapped(first + i), x);
-      sums[i] = add_squares<kChannels>(x, 0.0F);
-    }
+    for (int i = 0; i < kGroup; ++i) sums[i] = (there >> i & 1) != 0 ? sum_of_squares<false>(wrapped(first + i)) : 0.0F;
     const float norm = inverse_rms(block_sums(sums, partials(parity)), p, plan);
     const int lane = threadIdx.x % kWarp;
     if (lane % 8 == 0 && (there >> lane / 8 & 1) != 0) norms()[wrapped(first + lane / 8)] = norm;
@@ -373,10 +391,11 @@ __device__ __forceinline__ int skip(const ShortConvParams& p, const Plan& plan, 
   return last;
 }
 
-// Copies inputs [first, s.end) of a sequence into their slots.
+// Copies inputs [first, last) of a sequence into their slots.
 template <DType kType>
-__device__ __forceinline__ void copy_to_state(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int first) {
-  for (int t = first; t < s.end; ++t) {
+__device__ __forceinline__ void copy_to_state(const ShortConvParams& p, const Plan& plan, const Span& s, int branch, int first,
+                                              int last) {
+  for (int t = first; t < last; ++t) {
     const auto* from = reinterpret_cast<const uint4*>(input_row<kType>(p, plan, s, branch, t));
     auto* to = reinterpret_cast<uint4*>(state_row<kType>(p, plan, s, branch, t));
     for (int vector = threadIdx.x; vector < plan.vectors; vector += plan.threads) to[vector] = from[vector];
