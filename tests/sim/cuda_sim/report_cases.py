@@ -20,6 +20,8 @@ from test_gather_rows_cuda_sim import simulate as simulate_gather_rows
 from test_ngram_hash_cuda_sim import run_v41
 from test_place_rows_cuda_sim import random_bytes, random_places
 from test_place_rows_cuda_sim import simulate as simulate_place_rows
+from test_row_update_cuda_sim import make_state
+from test_row_update_cuda_sim import simulate as simulate_row_update
 
 from cuda_sim import Device
 from engram_kernels.testing.inputs import random_rows
@@ -92,11 +94,11 @@ def gather_rows_bwd():
             lambda: simulate_gather_rows_bwd(grad, ids, num_rows, torch.bfloat16)[1], least, positions, "position")
 
 
-def short_conv(tokens=20):
-    args = short_conv_inputs([tokens], BRANCHES, HIDDEN_SIZE)
-    return ("short_conv", "bf16, M 4, H 5120, 20 tokens per block",
-            lambda: simulate_short_conv(*args, 3, device=Device(multiprocessors=1))[2],
-            2 * tokens * BRANCHES * HIDDEN_SIZE * 2, tokens * BRANCHES, "token and branch")
+def short_conv(tokens=84):
+    args = short_conv_inputs([tokens], 1, HIDDEN_SIZE)
+    return ("short_conv", "bf16, H 5120, 28 tokens per block",
+            lambda: simulate_short_conv(*args, 3, device=Device(multiprocessors=1))[2],  # a block per phase, as in long chunks
+            2 * tokens * HIDDEN_SIZE * 2, tokens, "token and branch")
 
 
 def short_conv_decode(sequences=8):
@@ -123,7 +125,16 @@ def place_rows(row_bytes=264):
             NUM_ROWS * (2 * row_bytes + 8), NUM_ROWS, "row")
 
 
+def row_update(rows=256):
+    ids, state = torch.arange(2 * rows) % rows, make_state("row", torch.bfloat16, rows, ROW_DIM)
+    grads = torch.randn(2 * rows, ROW_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
+    table = torch.randn(rows, ROW_DIM, generator=torch.Generator().manual_seed(4)).bfloat16()
+    of_row = 2 * ROW_DIM * 2 + 2 * (2 * ROW_DIM * 2 + 4 + 4)  # gradients of two positions; row, moments and count, both ways
+    return ("row_update", "Adam, bf16, moments bf16 and per row, 2 positions per row, after the sort",
+            lambda: simulate_row_update(table, ids, grads, "adam", state)[2], rows * (of_row + 2 * (8 + 8 + 4)), rows, "row")
+
+
 CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
          gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
          gather_rows_bwd, gate, gate_bwd, gather_gate(backward=False), gather_gate(backward=True), short_conv, short_conv_decode,
-         short_conv_bwd, place_rows)
+         short_conv_bwd, row_update, place_rows)
