@@ -1,4 +1,5 @@
 """Update rows of a table in place by their gradients: one step of SGD, Adagrad or Adam for the rows that ids name."""
+from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
 
@@ -113,10 +114,10 @@ def _number(op: str, grad_scale: float | Tensor) -> float:
     return grad_scale
 
 
-def expect_writable(op: str, table: RowTable) -> None:
-    """Raises ValueError unless the rows of `table` are floats in memory of this process that may be written."""
-    if table.row_format not in FLOAT_FORMATS:
-        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, FLOAT_FORMATS))}")
+def expect_writable(op: str, table: RowTable, formats: Iterable[str] = FLOAT_FORMATS) -> None:
+    """Raises ValueError unless the rows of `table` are in memory of this process that may be written, and of one of `formats`."""
+    if table.row_format not in formats:
+        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, formats))}")
     if not table.in_memory:
         where = f"in the file {table.path}" if table.tier == "file" else f"at {table.address}"
         raise ValueError(f"{op}: table is {where}, which is read-only; expected one in memory")

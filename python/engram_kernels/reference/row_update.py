@@ -28,7 +28,7 @@ def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tenso
     if steps is not None:
         steps[rows] += 1
         own = steps[rows].long()
-        keys = _mixed(_mixed(_mixed(torch.tensor(seed, device=rows.device)) ^ (rows + first_row)) ^ own)
+        keys = row_keys(rows + first_row, own, seed)
         at = at if step else own.tolist()
     moment = g
     if first is not None:
@@ -112,7 +112,12 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 31)
 
 
-def _random_bits(keys: Tensor, count: int) -> Tensor:
+def row_keys(names: Tensor, steps: Tensor, seed: int) -> Tensor:
+    """64 bits, as int64, of each row [n] at its step; the lower half is for the row, the upper for its first moment."""
+    return _mixed(_mixed(_mixed(torch.tensor(seed, device=names.device)) ^ names) ^ steps)
+
+
+def random_bits(keys: Tensor, count: int) -> Tensor:
     """32 bits [n, count] of each row's key and each element, as int64."""
     x = (torch.arange(count, device=keys.device) * 0x9E3779B9 + keys[:, None]) & _LOW
     x = (x ^ x >> 16) * 0x7FEB352D & _LOW
@@ -124,7 +129,7 @@ def _rounded(values: Tensor, dtype: torch.dtype, keys: Tensor, stochastic: bool)
     """float32 [n, D] in `dtype`: to nearest, or up in magnitude with the probability of what is cut off."""
     if dtype == torch.float32 or not stochastic:
         return values.to(dtype)
-    random, bits = _random_bits(keys, values.shape[1]), values.view(torch.int32).long() & _LOW
+    random, bits = random_bits(keys, values.shape[1]), values.view(torch.int32).long() & _LOW
     magnitude, sign = bits & 0x7FFFFFFF, bits >> 16 & 0x8000
     if dtype == torch.bfloat16:
         rounded = torch.where(magnitude > 0x7F800000, 0x7FC0, bits + (random >> 16) >> 16)

@@ -92,13 +92,17 @@ def quantize(table: RowTable, row_format: str, path: str | os.PathLike[str] | No
                                    table_scale=table_scale), errors.report()
 
 
-def encode(values: Tensor, row_format: str, whole: float | None = None) -> tuple[Tensor, Tensor | None]:
+def encode(values: Tensor, row_format: str, whole: float | None = None, *, draws: Tensor | None = None,
+           before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Rows as a format stores them, each value the nearest one, ties to even.
 
     Args:
         values: float32 [n, D], finite, on the CPU.
         row_format: one of `FORMATS`.
         whole: the scale of the table, for fp8_e4m3_tensor and nvfp4.
+        draws: float64 [n, D] in [0, 1), of fp8 and int8: then each value is the next one up in magnitude where its draw is below
+            the part that is cut off, else the next one down.
+        before: float32 scales that the rows had, each of which is kept where the largest value fits it and fills half of it.
 
     Returns:
         rows and scales, as `RowTable.create` takes a piece; no scales where they are packed or of the whole table.
@@ -107,16 +111,17 @@ def encode(values: Tensor, row_format: str, whole: float | None = None) -> tuple
     exact = values.double()
     if row_format == "fp8_e4m3_tensor":
         assert whole is not None
-        return _to_e4m3(exact / whole), None
+        return _to_e4m3(exact / whole, draws), None
     if row_format == "fp8_e4m3_row":
-        scales = _float_scales(exact.abs().amax(1, keepdim=True), _E4M3_MAX)
-        return _to_e4m3(exact / scales), scales
+        scales = _float_scales(exact.abs().amax(1, keepdim=True), _E4M3_MAX, before)
+        return _to_e4m3(exact / scales, draws), scales
     blocks = exact.unflatten(1, (-1, fmt.block))
     largest = blocks.abs().amax(-1)
     if row_format == "int8_group32":
-        scales = _float_scales(largest, _INT8_MAX)
-        levels = (blocks / scales.double().unsqueeze(-1)).round().clamp(-_INT8_MAX, _INT8_MAX)
-        return levels.to(torch.int8).flatten(1), scales
+        scales = _float_scales(largest, _INT8_MAX, before)
+        levels = (blocks / scales.double().unsqueeze(-1)).flatten(1)
+        levels = levels.round() if draws is None else torch.copysign(_drawn(levels.abs(), draws), levels)
+        return levels.clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales
     if row_format == "nvfp4":
         assert whole is not None
         scales = (largest / (_E2M1_MAX * whole)).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -131,12 +136,21 @@ def encode(values: Tensor, row_format: str, whole: float | None = None) -> tuple
     scaled = torch.ldexp(blocks, -exponents.unsqueeze(-1).double()).clamp(-most, most)
     if row_format == "mxfp4":
         return _to_e2m1(scaled), scales
-    rows = _to_e4m3(scaled.flatten(1))
+    rows = _to_e4m3(scaled.flatten(1), draws)
     return (torch.cat([rows, scales], 1), None) if fmt.is_packed else (rows, scales)
 
 
-def _to_e4m3(scaled: Tensor) -> Tensor:
+def _to_e4m3(scaled: Tensor, draws: Tensor | None = None) -> Tensor:
+    if draws is not None:
+        size = scaled.abs().clamp(max=_E4M3_MAX)
+        step = torch.ldexp(torch.ones_like(size), ((torch.frexp(size)[1] - 1).clamp(min=-6) - 3).double())  # between values
+        scaled = torch.copysign(_drawn(size / step, draws) * step, scaled)
     return scaled.float().clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _drawn(size: Tensor, draws: Tensor) -> Tensor:
+    below = size.floor()
+    return below + (draws < size - below)
 
 
 def _to_e2m1(scaled: Tensor) -> Tensor:
@@ -149,11 +163,15 @@ def _to_e2m1(scaled: Tensor) -> Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def _float_scales(largest: Tensor, most: float) -> Tensor:
-    """float32 scales that bring the largest value to the format's; 1 for zeros."""
+def _float_scales(largest: Tensor, most: float, before: Tensor | None = None) -> Tensor:
+    """float32 scales that bring the largest value to the format's; 1 for zeros. Those of `before` where they still serve."""
     scales = torch.where(largest == 0, 1.0, (largest / most).clamp(min=_LEAST_SCALE)).float()
     too_large = scales.double() * most > torch.finfo(torch.float32).max  # rounded up: its largest value would be Inf
-    return torch.where(too_large, torch.nextafter(scales, torch.zeros_like(scales)), scales)
+    scales = torch.where(too_large, torch.nextafter(scales, torch.zeros_like(scales)), scales)
+    if before is None:
+        return scales
+    reach = before.double() * most
+    return torch.where((largest <= reach) & (largest >= reach / 2) & (before > 0), before, scales)
 
 
 def _exponents(largest: Tensor, most: float) -> Tensor:

@@ -15,7 +15,6 @@ from engram_kernels._library import need_compiled
 from engram_kernels.ops.row_update import update_named
 from engram_kernels.table.file_reader import make_reader
 from engram_kernels.table.held_tables import HeldTable
-from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.table.safetensors_file import Extent, atomic_writer, open_regular, read_bytes
 from engram_kernels.table.shared_table import fingerprint
@@ -31,6 +30,7 @@ from engram_kernels.training.optimizer_state import (
     read_state,
     take_over,
 )
+from engram_kernels.training.quantized_rows import distinct_of
 from engram_kernels.training.step_journal import StepJournal, journal_path
 
 if TYPE_CHECKING:
@@ -150,16 +150,11 @@ class FileRows:
              **options: Any) -> None:
         """Step `num_steps`; `options`: rule, step, rounding and seed as `row_update` takes them, and first_row."""
         self.make_whole()
-        expect_row_ids(self.op, row_ids, torch.device("cpu"))
-        check_row_ids(self.op, row_ids, self.table.num_rows)
-        ids = row_ids.reshape(-1).to(torch.int64)
-        present = ids != -1
-        distinct, places = torch.unique(ids[present], return_inverse=True)
-        local = torch.full_like(ids, -1).masked_scatter_(present, places)
+        distinct, local = distinct_of(row_ids, self.table.num_rows)
         rows = self.rows.read(distinct)
         moments = {name: array.read(distinct) for name, array in self.moments.items()}
         first_row = options.pop("first_row")
-        update_named(rows, local, grad_rows.detach().reshape(ids.numel(), self.table.row_dim), distinct + first_row, **rates,
+        update_named(rows, local, grad_rows.detach().reshape(local.numel(), self.table.row_dim), distinct + first_row, **rates,
                      **options, grad_scale=grad_scale, second=moments.get("second"), first=moments.get("first"),
                      steps=moments.get("steps"))
         group = {**self.optimizer.param_groups[0], **rates}

@@ -16,6 +16,7 @@ from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.training.file_rows import FileRows
 from engram_kernels.training.optimizer_state import load_state, load_state_dict, save_state
+from engram_kernels.training.quantized_rows import FORMATS, expect_decodable, update_quantized
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
 _FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -41,7 +42,9 @@ class RowOptimizer(torch.optim.Optimizer):
     anything is written.
 
     Args:
-        table: of format f32, bf16 or f16, in memory and not shared, or in one file that `RowTable.create` wrote.
+        table: of format f32, bf16 or f16, in memory and not shared, or in one file that `RowTable.create` wrote. In host memory
+            also of fp8_e4m3_block32, fp8_e4m3_block32_packed, fp8_e4m3_row or int8_group32: such rows are decoded, updated in
+            float32 and encoded again.
         rule: "adam", "adagrad" or "sgd"; formulas in docs/ops.md, "row_update".
         lr: learning rate.
         betas: of adam; the first is the momentum of sgd with a first moment.
@@ -112,14 +115,14 @@ class RowOptimizer(torch.optim.Optimizer):
         self.table, self.num_steps, self.rule, self._by_row = table, 0, rule, bias_correction == "row"
         self._rounding, self._seed = rounding, expect_int(op, "seed", seed, 0, 2**63 - 1)
         self._first_row = expect_int(op, "first_row", first_row, 0, MAX_ROW)
-        rows, self._shapes = table.rows.detach(), {}
-        if second_moment is not None:
-            self._shapes["second"] = (torch.float32, tuple(rows.shape if second_moment == "element" else rows.shape[:1]))
+        rows, shape = table.rows.detach(), (table.num_rows, table.row_dim)
+        self._shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = (
+            {} if second_moment is None else {"second": (torch.float32, shape if second_moment == "element" else shape[:1])})
         if first_moment is not None:
-            self._shapes["first"] = (_FIRST[first_moment], tuple(rows.shape))
+            self._shapes["first"] = (_FIRST[first_moment], shape)
         rounds = rounding == "stochastic" and (rows.dtype != torch.float32 or first_moment == "bf16")
         if rounds or (rule == "adam" and self._by_row):
-            self._shapes["steps"] = (torch.int32, tuple(rows.shape[:1]))
+            self._shapes["steps"] = (torch.int32, shape[:1])
         kept = {name: torch.zeros(shape, dtype=dtype, device=rows.device) for name, (dtype, shape) in self._shapes.items()
                 if table.tier != "file"}
         self.second, self.first, self.steps = (kept.get(name) for name in ("second", "first", "steps"))
@@ -209,9 +212,10 @@ class RowOptimizer(torch.optim.Optimizer):
             self.file.step(row_ids, grad_rows, rates, grad_scale, number, rule=self.rule, rounding=self._rounding,
                            step=None if self._by_row else number, seed=self._seed, first_row=self._first_row)
             return
-        row_update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
-                   step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
-                   grad_scale=grad_scale)
+        update: Any = update_quantized if self.table.row_format in FORMATS else row_update
+        update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
+               step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
+               grad_scale=grad_scale)
 
     def _cannot_fail(self, row_ids: Tensor, grad_rows: Tensor, grad_scale: float | Tensor) -> bool:
         """Whether all ids are in range, no sum of gradients can leave float32, and every row's count of steps can grow."""
@@ -278,7 +282,7 @@ class RowOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, IndexError: as `row_update`.
         """
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
-        if self.file is not None:  # its rows do not matter, only which ids are equal
+        if self.file is not None or self.table.row_format in FORMATS:  # rows do not matter, only which ids are equal
             distinct, row_ids = torch.unique(row_ids, return_inverse=True)
             row_ids = row_ids - int(distinct[:1].eq(-1).sum())
             table = RowTable.from_tensor(torch.zeros(max(distinct.numel(), 1), self.table.row_dim), row_format="f32")
@@ -380,7 +384,8 @@ class RowOptimizer(torch.optim.Optimizer):
 def _expect_trainable(op: str, table: RowTable, state: str | os.PathLike[str] | None) -> None:
     """Raises ValueError unless the rows can be updated where they are."""
     if table.tier != "file":
-        expect_writable(op, table)
+        expect_writable(op, table, (*FLOAT_FORMATS, *FORMATS))
+        expect_decodable(table)
         if state is not None:
             raise ValueError(f"{op}: state is given, but table is in memory, where its moments are too; use save and load")
     elif table.row_format not in FLOAT_FORMATS:

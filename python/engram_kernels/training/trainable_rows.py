@@ -58,7 +58,7 @@ class TrainableRows:
     `flush` or `close` raises it, once.
 
     Args:
-        table: rows of format f32, bf16 or f16 in host memory, or in a file that `optimizer` has opened for training.
+        table: rows in host memory, or in a file that `optimizer` has opened for training; of a format that it takes.
         optimizer: a `RowOptimizer` of this table.
         depth: tickets that may be in flight, at least 1.
         staleness: steps that rows may be behind.
@@ -94,7 +94,7 @@ class TrainableRows:
         if table.tier not in ("host", "file"):
             raise ValueError(f"{_OP}: table is on {table.device}, expected one in host memory or in a file: rows on the device "
                              "need no prefetch, a RowOptimizer updates them there")
-        out_dtype = FLOAT_FORMATS[table.row_format] if out_dtype is None else out_dtype
+        out_dtype = FLOAT_FORMATS.get(table.row_format, torch.bfloat16) if out_dtype is None else out_dtype
         if out_dtype not in FLOAT_DTYPES:
             raise ValueError(f"{_OP}: out_dtype is {out_dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
         self.depth = expect_int(_OP, "depth", depth, 1, 1 << 20)
