@@ -45,7 +45,8 @@ def run(rounds):
     import ray
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False,
+             configure_logging=False)
     try:
         rows = torch.randint(0, 120, (NUM_ROWS, ROW_BYTES), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         with tempfile.TemporaryDirectory() as folder:  # a table in memory would fill Ray's object store

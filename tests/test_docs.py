@@ -95,9 +95,11 @@ def shown_after(page, index):
 @pytest.mark.parametrize(("page", "index"), [
     pytest.param(page, i, id=f"{page}-{i}", marks=[pytest.mark.slow, pytest.mark.alone] if page in RAY_PAGES else [])
     for page, i in PYTHON_BLOCKS])
-def test_python_block_runs_and_prints_what_the_page_shows(page, index):
+def test_python_block_runs_and_prints_what_the_page_shows(page, index, monkeypatch):
     if page in RAY_PAGES:
         pytest.importorskip("ray", reason="ray is not installed: pip install 'engram-kernels[ray]'")
+        monkeypatch.setenv("RAY_ADDRESS", "local")  # a cluster that is named there is somebody else's
+        monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 without: a busy machine lets an actor wait for minutes
     printed, shown = run_block(page, index)[1].strip(), shown_after(page, index)
     assert (shown is None) == (printed == ""), "what a block prints stands below it"
     if shown is not None:  # numbers may differ in the last digit that is shown, from one CPU to another

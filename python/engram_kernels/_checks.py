@@ -1,4 +1,5 @@
 """Argument checks that the ops share. Every message: op, argument, what was expected, what came."""
+import numbers
 import operator
 from collections.abc import Sequence
 
@@ -90,6 +91,15 @@ def expect_int(op: str, name: str, value: object, low: int, high: int | None = N
     if high is not None and number > high:
         raise ValueError(f"{op}: {name} is {number}, expected at most {high}")
     return number
+
+
+def expect_seconds(op: str, name: str, value: object) -> float:
+    """`value` as a float. TypeError unless it is a number (no bool), ValueError unless it is more than 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected seconds, more than 0")
+    if not value > 0:  # nan too
+        raise ValueError(f"{op}: {name} is {value!r}, expected seconds, more than 0")
+    return float(value)
 
 
 def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

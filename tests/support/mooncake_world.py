@@ -103,6 +103,7 @@ def main():
         said["there"] = error(lambda: ek.store_rows(table, address))
         said["fingerprint"] = error(lambda: ek.RowTable.connect(address, fingerprint="0123"))
         said["unknown"] = error(lambda: ek.RowTable.connect(f"mooncake://{MASTER}/nothing"))
+        said["nobody"] = error(lambda: ek.RowTable.connect("mooncake://127.0.0.1:50159/rows"))
         said["address"] = error(lambda: ek.RowTable.connect("mooncake://nowhere"))
         remote = ek.RowTable.connect(address)
         again = ek.store_rows(tables["fp8_e4m3_tensor"], address, replace=True)

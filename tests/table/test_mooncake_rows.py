@@ -7,6 +7,8 @@ without CUDA yet.
 """
 import ctypes
 import json
+import os
+import socket
 import types
 
 import numpy as np
@@ -107,6 +109,7 @@ def objects(monkeypatch):
     module = types.SimpleNamespace(MooncakeDistributedStore=make, ReplicateConfig=Config, EngramStoreConfig=Config,
                                    EngramStore=EngramStore)
     monkeypatch.setattr(mooncake_rows, "_mooncake", lambda: module)
+    monkeypatch.setattr(mooncake_rows, "_expect_master", lambda *args: None)
     return types.SimpleNamespace(found=found, stores=stores, module=module)
 
 
@@ -203,6 +206,92 @@ def test_mooncake_rows_a_write_that_fails_leaves_nothing(objects, monkeypatch):
     with pytest.raises(OSError, match=r"key 'engram_kernels/rows/\w+/3' cannot be put: -200: no memory is left in the store"):
         ek.store_rows(make_table(), ADDRESS, object_bytes=1000)
     assert objects.found == {}
+
+
+def test_mooncake_rows_stopped_behind_its_manifest_are_whole(objects, monkeypatch):
+    """Ctrl-C while the objects of the generation before are removed: the manifest names the new ones already."""
+    ek.store_rows(make_table("bf16"), ADDRESS)
+    remove = Store.remove
+
+    def interrupted(self, key, force=False):
+        monkeypatch.setattr(Store, "remove", remove)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Store, "remove", interrupted)
+    table = make_table()
+    with pytest.raises(KeyboardInterrupt):
+        ek.store_rows(table, ADDRESS, replace=True)
+    assert torch.equal(ek.RowTable.connect(ADDRESS).read_rows(torch.arange(500))[0], table.rows)
+
+
+def test_mooncake_rows_arguments_are_named(objects):
+    table = make_table()
+    for args, options, error, message in (
+            ((torch.zeros(3, 4), ADDRESS), {}, TypeError, "store_rows: table is Tensor, expected a RowTable"),
+            ((table, ADDRESS), {"segment_bytes": -5}, ValueError, "store_rows: segment_bytes is -5, expected at least 0"),
+            ((table, "ray://x"), {}, ValueError, "store_rows: address is 'ray://x', expected 'mooncake://HOST:PORT/NAME'")):
+        with pytest.raises(error, match=message):
+            ek.store_rows(*args, **options)
+    assert objects.stores == []
+    ek.store_rows(table, ADDRESS)
+    for options, error, message in (
+            ({"bogus": 1}, TypeError, "mooncake:// has no option 'bogus', expected 'protocol' or 'rdma_devices' or"),
+            ({"timeout_s": "5"}, TypeError, "timeout_s is '5', expected seconds, more than 0"),
+            ({"timeout_s": None}, TypeError, "timeout_s is None, expected seconds"),
+            ({"timeout_s": float("nan")}, ValueError, "timeout_s is nan, expected seconds"),
+            ({"cache_bytes": -1}, ValueError, "cache_bytes is -1, expected at least 0"),
+            ({"cache_bytes": 0.5}, TypeError, "cache_bytes is 0.5, expected an integer")):
+        with pytest.raises(error, match=f"RowTable.connect: {message}"):
+            ek.RowTable.connect(ADDRESS, **options)
+
+
+def test_mooncake_rows_of_an_engram_store_take_sizes_of_any_kind(objects):
+    """As numpy has them: the address of the table is JSON, for graphs that are saved."""
+    table = make_table("fp8_e4m3_block32_packed", 371)
+    for head, part in enumerate(table.rows.split([101, 270])):
+        objects.found[f"engram:l3:h{head}"] = part.numpy().tobytes()
+    for sizes in ((101, 270), np.array([101, 270]), torch.tensor([101, 270]), [np.int64(101), 270]):
+        remote = ek.RowTable.connect("mooncake://10.0.0.7:50051/engram:l3", row_format="fp8_e4m3_block32_packed",
+                                     row_dim=np.int64(64), table_vocab_sizes=sizes, cache_bytes=np.int64(1000))
+        assert torch.equal(remote.read_rows(torch.tensor([370]))[0], table.rows[[370]])
+    for sizes in (5, [], [0, -1], ["a"]):
+        with pytest.raises(ValueError, match="table_vocab_sizes is .*, expected the rows of each head"):
+            ek.RowTable.connect("mooncake://10.0.0.7:50051/engram:l3", row_format="bf16", row_dim=64, table_vocab_sizes=sizes)
+
+
+def test_mooncake_rows_without_a_master_are_an_error_at_once(monkeypatch):
+    """The engine itself tries for 90 s, in which nothing interrupts it."""
+    monkeypatch.setattr(mooncake_rows, "_mooncake", lambda: None)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and listens to none
+        address = f"mooncake://127.0.0.1:{nobody.getsockname()[1]}/rows"
+        message = f"{address[:-5]}: no master answers there: .*refused"
+        with pytest.raises(ConnectionError, match=f"RowTable.connect: {message}"):
+            ek.RowTable.connect(address)
+        with pytest.raises(ConnectionError, match=f"store_rows: {message}"):
+            ek.store_rows(make_table(), address)
+    for wrong in ("mooncake://127.0.0.1/rows", "mooncake://127.0.0.1:x/rows", "mooncake://127.0.0.1:99999/rows",
+                  "mooncake://127.0.0.1:50051/", "mooncake://127.0.0.1:50051", "mooncake://:50051/rows"):
+        with pytest.raises(ValueError, match=f"address is '{wrong}', expected 'mooncake://HOST:PORT/NAME'"):
+            ek.RowTable.connect(wrong)
+
+
+def test_mooncake_rows_after_a_fork_are_those_of_the_parent(objects, monkeypatch):
+    """A child that leaves a `with` block, or drops a table, neither ends its parent's client nor removes its rows."""
+    from prefetch_cases import exit_status
+    stored = ek.store_rows(make_table(), ADDRESS)
+    remote = ek.RowTable.connect(ADDRESS)
+
+    def child():
+        monkeypatch.setattr(Store, "close", lambda self: os._exit(3))
+        stored.close()
+        remote._file.client.__del__()
+        with pytest.raises(RuntimeError, match="StoredRows.remove: mooncake://.* was stored before a fork"):
+            stored.remove()
+        with pytest.raises(RuntimeError, match="connected before a fork; connect again here"):
+            remote.read_rows(torch.tensor([1]))
+        os._exit(0)
+    assert exit_status(child) == 0
+    assert remote.read_rows(torch.tensor([1]))[0].shape[0] == 1
 
 
 def test_mooncake_rows_deadline(objects):

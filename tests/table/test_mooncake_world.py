@@ -39,6 +39,7 @@ def test_mooncake_world(tmp_path):
     assert said["there"].startswith(f"FileExistsError: store_rows: {host}/rows: there is a table of that name")
     assert said["fingerprint"].startswith(f"ValueError: RowTable.connect: {host}/rows serves a table with fingerprint")
     assert said["unknown"] == f"FileNotFoundError: {host}: there is no key 'engram_kernels/nothing': no table of that name"
+    assert "mooncake://127.0.0.1:50159: no master answers there" in said["nobody"]
     assert "expected 'mooncake://HOST:PORT/NAME'" in said["address"]
     assert said["generation"].startswith(f"ConnectionError: {host}: key 'engram_kernels/rows/{first}/0' cannot be read: -704")
     assert said["generation"].endswith(f"generation {first} is gone, there is one of generation {second} now: connect again")

@@ -23,8 +23,9 @@ TIMEOUT_S = 240
 def cluster():
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 without: a busy machine lets an actor wait for minutes
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, configure_logging=False,
-             namespace="tests")
+    # "local": a cluster that runs here already, or RAY_ADDRESS, is somebody else's
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False,
+             configure_logging=False, namespace="tests")
     yield
     children = _children()
     ray.shutdown()
@@ -179,6 +180,22 @@ def test_ray_rows_the_wrong_table_is_refused(served, tmp_path):
         ek.serve_rows(tmp_path / "no/such")
     with pytest.raises(ValueError, match="name is 'packed', expected another"):
         ek.serve_rows(table, name="packed")
+
+
+def test_ray_rows_of_another_table_by_the_same_name(cluster):
+    """A server that ends and another one after it: an old table says what to do, and never has the new rows."""
+    tables = [ek.RowTable.from_tensor(torch.full((3, ROW_DIM), float(i)), row_format="f32") for i in range(2)]
+    remote = None
+    for table in tables:
+        with ek.serve_rows(table, 1, name="again", timeout_s=TIMEOUT_S) as server:
+            if remote is None:
+                remote = ek.RowTable.connect(server.address, timeout_s=TIMEOUT_S)
+                assert torch.equal(remote.read_rows(torch.arange(3))[0], table.rows)
+                continue
+            with pytest.raises(ConnectionError, match="'rows/again/0' .*did not answer: .*connect again"):
+                remote.read_rows(torch.arange(3))
+            with pytest.raises(ValueError, match=f"expected {tables[0].fingerprint()}: it is"):
+                pickle.loads(pickle.dumps(remote))
 
 
 def test_ray_rows_after_a_fork_and_in_threads(served):

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from remote_cases import NUM_ROWS, ROW_DIM, TIMEOUT_S, Client, connected, make_t
 import engram_kernels as ek
 from engram_kernels._library import COMPILE_ERROR
 from engram_kernels.prefetch.errors import PrefetchCancelled
+from engram_kernels.table import ray_rows
 
 if not COMPILE_ERROR:
     from engine_faults import faulty_engine
@@ -140,6 +142,58 @@ def test_remote_rows_fill_a_shared_segment():
     remote = connected(Client(table))
     shared = remote.share(f"remote-{os.getpid()}")
     assert torch.equal(shared.rows, table.rows)
+
+
+def test_remote_rows_arguments_of_ray_are_named(monkeypatch):
+    """Before anything is asked of Ray, for which a stand-in serves."""
+    monkeypatch.setattr(ray_rows, "_ray", lambda: None)
+    table = make_table("bf16")
+    for options, error, message in (
+            ({"num_actors": 0}, ValueError, "num_actors is 0, expected at least 1"),
+            ({"num_actors": NUM_ROWS + 1}, ValueError, f"num_actors is {NUM_ROWS + 1}, expected at most {NUM_ROWS}"),
+            ({"num_actors": 2.0}, TypeError, "num_actors is 2.0, expected an integer"),
+            ({"name": 5}, ValueError, "name is 5, expected a string without '/'"),
+            ({"name": ""}, ValueError, "name is '', expected a string without '/'"),
+            ({"name": "a/b"}, ValueError, "name is 'a/b', expected a string without '/'"),
+            ({"timeout_s": -1}, ValueError, "timeout_s is -1, expected seconds, more than 0"),  # Ray takes that for none
+            ({"timeout_s": None}, TypeError, "timeout_s is None, expected seconds"),
+            ({"max_restarts": -2}, ValueError, "max_restarts is -2, expected at least -1"),
+            ({"actor_options": {"name": "x"}}, ValueError, "actor_options has 'name', expected none of name, namespace"),
+            ({"actor_options": {"namespace": "x"}}, ValueError, "actor_options has 'namespace', expected none of"),
+            ({"cache_bytes": 100}, TypeError, "'cache_bytes' is an option of RowTable.open, but source is a table")):
+        with pytest.raises(error, match=f"serve_rows: {message}"):
+            ek.serve_rows(table, **options)
+    for options, error, message in (({"protocol": "tcp"}, TypeError, "ray:// has no option 'protocol', expected none"),
+                                    ({"timeout_s": "5"}, TypeError, "timeout_s is '5', expected seconds, more than 0")):
+        with pytest.raises(error, match=f"RowTable.connect: {message}"):
+            ek.RowTable.connect("ray://rows", **options)
+
+
+def test_remote_rows_served_by_the_parent_outlive_a_fork(monkeypatch):
+    """A child that leaves a `with` block does not end its parent's actors."""
+    killed = []
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: True,
+                                                                  kill=lambda actor, no_restart: killed.append(actor)))
+
+    def child():
+        with server:
+            pass
+        os._exit(len(killed))
+    with ray_rows.RowServer("ray://rows", ["an actor"], []) as server:
+        assert exit_status(child) == 0
+    assert killed == ["an actor"]
+
+
+def test_remote_rows_without_an_engine_say_what_to_install(monkeypatch):
+    for module in ("ray", "mooncake", "mooncake.store"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for call in (lambda: ek.serve_rows(make_table("bf16")), lambda: ek.RowTable.connect("ray://rows")):
+        with pytest.raises(RuntimeError, match=r"pip install 'engram-kernels\[ray\]'"):
+            call()
+    address = "mooncake://127.0.0.1:50051/rows"
+    for call in (lambda: ek.store_rows(make_table("bf16"), address), lambda: ek.RowTable.connect(address)):
+        with pytest.raises(RuntimeError, match=r"pip install 'engram-kernels\[mooncake\]', and Debian's libibverbs1"):
+            call()
 
 
 AT_EXIT = """

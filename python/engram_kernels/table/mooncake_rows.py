@@ -10,10 +10,11 @@ import dataclasses
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +22,13 @@ import torch
 from engram_kernels._checks import expect_int
 from engram_kernels.row_format import row_format_of
 from engram_kernels.table.remote_rows import ENGINES, Description, Piece, ascending, in_given_order
-
-if TYPE_CHECKING:
-    from engram_kernels.table.row_table import RowTable
+from engram_kernels.table.row_table import RowTable
 
 _OP = "store_rows"
 _VERSION = 1
 _OBJECT_BYTES = 16 << 20
 _BUFFER_BYTES = 64 << 20  # of the engine, for objects on their way: two and more of ours
+_MASTER_S = 10.0  # until a master that takes no connection is given up
 _PIECE_ROWS = 1024  # between two looks whether the request was given up: 0.06 s over TCP
 # what get_into_ranges and put return, as far as an error text has a use for it
 _ERRORS = {-200: "no memory is left in the store", -704: "there is no such object (it was removed, or evicted)",
@@ -49,17 +49,28 @@ def _said(code: object) -> str:
     return f"{code}: {_ERRORS[code]}" if isinstance(code, int) and code in _ERRORS else str(code)
 
 
+def _expect_master(op: str, master: str, host: str, port: int) -> None:
+    """The engine itself tries for 90 s, in which nothing can interrupt it, and then says -1."""
+    try:
+        with socket.create_connection((host, port), _MASTER_S):
+            pass
+    except OSError as err:  # a name that nobody knows, too
+        raise ConnectionError(f"{op}: mooncake://{master}: no master answers there: {err}") from None
+
+
 class _Connection:
     """A client of the store; its memory, where it lends any, is the store's while it lives."""
 
     def __init__(self, op: str, rest: str, protocol: str, rdma_devices: str, local_hostname: str | None, segment_bytes: int = 0):
         self.master, _, self.name = rest.partition("/")
         host, _, port = self.master.rpartition(":")
-        if not host or not port.isdigit() or not self.name:
+        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or not self.name:
             raise ValueError(f"{op}: address is 'mooncake://{rest}', expected 'mooncake://HOST:PORT/NAME', the master's host and "
                              "port and the name of a table")
+        store = _mooncake()
+        _expect_master(op, self.master, host.strip("[]"), int(port))
         local_hostname = local_hostname or ("127.0.0.1" if host in ("127.0.0.1", "localhost") else os.uname().nodename)
-        self.store = _mooncake().MooncakeDistributedStore()
+        self.store, self.process = store.MooncakeDistributedStore(), os.getpid()
         code = self.store.setup(local_hostname, "P2PHANDSHAKE", segment_bytes, _BUFFER_BYTES, protocol, rdma_devices, self.master)
         if code != 0:
             raise ConnectionError(f"{op}: mooncake://{self.master}: this process cannot join the store: {_said(code)}")
@@ -91,8 +102,9 @@ class _Connection:
             raise OSError(f"mooncake://{self.master}: key {key!r} is no manifest of a table: {err}") from None
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.store.close()
+        if os.getpid() == self.process:  # a child after a fork has none of the engine's threads
+            with contextlib.suppress(Exception):
+                self.store.close()
 
 
 class StoredRows:
@@ -108,7 +120,9 @@ class StoredRows:
         self._connection, self.address, self.generation, self.keys = connection, connection.where, generation, keys
 
     def remove(self) -> None:
-        """Takes the table out of the store."""
+        """Takes the table out of the store. RuntimeError in a child after a fork."""
+        if os.getpid() != self._connection.process:
+            raise RuntimeError(f"StoredRows.remove: {self.address} was stored before a fork; its parent can remove it")
         for key in reversed(self.keys):
             self._connection.store.remove(key, True)
 
@@ -153,7 +167,10 @@ def store_rows(table: RowTable, address: str, *, replace: bool = False, replicas
     scheme, _, rest = str(address).partition("://")
     if scheme != "mooncake":
         raise ValueError(f"{_OP}: address is {address!r}, expected 'mooncake://HOST:PORT/NAME'")
+    if not isinstance(table, RowTable):
+        raise TypeError(f"{_OP}: table is {type(table).__name__}, expected a RowTable")
     expect_int(_OP, "replicas", replicas, 1, 64)
+    expect_int(_OP, "segment_bytes", segment_bytes, 0, 2**63 - 1)
     expect_int(_OP, "object_bytes", object_bytes, 1, _BUFFER_BYTES // 2)
     described = Description.of(table)
     row_bytes = described.row_bytes + described.scale_bytes
@@ -179,6 +196,7 @@ def store_rows(table: RowTable, address: str, *, replace: bool = False, replicas
             _put(connection, connection.manifest_key, text, config)
         elif (code := connection.store.upsert(connection.manifest_key, text, config)) != 0:
             raise OSError(f"{_OP}: mooncake://{connection.master}: key {connection.manifest_key!r}: {_said(code)}")
+        keys, written = [*written, connection.manifest_key], []  # the manifest names the objects: from here on they stay
         if old is not None:
             for key in _object_keys(connection, old["generation"], -(-old["table"]["num_rows"] // old["chunk_rows"])):
                 connection.store.remove(key, True)
@@ -187,7 +205,7 @@ def store_rows(table: RowTable, address: str, *, replace: bool = False, replicas
             connection.store.remove(key, True)
         connection.close()
         raise
-    return StoredRows(connection, generation, [*written, connection.manifest_key])
+    return StoredRows(connection, generation, keys)
 
 
 def _object_keys(connection: _Connection, generation: str, count: int) -> list[str]:
@@ -231,7 +249,7 @@ class MooncakeClient:
         self._lookup: Any = None
 
     def __del__(self) -> None:
-        if hasattr(self, "_connection") and os.getpid() == self._process:
+        if hasattr(self, "_connection"):
             self._connection.close()
 
     def describe(self) -> Description:
@@ -258,6 +276,8 @@ class MooncakeClient:
         if row_format is None or row_dim is None or not layer.isdigit() or layer == name:
             raise ValueError(f"RowTable.connect: {self._connection.where}: table_vocab_sizes is that of an EngramStore layer, "
                              "whose name is engram:lLAYER, and needs row_format and row_dim")
+        if not isinstance(sizes, list) or not sizes or not all(isinstance(x, int) and x > 0 for x in sizes):
+            raise ValueError(f"RowTable.connect: table_vocab_sizes is {sizes!r}, expected the rows of each head")
         fmt = row_format_of("RowTable.connect", row_format)
         described = Description(row_format, row_dim, sum(sizes), fmt.width(row_dim), False, 1.0, None, "")
         if described.scale_bytes or fmt.has_table_scale or (fmt.scale_dtype is not None and not fmt.has_row_scales):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from engram_kernels._checks import expect_int
+from engram_kernels._checks import expect_int, expect_seconds
 from engram_kernels.table.remote_rows import ENGINES, Description, Piece, ascending, in_given_order
 from engram_kernels.table.row_table import RowTable
 
@@ -28,6 +28,7 @@ _OP = "serve_rows"
 _SLICE_S = 0.1  # after which a request looks whether it was given up
 _CALL_IDS, _CALL_BYTES = 65_536, 32 << 20  # of one call to an actor: with eight calls in its place it took twice as long
 _CALLS = 4  # in flight per request
+_LONGEST_S = 1e9  # Ray counts milliseconds
 
 
 def _ray() -> Any:
@@ -108,9 +109,12 @@ class RowServer:
     def __init__(self, address: str, actors: list[Any], held: list[Any]):
         self.address, self.actors = address, actors
         self._held = held  # rows in Ray's object store, with which it starts an actor again
+        self._process = os.getpid()
 
     def close(self) -> None:
-        """Ends the actors; what is asked of them from here on fails."""
+        """Ends the actors; what is asked of them from here on fails. In a child after a fork: nothing, they are its parent's."""
+        if os.getpid() != self._process:
+            return
         (actors, self.actors), self._held = (self.actors, []), []
         with contextlib.suppress(ImportError):
             import ray
@@ -156,14 +160,16 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
     Source: docs/remote.md.
     """
     ray = _ray()
+    options = _actor_options(name, max_restarts, actor_options)
+    timeout_s = min(expect_seconds(_OP, "timeout_s", timeout_s), _LONGEST_S)
+    if isinstance(source, RowTable) and open_options:
+        raise TypeError(f"{_OP}: {next(iter(open_options))!r} is an option of RowTable.open, but source is a table that is open "
+                        "already, expected a path")
     table = source if isinstance(source, RowTable) else RowTable.open(source, **open_options)
     num_actors = expect_int(_OP, "num_actors", num_actors, 1, max(table.num_rows, 1))
-    if not name or "/" in name:
-        raise ValueError(f"{_OP}: name is {name!r}, expected one without '/'")
     described = dataclasses.asdict(Description.of(table))
     base, more = divmod(table.num_rows, num_actors)
     bounds = [number * base + min(number, more) for number in range(num_actors + 1)]
-    options = {"num_cpus": 0, "namespace": NAMESPACE, **(actor_options or {}), "max_restarts": max_restarts}
     remote, actors, stored = ray.remote(_RowActor), [], []
     try:
         for number in range(num_actors):
@@ -183,6 +189,17 @@ def serve_rows(source: RowTable | Source, num_actors: int = 1, *, name: str = "r
             raise OSError(f"{_OP}: an actor of {name!r} could not start: {_last_line(err)}") from err
         raise
     return RowServer(f"ray://{name}", actors, stored)
+
+
+def _actor_options(name: object, max_restarts: object, actor_options: dict[str, Any] | None) -> dict[str, Any]:
+    """For Ray's `options`, but for the actor's name; the arguments of `serve_rows`, checked."""
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ValueError(f"{_OP}: name is {name!r}, expected a string without '/'")
+    given = dict(actor_options or {})
+    if taken := [key for key in ("name", "namespace", "max_restarts", "get_if_exists") if key in given]:
+        raise ValueError(f"{_OP}: actor_options has {taken[0]!r}, expected none of name, namespace, max_restarts and "
+                         "get_if_exists: clients find the actors by what serve_rows gives them")
+    return {"num_cpus": 0, **given, "namespace": NAMESPACE, "max_restarts": expect_int(_OP, "max_restarts", max_restarts, -1)}
 
 
 def _last_line(err: BaseException) -> str:
@@ -280,13 +297,12 @@ class RayClient:
         cause = err.cause if isinstance(err, failed.RayTaskError) and isinstance(err.cause, Exception) else err
         if isinstance(cause, OSError) and not isinstance(cause, failed.RayError):
             return OSError(cause.errno or 5, f"ray://{self.name}: {self._who(number)}: {cause.strerror or cause}")
-        return ConnectionError(f"ray://{self.name}: {self._who(number)} did not answer: {_last_line(cause)}")
+        again = "; where serve_rows was called again since, connect again" if isinstance(cause, failed.ActorDiedError) else ""
+        return ConnectionError(f"ray://{self.name}: {self._who(number)} did not answer: {_last_line(cause)}{again}")
 
     def _who(self, number: int) -> str:
         rows = f" (rows [{self._bounds[number]}, {self._bounds[number + 1]}))" if self._bounds else ""
         return f"actor {_actor_name(self.name, number)!r}{rows}"
-
-
 
 
 ENGINES["ray"] = RayClient

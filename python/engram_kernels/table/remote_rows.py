@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engram_kernels import _modes
+from engram_kernels._checks import expect_int, expect_seconds
 from engram_kernels._library import COMPILE_ERROR, need_compiled
 from engram_kernels.row_format import ROW_FORMATS, check_shape, row_format_of
 from engram_kernels.table import staging
@@ -145,13 +147,14 @@ def connect(cls: type[RowTable], address: str, fingerprint: str | None, cache_by
             options: dict[str, Any]) -> RowTable:
     """`RowTable.connect`."""
     op = "RowTable.connect"
-    scheme, _, rest = str(address).partition("://")
+    scheme, _, rest = address.partition("://") if isinstance(address, str) else ("", "", "")
     if scheme not in ENGINES or not rest:
         raise ValueError(f"{op}: address is {address!r}, expected 'ray://NAME' or 'mooncake://HOST:PORT/NAME'")
-    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 0:
-        raise ValueError(f"{op}: cache_bytes is {cache_bytes!r}, expected an integer of at least 0")
-    if not timeout_s > 0:
-        raise ValueError(f"{op}: timeout_s is {timeout_s!r}, expected seconds, more than 0")
+    cache_bytes, timeout_s = expect_int(op, "cache_bytes", cache_bytes, 0, 2**63 - 1), expect_seconds(op, "timeout_s", timeout_s)
+    known = list(inspect.signature(ENGINES[scheme]).parameters)[2:]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"{op}: {scheme}:// has no option {unknown[0]!r}, expected {' or '.join(map(repr, known)) or 'none'}")
+    options = {name: _plain(value) for name, value in options.items()}
     client = ENGINES[scheme](rest, timeout_s, **options)
     described = client.describe()
     if fingerprint is not None and described.fingerprint not in ("", fingerprint):  # before anything is read
@@ -174,6 +177,13 @@ def connect(cls: type[RowTable], address: str, fingerprint: str | None, cache_by
     assert isinstance(table._file, RemoteRows)
     staging.remember(table._file.name, table)
     return table
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists of Python's own, such as JSON can hold, of those of numpy and torch."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def ascending(ids: Any) -> tuple[Any, Any]:
