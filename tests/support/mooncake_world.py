@@ -5,6 +5,7 @@
 The engine listens on all interfaces whatever it is told, so it runs where there is only loopback. Prints JSON.
 """
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -32,6 +33,11 @@ def raise_loopback():
         fcntl.ioctl(any_socket, 0x8914, request)  # SIOCSIFFLAGS
 
 
+def end_with_parent():
+    """In a child: the kernel ends it with this process, which a time limit or a fault may end before `finally`."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def said_by(log):
     with open(log.name) as text:
         return text.read()[-2000:]
@@ -46,7 +52,8 @@ def world(lease_ms=5000):
     host, _, port = MASTER.partition(":")
     log = open("master.log", "wb")  # noqa: SIM115
     master = subprocess.Popen([binary, f"--rpc_address={host}", f"--rpc_port={port}", f"--metrics_host={host}",
-                               "--metrics_port=50153", f"--default_kv_lease_ttl={lease_ms}"], stdout=log, stderr=log)
+                               "--metrics_port=50153", f"--default_kv_lease_ttl={lease_ms}"], stdout=log, stderr=log,
+                              preexec_fn=end_with_parent)
     server = None
     try:
         until = time.monotonic() + 60
@@ -55,7 +62,8 @@ def world(lease_ms=5000):
                 break
             assert time.monotonic() < until and master.poll() is None, said_by(log)
             time.sleep(0.05)
-        server = subprocess.Popen([sys.executable, "-c", SERVER, MASTER], stdout=subprocess.PIPE, stderr=log, text=True)
+        server = subprocess.Popen([sys.executable, "-c", SERVER, MASTER], stdout=subprocess.PIPE, stderr=log, text=True,
+                                  preexec_fn=end_with_parent)
         while True:
             line = server.stdout.readline()
             assert line, said_by(log)
@@ -110,6 +118,8 @@ def main():
         said["generation"] = error(lambda: remote.read_rows(torch.arange(5)))
         said["generations"] = [stored.generation, again.generation]
         again.remove()
+        again.close()
+        said["closed"] = error(again.remove)
         said["removed"] = error(lambda: ek.RowTable.connect(address))
         said["engram_store"] = engram_store(address)
         remote = ek.RowTable.connect(f"{address}-int8_group32", timeout_s=10)

@@ -33,6 +33,7 @@ class Store:
         return 0 if protocol == "tcp" else -600
 
     def close(self):
+        self.objects = None  # what comes after it fails
         return 0
 
     def is_exist(self, key):
@@ -234,6 +235,8 @@ def test_mooncake_rows_arguments_are_named(objects):
     assert objects.stores == []
     ek.store_rows(table, ADDRESS)
     for options, error, message in (
+            ({"protocol": "tpc"}, ValueError, "protocol is 'tpc', expected 'tcp' or 'rdma'"),
+            ({"row_format": "bf16"}, ValueError, "row_format is 'bf16' and row_dim None, expected neither without"),
             ({"bogus": 1}, TypeError, "mooncake:// has no option 'bogus', expected 'protocol' or 'rdma_devices' or"),
             ({"timeout_s": "5"}, TypeError, "timeout_s is '5', expected seconds, more than 0"),
             ({"timeout_s": None}, TypeError, "timeout_s is None, expected seconds"),
@@ -292,6 +295,20 @@ def test_mooncake_rows_after_a_fork_are_those_of_the_parent(objects, monkeypatch
         os._exit(0)
     assert exit_status(child) == 0
     assert remote.read_rows(torch.tensor([1]))[0].shape[0] == 1
+
+
+def test_mooncake_rows_are_removed_before_the_store_is_left(objects):
+    """A call into an engine that was closed is a segmentation fault."""
+    with ek.store_rows(make_table(), ADDRESS) as stored:
+        stored.remove()
+        stored.remove()
+    stored.close()
+    with pytest.raises(RuntimeError, match=f"StoredRows.remove: {ADDRESS} is closed here"):
+        stored.remove()
+    stored = ek.store_rows(make_table(), ADDRESS)
+    objects.stores[-1].remove = lambda key, force: -900
+    with pytest.raises(ConnectionError, match="key 'engram_kernels/rows': -900: the master does not answer"):
+        stored.remove()
 
 
 def test_mooncake_rows_deadline(objects):

@@ -43,6 +43,7 @@ def test_mooncake_world(tmp_path):
     assert "expected 'mooncake://HOST:PORT/NAME'" in said["address"]
     assert said["generation"].startswith(f"ConnectionError: {host}: key 'engram_kernels/rows/{first}/0' cannot be read: -704")
     assert said["generation"].endswith(f"generation {first} is gone, there is one of generation {second} now: connect again")
+    assert said["closed"] == f"RuntimeError: StoredRows.remove: {host}/rows is closed here"
     assert said["removed"] == f"FileNotFoundError: {host}: there is no key 'engram_kernels/rows': no table of that name"
     for lost in ("server", "master"):
         assert said[lost].startswith(f"ConnectionError: {host}: key 'engram_kernels/rows-int8_group32/"), said[lost]

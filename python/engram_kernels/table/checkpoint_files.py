@@ -40,6 +40,8 @@ class Files:
 
 def files_of(source: Source) -> Files:
     """Says what files a source stands for. Arguments and errors: `RowTable.open`."""
+    if isinstance(source, str) and re.match(r"\w+://", source):
+        raise ValueError(f"{_OP}: source is {shorten(source)}, expected a path; an address is for RowTable.connect")
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.is_dir():

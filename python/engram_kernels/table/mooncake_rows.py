@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engram_kernels._checks import expect_int
+from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels.row_format import row_format_of
 from engram_kernels.table.remote_rows import ENGINES, Description, Piece, ascending, in_given_order
 from engram_kernels.table.row_table import RowTable
@@ -30,6 +30,7 @@ _OBJECT_BYTES = 16 << 20
 _BUFFER_BYTES = 64 << 20  # of the engine, for objects on their way: two and more of ours
 _MASTER_S = 10.0  # until a master that takes no connection is given up
 _PIECE_ROWS = 1024  # between two looks whether the request was given up: 0.06 s over TCP
+_GONE = -704
 # what get_into_ranges and put return, as far as an error text has a use for it
 _ERRORS = {-200: "no memory is left in the store", -704: "there is no such object (it was removed, or evicted)",
            -705: "the object exists already", -707: "its lease expired while it was read", -800: "the transfer failed",
@@ -67,10 +68,11 @@ class _Connection:
         if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or not self.name:
             raise ValueError(f"{op}: address is 'mooncake://{rest}', expected 'mooncake://HOST:PORT/NAME', the master's host and "
                              "port and the name of a table")
+        expect_choice(op, "protocol", protocol, ("tcp", "rdma"))  # another one costs 25 s, and then is -1
         store = _mooncake()
         _expect_master(op, self.master, host.strip("[]"), int(port))
         local_hostname = local_hostname or ("127.0.0.1" if host in ("127.0.0.1", "localhost") else os.uname().nodename)
-        self.store, self.process = store.MooncakeDistributedStore(), os.getpid()
+        self.store, self.process, self.closed = store.MooncakeDistributedStore(), os.getpid(), False
         code = self.store.setup(local_hostname, "P2PHANDSHAKE", segment_bytes, _BUFFER_BYTES, protocol, rdma_devices, self.master)
         if code != 0:
             raise ConnectionError(f"{op}: mooncake://{self.master}: this process cannot join the store: {_said(code)}")
@@ -102,7 +104,8 @@ class _Connection:
             raise OSError(f"mooncake://{self.master}: key {key!r} is no manifest of a table: {err}") from None
 
     def close(self) -> None:
-        if os.getpid() == self.process:  # a child after a fork has none of the engine's threads
+        if os.getpid() == self.process and not self.closed:  # a child after a fork has none of the engine's threads
+            self.closed = True  # from here on a call into the engine would be a segmentation fault
             with contextlib.suppress(Exception):
                 self.store.close()
 
@@ -120,11 +123,19 @@ class StoredRows:
         self._connection, self.address, self.generation, self.keys = connection, connection.where, generation, keys
 
     def remove(self) -> None:
-        """Takes the table out of the store. RuntimeError in a child after a fork."""
-        if os.getpid() != self._connection.process:
-            raise RuntimeError(f"StoredRows.remove: {self.address} was stored before a fork; its parent can remove it")
+        """Takes the table out of the store; what is gone already is none of it.
+
+        Raises:
+            RuntimeError: after `close`, or in a child after a fork.
+            ConnectionError: the master is lost; names the key.
+        """
+        connection = self._connection
+        if connection.closed or os.getpid() != connection.process:
+            why = "is closed here" if connection.closed else "was stored before a fork; its parent can remove it"
+            raise RuntimeError(f"StoredRows.remove: {self.address} {why}")
         for key in reversed(self.keys):
-            self._connection.store.remove(key, True)
+            if (code := connection.store.remove(key, True)) not in (0, _GONE):
+                raise ConnectionError(f"StoredRows.remove: mooncake://{connection.master}: key {key!r}: {_said(code)}")
 
     def close(self) -> None:
         """Leaves the store, which takes back the memory that this process lends."""
@@ -146,7 +157,7 @@ def store_rows(table: RowTable, address: str, *, replace: bool = False, replicas
         table: any; of a file, rows pass in pieces.
         address: "mooncake://HOST:PORT/NAME": the master, and a name for the table.
         replace: put the table in the place of one of that name, whose readers then fail and have to connect again.
-        replicas: copies of each object, on as many servers.
+        replicas: copies of each object, on as many servers; where there are fewer, the engine makes fewer.
         object_bytes: of an object, at most.
         segment_bytes: memory that this process lends to the store; 0: others lend it (such as `mooncake_client`).
         protocol: "tcp" or "rdma".
@@ -257,6 +268,9 @@ class MooncakeClient:
         connection, (row_format, row_dim, sizes) = self._connection, self._stored
         if sizes is not None:
             return self._describe_heads(row_format, row_dim, sizes)
+        if row_format is not None or row_dim is not None:
+            raise ValueError(f"RowTable.connect: row_format is {row_format!r} and row_dim {row_dim!r}, expected neither without "
+                             "table_vocab_sizes: a table of store_rows says itself what its rows are")
         manifest = connection.manifest()
         if manifest is None:
             raise FileNotFoundError(f"mooncake://{connection.master}: there is no key {connection.manifest_key!r}: no table "
