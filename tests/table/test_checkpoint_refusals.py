@@ -91,7 +91,8 @@ def test_checkpoint_table_refuses_names(names, error, message, tmp_path):
 
 SOURCES = {
     "a_number": (lambda f: 3, TypeError, "source is 3, expected a path"),
-    "an_address": (lambda f: "ray://rows", ValueError, "source is ray://rows, expected a path; an address is for RowTable.connect"),
+    "an_address": (lambda f: "ray://rows", ValueError,
+                   "source is ray://rows, expected a path; an address is for RowTable.connect"),
     "no_paths": (lambda f: [], TypeError, r"source is \[\], expected a path"),
     "twice": (lambda f: [f / "a.safetensors"] * 2, ValueError, "a.safetensors is named twice"),
     "linked": (lambda f: [f / "a.safetensors", f / "link.safetensors"], ValueError,
