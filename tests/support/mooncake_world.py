@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+LIBC = ctypes.CDLL(None)
 MASTER = "127.0.0.1:50151"
 SERVER = """
 import sys, time
@@ -35,7 +36,7 @@ def raise_loopback():
 
 def end_with_parent():
     """In a child: the kernel ends it with this process, which a time limit or a fault may end before `finally`."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def said_by(log):

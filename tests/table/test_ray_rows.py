@@ -183,7 +183,7 @@ def test_ray_rows_the_wrong_table_is_refused(served, tmp_path):
 
 
 def test_ray_rows_of_another_table_by_the_same_name(cluster):
-    """A server that ends and another one after it: an old table says what to do, and never has the new rows."""
+    """A server that ends and another one after it: an old table has an error, never the new rows."""
     tables = [ek.RowTable.from_tensor(torch.full((3, ROW_DIM), float(i)), row_format="f32") for i in range(2)]
     remote = None
     for table in tables:
@@ -192,7 +192,7 @@ def test_ray_rows_of_another_table_by_the_same_name(cluster):
                 remote = ek.RowTable.connect(server.address, timeout_s=TIMEOUT_S)
                 assert torch.equal(remote.read_rows(torch.arange(3))[0], table.rows)
                 continue
-            with pytest.raises(ConnectionError, match="'rows/again/0' .*did not answer: .*connect again"):
+            with pytest.raises(ConnectionError, match="'rows/again/0' .*did not answer: "):
                 remote.read_rows(torch.arange(3))
             with pytest.raises(ValueError, match=f"expected {tables[0].fingerprint()}: it is"):
                 pickle.loads(pickle.dumps(remote))
