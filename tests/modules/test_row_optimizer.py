@@ -207,6 +207,12 @@ def test_param_groups():
     optimizer = torch.optim.AdamW(ek.param_groups(model, 0.1), lr=0.1, weight_decay=0.3)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert len(ek.param_groups(nn.Linear(2, 2), 0.1)) == 1
+    trained = ek.RowOptimizer(memory.table)
+    torch.optim.lr_scheduler.StepLR(trained, 1)  # a cycle
+    (group,) = ek.param_groups(model, 0.1)
+    assert [id(x) for x in group["params"]] == [id(x) for x in wanted]
+    del trained
+    assert ek.param_groups(model, 0.1)[1]["params"] == [rows]
     with pytest.raises(ValueError, match="no parameter of model needs a gradient"):
         ek.param_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
     with pytest.raises(TypeError, match="model is a list, expected a torch.nn.Module"):

@@ -8,6 +8,7 @@ from torch import nn
 from engram_kernels.modules.memory_module import MemoryModule
 from engram_kernels.ops.row_update import check_rate
 from engram_kernels.sharding.sharded_rows import ShardedRows
+from engram_kernels.training.trained_table import without_trained
 
 TABLE_RATE = 5.0
 
@@ -17,7 +18,7 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
     Args:
         model: has `Engram` or `LongcatEmbedding` modules, or is one. A table of a `ShardedRows` with gradients="sparse" counts as
-            its module's; a table that a `RowOptimizer` trains is in the second group too: leave that out.
+            its module's. A table that a `RowOptimizer` trains is left out: make that one before.
         lr: learning rate of the rest, at least 0.
 
     Returns:
@@ -43,6 +44,7 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     tables = list({id(x): x for x in tables if x.requires_grad}.values())
     known = {id(x) for x in tables}
     rest = [x for x in model.parameters() if x.requires_grad and id(x) not in known]
+    tables = without_trained(tables)
     if not tables and not rest:
         raise ValueError("param_groups: no parameter of model needs a gradient")
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr},

@@ -140,8 +140,9 @@ class Op:
         if out is None and self._differentiable and not inference:
             # the Python layer of autograd, which torch.library puts before the op, costs more than the rows of a decode step
             out = self._empty(*args)
-            if out.nbytes >= _LARGE_BYTES and out.is_cpu:  # fresh memory: with small pages its faults outweigh a gather
-                ask_for_huge_pages(out.data_ptr(), out.nbytes)
+            # fresh memory: with small pages its faults outweigh a gather; what a mode or subclass makes may have none
+            if type(out) is Tensor and out.is_cpu and out.nbytes >= _LARGE_BYTES and (address := out.data_ptr()):
+                ask_for_huge_pages(address, out.nbytes)
         if self._dtype_at is not None:  # torch's parser takes a microsecond for a dtype, and none for its number
             args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
         if out is None:

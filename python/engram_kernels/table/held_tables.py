@@ -1,7 +1,6 @@
 """Which tables are held for training: any other write to them is refused, in this process and in others."""
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import threading
@@ -11,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where the references run
+    fcntl = None  # type: ignore[assignment]
 
 _LOCKED_BYTE = 2**62  # of a lock that belongs to an open file, far behind its data
 # writes of a killed process that the system still does keep the lock; they must not land behind those of the next one
@@ -38,6 +42,7 @@ class HeldTable:
     def __init__(self, op: str, rows: Tensor | None, path: Path | None = None):
         self.op, self.fd = op, -1
         self._span = (0, 0) if rows is None else _span_of(rows)
+        self._is_shared = rows is not None and rows.is_cpu and rows.is_shared()
         if path is not None:
             self.fd = _lock_file(op, path)
         with _lock:
@@ -64,6 +69,23 @@ class HeldTable:
         if fd >= 0:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock_of(fcntl.F_UNLCK))  # copies of the descriptor hold it, too
             os.close(fd)
+
+
+def _leave_to_parent() -> None:
+    """In the child of a fork: the parent goes on with its files and shared memory. The child's copies of descriptors would keep
+    the locks when the parent has ended; its private memory is nobody else's."""
+    global _lock
+    _lock = threading.RLock()
+    for table in list(_held):
+        if table.fd >= 0:
+            os.close(table.fd)
+            table.fd = -1
+        if not table._is_shared:
+            _held.remove(table)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def expect_not_held(op: str, rows: Tensor) -> None:

@@ -163,11 +163,15 @@ def open_table(cls: type[RowTable], source: Source, tensor: Names | None, scales
     table = cls(*file.stand_ins(), file.row_format, file.row_dim, zero_scale_is_zero, path, "file", file,
                 table_scale=scale)
     staging.remember(file.name, table)
-    if files.is_one_file and opened.paths[0].with_name(f"{opened.paths[0].name}.journal").exists():
+    if files.is_one_file and _has_journal(opened.paths[0].resolve()):
         warnings.warn(f"{_OP}: {opened.paths[0]} is being trained, or was when its process ended: beside it is a journal of "
                       "steps. Its rows may be between two steps until a RowOptimizer of the table and its state has opened it",
                       stacklevel=3)
     return table
+
+
+def _has_journal(path: Path) -> bool:
+    return path.with_name(f"{path.name}.journal").exists()
 
 
 def _prefix(files: Files, err: ValueError) -> str:

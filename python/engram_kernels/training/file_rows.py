@@ -1,8 +1,11 @@
 """A table in a file that is trained, its moments in a file beside it, and a journal of steps in front of both."""
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import secrets
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,23 @@ if TYPE_CHECKING:
     from engram_kernels.training.row_optimizer import RowOptimizer
 
 _PIECE_BYTES = 64 << 20
+_open: weakref.WeakSet[FileRows] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:  # later, when modules are gone, torch aborts the process
+    with contextlib.ExitStack() as stack:
+        for file in list(_open):
+            stack.callback(file.close)
+
+
+def _leave_all_to_parent() -> None:
+    for file in list(_open):
+        file.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 class _Array:
@@ -76,11 +96,14 @@ class FileRows:
         need_compiled("training a table in a file")
         from engram_kernels import _C
         self.op, self.optimizer, self.table, self.state, self.journal_bytes, self.durable = (
-            op, optimizer, optimizer.table, state, journal_bytes, durable)
+            op, optimizer, optimizer.table, Path(os.path.abspath(state)), journal_bytes, durable)
+        state = self.state
         path = _single_file(op, self.table)
         self._held = HeldTable(op, None, path)
         self._state_fd, self._unwritten, self.syncs = -1, False, 0
         self._writers: list[Any] = []
+        self._readers: tuple[Any, ...] = ()
+        self._process, self._last = os.getpid(), {"writes": 0, "bytes": 0}
         try:
             _expect_same_file(op, self.table, self._held.fd, path)
             if not state.exists():
@@ -98,18 +121,17 @@ class FileRows:
                             for name, (dtype, _) in optimizer.moment_shapes().items()}
             self._progress_at, self._readers, self._writers = header.extents[PROGRESS].offset, (file.reader, reader), writers
             self.journal = StepJournal(op, journal_path(path), header.metadata.get("id", ""))
+            self.io = str(writers[0].io)  # how rows are written back: "io_uring" or "pwrite"
             self._recover(progress)
+            _open.add(self)
         except BaseException:
             self.abandon()
             raise
 
-    @property
-    def io(self) -> str:
-        """How rows are written back: "io_uring" or "pwrite"."""
-        return str(self._writers[0].io)
-
     def stats(self) -> dict[str, Any]:
         """How rows are written back, and how much was."""
+        if not self._writers:
+            return {"io": self.io, **self._last, "syncs": self.syncs, "durable": self.durable, "journal_bytes": 0}
         return {"io": self.io, "writes": sum(w.writes for w in self._writers), "bytes": sum(w.bytes for w in self._writers),
                 "syncs": self.syncs, "durable": self.durable, "journal_bytes": self.journal.end}
 
@@ -149,6 +171,7 @@ class FileRows:
     def step(self, row_ids: Tensor, grad_rows: Tensor, rates: Mapping[str, Any], grad_scale: float | Tensor, num_steps: int,
              **options: Any) -> None:
         """Step `num_steps`; `options`: rule, step, rounding and seed as `row_update` takes them, and first_row."""
+        self._expect_open()
         self.make_whole()
         distinct, local = distinct_of(row_ids, self.table.num_rows)
         rows = self.rows.read(distinct)
@@ -199,6 +222,7 @@ class FileRows:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """One moment of all rows, piece by piece."""
+        self._expect_open()
         array = self.moments[name]
         count = max(_PIECE_BYTES // array.row_bytes, 1)
         for begin in range(0, array.shape[0], count):
@@ -229,7 +253,28 @@ class FileRows:
             self._state_held.release()
             self._state_fd = -1
         self._held.release()
-        self._writers = []
+        self._forget()
+
+    def leave_to_parent(self) -> None:
+        """In the child of a fork: forgets the files, whose locks the copies of their descriptors would keep."""
+        if hasattr(self, "journal"):
+            os.close(self.journal.fd)
+            del self.journal
+        self._state_fd = -1
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._writers:
+            self._last = {"writes": sum(w.writes for w in self._writers), "bytes": sum(w.bytes for w in self._writers)}
+        self._writers, self._readers, self.moments = [], (), {}
+        self.__dict__.pop("rows", None)
+
+    def _expect_open(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(f"{self.op}: it was made before a fork, and the parent trains {self.state}; make one here when "
+                               "that is closed")
+        if self._state_fd < 0:
+            raise RuntimeError(f"{self.op}: it is closed; make another one, which goes on from {self.state}")
 
     def _accept_changes(self) -> None:
         for reader in self._readers:
@@ -249,7 +294,7 @@ def _single_file(op: str, table: RowTable) -> Path:
         raise ValueError(f"{op}: table lies in {len(file.rows_in.parts)} parts, expected one file, as RowTable.create writes it")
     if table.io_stats()["cache_slots"]:
         raise ValueError(f"{op}: table was opened with cache_bytes, whose rows would be of before a step; open it without")
-    return file.rows_in.parts[0].path
+    return Path(file.source[0])  # the file itself: its journal is found by whatever name the next process opens it
 
 
 def _expect_same_file(op: str, table: RowTable, fd: int, path: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from engram_kernels._checks import expect_choice, expect_int
-from engram_kernels.ops.row_update import FLOAT_MAX, MAX_ROW, ROUNDINGS, check_rates, expect_writable, row_update
-from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.ops.row_update import FLOAT_MAX, MAX_ROW, ROUNDINGS, check_rates, row_update
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.training.file_rows import FileRows
 from engram_kernels.training.optimizer_state import load_state, load_state_dict, save_state
-from engram_kernels.training.quantized_rows import FORMATS, expect_decodable, update_quantized
+from engram_kernels.training.quantized_rows import FORMATS, update_quantized
+from engram_kernels.training.trained_table import expect_trainable, is_computed, note
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
 _FIRST = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -63,7 +63,7 @@ class RowOptimizer(torch.optim.Optimizer):
         durable: of such a table: each step's record is on the disk before the table is written to, so that a loss of power does
             not tear it. False: it survives the end of the process alone.
         nonfinite: what a step with a NaN or infinite gradient does: "raise" a ValueError that names the row, or "skip" all of
-            the step, as a gradient scaler does. On a GPU "skip" waits for the gradients.
+            the step, as a gradient scaler does; also where `grad_scale` is not finite. On a GPU "skip" waits for the gradients.
 
     Attributes:
         table: whose rows are updated.
@@ -90,8 +90,8 @@ class RowOptimizer(torch.optim.Optimizer):
         if not isinstance(table, RowTable):
             raise TypeError(f"{op}: table is a {type(table).__name__}, expected a RowTable")
         self.file: FileRows | None = None
-        _expect_trainable(op, table, state)
-        if _is_computed(table):
+        expect_trainable(op, table, state)
+        if is_computed(table):
             raise ValueError(f"{op}: table.rows is computed from a parameter, by a parametrization, by pruning or from another "
                              "memory layout, so that an update of it would be lost; expected rows that are the parameter itself")
         expect_choice(op, "rule", rule, tuple(_EPS))
@@ -133,6 +133,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if state is not None:
             expect_int(op, "journal_bytes", journal_bytes, 0)
             self.file = FileRows(op, self, Path(state), journal_bytes, bool(durable))
+        note(self)
 
     def __repr__(self) -> str:
         group, kind = self.param_groups[0], self._kind
@@ -193,7 +194,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Rows whose positions `first` (bool [n]; whole rows) names are updated before the others where nothing can go wrong in
         between, and `then` is called when they are; each row comes out as in one go.
         """
-        if self.nonfinite == "skip" and bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any()):
+        if self._is_bad(row_ids, grad_rows) or (self.nonfinite == "skip" and not math.isfinite(grad_scale)):
             self.skipped_steps += 1
             return
         if first is None or self.file is not None or not self._cannot_fail(row_ids, grad_rows, grad_scale):
@@ -217,6 +218,10 @@ class RowOptimizer(torch.optim.Optimizer):
                step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
                grad_scale=grad_scale)
 
+    def _is_bad(self, row_ids: Tensor, grad_rows: Tensor) -> bool:
+        """Whether it is to be skipped for a gradient that is not finite."""
+        return self.nonfinite == "skip" and bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any())
+
     def _cannot_fail(self, row_ids: Tensor, grad_rows: Tensor, grad_scale: float | Tensor) -> bool:
         """Whether all ids are in range, no sum of gradients can leave float32, and every row's count of steps can grow."""
         if not row_ids.numel():
@@ -229,14 +234,15 @@ class RowOptimizer(torch.optim.Optimizer):
         return self.steps is None or int(self.steps[row_ids.clamp(min=0)].amax()) < 2**31 - 1
 
     def _expect_free(self, call: str) -> None:
-        if self._holder is not None and self._holder() is not None:
+        holder = None if self._holder is None else self._holder()
+        if holder is not None and holder._process == os.getpid():
             raise ValueError(f"RowOptimizer.{call}: the optimizer is held by a TrainableRows, whose rows in flight would not "
                              "know of it; use that one's step, or close it first")
 
     def _settle(self) -> None:
         """Waits for the steps that a `TrainableRows` has not taken yet."""
         holder = None if self._holder is None else self._holder()
-        if holder is not None:
+        if holder is not None and holder._process == os.getpid():
             holder.flush()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -248,8 +254,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def _follow(self) -> Tensor:
         """The table's rows as they are now; a parameter that took the place of another is the group's from then on."""
         rows = self.table.rows
-        if self.table.row_format != self._kind["row_format"] or _is_computed(self.table):
-            raise ValueError(f"RowOptimizer: table has {'computed ' if _is_computed(self.table) else ''}{self.table.row_format} "
+        if self.table.row_format != self._kind["row_format"] or is_computed(self.table):
+            raise ValueError(f"RowOptimizer: table has {'computed ' if is_computed(self.table) else ''}{self.table.row_format} "
                              f"rows now, and had {self._kind['row_format']} rows that were a parameter; make a new RowOptimizer")
         self.param_groups[0]["params"][0] = rows
         return rows
@@ -276,12 +282,15 @@ class RowOptimizer(torch.optim.Optimizer):
             grad_rows: as `step` takes them.
 
         Returns:
-            float64 [] on the device of the table: the same bits for any number of threads, and as `ShardedRows.norm`.
+            float64 [] on the device of the table: the same bits for any number of threads, and as `ShardedRows.norm`. NaN with
+            nonfinite="skip" where a gradient is NaN or infinite.
 
         Raises:
             TypeError, ValueError, IndexError: as `row_update`.
         """
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
+        if self._is_bad(row_ids, grad_rows):
+            return torch.tensor(math.nan, dtype=torch.float64, device=grad_rows.device)
         if self.file is not None or self.table.row_format in FORMATS:  # rows do not matter, only which ids are equal
             distinct, row_ids = torch.unique(row_ids, return_inverse=True)
             row_ids = row_ids - int(distinct[:1].eq(-1).sum())
@@ -379,21 +388,3 @@ class RowOptimizer(torch.optim.Optimizer):
         if self.file is not None:
             raise ValueError(f"RowOptimizer.{call}: the state is the file {self.file.state}; save() writes a copy of it, and "
                              "RowOptimizer(.., state=) opens one beside a copy of the table")
-
-
-def _expect_trainable(op: str, table: RowTable, state: str | os.PathLike[str] | None) -> None:
-    """Raises ValueError unless the rows can be updated where they are."""
-    if table.tier != "file":
-        expect_writable(op, table, (*FLOAT_FORMATS, *FORMATS))
-        expect_decodable(table)
-        if state is not None:
-            raise ValueError(f"{op}: state is given, but table is in memory, where its moments are too; use save and load")
-    elif table.row_format not in FLOAT_FORMATS:
-        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, FLOAT_FORMATS))}")
-    elif state is None:
-        raise ValueError(f"{op}: table is in the file {table.path}, and state is None; expected the file of its moments, state=, "
-                         "which is made where there is none")
-
-
-def _is_computed(table: RowTable) -> bool:
-    return not table.rows.is_leaf or bool(getattr(table, "is_computed", False))

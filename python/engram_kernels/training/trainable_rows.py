@@ -337,10 +337,10 @@ class TrainableRows:
         """
         if self._is_closed or os.getpid() != self._process:
             return
-        self._is_closed = True
         self._gradients.is_open = False
+        self._engine.close()  # an interrupt while the thread takes its steps leaves the table held: it may be called again
+        self._is_closed = True
         try:
-            self._engine.close()
             self._engine.raise_failure()
         finally:
             if self._engine.prefetcher is not None:
@@ -367,5 +367,5 @@ class TrainableRows:
     def _expect_open(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(f"{_OP}: it was made before a fork and its thread stayed with the parent; make one here")
-        if self._is_closed:
+        if self._is_closed or not self._gradients.is_open:
             raise RuntimeError(f"{_OP}: it is closed")
