@@ -97,9 +97,10 @@ def expect_seconds(op: str, name: str, value: object) -> float:
     """`value` as a float. TypeError unless it is a number (no bool), ValueError unless it is more than 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected seconds, more than 0")
-    if not value > 0:  # nan too
+    seconds = float(value)
+    if not seconds > 0:  # nan too
         raise ValueError(f"{op}: {name} is {value!r}, expected seconds, more than 0")
-    return float(value)
+    return seconds
 
 
 def expect_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

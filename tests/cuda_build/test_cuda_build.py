@@ -13,7 +13,7 @@ from engram_kernels.table.row_table import RowTable
 pytestmark = pytest.mark.skipif(CUDA_ERROR is not None and os.environ.get("EK_EXPECT_CUDA_BUILD") != "1", reason=str(CUDA_ERROR))
 SCHEMAS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("engram_kernels::"))
 WITH_DEVICE = torch.cuda.is_available()
-ON_THE_CPU = ("read_rows",)  # rows of a file come out there
+ON_THE_CPU = ("read_rows", "row_update_named")  # rows of a file come out there, and are trained there
 OPS = tuple(op for op in backends.ops() if op not in ON_THE_CPU)
 T, M, C, D = 6, 2, 24, 32
 H = C * D

@@ -226,6 +226,7 @@ def _empty(weight, row_ids, *options):
 LIB.define("row_update_named(Tensor(a!) rows, Tensor row_ids, Tensor grad_rows, Tensor row_names, Tensor(b!)? second, "
            "Tensor(c!)? first, Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, "
            "int step, bool stochastic, int seed) -> Tensor")
+torch.library.register_fake("engram_kernels::row_update_named", _empty, lib=LIB)
 _OP = Op("row_update", "Tensor(a!) weight, Tensor row_ids, Tensor grad_rows, Tensor(b!)? second, Tensor(c!)? first, "
          "Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, int step, "
          "bool stochastic, int seed, int first_row", empty=_empty, reference=_reference, check=_check, check_data=_check_data,

@@ -6,7 +6,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram_kernels.ops.row_update import expect_writable
 from engram_kernels.row_format import FLOAT_FORMATS
@@ -24,7 +24,7 @@ def note(optimizer: RowOptimizer) -> None:
     _optimizers.add(optimizer)
 
 
-def without_trained(rows: list[Tensor]) -> list[Tensor]:
+def without_trained(rows: list[nn.Parameter]) -> list[nn.Parameter]:
     """Of `rows` those that no RowOptimizer trains."""
     if any(_is_trained(x) for x in rows):
         gc.collect()  # a scheduler keeps an optimizer that nobody has any more
