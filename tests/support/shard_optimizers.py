@@ -32,6 +32,13 @@ def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
                 assert (x is None) == (y is None) and (x is None or torch.equal(x, y[begin:end])), (n, rule, name)
 
 
+class Broken:
+    """An optimizer whose steps fail."""
+
+    def step(self, row_ids, grad_rows):
+        return 1 / 0
+
+
 def check_the_global_norm_and_the_moments_are_those_of_one_process(world):
     """Clipped Adam on 4, then 3, then 1 ranks, through checkpoints between, against one process that never stopped."""
     def shard_of(begin, end):
@@ -69,6 +76,8 @@ def check_the_global_norm_and_the_moments_are_those_of_one_process(world):
                         sharded.gather(ids, torch.float32).backward(grads)
                     norm = sharded.norm()
                     assert torch.equal(norm, norms[step]), (n, step, norm, norms[step])
+                    raises(ZeroDivisionError, [], lambda sharded=sharded: sharded.step(Broken()))
+                    assert torch.equal(sharded.norm(), norm)  # its gradients are still there
                     sharded.step(mine, grad_scale=min(1.0, 0.5 / norm.item()))
                     assert sharded.norm() == 0
                 raises(TypeError, ["optimizer is a SGD, expected a RowOptimizer"],

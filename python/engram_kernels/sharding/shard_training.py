@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engram_kernels._exact_sum import exact_parts
 from engram_kernels.ops.row_update import row_update
 from engram_kernels.sharding.exchange import Wanted, sum_rows
 from engram_kernels.table.row_table import RowTable
@@ -25,6 +26,14 @@ def sum_kept(kept: Sequence[tuple[Wanted, Tensor]], ranks: int, row_dim: int, de
     pieces = [(ids[rank], grads[rank]) for rank in range(ranks) for ids, grads in split]
     row_ids, inverse = torch.unique(torch.cat([ids for ids, _ in pieces]).to(torch.int64), return_inverse=True)
     return row_ids, sum_rows(torch.cat([grads for _, grads in pieces]), inverse, row_ids.numel())
+
+
+def parts_of_norm(*args: Any) -> tuple[list[float], Exception | None]:
+    """`exact_parts` of what `squares_of` gives, and what is wrong, for every rank to raise."""
+    try:
+        return exact_parts(squares_of(*args).tolist()), None
+    except ValueError as err:
+        return exact_parts([]), err
 
 
 def squares_of(gradients: str, parameter: Tensor | None, kept: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:

@@ -16,7 +16,6 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports dyn
 from torch.autograd.function import once_differentiable
 
 from engram_kernels._checks import FLOAT_DTYPES
-from engram_kernels._exact_sum import exact_parts
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.row_format import FLOAT_FORMATS, ROW_FORMATS
 from engram_kernels.sharding.agreement import agreed_facts, checked_facts, checked_partition, table_of
@@ -24,7 +23,7 @@ from engram_kernels.sharding.channel import Channel
 from engram_kernels.sharding.exchange import Arrived, Exchange, Wanted
 from engram_kernels.sharding.partition import range_of
 from engram_kernels.sharding.shard_state import copy_state, dtensor_of
-from engram_kernels.sharding.shard_training import load_optimizer_numbers, optimizer_state, refusal, squares_of, sum_kept
+from engram_kernels.sharding.shard_training import load_optimizer_numbers, optimizer_state, parts_of_norm, refusal, sum_kept
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
@@ -270,13 +269,8 @@ class ShardedRows:
             ValueError: rows carry no gradient here, or `parameter.grad` is a dense tensor. On every rank.
             ConnectionError: a rank died or did not come.
         """
-        error: Exception | None = None
-        parts = exact_parts([])
-        try:
-            with self._lock:
-                parts = exact_parts(squares_of(self.gradients, self.parameter, self._summed_once).tolist())
-        except ValueError as err:
-            error = err
+        with self._lock:
+            parts, error = parts_of_norm(self.gradients, self.parameter, self._summed_once)
         found = self._channel.submit(self._exchange.everywhere, next(self._numbers), error, parts).result()
         return torch.tensor(math.sqrt(math.fsum(found)), dtype=torch.float64, device=self.table.device)
 
@@ -288,7 +282,13 @@ class ShardedRows:
             optimizer: takes the step.
             grad_scale: third argument of its step where it is given, such as that of clipping by `norm`.
         """
-        return optimizer.step(*self.take_gradients(), *(() if grad_scale is None else (grad_scale,)))
+        kept = list(self._kept)
+        sums = self.take_gradients()
+        try:
+            return optimizer.step(*sums, *(() if grad_scale is None else (grad_scale,)))
+        except BaseException:
+            self._kept[:0] = kept  # for another try
+            raise
 
     def dtensor(self, local: Tensor) -> Any:
         """A DTensor [R, ...] with Shard(0) of what each rank has for its rows [r, ...], such as an optimizer's moments.
