@@ -71,6 +71,9 @@ EK_INLINE constexpr RowFormatTraits traits_of(RowFormat format) {
   return {};
 }
 
+constexpr int kUe8m0Block = traits_of(RowFormat::kFp8Block32).block;  // elements of fp8 rows that share a ue8m0 scale
+static_assert(traits_of(RowFormat::kFp8Block32Packed).block == kUe8m0Block);
+
 // Calls f with the row format as a compile-time constant: f(std::integral_constant<RowFormat, ..>{}).
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable

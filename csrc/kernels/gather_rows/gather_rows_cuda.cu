@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kDirectThreads, kDirectBlocksPerSm)
   const int lane = threadIdx.x % kWarp, element = min(lane, vectors - 1) * kCount;
   const bool has_vector = lane < vectors;
   const LaneColumn values(s.rows + element, s.row_stride_bytes);
-  const LaneColumn scales(s.row_scales(0) + element / traits_of(RowFormat::kFp8Block32).block,
+  const LaneColumn scales(s.row_scales(0) + element / kUe8m0Block,
                           is_packed(s.format) ? s.row_stride_bytes : s.scale_stride_bytes);
   const int count = static_cast<int>(p.row_ids.count), step = static_cast<int>(gridDim.x) * (kWarps * kDirectRows);
   int first = (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp) * kDirectRows;

@@ -97,7 +97,7 @@ class RowUpdateParams(Structure):
                 ("first", c_void_p), ("first_dtype", c_int), ("steps", c_void_p), ("squares", c_void_p), ("rule", c_int)] + [
         (name, c_double) for name in ("lr", "beta1", "beta2", "eps", "grad_scale")] + [
         ("step", c_int64), ("stochastic", c_bool), ("seed", c_uint64), ("first_row", c_int64)] + [
-        (name, c_void_p) for name in ("positions", "refused", "sizes", "error_count")]
+        (name, c_void_p) for name in ("row_names", "positions", "refused", "sizes", "error_count")]
 
 
 class PlaceRowsParams(Structure):
