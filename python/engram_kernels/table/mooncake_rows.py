@@ -21,7 +21,7 @@ import torch
 
 from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels.row_format import row_format_of
-from engram_kernels.table.remote_rows import ENGINES, Description, Piece, ascending, in_given_order
+from engram_kernels.table.remote_rows import ENGINES, Description, Piece, fetched
 from engram_kernels.table.row_table import RowTable
 
 _OP = "store_rows"
@@ -316,11 +316,7 @@ class MooncakeClient:
 
     def fetch(self, ids: bytes, watch: Any) -> Iterator[Piece]:
         """The rows of distinct ids, in pieces."""
-        if os.getpid() != self._process:
-            raise RuntimeError(f"{self._connection.where}: the table was connected before a fork; connect again here")
-        wanted, back = ascending(np.frombuffer(ids, np.int64))
-        pieces = self._pieces(wanted, watch)
-        yield from pieces if back is None else in_given_order(pieces, back)
+        return fetched(self._connection.where, self._process, ids, lambda wanted: self._pieces(wanted, watch))
 
     def _pieces(self, ids: Any, watch: Any) -> Iterator[Piece]:
         deadline = time.monotonic() + self._timeout_s

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engram_kernels._checks import expect_int, expect_seconds
-from engram_kernels.table.remote_rows import ENGINES, Description, Piece, ascending, in_given_order
+from engram_kernels.table.remote_rows import ENGINES, Description, Piece, fetched
 from engram_kernels.table.row_table import RowTable
 
 if TYPE_CHECKING:
@@ -245,11 +245,7 @@ class RayClient:
 
     def fetch(self, ids: bytes, watch: Any) -> Iterator[Piece]:
         """The rows of distinct ids, in pieces of some megabytes; several are on their way at a time."""
-        if os.getpid() != self._process:
-            raise RuntimeError(f"ray://{self.name}: the table was connected before a fork; connect again here")
-        wanted, back = ascending(np.frombuffer(ids, np.int64))
-        pieces = self._pieces(wanted, watch)
-        yield from pieces if back is None else in_given_order(pieces, back)
+        return fetched(f"ray://{self.name}", self._process, ids, lambda wanted: self._pieces(wanted, watch))
 
     def _pieces(self, ids: Any, watch: Any) -> Iterator[Piece]:
         deadline = time.monotonic() + self._timeout_s

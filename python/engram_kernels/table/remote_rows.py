@@ -9,7 +9,8 @@ import atexit
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -186,7 +187,21 @@ def _plain(value: Any) -> Any:
     return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def ascending(ids: Any) -> tuple[Any, Any]:
+def fetched(where: str, process: int, ids: bytes, pieces_of: Callable[[Any], Iterator[Piece]]) -> Iterator[Piece]:
+    """What a client's `fetch` yields: the pieces that `pieces_of` gives for ascending ids, in the order of the given ones.
+
+    Raises:
+        RuntimeError: this is not the process that connected; names `where`.
+    """
+    import numpy as np
+    if os.getpid() != process:
+        raise RuntimeError(f"{where}: the table was connected before a fork; connect again here")
+    wanted, back = _ascending(np.frombuffer(ids, np.int64))
+    pieces = pieces_of(wanted)
+    yield from pieces if back is None else _in_given_order(pieces, back)
+
+
+def _ascending(ids: Any) -> tuple[Any, Any]:
     """Distinct ids in ascending order, and where each of the given ones is then; None: they were so."""
     import numpy as np
     if ids.size < 2 or bool((np.diff(ids) > 0).all()):
@@ -197,7 +212,7 @@ def ascending(ids: Any) -> tuple[Any, Any]:
     return ids[order], back
 
 
-def in_given_order(pieces: Iterator[Piece], back: Any) -> Iterator[Piece]:
+def _in_given_order(pieces: Iterator[Piece], back: Any) -> Iterator[Piece]:
     """Pieces of ascending ids as one piece, in the order in which the ids were given."""
     import numpy as np
     rows, scales = [], []
