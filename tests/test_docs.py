@@ -45,7 +45,7 @@ def prose(page):
 
 PYTHON_BLOCKS = [(page, i) for page in PAGES for i in range(sum(lang == "python" for lang, _ in fences(page)))]
 # they start a Ray runtime, which takes 5 to 20 s: in make test-all alone, for which Ray is installed
-RAY_PAGES = {page for page in PAGES if any(lang == "python" and "import ray" in text for lang, text in fences(page))}
+RAY_PAGES = {page for page in PAGES if any(lang == "python" and "ray.init(" in text for lang, text in fences(page))}
 
 
 def command_lines(page):
