@@ -119,8 +119,9 @@ def test_engram_gradients_of_torch_func(variant):
         for backend in ("auto", "reference"):
             got = torch.func.grad(loss)(params, hiddens[k], tokens[k], backend=backend)
             for name, p in layer.named_parameters():
-                torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(each[name][k], p.grad, rtol=1e-4, atol=1e-4)
+                least = 1e-5 * float(p.grad.abs().max())  # of the largest: the gate's root is steep where a score is near 0
+                torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=least)
+                torch.testing.assert_close(each[name][k], p.grad, rtol=1e-4, atol=least)
     jacobians = [torch.func.jacrev(lambda h, backend=backend: layer(h, ids[:5], cu, backend=backend).sum((1, 2)))(hidden[:5])
                  for backend in ("auto", "reference")]
     torch.testing.assert_close(*jacobians, rtol=1e-4, atol=1e-4)
