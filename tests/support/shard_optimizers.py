@@ -32,6 +32,29 @@ def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
                 assert (x is None) == (y is None) and (x is None or torch.equal(x, y[begin:end])), (n, rule, name)
 
 
+def check_a_step_that_one_rank_skips_is_skipped_by_all(world):
+    """A NaN for a row of one rank: rows, moments and counts stay together, and the next step is that of one process."""
+    for n in (2, 3):
+        if world.full(n) is None:
+            continue
+        group, rank = world.full(n)
+        begin, end = uneven(n)[rank]
+        shard = RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
+        with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
+            mine = RowOptimizer(shard, lr=0.1, seed=5, nonfinite="skip", bias_correction="step", first_row=begin)
+            for step, (spoils, scale) in enumerate(((True, 1.0), (False, 1.0), (False, float("nan") if rank == n - 1 else 1.0))):
+                before = shard.rows.clone()
+                ids, grads = micro_batch(step)  # the same on each rank, so that every rank that has rows has some to update
+                if spoils and rank == 0:
+                    grads[(ids == ids.max()).nonzero()[0].tolist()] = float("nan")
+                sharded.gather(ids, torch.float32).backward(grads)
+                sharded.step(mine, grad_scale=scale)
+                taken = not spoils and step == 1
+                assert torch.equal(shard.rows, before) != (taken and bool(((ids >= begin) & (ids < end)).any())), (n, step)
+                assert mine.num_steps == (step >= 1) and mine.skipped_steps == (1, 1, 2)[step], (n, step, mine.skipped_steps)
+                assert not sharded.take_gradients()[0].numel()
+
+
 class Broken:
     """An optimizer whose steps fail."""
 

@@ -20,20 +20,22 @@ def rows_of(num_rows: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows)
 
 
-def range_of(num_rows: int, rank: int, ranks: int, heads: Sequence[int] | None) -> tuple[int, int]:
-    """[begin, end) of a rank's rows.
+def range_of(num_rows: int, rank: int, ranks: int, heads: Sequence[int] | Tensor | None = None) -> tuple[int, int]:
+    """[begin, end) of the rows that a rank should have: ``shard = weight[begin:end]``.
 
     Args:
         num_rows: R.
-        rank: which.
-        ranks: n.
-        heads: rows of each head, whose sum is R; None: rows are spread without regard to heads.
+        rank: in the group.
+        ranks: of the group.
+        heads: rows of each head, for by="heads".
 
     Returns:
-        `rows_of`; with heads the rows of whole heads, as many to each rank as can be.
+        As DTensor's Shard(0): ceil(R / ranks) rows each, what is left to the last ranks that get any. With heads: whole ones,
+        as many to each rank as can be.
 
     Raises:
-        ValueError: the rank is none, or the heads do not sum up to R.
+        TypeError: a number is no integer.
+        ValueError: there is no such rank, or the heads do not sum up to R.
     """
     op = "ShardedRows.range_of"
     expect_int(op, "num_rows", num_rows, 0)

@@ -109,24 +109,7 @@ class ShardedRows:
         self._anchor = (self.parameter if self.parameter is not None
                         else torch.zeros(0, device="cpu", requires_grad=self.gradients == "rows"))
 
-    @staticmethod
-    def range_of(num_rows: int, rank: int, ranks: int, heads: Sequence[int] | Tensor | None = None) -> tuple[int, int]:
-        """[begin, end) of the rows that a rank should have: ``shard = weight[begin:end]``.
-
-        Args:
-            num_rows: R.
-            rank: in the group.
-            ranks: of the group.
-            heads: rows of each head, for by="heads".
-
-        Returns:
-            As DTensor's Shard(0): ceil(R / ranks) rows each, what is left to the last ranks that get any. With heads: whole ones.
-
-        Raises:
-            TypeError: a number is no integer.
-            ValueError: there is no such rank, or the heads do not sum up to R.
-        """
-        return range_of(num_rows, rank, ranks, heads.flatten().tolist() if isinstance(heads, Tensor) else heads)
+    range_of = staticmethod(range_of)
 
     def __repr__(self) -> str:
         end = self.first_row + self.table.num_rows
@@ -276,16 +259,19 @@ class ShardedRows:
 
     def step(self, optimizer: Any, grad_scale: float | Tensor | None = None) -> Any:
         """``optimizer.step(row_ids, grad_rows)`` with what `take_gradients` gives, such as a `RowOptimizer` of `table`; returns
-        what that returns. No other rank is asked.
+        what that returns. With ``nonfinite="skip"`` every rank has to call it, and all skip what one has to; else none is asked.
 
         Args:
             optimizer: takes the step.
             grad_scale: third argument of its step where it is given, such as that of clipping by `norm`.
         """
         kept = list(self._kept)
-        sums = self.take_gradients()
+        given = (*self.take_gradients(), *(() if grad_scale is None else (grad_scale,)))
         try:
-            return optimizer.step(*sums, *(() if grad_scale is None else (grad_scale,)))
+            if getattr(optimizer, "nonfinite", None) == "skip" and self._one_skips(optimizer.skips(*given)):
+                optimizer.skipped_steps += 1
+                return None
+            return optimizer.step(*given)
         except BaseException:
             self._kept[:0] = kept  # for another try
             raise
@@ -353,6 +339,9 @@ class ShardedRows:
             else:
                 self._channel.submit(copy_state, name, given.get(name), local, self._exchange.partition, self._channel,
                                      next(self._numbers)).result()
+
+    def _one_skips(self, skips: bool) -> bool:
+        return any(self._channel.submit(self._exchange.everywhere, next(self._numbers), None, [float(skips)]).result())
 
     def _agree(self, error: Exception | None) -> None:  # raises that of any rank on every rank
         self._channel.submit(self._channel.agree, "state", next(self._numbers), error).result()

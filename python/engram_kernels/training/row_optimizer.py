@@ -194,7 +194,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Rows whose positions `first` (bool [n]; whole rows) names are updated before the others where nothing can go wrong in
         between, and `then` is called when they are; each row comes out as in one go.
         """
-        if self._is_bad(row_ids, grad_rows) or (self.nonfinite == "skip" and not math.isfinite(grad_scale)):
+        if self.skips(row_ids, grad_rows, grad_scale):
             self.skipped_steps += 1
             return
         if first is None or self.file is not None or not self._cannot_fail(row_ids, grad_rows, grad_scale):
@@ -218,9 +218,10 @@ class RowOptimizer(torch.optim.Optimizer):
                step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
                grad_scale=grad_scale)
 
-    def _is_bad(self, row_ids: Tensor, grad_rows: Tensor) -> bool:
-        """Whether it is to be skipped for a gradient that is not finite."""
-        return self.nonfinite == "skip" and bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any())
+    def skips(self, row_ids: Tensor, grad_rows: Tensor, grad_scale: float | Tensor = 1.0) -> bool:
+        """Whether `step` skips these: nonfinite is "skip", and the gradient of a row or `grad_scale` is NaN or infinite."""
+        return self.nonfinite == "skip" and (not math.isfinite(grad_scale) or
+                                             bool((~grad_rows.isfinite().all(-1) & (row_ids != -1)).any()))
 
     def _cannot_fail(self, row_ids: Tensor, grad_rows: Tensor, grad_scale: float | Tensor) -> bool:
         """Whether all ids are in range, no sum of gradients can leave float32, and every row's count of steps can grow."""
@@ -289,7 +290,7 @@ class RowOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, IndexError: as `row_update`.
         """
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
-        if self._is_bad(row_ids, grad_rows):
+        if self.skips(row_ids, grad_rows):
             return torch.tensor(math.nan, dtype=torch.float64, device=grad_rows.device)
         if self.file is not None or self.table.row_format in FORMATS:  # rows do not matter, only which ids are equal
             distinct, row_ids = torch.unique(row_ids, return_inverse=True)
