@@ -111,12 +111,81 @@ def test_it_learns_with_two_optimizers(variant, dtype):
         assert memory.conv_weight.any()
 
 
+def stored(table, num_rows=None):
+    return table.read_rows(torch.arange(num_rows or table.num_rows))[0]
+
+
+def trained(memory, **options):
+    """Losses of 30 steps with the rows behind the backbone, and the rows that moved."""
+    table = memory.table
+    before = stored(table)
+    optimizer = ek.RowOptimizer(table, "adam", lr=5 * 3e-3, seed=0, **options)
+    dense = torch.optim.AdamW(ek.param_groups(memory, lr=3e-3))
+    losses = []
+    with ek.TrainableRows(table, optimizer) as rows:
+        memory.table = rows
+        for _ in range(30):
+            loss = loss_of(memory)
+            loss.backward()
+            for one in (dense, rows):
+                one.step()
+                one.zero_grad()
+            losses.append(loss.item())
+        rows.flush()
+        moved = (stored(table) != before).any(1).nonzero().flatten()
+    optimizer.close()
+    return losses, moved
+
+
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_a_table_in_host_memory_or_in_a_file_trains_behind_the_backbone(where, tmp_path):
+    """The right size, drawn as the parameter is, outside of the module's parameters; only rows that are read move."""
+    path = tmp_path / "rows.safetensors"
+    memory = make(train_table="host" if where == "host" else path)
+    table = memory.table
+    assert table.tier == where and (table.num_rows, table.row_dim) == (memory.layout.num_rows[0], 32)
+    drawn = stored(table)
+    assert drawn.dtype == torch.float32 and 0.019 < drawn.std() < 0.021 and abs(drawn.mean()) < 1e-3
+    assert "rows" not in memory.state_dict() and all(name != "rows" for name, _ in memory.named_parameters())
+    losses, moved = trained(memory, **({"state": tmp_path / "moments.safetensors"} if where == "file" else {}))
+    assert losses[-1] < 0.5 * losses[0], losses
+    used = ek.ngram_hash(batch()[1].int(), CU, memory.layout).unique()
+    assert torch.equal(moved, used.long())
+
+
+def test_a_file_that_is_there_is_opened_again(tmp_path):
+    """The next run goes on with its rows; a file of another table is refused and left as it is."""
+    path = tmp_path / "rows.safetensors"
+    trained(make(train_table=str(path)), state=tmp_path / "moments.safetensors")
+    rows = stored(ek.RowTable.open(path), 9)
+    again = make(train_table=path)
+    assert torch.equal(stored(again.table, 9), rows)
+    optimizer = ek.RowOptimizer(again.table, "adam", lr=0.1, seed=0, state=tmp_path / "moments.safetensors")
+    assert optimizer.num_steps == 30
+    optimizer.close()
+    with pytest.raises(ValueError, match=r"rows\.safetensors has \d+ rows of 32 in f32, layer 1 with dtype torch.bfloat16"):
+        make(dtype=torch.bfloat16, train_table=path)
+    assert torch.equal(stored(ek.RowTable.open(path), 9), rows)
+
+
+def test_a_file_is_drawn_piece_by_piece(tmp_path, monkeypatch):
+    """Unlike pieces, none of which repeats another, for a table larger than one."""
+    monkeypatch.setattr("engram_kernels.modules.memory_module._ROWS_AT_ONCE", 1000)
+    table = make(train_table=tmp_path / "rows.safetensors").table
+    rows = stored(table)
+    assert table.num_rows > 1000 and 0.019 < rows.std() < 0.021 and len(rows.unique(dim=0)) == table.num_rows
+
+
 def test_what_it_refuses():
     rows = ek.RowTable.from_tensor(nn.Parameter(torch.zeros_like(make().rows)), row_format="f32")
     with pytest.raises(ValueError, match="Engram: table and train_table are given"):
         make(table=rows)
-    with pytest.raises(TypeError, match="train_table is 'file'"):
+    with pytest.raises(TypeError, match="train_table is 1 and"):
+        make(train_table=1)
+    with pytest.raises(ValueError, match=r"train_table is 'file', expected True, 'host' or the path of a \.safetensors file"):
         make(train_table="file")
+    with pytest.raises(ValueError, match="sparse_grad is True and train_table 'host', expected None"):
+        make(train_table="host", sparse_grad=True)
     assert not make(train_table=False).sparse_grad and make(train_table=False).table is None
     given = make(train_table=False, table=rows, sparse_grad=True)
     loss_of(given).backward()
@@ -161,8 +230,8 @@ def test_longcat_trains_a_table_of_its_own():
     assert torch.equal(changed, used[used >= 0].long()), "rows that no token reads are left alone"
     with pytest.raises(ValueError, match="LongcatEmbedding: table and train_table are given"):
         longcat(table=embed.table)
-    with pytest.raises(TypeError, match="LongcatEmbedding: train_table is 'file'"):
-        longcat(train_table="file")
+    with pytest.raises(TypeError, match="LongcatEmbedding: train_table is 3"):
+        longcat(train_table=3)
     with pytest.raises(ValueError, match="LongcatEmbedding: dtype is torch.float64"):
         longcat(torch.float64)
     assert longcat(train_table=False).table is None and longcat(device="meta").rows.is_meta

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from engram_kernels import _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_int, expect_tensor, wants_grad
 from engram_kernels.modules.history import history_of_new_sequences
-from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
+from engram_kernels.modules.memory_module import MemoryModule, TrainTable, autocast_dtype
 from engram_kernels.modules.module_table import AnyTable
 from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.modules.published_rounding import published_conv, published_gate
@@ -55,15 +55,18 @@ class Engram(MemoryModule):
             they round to the dtype of `hidden` after each norm, product, sum, division, root and sigmoid and after the
             convolution, as the published code does. That is further from the exact result, slower, and equal to it.
         train_table: the module makes its own table [R, D] of `dtype` on `device`, R being what the layer's hash needs: the
-            parameter `rows`, normally distributed with a deviation of 0.02. The convolution begins with zeros.
+            parameter `rows`, normally distributed with a deviation of 0.02. "host": the same in host memory, wherever the
+            parameters are; the path of a .safetensors file: in that file, which is made piece by piece, or opened where it is
+            there. Those are no parameter and in no state dict: a `TrainableRows` trains them. The convolution begins with zeros.
         sparse_grad: the gradient of `rows` is sparse, of the distinct rows of a step, as a `RowOptimizer` takes it; False: it has
-            the size of the table, as ``torch.optim.AdamW`` and FSDP take it. None: True with `train_table`, else False.
+            the size of the table, as ``torch.optim.AdamW`` and FSDP take it. None: True with ``train_table=True``, else False.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, `token_map` no TokenMap, or
-            `train_table` or `sparse_grad` no bool.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, `token_map` no TokenMap,
+            `train_table` no bool, str or path, or `sparse_grad` no bool.
         ValueError: the spec has no such layer or no module variant, table or token map do not belong to it, a table is given
-            with `train_table`, or `rounding` is neither word or not for this variant.
+            with `train_table`, the file of `train_table` holds another table, or `rounding` is neither word or not for this
+            variant.
 
     Source: docs/ops.md, "The module"; deepseek-ai/Engram `engram_demo_v1.py`; the published DeepSeek-V4.1 model code (keys
     before the value in wkv's output, q_weight and k_weight as norm weights); huggingface/transformers
@@ -76,7 +79,7 @@ class Engram(MemoryModule):
     def __init__(self, spec: EngramSpec, layer_id: int, hidden_size: int | None = None, branches: int | None = None, *,
                  table: AnyTable | None = None, token_map: TokenMap | None = None,
                  dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once",
-                 train_table: bool = False, sparse_grad: bool | None = None):
+                 train_table: TrainTable = False, sparse_grad: bool | None = None):
         super().__init__(spec, layer_id, table, token_map)
         self.rounding = checked_rounding(rounding, spec)
         self.sparse_grad = self.checked_sparse_grad(train_table, sparse_grad)
@@ -85,7 +88,7 @@ class Engram(MemoryModule):
         self.hidden_size = expect_int("Engram", "hidden_size", spec.hidden_size if hidden_size is None else hidden_size, 1)
         self.branches = expect_int("Engram", "branches", spec.branches if branches is None else branches, 1, 64)
         if train_table:
-            self.table = self.made_table(dtype, device)
+            self.table = self.made_table(train_table, dtype, device)
         is_centred = spec.variant == "qwen4_ple"  # its norms multiply by 1 + w
         norm_weight = torch.zeros if is_centred else torch.ones
         shape = (self.branches, self.hidden_size)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
-from engram_kernels.modules.memory_module import MemoryModule, autocast_dtype
+from engram_kernels.modules.memory_module import MemoryModule, TrainTable, autocast_dtype
 from engram_kernels.modules.module_table import AnyTable
 from engram_kernels.modules.published import ROUNDINGS, assign_published
 from engram_kernels.spec import EngramSpec
@@ -36,14 +36,15 @@ class LongcatEmbedding(MemoryModule):
         device: of the parameters.
         rounding: "once": one product over all columns; its sum with the word embedding is divided in float32 and rounded once.
             "published": C products, each added in the dtype, as the published code does; slower, and equal to it.
-        train_table: the module makes its own table [R, D] of `dtype` on `device`: the parameter `rows`, as of `Engram`.
+        train_table: the module makes its own table [R, D] of `dtype`, as that of `Engram`: True: on `device`, the parameter
+            `rows`; "host" or a path: in host memory or in a file, for a `TrainableRows`.
         sparse_grad: the gradient of `rows` is sparse, as of `Engram`; None: True with `train_table`, else False.
 
     Raises:
-        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, or `train_table` or `sparse_grad`
-            no bool.
+        TypeError: `spec` is no EngramSpec, `table` no RowTable, ShardedRows or TrainableRows, `train_table` no bool, str or path,
+            or `sparse_grad` no bool.
         ValueError: the spec has another variant or no such layer, the table does not belong to it or is given with `train_table`,
-            `dtype` is no dtype of parameters, or `rounding` is neither word.
+            the file of `train_table` holds another table, `dtype` is no dtype of parameters, or `rounding` is neither word.
 
     Source: docs/ops.md, "The module"; LongCat-Flash-Lite and LongCat-Next `modeling_longcat_ngram.py` (`NgramEmbedding`);
     vllm-project/vllm `models/longcat_flash_ngram.py`.
@@ -55,7 +56,7 @@ class LongcatEmbedding(MemoryModule):
     def __init__(self, spec: EngramSpec, layer_id: int | None = None, hidden_size: int | None = None, *,
                  num_embeddings: int | None = None, table: AnyTable | None = None,
                  dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None, rounding: str = "once",
-                 train_table: bool = False, sparse_grad: bool | None = None):
+                 train_table: TrainTable = False, sparse_grad: bool | None = None):
         first = spec.layer_ids[0] if isinstance(spec, EngramSpec) and layer_id is None else layer_id
         super().__init__(spec, first, table, None)  # type: ignore[arg-type]  # a None is refused as no layer
         if rounding not in ROUNDINGS:
@@ -68,7 +69,7 @@ class LongcatEmbedding(MemoryModule):
         self.word_embeddings = nn.Embedding(words, self.hidden_size, dtype=dtype, device=device) if words else None
         self.post_proj = nn.Linear(spec.num_columns * spec.row_dim, self.hidden_size, bias=False, dtype=dtype, device=device)
         if train_table:
-            self.table = self.made_table(dtype, device)
+            self.table = self.made_table(train_table, dtype, device)
         self._place_constants()
 
     def device_of_parameters(self) -> torch.device | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.sharding.sharded_rows import ShardedRows
 from engram_kernels.spec import EngramSpec
+from engram_kernels.table.host_memory import TableLayout, new_in_host_memory
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.token_map import TokenMap
 from engram_kernels.training.trainable_rows import TrainableRows
 
 # examples/train_text.py learns faster from it than from 1, the deviation of an nn.Embedding
 ROW_STD = 0.02
+_ROWS_AT_ONCE = 1 << 16
+TrainTable: TypeAlias = bool | str | os.PathLike[str]
 _Module = TypeVar("_Module", bound="MemoryModule")
 
 
@@ -124,20 +128,45 @@ class MemoryModule(nn.Module):
                           f"{shorten(', '.join(found.unused))}", stacklevel=3)
         return module
 
-    def checked_sparse_grad(self, train_table: bool, sparse_grad: bool | None) -> bool:
-        """What `sparse_grad` is with these arguments. TypeError where one is no bool."""
-        if not isinstance(train_table, bool) or not isinstance(sparse_grad, bool | None):
-            raise TypeError(f"{self.op}: train_table is {train_table!r} and sparse_grad {sparse_grad!r}, expected True or False")
-        return train_table if sparse_grad is None else sparse_grad
+    def checked_sparse_grad(self, train_table: TrainTable, sparse_grad: bool | None) -> bool:
+        """What `sparse_grad` is with these arguments. TypeError or ValueError where one is wrong."""
+        if not isinstance(train_table, bool | str | os.PathLike) or not isinstance(sparse_grad, bool | None):
+            raise TypeError(f"{self.op}: train_table is {train_table!r} and sparse_grad {sparse_grad!r}, expected True or False, "
+                            "for train_table also 'host' or the path of a file")
+        if not isinstance(train_table, bool) and train_table != "host" and Path(train_table).suffix != ".safetensors":
+            raise ValueError(f"{self.op}: train_table is {train_table!r}, expected True, 'host' or the path of a .safetensors "
+                             "file")
+        if sparse_grad is not None and not isinstance(train_table, bool):
+            raise ValueError(f"{self.op}: sparse_grad is {sparse_grad} and train_table {train_table!r}, expected None: rows that "
+                             "are no parameter get their gradients through a TrainableRows")
+        return train_table is True if sparse_grad is None else sparse_grad
 
-    def made_table(self, dtype: torch.dtype, device: torch.device | str | None) -> RowTable:
-        """A table of this layer's size, of a new parameter, normally distributed with a deviation of 0.02."""
+    def made_table(self, train_table: Literal[True] | str | os.PathLike[str], dtype: torch.dtype,
+                   device: torch.device | str | None) -> RowTable:
+        """A table of this layer's size, normally distributed with a deviation of 0.02, where `train_table` says."""
         if self._table is not None or self._trains_rows:
             raise ValueError(f"{self.op}: table and train_table are given, expected one of them: with train_table the module "
                              "makes its own")
-        rows = torch.empty(self.layout.num_rows[0], self.spec.row_dim, dtype=dtype, device=device)
+        num_rows, row_dim = self.layout.num_rows[0], self.spec.row_dim
         row_format = next(name for name, stored in FLOAT_FORMATS.items() if stored == dtype)
-        return RowTable.from_tensor(nn.Parameter(nn.init.normal_(rows, std=ROW_STD)), row_format=row_format)
+        if train_table is True:
+            rows = nn.Parameter(torch.empty(num_rows, row_dim, dtype=dtype, device=device))
+            return RowTable.from_tensor(nn.init.normal_(rows, std=ROW_STD), row_format=row_format)
+        if train_table == "host":
+            layout = TableLayout.of(row_format, num_rows, row_dim, row_dim)
+            kept, _, memory = new_in_host_memory(self.op, f"a table of {num_rows} rows", layout)
+            nn.init.normal_(kept, std=ROW_STD)
+            return RowTable(kept, None, row_format, row_dim, _memory=memory, tier="host")
+        path = Path(train_table)
+        if not path.exists():  # piece by piece: it may be larger than memory
+            sizes = (min(_ROWS_AT_ONCE, num_rows - first) for first in range(0, num_rows, _ROWS_AT_ONCE))
+            pieces = (torch.empty(n, row_dim, dtype=dtype, device="cpu").normal_(std=ROW_STD) for n in sizes)
+            return RowTable.create(path, pieces, row_format=row_format, num_rows=num_rows, row_dim=row_dim)
+        table = RowTable.open(path)
+        if (table.num_rows, table.row_dim, table.row_format) != (num_rows, row_dim, row_format):
+            raise ValueError(f"{self.op}: {path} has {table.num_rows} rows of {table.row_dim} in {table.row_format}, layer "
+                             f"{self.layer_id} with dtype {dtype} trains {num_rows} of {row_dim} in {row_format}")
+        return table
 
     def device_of_parameters(self) -> torch.device | None:
         """Where the parameters are; None: there are none yet."""

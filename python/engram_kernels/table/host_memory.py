@@ -103,16 +103,11 @@ def _node_list(path: str, field: str) -> set[int]:
     return nodes
 
 
-def copy_to_host_memory(op: str, rows: Tensor, scales: Tensor | None, layout: TableLayout,
-                       numa: int | None = None) -> tuple[Tensor, Tensor | None, Any]:
-    """A dense copy of a table in memory of its own, its capacity checked first: rows, scales, and the memory."""
-    capacity.check_private_memory(op, f"a copy of {layout.rows[0]} rows", layout.num_bytes)
+def new_in_host_memory(op: str, what: str, layout: TableLayout, numa: int | None = None) -> tuple[Tensor, Tensor | None, Any]:
+    """Memory for a table, its capacity checked first: rows and scales, of zeros, and the memory. `what` names it in an error."""
+    capacity.check_private_memory(op, what, layout.num_bytes)
     host = make_host_memory(layout.num_bytes, numa)
-    copied, copied_scales = layout.views(host)
-    copied.copy_(rows.detach())
-    if copied_scales is not None and scales is not None:
-        copied_scales.copy_(scales.detach())
-    return copied, copied_scales, host
+    return *layout.views(host), host
 
 
 def copied(op: str, rows: Tensor, scales: Tensor | None, described_as: tuple[str, int],
@@ -120,7 +115,11 @@ def copied(op: str, rows: Tensor, scales: Tensor | None, described_as: tuple[str
     """Rows and scales in memory of their own, and on the CPU its owner; `described_as`: row_format and row_dim."""
     if rows.device.type == "cpu":
         layout = TableLayout.of(described_as[0], rows.shape[0], rows.shape[1], described_as[1])
-        return copy_to_host_memory(op, rows, scales, layout, numa)
+        own, own_scales, host = new_in_host_memory(op, f"a copy of {layout.rows[0]} rows", layout, numa)
+        own.copy_(rows.detach())
+        if own_scales is not None and scales is not None:
+            own_scales.copy_(scales.detach())
+        return own, own_scales, host
     copies = [None if x is None else x.detach().clone(memory_format=torch.contiguous_format) for x in (rows, scales)]
     return *copies, None  # type: ignore[return-value]
 
