@@ -5,9 +5,12 @@ import mmap
 import pickle
 import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 from torch import nn
 
 import engram_kernels as ek
@@ -83,8 +86,71 @@ def test_resume_gives_the_same_bits(first_moment, tmp_path):
     for ids, grads in data[5:]:
         resumed.step(ids, grads)
     assert torch.equal(saved["rows"], rows)
-    for name, x in optimizer.state_dict()["state"].items():
-        assert x is None or torch.equal(x, resumed.state_dict()["state"][name])
+    assert set(optimizer.moments()) == {"second", "steps", *(["first"] if first_moment else [])}
+    for name, x in optimizer.moments().items():
+        assert torch.equal(x, resumed.moments()[name])
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_torch_s_distributed_checkpoint_takes_its_state(rule, tmp_path):
+    """get_optimizer_state_dict, a checkpoint, set_optimizer_state_dict: also before the first step, and with no moments."""
+    def make():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"memory": nn.Module(), "head": nn.Linear(2, 2)})
+        model["memory"].rows = nn.Parameter(start())
+        return model, ek.RowOptimizer(table_of(model["memory"].rows), rule, lr=0.1)
+
+    model, optimizer = make()
+    data = list(batches(6))
+    for step, (ids, grads) in enumerate(data):
+        if step == 3:
+            state = {"optimizer": dcp_state.get_optimizer_state_dict(model, optimizer), "rows": optimizer.table.rows.detach()}
+            dcp.save(state, checkpoint_id=tmp_path / "state", no_dist=True)
+        optimizer.step(ids, grads)
+    other, resumed = make()
+    resumed.param_groups[0]["lr"] = 0.3
+    state = {"optimizer": dcp_state.get_optimizer_state_dict(other, resumed), "rows": resumed.table.rows.detach()}
+    assert list(state["optimizer"]["state"]) == ["memory.rows"] and resumed.num_steps == 0 and resumed.table.rows.grad is None
+    dcp.load(state, checkpoint_id=tmp_path / "state", no_dist=True)
+    dcp_state.set_optimizer_state_dict(other, resumed, state["optimizer"])
+    assert resumed.num_steps == 3 and resumed.param_groups[0]["lr"] == 0.1
+    for ids, grads in data[3:]:
+        resumed.step(ids, grads)
+    assert torch.equal(resumed.table.rows, optimizer.table.rows) and not torch.equal(optimizer.table.rows, start())
+    assert all(torch.equal(x, resumed.moments()[name]) for name, x in optimizer.moments().items())
+
+
+def test_accelerate_prepares_saves_and_resumes_it(tmp_path):
+    """Beside an optimizer of torch, with scaled gradients: prepare, save_state, load_state; the bits of an uninterrupted run."""
+    def make():
+        model = nn.Module()
+        model.rows, model.head = nn.Parameter(start()), nn.Linear(D, 1)
+        return model, ek.RowOptimizer(table_of(model.rows), "adam", lr=0.1), torch.optim.SGD(model.head.parameters(), lr=0.1)
+
+    def step(accelerator, prepared, ids):
+        model, *optimizers = prepared
+        rows = ek.gather_rows(table_of(model.rows), ids, torch.float32, sparse_grad=True)
+        accelerator.backward(model.head(rows).square().mean())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, data = accelerate.Accelerator(cpu=True), [ids for ids, _ in batches(6)]
+    try:
+        one, other = (accelerator.prepare(*make()) for _ in range(2))
+        other[0].load_state_dict(one[0].state_dict())
+        accelerator._models, accelerator._optimizers = [one[0]], list(one[1:])
+        for number, ids in enumerate(data):
+            if number == 3:
+                accelerator.save_state(tmp_path)
+            step(accelerator, one, ids)
+        accelerator._models, accelerator._optimizers = [other[0]], list(other[1:])
+        accelerator.load_state(tmp_path)
+        for ids in data[3:]:
+            step(accelerator, other, ids)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(one[0].rows, other[0].rows) and not torch.equal(one[0].rows, start())
 
 
 @pytest.mark.parametrize(("other", "message"), [
@@ -95,15 +161,15 @@ def test_resume_gives_the_same_bits(first_moment, tmp_path):
 def test_a_state_of_another_table_or_kind_is_refused(other, message):
     optimizer = ek.RowOptimizer(table_of(start()), "adam", lr=0.1)
     optimizer.step(torch.tensor([3]), torch.ones(1, D))
-    before = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.moments())
     other = {"rule": "adam", "rows": start(), **other}
     state = ek.RowOptimizer(table_of(other.pop("rows")), **other).state_dict()
     with pytest.raises(ValueError, match=f"RowOptimizer.load_state_dict: .*{message}"):
         optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="kind is missing"):
+    with pytest.raises(ValueError, match="state is missing"):
         optimizer.load_state_dict({"a": 1})
-    for name, x in before["state"].items():
-        assert x is None or torch.equal(x, optimizer.state_dict()["state"][name])
+    for name, x in before.items():
+        assert torch.equal(x, optimizer.moments()[name])
     assert optimizer.num_steps == 1
 
 
@@ -166,8 +232,8 @@ def test_bytes_of_the_state():
     """Bytes per parameter, rows of 256: those of the rows and of all that is kept beside them."""
     def cost(dtype, **options):
         rows = torch.zeros(64, 256, dtype=dtype)
-        state = ek.RowOptimizer(table_of(rows), "adam", **options).state_dict()["state"].values()
-        return (rows.nbytes + sum(x.nbytes for x in state if x is not None)) / rows.numel()
+        moments = ek.RowOptimizer(table_of(rows), "adam", **options).moments().values()
+        return (rows.nbytes + sum(x.nbytes for x in moments)) / rows.numel()
     assert cost(torch.bfloat16, first_moment=None) <= 2.05
     assert cost(torch.bfloat16, first_moment="bf16") <= 4.05
     assert cost(torch.float32, second_moment="element") <= 12.05
@@ -232,11 +298,15 @@ def test_a_damaged_state_changes_nothing():
     other = ek.RowOptimizer(table_of(start()), "adam", lr=0.2)
     other.step(torch.tensor([3]), torch.ones(1, D))
     good = other.state_dict()
-    for change, message in (({"param_groups": []}, "has 0 groups"), ({"kind": 3}, "kind is 3"),
-                            ({"param_groups": [{"lr": 1.0}]}, "one with lr, betas and eps"),
-                            ({"param_groups": [dict(good["param_groups"][0], lr=-1)]}, "lr is -1"),
-                            ({"state": None}, "state is missing"), ({"num_steps": "x"}, "num_steps is 'x'"),
-                            ({"state": dict(good["state"], second=[1.0])}, r"state\['second'\] is \[1.0\]")):
+    group, moments = good["param_groups"][0], good["state"][0]
+    for change, message in (({"param_groups": []}, "has 0 groups"), ({"param_groups": [dict(group, settings=3)]}, "rule is None"),
+                            ({"param_groups": [{"lr": 1.0}]}, "one with lr, betas, eps, settings and params"),
+                            ({"param_groups": [dict(group, lr=-1)]}, "lr is -1"),
+                            ({"param_groups": [dict(group, params=[0, 1])]}, r"params of the group is \[0, 1\]"),
+                            ({"state": None}, "state is missing"), ({"state": {}}, "no entry of parameter 0"),
+                            ({"state": {0: dict(moments, num_steps="x")}}, "num_steps is 'x'"),
+                            ({"state": {0: dict(moments, second=[1.0])}}, r"second is \[1.0\]"),
+                            ({"state": {0: dict(moments, steps=moments["steps"] - 9)}}, "steps has a number below 0")):
         with pytest.raises(ValueError, match=f"RowOptimizer.load_state_dict: .*{message}"):
             optimizer.load_state_dict({**good, **change})
         assert optimizer.num_steps == 0 and not optimizer.second.any() and optimizer.param_groups[0]["lr"] == 0.1

@@ -15,7 +15,7 @@ from engram_kernels.table.row_table import RowTable
 if TYPE_CHECKING:
     from engram_kernels.training.row_optimizer import RowOptimizer
 
-_OF_A_SHARD = ("first_row", "num_rows")  # of an optimizer's kind: what differs from rank to rank
+_OF_A_SHARD = ("first_row", "num_rows")  # of an optimizer's settings: what differs from rank to rank
 
 
 def sum_kept(kept: Sequence[tuple[Wanted, Tensor]], ranks: int, row_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def refusal(op: str, optimizer: Any, table: RowTable, first_row: int) -> Excepti
     from engram_kernels.training.row_optimizer import RowOptimizer
     if not isinstance(optimizer, RowOptimizer):
         return TypeError(f"{op}: optimizer is a {type(optimizer).__name__}, expected a RowOptimizer")
-    found = optimizer.state_dict()["kind"]
+    found = optimizer.settings
     wrong = [f"{name} is {found[name]}, expected {value}, the shard's"
              for name, value in (("first_row", first_row), ("num_rows", table.num_rows)) if found[name] != value]
     if optimizer.table is not table and optimizer.table.rows.data_ptr() != table.rows.data_ptr():
@@ -75,9 +75,9 @@ def refusal(op: str, optimizer: Any, table: RowTable, first_row: int) -> Excepti
 def optimizer_state(optimizer: RowOptimizer, dtensor: Callable[[Tensor], Any]) -> dict[str, Any]:
     """Moments and steps as DTensors of all rows, and the numbers that every rank has alike."""
     state = optimizer.state_dict()
-    kind = {name: value for name, value in state["kind"].items() if name not in _OF_A_SHARD}
-    return {"kind": kind, "num_steps": state["num_steps"], "param_groups": state["param_groups"],
-            **{name: dtensor(x) for name, x in state["state"].items() if x is not None}}
+    settings = {name: value for name, value in optimizer.settings.items() if name not in _OF_A_SHARD}
+    return {"num_steps": optimizer.num_steps, "param_groups": [{**state["param_groups"][0], "settings": settings}],
+            **{name: dtensor(x) for name, x in optimizer.moments().items()}}
 
 
 def load_optimizer_numbers(optimizer: Any, given: Any, table: RowTable, first_row: int) -> Exception | None:
@@ -88,10 +88,13 @@ def load_optimizer_numbers(optimizer: Any, given: Any, table: RowTable, first_ro
             return wrong
         if not isinstance(given, Mapping):
             raise KeyError(f"{op}: the state has no optimizer; it was taken without one")
-        own = optimizer.state_dict()
-        kind = {**(given.get("kind") or {}), **{name: own["kind"][name] for name in _OF_A_SHARD}}
-        optimizer.load_state_dict({"kind": kind, "num_steps": given.get("num_steps"), "state": own["state"],
-                                   "param_groups": given.get("param_groups")})
+        groups = given.get("param_groups")
+        if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], Mapping):
+            raise ValueError(f"{op}: param_groups of the optimizer is {groups!r}, expected what ShardedRows.state_dict gives")
+        own = {name: optimizer.settings[name] for name in _OF_A_SHARD}
+        group = {**groups[0], "settings": {**groups[0].get("settings", {}), **own}, "params": [0]}
+        optimizer.load_state_dict({"state": {0: {**optimizer.moments(), "num_steps": given.get("num_steps")}},
+                                   "param_groups": [group]})
     except (TypeError, ValueError, KeyError) as err:
         return err
     return None

@@ -332,7 +332,7 @@ class ShardedRows:
         if optimizer is not None:
             self._agree(load_optimizer_numbers(optimizer, state.get("optimizer"), self.table, self.first_row))
             given |= {f"optimizer.{name}": x for name, x in state["optimizer"].items()}
-            wanted |= {f"optimizer.{name}": x for name, x in optimizer.state_dict()["state"].items() if x is not None}
+            wanted |= {f"optimizer.{name}": x for name, x in optimizer.moments().items()}
         for name, local in wanted.items():
             if name == "scales" and local.dim() != 2:
                 local.copy_(state[name])

@@ -94,7 +94,7 @@ def load_state(optimizer: RowOptimizer, path: str | os.PathLike[str], num_steps:
     finally:
         os.close(fd)
     for name, x in loaded.items():
-        setattr(optimizer, name, x)
+        getattr(optimizer, name).copy_(x)
     take_over(optimizer, progress)
 
 
@@ -200,34 +200,46 @@ def pieces_of(table: RowTable) -> Iterator[Tensor]:
 def load_state_dict(optimizer: RowOptimizer, state_dict: Mapping[str, Any]) -> None:
     """`RowOptimizer.load_state_dict` of one whose moments are in memory."""
     op = "RowOptimizer.load_state_dict"
-    wanted = {"kind": Mapping, "num_steps": int, "param_groups": list, "state": Mapping}
-    for name, kind_of in wanted.items():
+    for name, kind_of in (("state", Mapping), ("param_groups", list)):
         value = state_dict.get(name) if isinstance(state_dict, Mapping) else None
         if not isinstance(value, kind_of):
-            raise ValueError(f"{op}: {name} is {'missing' if value is None else repr(value)}, expected what "
+            raise ValueError(f"{op}: {name} is {'missing' if value is None else shorten(repr(value))}, expected what "
                              "RowOptimizer.state_dict gives")
-    kind = state_dict["kind"]
-    wrong = [f"{name} is {kind.get(name)!r}, expected {value!r}" for name, value in optimizer.settings.items()
-             if kind.get(name) != value]
-    if wrong:
-        raise ValueError(f"{op}: the state is of another optimizer or table: {'; '.join(wrong)}")
-    ours = {"second": optimizer.second, "first": optimizer.first, "steps": optimizer.steps}
-    for name, mine in ours.items():
-        other = state_dict["state"].get(name)
-        facts = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in (mine, other)]
+    group = _checked_group(op, state_dict["param_groups"], optimizer.settings)
+    given = state_dict["state"].get(group["params"][0])  # a number, or the name that torch.distributed.checkpoint gave it
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{op}: state has no entry of parameter {group['params'][0]!r}, expected what RowOptimizer.state_dict "
+                         "gives")
+    ours = optimizer.moments()
+    for name in MOMENTS:
+        facts = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in (ours.get(name), given.get(name))]
         if facts[0] != facts[1]:
-            raise ValueError(f"{op}: state[{name!r}] is {facts[1]}, expected {facts[0]}")
-    if optimizer.steps is not None and bool((state_dict["state"]["steps"] < 0).any()):
-        raise ValueError(f"{op}: state['steps'] has a number below 0")
-    num_steps = expect_int(op, "num_steps", state_dict["num_steps"], 0)
-    groups = state_dict["param_groups"]
-    if len(groups) != 1 or not isinstance(groups[0], Mapping) or not {"lr", "betas", "eps"} <= set(groups[0]):
-        raise ValueError(f"{op}: param_groups has {len(groups)} groups, expected one with lr, betas and eps")
-    check_rates(op, float(groups[0]["lr"]) if isinstance(groups[0]["lr"], Tensor) else groups[0]["lr"], groups[0]["betas"],
-                groups[0]["eps"])
+            raise ValueError(f"{op}: {name} is {facts[1]}, expected {facts[0]}")
+    if "steps" in ours and bool((given["steps"] < 0).any()):
+        raise ValueError(f"{op}: steps has a number below 0")
+    num_steps = given.get("num_steps")
+    num_steps = num_steps.item() if isinstance(num_steps, Tensor) else num_steps
+    if not isinstance(num_steps, int) or num_steps < 0:
+        raise ValueError(f"{op}: num_steps is {num_steps!r}, expected an integer of at least 0")
     with torch.no_grad():
         for name, mine in ours.items():
-            if mine is not None:
-                mine.copy_(state_dict["state"][name])
+            mine.copy_(given[name])
     optimizer.num_steps = num_steps
-    optimizer.param_groups[0].update({name: value for name, value in groups[0].items() if name != "params"})
+    optimizer.param_groups[0].update({name: value for name, value in group.items() if name not in ("params", "settings")})
+
+
+def _checked_group(op: str, groups: list[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameter group of a state. ValueError unless it is of an optimizer with these settings."""
+    wanted = {"lr", "betas", "eps", "settings", "params"}
+    if len(groups) != 1 or not isinstance(groups[0], Mapping) or not wanted <= set(groups[0]):
+        raise ValueError(f"{op}: param_groups has {len(groups)} groups, expected one with lr, betas, eps, settings and params")
+    group = dict(groups[0])
+    given = group["settings"] if isinstance(group["settings"], Mapping) else {}
+    wrong = [f"{name} is {given.get(name)!r}, expected {value!r}" for name, value in settings.items() if given.get(name) != value]
+    if wrong:
+        raise ValueError(f"{op}: the state is of another optimizer or table: {'; '.join(wrong)}")
+    if not isinstance(group["params"], list) or len(group["params"]) != 1:
+        raise ValueError(f"{op}: params of the group is {group['params']!r}, expected that of one parameter")
+    lr = float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"]
+    check_rates(op, lr, group["betas"], group["eps"])
+    return group

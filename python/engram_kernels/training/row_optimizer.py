@@ -126,17 +126,18 @@ class RowOptimizer(torch.optim.Optimizer):
         kept = {name: torch.zeros(shape, dtype=dtype, device=rows.device) for name, (dtype, shape) in self._shapes.items()
                 if table.tier != "file"}
         self.second, self.first, self.steps = (kept.get(name) for name in ("second", "first", "steps"))
-        self._kind = {"rule": rule, "second_moment": second_moment, "first_moment": first_moment, "rounding": rounding,
+        self._settings = {"rule": rule, "second_moment": second_moment, "first_moment": first_moment, "rounding": rounding,
                       "bias_correction": bias_correction, "seed": self._seed, "first_row": self._first_row,
                       "num_rows": table.num_rows, "row_dim": table.row_dim, "row_format": table.row_format}
         super().__init__([table.rows], {"lr": lr, "betas": betas, "eps": eps})
+        self.state[table.rows] = kept  # where torch.distributed.checkpoint looks whether there is any
         if state is not None:
             expect_int(op, "journal_bytes", journal_bytes, 0)
             self.file = FileRows(op, self, Path(state), journal_bytes, bool(durable))
         note(self)
 
     def __repr__(self) -> str:
-        group, kind = self.param_groups[0], self._kind
+        group, kind = self.param_groups[0], self._settings
         return (f"RowOptimizer({self.rule}, lr={group['lr']}, {kind['num_rows']} rows of {kind['row_dim']}, "
                 f"second_moment={kind['second_moment']!r}, first_moment={kind['first_moment']!r}, num_steps={self.num_steps})")
 
@@ -168,7 +169,7 @@ class RowOptimizer(torch.optim.Optimizer):
     @property
     def settings(self) -> dict[str, Any]:
         """Rule, options, and shape and format of the table: what a state must have been made with."""
-        return dict(self._kind)
+        return dict(self._settings)
 
     def moment_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of each moment that is kept, by name."""
@@ -255,10 +256,12 @@ class RowOptimizer(torch.optim.Optimizer):
     def _follow(self) -> Tensor:
         """The table's rows as they are now; a parameter that took the place of another is the group's from then on."""
         rows = self.table.rows
-        if self.table.row_format != self._kind["row_format"] or is_computed(self.table):
+        if self.table.row_format != self._settings["row_format"] or is_computed(self.table):
             raise ValueError(f"RowOptimizer: table has {'computed ' if is_computed(self.table) else ''}{self.table.row_format} "
-                             f"rows now, and had {self._kind['row_format']} rows that were a parameter; make a new RowOptimizer")
-        self.param_groups[0]["params"][0] = rows
+                             f"rows now, and had {self._settings['row_format']} rows that were a parameter; make a new one")
+        params = self.param_groups[0]["params"]
+        if params[0] is not rows:
+            self.state[rows], params[0] = self.state.pop(params[0]), rows
         return rows
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -318,19 +321,24 @@ class RowOptimizer(torch.optim.Optimizer):
         """What `load_state_dict` takes to go on with the same bits; shares memory with the moments.
 
         Returns:
-            kind (rule, options, shape and format of the table), num_steps, state (second, first, steps) and param_groups.
+            As those of ``torch.optim``, so that ``torch.distributed.checkpoint.state_dict`` takes it: state, under the number of
+            the one parameter: second, first, steps (those that are kept) and num_steps; and param_groups, one, with `settings`.
         """
         self._expect_in_memory("state_dict")
         self._settle()
-        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
-        return {"kind": dict(self._kind), "num_steps": self.num_steps, "param_groups": groups,
-                "state": {"second": self.second, "first": self.first, "steps": self.steps}}
+        group = {**self.param_groups[0], "settings": self.settings, "params": [0]}
+        return {"state": {0: {**self.moments(), "num_steps": torch.tensor(self.num_steps)}}, "param_groups": [group]}
+
+    def moments(self) -> dict[str, Tensor]:
+        """What is kept of each row, by name: second [R] or [R, D], first [R, D], steps [R]; none of a table in a file."""
+        kept = {"second": self.second, "first": self.first, "steps": self.steps}
+        return {name: x for name, x in kept.items() if x is not None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Takes over moments, steps and parameter group; the tensors are copied.
 
         Raises:
-            ValueError: it is no state of this class, or that of an optimizer of another kind or of a table of another shape;
+            ValueError: it is no state of this class, or that of an optimizer with other settings or of a table of another shape;
                 names what differs. Nothing has changed.
         """
         self._expect_in_memory("load_state_dict")
