@@ -205,8 +205,33 @@ def test_checkpointing_queues_a_gradient_once(reentrant, inside):
         else:
             out = checkpoint(lambda rows, x: rows.sin() * x, mem.wait(ticket), x, use_reentrant=reentrant)
         out.sum().backward()
-        assert len(mem._gradients.grads) == 1
+        assert len(mem._engine.untaken()) == 1
         mem.step()
+    same_bits(tables[0].rows, tables[1].rows)
+
+
+def test_an_interrupt_behind_a_queued_step_does_not_take_it_twice(monkeypatch):
+    """Ctrl-C at the worst moment: the step is queued, the call does not return, and the user calls it again."""
+    tables = [table_of(), table_of()]
+    rows = ek.gather_rows(tables[0], ids_of(4), torch.float32).requires_grad_()
+    rows.sin().sum().backward()
+    one = optimizer_of(tables[0])
+    one.step(ids_of(4), rows.grad)
+    with ek.TrainableRows(tables[1], optimizer_of(tables[1])) as mem:
+        mem.wait(mem.submit(ids_of(4))).sin().sum().backward()
+        real = mem._engine.update
+
+        def interrupted(*args):
+            real(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(mem._engine, "update", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                mem.step()
+        mem.step()
+        mem.flush()
+        assert mem.norm() == 0 and mem.stats()["steps"] == mem._engine.returned == 1
     same_bits(tables[0].rows, tables[1].rows)
 
 

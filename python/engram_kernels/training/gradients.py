@@ -1,6 +1,7 @@
 """Gradients of rows that backward passes leave between two steps."""
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -8,17 +9,25 @@ import torch
 from torch import Tensor
 
 
+@dataclasses.dataclass
+class Gradient:
+    """Of one backward pass, for the rows of one ticket."""
+
+    row_ids: Tensor
+    grad: Tensor  # [n, D]
+    event: Any  # of a device, behind which `grad` is there; or None
+
+
 class Gradients:
-    """What backward passes left since the last step: ids and gradients, in the order in which they came."""
+    """What backward passes left since the last step, in the order in which they came.
+
+    Those of a step stay until it is in the table, and the first `count` of the steps that are queued are not given again. So an
+    interrupt at any point of a call applies none of them twice.
+    """
 
     def __init__(self) -> None:
-        self.lock, self.is_open = threading.Lock(), True
-        self.clear()
-
-    def clear(self) -> None:
-        self.row_ids: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.events: list[Any] = []
+        self._lock, self.is_open = threading.Lock(), True
+        self._entries: list[Gradient] = []
 
     def take(self, rows: Tensor, row_ids: Tensor) -> None:
         """Takes the gradient of a leaf, which has none afterwards."""
@@ -33,7 +42,15 @@ class Gradients:
         if grad.is_cuda:
             event = torch.cuda.Event()
             event.record()
-        with self.lock:
-            self.row_ids.append(row_ids)
-            self.grads.append(grad)
-            self.events += [] if event is None else [event]
+        with self._lock:
+            self._entries.append(Gradient(row_ids, grad, event))
+
+    def behind(self, count: int) -> list[Gradient]:
+        """All but the first `count`."""
+        with self._lock:
+            return self._entries[count:]
+
+    def drop(self, begin: int, end: int | None) -> None:
+        """Forgets those in [begin, end); None: to the end."""
+        with self._lock:
+            del self._entries[begin:end]

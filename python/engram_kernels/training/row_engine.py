@@ -14,6 +14,7 @@ from torch import Tensor
 from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
 from engram_kernels.table.held_tables import HeldTable
+from engram_kernels.training.gradients import Gradient, Gradients
 
 if TYPE_CHECKING:
     from engram_kernels.training.row_optimizer import RowOptimizer
@@ -41,11 +42,9 @@ class Fetch:
 class Update:
     """What one step applies."""
 
-    row_ids: list[Tensor]
-    grads: list[Tensor]
+    gradients: list[Gradient]
     rates: dict[str, Any]
     grad_scale: float | Tensor
-    events: list[Any]  # of a device, behind which the gradients are there
 
 
 @dataclasses.dataclass
@@ -80,10 +79,10 @@ class RowEngine:
                  prefetcher: RowPrefetcher | None):
         self.table, self.optimizer, self._held, self.out_dtype, self.device = table, optimizer, held, out_dtype, device
         self.prefetcher = prefetcher
+        self.gradients = Gradients()
         self.changed = threading.Condition()
         self.counters = Counters()
-        # steps that `update` took, those that tickets have seen which are here, and those that the table has seen
-        self.returned = self.patched = self.done = 0
+        self.patched = self.done = 0  # steps that tickets have seen which are here, and those that the table has seen
         self.flying: dict[int, Fetch] = {}
         self._fetches: deque[Fetch] = deque()
         self._updates: deque[Update] = deque()
@@ -129,15 +128,34 @@ class RowEngine:
             counters.wait_s += time.perf_counter() - begin
         return fetch
 
-    def update(self, update: Update, most_pending: int) -> None:
-        """Queues a step, once fewer than `most_pending` are queued."""
+    @property
+    def returned(self) -> int:
+        """Steps that `update` took."""
+        return self.done + len(self._updates)
+
+    def untaken(self) -> list[Gradient]:
+        """Under the lock: the gradients that no step took."""
+        return self.gradients.behind(self._taken())
+
+    def _taken(self) -> int:
+        return sum(len(update.gradients) for update in self._updates)
+
+    def drop_untaken(self) -> None:
+        """Forgets the gradients that no step took."""
         with self.changed:
+            self.gradients.drop(self._taken(), None)
+
+    def update(self, rates: dict[str, Any], grad_scale: float | Tensor, most_pending: int) -> bool:
+        """Queues a step of the gradients that no step took, once fewer than `most_pending` are queued. False: there are none."""
+        with self.changed:
+            if not self.untaken():
+                return False
             self.changed.wait_for(lambda: self._closed or self._failure is not None or len(self._updates) < most_pending)
             self.raise_failure()
             self._notice_writes()
-            self._updates.append(update)
-            self.returned += 1
+            self._updates.append(Update(self.untaken(), rates, grad_scale))  # from here on they are taken
             self.changed.notify_all()
+        return True
 
     def flush(self) -> None:
         """Waits until no step is queued; raises what one of them failed with."""
@@ -209,7 +227,7 @@ class RowEngine:
         with self.changed:
             here = [fetch for fetch in self.flying.values() if fetch.rows is not None]
         try:
-            row_ids, grads = torch.cat(update.row_ids) if len(update.row_ids) > 1 else update.row_ids[0], self._grads_here(update)
+            row_ids, grads = _joined([one.row_ids for one in update.gradients]), self._grads_here(update.gradients)
             touched = torch.zeros(row_ids.shape, dtype=torch.bool, device="cpu")
             for fetch in here:
                 touched |= _places(fetch.distinct, row_ids)[1]
@@ -224,6 +242,7 @@ class RowEngine:
             failure = err
         with self.changed:
             self._version = _version(self.table)
+            self.gradients.drop(0, len(update.gradients))
             self._updates.popleft()
             self.done += 1
             self._release(here, self.done)
@@ -241,14 +260,15 @@ class RowEngine:
             fetch.is_patched, fetch.steps = False, number
         self.changed.notify_all()
 
-    def _grads_here(self, update: Update) -> Tensor:
+    def _grads_here(self, gradients: list[Gradient]) -> Tensor:
         """The gradients of all micro-batches, one behind the other, where the table's rows are updated."""
-        for event in update.events:
-            torch.cuda.current_stream(self.device).wait_event(event)
-        grads = torch.cat(update.grads) if len(update.grads) > 1 else update.grads[0]
+        for one in gradients:
+            if one.event is not None:
+                torch.cuda.current_stream(self.device).wait_event(one.event)
+        grads = _joined([one.grad for one in gradients])
         if grads.is_cuda:
-            for grad in update.grads:
-                grad.record_stream(torch.cuda.current_stream(self.device))
+            for one in gradients:
+                one.grad.record_stream(torch.cuda.current_stream(self.device))
             host = torch.empty(grads.shape, dtype=grads.dtype, device="cpu", pin_memory=True)
             host.copy_(grads, non_blocking=True)
             torch.cuda.current_stream(self.device).synchronize()
@@ -305,6 +325,10 @@ class RowEngine:
         for ticket, fetch in self.flying.items():
             fetch.error = RuntimeError(f"TrainableRows: ticket {ticket}: the table's rows were written to by something else "
                                        "after it was submitted, so its rows may be of before; submit it again")
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _places(distinct: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:

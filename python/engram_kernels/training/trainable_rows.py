@@ -19,8 +19,7 @@ from engram_kernels.prefetch.row_prefetcher import PrefetchQueueFull, RowPrefetc
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.table.held_tables import HeldTable
 from engram_kernels.table.row_table import RowTable, expect_row_ids
-from engram_kernels.training.gradients import Gradients
-from engram_kernels.training.row_engine import Fetch, RowEngine, Update
+from engram_kernels.training.row_engine import Fetch, RowEngine
 from engram_kernels.training.row_optimizer import RowOptimizer
 
 _OP = "TrainableRows"
@@ -114,7 +113,6 @@ class TrainableRows:
                 prefetcher.close()
             raise
         self._engine = RowEngine(table, optimizer, self._held, out_dtype, self.device, prefetcher)
-        self._gradients = Gradients()
         self._tickets = itertools.count()
         self._taken: collections.OrderedDict[int, tuple[Fetch, TensorWeakRef | None]] = collections.OrderedDict()
         self._process, self._is_closed = os.getpid(), False
@@ -199,7 +197,7 @@ class TrainableRows:
             stream.wait_event(fetch.ready)
             rows.record_stream(stream)
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            gradients, row_ids = self._gradients, fetch.row_ids
+            gradients, row_ids = self._engine.gradients, fetch.row_ids
             rows.requires_grad_()
             rows.register_post_accumulate_grad_hook(lambda leaf: gradients.take(leaf, row_ids))
         return rows
@@ -264,14 +262,7 @@ class TrainableRows:
                 of this one was begun, and its gradients stay. With `wait` also of this step.
         """
         self._expect_open()
-        kept = self._gradients
-        with kept.lock:
-            row_ids, grads, events = kept.row_ids, kept.grads, kept.events
-        if row_ids:
-            update = Update(list(row_ids), list(grads), self.optimizer.rates(), grad_scale, list(events))
-            self._engine.update(update, max(1, self.staleness))
-            with kept.lock:
-                del row_ids[:len(update.row_ids)], grads[:len(update.grads)], events[:len(update.events)]
+        if self._engine.update(self.optimizer.rates(), grad_scale, max(1, self.staleness)):
             self._taken.clear()
             self.optimizer.__dict__["_opt_called"] = True  # what torch's schedulers look at
         if wait:
@@ -279,18 +270,18 @@ class TrainableRows:
 
     def zero_grad(self) -> None:
         """Drops the gradients that backward passes left since the last step."""
-        with self._gradients.lock:
-            self._gradients.clear()
+        self._engine.drop_untaken()
 
     def norm(self) -> Tensor:
         """The norm of the gradient that the next `step` applies, for clipping by the global norm; as `RowOptimizer.norm`."""
         self._expect_open()
-        with self._gradients.lock:
-            row_ids, grads = list(self._gradients.row_ids), list(self._gradients.grads)
-        if not row_ids:
+        with self._engine.changed:
+            gradients = self._engine.untaken()
+        if not gradients:
             return torch.zeros((), dtype=torch.float64, device="cpu")
         with self._held.writing():  # it reads the gradients alone
-            return self.optimizer.norm(torch.cat(row_ids), torch.cat(grads).cpu())
+            return self.optimizer.norm(torch.cat([one.row_ids for one in gradients]),
+                                       torch.cat([one.grad for one in gradients]).cpu())
 
     def flush(self) -> None:
         """Waits until every step that returned is in the table.
@@ -337,7 +328,7 @@ class TrainableRows:
         """
         if self._is_closed or os.getpid() != self._process:
             return
-        self._gradients.is_open = False
+        self._engine.gradients.is_open = False
         self._engine.close()  # an interrupt while the thread takes its steps leaves the table held: it may be called again
         self._is_closed = True
         try:
@@ -347,7 +338,7 @@ class TrainableRows:
                 self._engine.prefetcher.close()
             self._held.release()
             self.optimizer._holder = None
-            self._gradients.clear()
+            self._engine.gradients.drop(0, None)
             self._taken.clear()
 
     def __enter__(self) -> TrainableRows:
@@ -367,5 +358,5 @@ class TrainableRows:
     def _expect_open(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(f"{_OP}: it was made before a fork and its thread stayed with the parent; make one here")
-        if self._is_closed or not self._gradients.is_open:
+        if self._is_closed or not self._engine.gradients.is_open:
             raise RuntimeError(f"{_OP}: it is closed")
