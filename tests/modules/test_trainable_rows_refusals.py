@@ -3,9 +3,11 @@ import copy
 import gc
 import os
 import threading
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from trainable_cases import D, ids_of, optimizer_of, same_bits, table_of
 
 import engram_kernels as ek
@@ -141,3 +143,18 @@ def test_a_table_of_share_is_refused(shm):
     shared = table_of().share("held", directory=shm)
     with pytest.raises(ValueError, match="is shared as 'held', which is read-only"):
         ek.RowOptimizer(shared)
+
+
+def test_one_rank_of_several_is_warned(tmp_path, monkeypatch):
+    """DDP sums the gradients of parameters alone: the tables of the ranks would come apart without a word."""
+    table = table_of()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ek.TrainableRows(table, optimizer_of(table)).close()
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        with pytest.warns(UserWarning, match="rank 0 of 2, and the rows get the gradients of this rank alone.*a ShardedRows"):
+            ek.TrainableRows(table, optimizer_of(table)).close()
+    finally:
+        dist.destroy_process_group()

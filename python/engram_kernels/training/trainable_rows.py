@@ -5,10 +5,12 @@ import atexit
 import collections
 import itertools
 import os
+import warnings
 import weakref
 from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports dynamo at once, two seconds
 from torch.utils.weak import TensorWeakRef
@@ -86,6 +88,10 @@ class TrainableRows:
             raise TypeError(f"{_OP}: table is a {type(table).__name__} and optimizer a {type(optimizer).__name__}, expected a "
                             "RowTable and a RowOptimizer")
         need_compiled("a TrainableRows")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(f"{_OP}: this is rank {dist.get_rank()} of {dist.get_world_size()}, and the rows get the gradients of "
+                          "this rank alone: where others train the same layer on other tokens, their tables come apart; a "
+                          "ShardedRows sums over the ranks", stacklevel=2)
         own = optimizer.table
         if own is not table and (own.tier == "file" or table.tier == "file" or own.rows.data_ptr() != table.rows.data_ptr()
                                  or own.rows.shape != table.rows.shape):
