@@ -49,7 +49,7 @@ test: $(VENV)/.built
 # Everything: the slow tests too, the simulator on PTX of Triton, and the AVX-512 kernels on a CPU that has none.
 test-all: $(VENV)/.built $(VENV)/.remote
 	$(call run_tests,)
-	TRITON_INTERPRET=0 $(PYTEST) tests/sim/ptxsim/tests/test_triton.py
+	TRITON_INTERPRET=0 $(PYTEST) $(PARALLEL) tests/sim/ptxsim/tests/test_triton.py
 	best=$$(python -c "from engram_kernels import _C; print(_C.best_cpu_isa())") && { [ "$$best" != avx2 ] || $(MAKE) test-avx512; }
 
 # $(1): a folder, $(2): CMake options. The package with a module of that build in $(1)/python, beside the ordinary one.
@@ -106,7 +106,7 @@ test-wheel: wheel $(CUDA_VENV)/.python
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
 test-cuda-build: $(CUDA_VENV)/.installed
-	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q tests/cuda_build $(ARGS)
+	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q $(PARALLEL) tests/cuda_build $(ARGS)
 
 GPU_OP_TESTS := test_ngram_hash.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py test_row_update.py
 # On a machine with a GPU: the op tests on the CUDA and Triton kernels, graphs and streams, then memory checks of a part of them.
@@ -165,7 +165,7 @@ $(VENV)/.built: $(VENV)/.python pyproject.toml setup.py $(SOURCES)
 
 $(CUDA_VENV)/.python:
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_PYTHON) -m pip install -q $(CUDA_TORCH) numpy pytest hypothesis safetensors
+	$(CUDA_PYTHON) -m pip install -q $(CUDA_TORCH) numpy pytest pytest-xdist hypothesis safetensors
 	@touch $@
 
 # the kernels know nothing of torch and the binding its stable ABI, so the torch that it is built beside does not matter
