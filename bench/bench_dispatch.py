@@ -19,8 +19,8 @@ GATE = (None, 1e-6, 1e-6, "copysign", True)
 OPS = torch.ops.engram_kernels
 
 CALLS = {
-    "ngram_hash": (lambda: OPS.ngram_hash(TOKENS, CU, LAYOUT.moduli, LAYOUT.offsets, LAYOUT.multipliers, None, None, None,
-                                          LAYOUT.num_ids, LAYOUT.boundary_id, LAYOUT.eos_id),
+    "ngram_hash": (lambda: OPS.ngram_hash(TOKENS, CU, LAYOUT.moduli, LAYOUT.offsets, LAYOUT.multipliers, LAYOUT.reciprocals, None,
+                                          None, None, LAYOUT.num_ids, LAYOUT.boundary_id, LAYOUT.eos_id),
                    lambda: ek.ngram_hash(TOKENS, CU, LAYOUT)),
     "gather_rows": (lambda: OPS.gather_rows(*ROWS, "f32", 32, False, torch.bfloat16), lambda: ek.gather_rows(TABLE, IDS)),
     "gate": (lambda: OPS.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT, *GATE),

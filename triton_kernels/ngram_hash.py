@@ -2,7 +2,7 @@
 
 Mapping  a program takes up to LAYERS layers and walks chunks of CHUNK tokens. Constants of its columns stay in registers; the
          window of a token is read and mixed once for all of them.
-Modulus  no division: a reciprocal of each modulus, once per program, then one multiply-high per id.
+Modulus  no division: one multiply-high per id, with the reciprocals of the moduli from the host.
 Traffic  4 or 8 B per token (and 4 B of token map) once per LAYERS layers, lookbacks from L1; writes 4 B * columns * layers.
 Commit   a second kernel: programs of the first may still read the histories that it updates.
 Limits   fewer than 2^31 tokens; orders up to 8.
@@ -23,25 +23,6 @@ BEFORE_START, DEAD, FORGOTTEN = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr
 NO_ROW = tl.constexpr(-1)  # row ids of a skipped sequence
 COUNT_CHUNK = tl.constexpr(64)  # sequences that are compared at a time
 COMMIT_IDS = 128  # history entries of a program of the commit
-
-
-@triton.jit
-def reciprocal_of(modulus):
-    """floor((2^64 - 1) / modulus) of 1 <= modulus < 2^31, by underestimates: a step leaves less than 2^-19 of the rest."""
-    # a little less than 1 / modulus: all roundings here and below come to 2^-21 at most, what is taken off is twice that
-    inverse = (1.0 / modulus.to(tl.float32)) * 0.999999
-    left = tl.zeros_like(modulus).to(tl.uint64) - 1
-    reciprocal = tl.zeros_like(left)
-    wide = modulus.to(tl.uint64)
-    for _ in tl.static_range(4):
-        part = (left.to(tl.float32) * inverse).to(tl.uint64)
-        reciprocal += part
-        left -= part * wide
-    for _ in tl.static_range(2):
-        more = left >= wide
-        reciprocal += more.to(tl.uint64)
-        left -= tl.where(more, wide, 0)
-    return reciprocal
 
 
 @triton.jit
@@ -107,11 +88,11 @@ def count_refused_rows(state_indices, rejected, errors, index_stride, rejected_s
 
 
 @triton.jit
-def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, state_indices, rejected,
-                      out, errors, num_tokens, token_stride, num_sequences, search_steps, vocab_size, boundary_id, eos_id,
-                      num_layers, chunks, num_histories, history_stride, spare, index_stride, rejected_stride,
-                      MAX_ORDER: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, PER_COLUMN: tl.constexpr,
-                      LAYERS: tl.constexpr, CHUNK: tl.constexpr):
+def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask,
+                      state_indices, rejected, out, errors, num_tokens, token_stride, num_sequences, search_steps, vocab_size,
+                      boundary_id, eos_id, num_layers, chunks, num_histories, history_stride, spare, index_stride,
+                      rejected_stride, MAX_ORDER: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
+                      PER_COLUMN: tl.constexpr, LAYERS: tl.constexpr, CHUNK: tl.constexpr):
     COLUMNS: tl.constexpr = (MAX_ORDER - 1) * HEADS
     head = tl.arange(0, HEADS_PADDED)
     first_layer = tl.program_id(1) * LAYERS
@@ -120,14 +101,15 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token
         if state_indices is not None or rejected is not None:
             count_refused_rows(state_indices, rejected, errors, index_stride, rejected_stride, num_histories, spare,
                                num_sequences)
-    modulus_of, reciprocals, offset_of = (), (), ()
+    modulus_of, reciprocal_of, offset_of = (), (), ()
     for i in tl.static_range(LAYERS * (MAX_ORDER - 1)):
         # the last program may have a layer too many, which repeats the last
         layer = tl.minimum(first_layer + i // (MAX_ORDER - 1), num_layers.to(tl.int32) - 1)
         column = layer * COLUMNS + (i % (MAX_ORDER - 1)) * HEADS + head
         modulus = tl.load(moduli + column, mask=head < HEADS, other=1).to(tl.uint32)
         modulus_of = modulus_of + (modulus,)
-        reciprocals = reciprocals + (reciprocal_of(modulus),)
+        reciprocal = tl.load(reciprocals + column, mask=head < HEADS, other=0).to(tl.uint64, bitcast=True)
+        reciprocal_of = reciprocal_of + (reciprocal,)
         offset_of = offset_of + (tl.load(offsets + column, mask=head < HEADS, other=0).to(tl.uint32),)
     for chunk in tl.range(0, chunks.to(tl.int32)):
         first = (tl.program_id(0).to(tl.int64) * chunks + chunk) * CHUNK
@@ -180,7 +162,7 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, token
                 else:
                     mix = mix ^ (window[order - 1] * tl.load(multipliers + layer * MAX_ORDER + order - 1))
                     mixes = mix[:, None]
-                rest = remainder(mixes, reciprocals[i * (MAX_ORDER - 1) + order - 2][None, :],
+                rest = remainder(mixes, reciprocal_of[i * (MAX_ORDER - 1) + order - 2][None, :],
                                  modulus_of[i * (MAX_ORDER - 1) + order - 2][None, :])
                 row = (rest + offset_of[i * (MAX_ORDER - 1) + order - 2][None, :]).to(tl.int32, bitcast=True)
                 if state_indices is not None or rejected is not None:
@@ -217,21 +199,21 @@ def ngram_hash_commit_kernel(token_ids, cu_seqlens, history, dead_mask, state_in
     tl.store(line + column, tl.where(in_chunk, ids, kept).to(history.dtype.element_ty), mask=inside)
 
 
-def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: Tensor, multipliers: Tensor,
+def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: Tensor, multipliers: Tensor, reciprocals: Tensor,
                token_map: Tensor | None, history: Tensor | None, dead_mask: Tensor | None, num_ids: int, boundary_id: int,
                eos_id: int, out: Tensor | None = None) -> Tensor:
     """Row ids [L, T, C]; see `engram_kernels.ngram_hash`. Ids that are out of range hash as dead tokens and are counted."""
-    return _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, None, None, num_ids,
-                 boundary_id, eos_id, out)
+    return _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, None, None,
+                 num_ids, boundary_id, eos_id, out)
 
 
 def ngram_hash_update(token_ids: Tensor, cu_seqlens: Tensor, moduli: Tensor, offsets: Tensor, multipliers: Tensor,
-                      history: Tensor, token_map: Tensor | None, dead_mask: Tensor | None, state_indices: Tensor | None,
-                      rejected: Tensor | None, num_ids: int, boundary_id: int, eos_id: int,
+                      reciprocals: Tensor, history: Tensor, token_map: Tensor | None, dead_mask: Tensor | None,
+                      state_indices: Tensor | None, rejected: Tensor | None, num_ids: int, boundary_id: int, eos_id: int,
                       out: Tensor | None = None) -> Tensor:
     """Row ids [L, T, C], and `history` as the next chunks need it; see `engram_kernels.ngram_hash_and_commit`."""
-    out = _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, state_indices, rejected,
-                num_ids, boundary_id, eos_id, out)
+    out = _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, state_indices,
+                rejected, num_ids, boundary_id, eos_id, out)
     num_sequences, width = cu_seqlens.shape[0] - 1, history.shape[1]
     if num_sequences > 0 and history.shape[0] > 0:
         padded = power_of_two_from(width)
@@ -248,8 +230,8 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, state_indices, rejected, num_ids,
-          boundary_id, eos_id, out):
+def _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, state_indices,
+          rejected, num_ids, boundary_id, eos_id, out):
     num_tokens, (num_layers, columns) = token_ids.shape[0], moduli.shape
     if out is None:
         out = torch.empty((num_layers, num_tokens, columns), dtype=torch.int32, device=token_ids.device)
@@ -263,7 +245,7 @@ def _hash(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, histor
     chunk = max(tuned["ids"] // padded, 16)
     layers = min(tuned["layers"], num_layers)
     chunks = min(max(num_tokens // (chunk * TARGET_PROGRAMS), 1), MAX_CHUNKS)
-    tensors = (token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, state_indices,
+    tensors = (token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, state_indices,
                rejected, out, error_counter("ngram_hash", token_ids.device))
     numbers = (num_tokens, token_ids.stride(0), num_sequences, (num_sequences - 1).bit_length(),
                num_ids if token_map is None else token_map.shape[0], boundary_id, eos_id, num_layers, chunks,

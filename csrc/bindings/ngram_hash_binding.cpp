@@ -9,7 +9,7 @@ constexpr const char* kOp = "ngram_hash";
 
 // What the op and its form that commits share; no history yet.
 NgramHashParams make_params(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-                            const Tensor& multipliers, const std::optional<Tensor>& token_map,
+                            const Tensor& multipliers, const Tensor& reciprocals, const std::optional<Tensor>& token_map,
                             const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id,
                             const Tensor& out) {
   expect_one_device(kOp, {{"token_ids", &token_ids},
@@ -17,6 +17,7 @@ NgramHashParams make_params(const Tensor& token_ids, const Tensor& cu_seqlens, c
                           {"moduli", &moduli},
                           {"offsets", &offsets},
                           {"multipliers", &multipliers},
+                          {"reciprocals", &reciprocals},
                           {"token_map", or_null(token_map)},
                           {"dead_mask", or_null(dead_mask)},
                           {"out", &out}});
@@ -35,7 +36,8 @@ NgramHashParams make_params(const Tensor& token_ids, const Tensor& cu_seqlens, c
   expect_dtype(kOp, "cu_seqlens", cu_seqlens, {ScalarType::Int});
   expect_shape(kOp, "cu_seqlens", cu_seqlens, {kAnySize}, 1);
   EK_CHECK(p.num_sequences >= 0, kOp << ": cu_seqlens is empty");
-  for (const auto& [name, x] : {std::pair{"moduli", &moduli}, std::pair{"offsets", &offsets}}) {
+  for (const auto& [name, x] :
+       {std::pair{"moduli", &moduli}, std::pair{"offsets", &offsets}, std::pair{"reciprocals", &reciprocals}}) {
     expect_dtype(kOp, name, *x, {ScalarType::Long});
     expect_shape(kOp, name, *x, {p.num_layers, p.columns()}, 2);
   }
@@ -64,6 +66,7 @@ NgramHashParams make_params(const Tensor& token_ids, const Tensor& cu_seqlens, c
   p.multipliers = multipliers.const_data_ptr<int64_t>();
   p.moduli = moduli.const_data_ptr<int64_t>();
   p.offsets = offsets.const_data_ptr<int64_t>();
+  p.reciprocals = reciprocals.const_data_ptr<int64_t>();
   p.row_ids = out.mutable_data_ptr<int32_t>();
   p.num_ids = num_ids;
   p.vocab_size = token_map.has_value() ? token_map->numel() : num_ids;
@@ -85,10 +88,11 @@ void run(NgramHashParams p, const Tensor& token_ids) {
 }
 
 void hash_into(const Tensor& out, const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-               const Tensor& multipliers, const std::optional<Tensor>& token_map, const std::optional<Tensor>& history,
-               const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
-  NgramHashParams p =
-      make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, dead_mask, num_ids, boundary_id, eos_id, out);
+               const Tensor& multipliers, const Tensor& reciprocals, const std::optional<Tensor>& token_map,
+               const std::optional<Tensor>& history, const std::optional<Tensor>& dead_mask, int64_t num_ids, int64_t boundary_id,
+               int64_t eos_id) {
+  NgramHashParams p = make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, dead_mask, num_ids,
+                                  boundary_id, eos_id, out);
   if (history.has_value()) {
     expect_one_device(kOp, {{"token_ids", &token_ids}, {"history", &*history}});
     expect_dtype(kOp, "history", *history, {token_ids.scalar_type()});
@@ -101,19 +105,21 @@ void hash_into(const Tensor& out, const Tensor& token_ids, const Tensor& cu_seql
 }
 
 void ngram_hash_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-                    const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
-                    std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+                    const Tensor& multipliers, const Tensor& reciprocals, std::optional<Tensor> token_map,
+                    std::optional<Tensor> history, std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id,
+                    int64_t eos_id, const Tensor& out) {
   expect_apart_from(kOp, out,
                     {{"token_ids", &token_ids},
                      {"cu_seqlens", &cu_seqlens},
                      {"moduli", &moduli},
                      {"offsets", &offsets},
                      {"multipliers", &multipliers},
+                     {"reciprocals", &reciprocals},
                      {"token_map", or_null(token_map)},
                      {"history", or_null(history)},
                      {"dead_mask", or_null(dead_mask)}});
-  hash_into(out, token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id,
-            eos_id);
+  hash_into(out, token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, num_ids,
+            boundary_id, eos_id);
 }
 
 Tensor new_row_ids(const Tensor& token_ids, const Tensor& moduli) {
@@ -122,11 +128,12 @@ Tensor new_row_ids(const Tensor& token_ids, const Tensor& moduli) {
 }
 
 Tensor ngram_hash(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-                  const Tensor& multipliers, std::optional<Tensor> token_map, std::optional<Tensor> history,
-                  std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
+                  const Tensor& multipliers, const Tensor& reciprocals, std::optional<Tensor> token_map,
+                  std::optional<Tensor> history, std::optional<Tensor> dead_mask, int64_t num_ids, int64_t boundary_id,
+                  int64_t eos_id) {
   Tensor out = new_row_ids(token_ids, moduli);
-  hash_into(out, token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id,
-            eos_id);
+  hash_into(out, token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, num_ids,
+            boundary_id, eos_id);
   return out;
 }
 
@@ -163,12 +170,12 @@ void set_state(NgramHashParams* p, const Tensor& token_ids, const Tensor& histor
 }
 
 void hash_and_commit(const Tensor& out, const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli,
-                     const Tensor& offsets, const Tensor& multipliers, const Tensor& history,
+                     const Tensor& offsets, const Tensor& multipliers, const Tensor& reciprocals, const Tensor& history,
                      const std::optional<Tensor>& token_map, const std::optional<Tensor>& dead_mask,
                      const std::optional<Tensor>& state_indices, const std::optional<Tensor>& rejected, int64_t num_ids,
                      int64_t boundary_id, int64_t eos_id) {
-  NgramHashParams p =
-      make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, dead_mask, num_ids, boundary_id, eos_id, out);
+  NgramHashParams p = make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, dead_mask, num_ids,
+                                  boundary_id, eos_id, out);
   set_state(&p, token_ids, history, state_indices, rejected);
   expect_apart_from(kOp, history,
                     {{"token_ids", &token_ids},
@@ -176,6 +183,7 @@ void hash_and_commit(const Tensor& out, const Tensor& token_ids, const Tensor& c
                      {"moduli", &moduli},
                      {"offsets", &offsets},
                      {"multipliers", &multipliers},
+                     {"reciprocals", &reciprocals},
                      {"token_map", or_null(token_map)},
                      {"dead_mask", or_null(dead_mask)},
                      {"state_indices", or_null(state_indices)},
@@ -184,31 +192,33 @@ void hash_and_commit(const Tensor& out, const Tensor& token_ids, const Tensor& c
 }
 
 void ngram_hash_update_out(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-                           const Tensor& multipliers, const Tensor& history, std::optional<Tensor> token_map,
-                           std::optional<Tensor> dead_mask, std::optional<Tensor> state_indices, std::optional<Tensor> rejected,
-                           int64_t num_ids, int64_t boundary_id, int64_t eos_id, const Tensor& out) {
+                           const Tensor& multipliers, const Tensor& reciprocals, const Tensor& history,
+                           std::optional<Tensor> token_map, std::optional<Tensor> dead_mask, std::optional<Tensor> state_indices,
+                           std::optional<Tensor> rejected, int64_t num_ids, int64_t boundary_id, int64_t eos_id,
+                           const Tensor& out) {
   expect_apart_from(kOp, out,
                     {{"token_ids", &token_ids},
                      {"cu_seqlens", &cu_seqlens},
                      {"moduli", &moduli},
                      {"offsets", &offsets},
                      {"multipliers", &multipliers},
+                     {"reciprocals", &reciprocals},
                      {"history", &history},
                      {"token_map", or_null(token_map)},
                      {"dead_mask", or_null(dead_mask)},
                      {"state_indices", or_null(state_indices)},
                      {"rejected", or_null(rejected)}});
-  hash_and_commit(out, token_ids, cu_seqlens, moduli, offsets, multipliers, history, token_map, dead_mask, state_indices,
-                  rejected, num_ids, boundary_id, eos_id);
+  hash_and_commit(out, token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, history, token_map, dead_mask,
+                  state_indices, rejected, num_ids, boundary_id, eos_id);
 }
 
 Tensor ngram_hash_update(const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli, const Tensor& offsets,
-                         const Tensor& multipliers, const Tensor& history, std::optional<Tensor> token_map,
-                         std::optional<Tensor> dead_mask, std::optional<Tensor> state_indices, std::optional<Tensor> rejected,
-                         int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
+                         const Tensor& multipliers, const Tensor& reciprocals, const Tensor& history,
+                         std::optional<Tensor> token_map, std::optional<Tensor> dead_mask, std::optional<Tensor> state_indices,
+                         std::optional<Tensor> rejected, int64_t num_ids, int64_t boundary_id, int64_t eos_id) {
   Tensor out = new_row_ids(token_ids, moduli);
-  hash_and_commit(out, token_ids, cu_seqlens, moduli, offsets, multipliers, history, token_map, dead_mask, state_indices,
-                  rejected, num_ids, boundary_id, eos_id);
+  hash_and_commit(out, token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, history, token_map, dead_mask,
+                  state_indices, rejected, num_ids, boundary_id, eos_id);
   return out;
 }
 

@@ -27,16 +27,17 @@ EK_INLINE uint64_t mul_high(uint64_t a, uint64_t b) {
 
 // x mod modulus by one multiply-high, exact for x < 2^63 and 1 <= modulus < 2^31.
 // With r = floor((2^64 - 1) / m), x * r / 2^64 > x/m - x * (m + 1) / (m * 2^64) >= x/m - 1: the quotient is at most one too
-// low.
+// low, and the rest below 2 m < 2^32.
 struct ExactModulus {
-  uint64_t modulus;
+  uint32_t modulus;
   uint64_t reciprocal;  // floor((2^64 - 1) / modulus)
 
-  EK_INLINE static ExactModulus of(uint64_t modulus) { return {modulus, ~uint64_t{0} / modulus}; }
+  EK_INLINE static ExactModulus of(uint64_t modulus) { return {static_cast<uint32_t>(modulus), ~uint64_t{0} / modulus}; }
 
   EK_INLINE uint32_t operator()(uint64_t x) const {
-    const uint64_t rest = x - mul_high(x, reciprocal) * modulus;
-    return static_cast<uint32_t>(rest >= modulus ? rest - modulus : rest);
+    const uint32_t rest = static_cast<uint32_t>(x) - static_cast<uint32_t>(mul_high(x, reciprocal)) * modulus;
+    const uint32_t less = rest - modulus;  // huge where rest is the smaller one
+    return rest < less ? rest : less;
   }
 };
 

@@ -36,6 +36,7 @@ class Layout:
     Attributes:
         moduli: [L, C] rows of each head's table.
         offsets: [L, C] first row of each head in its layer's joint table: exclusive prefix sums of `moduli`.
+        reciprocals: [L, C] floor((2**64 - 1) / modulus), the bits of an unsigned number: the kernels divide by them.
         multipliers: [L, N] for the xor families; [L, C, N] for the polynomial one, 0 for s past the column's order.
         num_rows: rows of each layer's joint table; below 2**31, so that row ids fit int32.
         layer_ids: decoder layer of each table, zero based.
@@ -51,6 +52,7 @@ class Layout:
     moduli: Tensor
     offsets: Tensor
     multipliers: Tensor
+    reciprocals: Tensor
     num_rows: tuple[int, ...]
     layer_ids: tuple[int, ...]
     max_order: int
@@ -72,7 +74,7 @@ class Layout:
         if _modes.is_on(self.moduli, device):
             return self
         return dataclasses.replace(self, moduli=self.moduli.to(device), offsets=self.offsets.to(device),
-                                   multipliers=self.multipliers.to(device))
+                                   multipliers=self.multipliers.to(device), reciprocals=self.reciprocals.to(device))
 
     def of_layer(self, layer_id: int) -> Layout:
         """The layout of one layer alone.
@@ -90,7 +92,8 @@ class Layout:
             raise ValueError(f"Layout: layer_id is {layer_id}, expected one of {list(self.layer_ids)}")
         i = self.layer_ids.index(layer_id)
         return dataclasses.replace(self, moduli=self.moduli[i:i + 1], offsets=self.offsets[i:i + 1],
-                                   multipliers=self.multipliers[i:i + 1], num_rows=self.num_rows[i:i + 1], layer_ids=(layer_id,))
+                                   multipliers=self.multipliers[i:i + 1], reciprocals=self.reciprocals[i:i + 1],
+                                   num_rows=self.num_rows[i:i + 1], layer_ids=(layer_id,))
 
 
 def derive_layout(spec: EngramSpec) -> Layout:
@@ -124,10 +127,16 @@ def _kept_layout(spec: EngramSpec) -> Layout:
 def _layout_of(spec: EngramSpec, constants: tuple[Any, Any, Any]) -> Layout:
     moduli, offsets, multipliers = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in constants)
     return Layout(
-        moduli=moduli, offsets=offsets, multipliers=multipliers, num_rows=tuple(sum(layer) for layer in constants[0]),
-        layer_ids=spec.layer_ids, max_order=spec.max_order, heads=spec.heads, num_ids=spec.num_ids,
-        boundary_id=spec.boundary_id, eos_id=spec.canonical_eos, pad_token_id=spec.pad_token_id, pad_class=spec.pad_class,
-        spec=spec)
+        moduli=moduli, offsets=offsets, multipliers=multipliers, reciprocals=reciprocals_of(moduli),
+        num_rows=tuple(sum(layer) for layer in constants[0]), layer_ids=spec.layer_ids, max_order=spec.max_order,
+        heads=spec.heads, num_ids=spec.num_ids, boundary_id=spec.boundary_id, eos_id=spec.canonical_eos,
+        pad_token_id=spec.pad_token_id, pad_class=spec.pad_class, spec=spec)
+
+
+def reciprocals_of(moduli: Tensor) -> Tensor:
+    """`Layout.reciprocals` of int64 moduli in [1, 2**31): floor((2**64 - 1) / modulus), which wraps for 1."""
+    half = _INT64_MAX // moduli
+    return 2 * half + (2 * (_INT64_MAX - half * moduli) + 1) // moduli
 
 
 @functools.lru_cache(maxsize=64)

@@ -44,7 +44,7 @@ def test_a_module_made_in_a_mode_changes_no_other(mode, variant):
         torch.func.functionalize(traced)(torch.zeros(1))
         made = make()
     layout = spec.layout()
-    for x in (layout.moduli, layout.offsets, layout.multipliers):
+    for x in (layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals):
         assert type(x) is torch.Tensor and x.device.type == "cpu" and not x.is_inference() and x.sum().item() != 0
         assert not torch._is_functional_tensor(x)
     assert spec.layout() is layout

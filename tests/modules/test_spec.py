@@ -133,6 +133,8 @@ def test_layout_obeys_the_rules(spec):
     assert layout.moduli.dtype == layout.offsets.dtype == layout.multipliers.dtype == torch.int64
     assert layout.num_rows == tuple(layout.moduli.sum(1).tolist())
     assert torch.equal(layout.offsets, layout.moduli.cumsum(1) - layout.moduli)
+    moduli, reciprocals = layout.moduli.flatten().tolist(), layout.reciprocals.flatten().tolist()
+    assert [r % 2**64 for r in reciprocals] == [(2**64 - 1) // m for m in moduli]
     assert 0 <= layout.boundary_id < layout.num_ids == (spec.num_classes or spec.vocab_size)
     bases = torch.tensor(spec.table_sizes).repeat_interleave(spec.heads)
     assert (layout.moduli >= bases).all()
@@ -182,7 +184,7 @@ def test_splitmix64_golden():
 def test_layout_moves_to_a_device(v41):
     layout = v41.layout()
     moved = layout.to("meta")
-    assert {t.device.type for t in (moved.moduli, moved.offsets, moved.multipliers)} == {"meta"}
+    assert {t.device.type for t in (moved.moduli, moved.offsets, moved.multipliers, moved.reciprocals)} == {"meta"}
     assert moved.num_rows == layout.num_rows and layout.to("cpu") is layout and moved.spec == v41
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from op_cases import ngram_hash_spec as make_spec
 from op_cases import packed
 
-from engram_kernels.layout import Layout
+from engram_kernels.layout import Layout, reciprocals_of
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.token_map import TokenMap
 
@@ -121,7 +121,9 @@ def test_ngram_hash_token_map(backend, device):
 
 def test_ngram_hash_golden(backend, device):
     # by hand: ids 3 5, pad 7, multipliers 11 13: (3*11)^(7*13) = 122, (5*11)^(3*13) = 16; moduli 100 9, offsets 0 100
-    layout = dataclasses.replace(make_spec(max_order=2, heads=2, layers=(0,)).layout(), moduli=torch.tensor([[100, 9]]),
+    moduli = torch.tensor([[100, 9]])
+    layout = dataclasses.replace(make_spec(max_order=2, heads=2, layers=(0,)).layout(), moduli=moduli,
+                                 reciprocals=reciprocals_of(moduli),
                                  offsets=torch.tensor([[0, 100]]), multipliers=torch.tensor([[11, 13]]), boundary_id=7)
     ids, cu = torch.tensor([3, 5], dtype=torch.int32), packed([2])
     got = ngram_hash(ids.to(device), cu.to(device), layout.to(device), backend=backend)
@@ -194,7 +196,8 @@ def test_ngram_hash_every_modulus_size(backend, device):
     sizes = [1, 2, 3, 8191, 8192, 8193, 8209, 2**16 + 1, 2**24 - 3, 2**30 + 7, 2**31 - 1]
     for size in sizes:
         layout = dataclasses.replace(make_spec("xor_splitmix", "pad", heads=8, layers=(0,)).layout(), num_rows=(size,),
-                                     moduli=torch.full((1, 24), size), offsets=torch.zeros(1, 24, dtype=torch.int64))
+                                     moduli=torch.full((1, 24), size), reciprocals=reciprocals_of(torch.full((1, 24), size)),
+                                     offsets=torch.zeros(1, 24, dtype=torch.int64))
         ids = make_ids(300, 1000, seed=size % 100)
         got = ngram_hash(ids.to(device), packed([300]).to(device), layout.to(device), backend=backend)
         torch.testing.assert_close(got.cpu(), restated(ids, packed([300]), layout), rtol=0, atol=0)
@@ -302,8 +305,8 @@ def test_ngram_hash_named_backend_never_falls_back():
 
 def op_args(layout: Layout):
     ids = make_ids(20, 1000)
-    return (ids, packed([12, 8]), layout.moduli, layout.offsets, layout.multipliers, None, None, None, layout.num_ids,
-            layout.boundary_id, layout.eos_id)
+    return (ids, packed([12, 8]), layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals, None, None, None,
+            layout.num_ids, layout.boundary_id, layout.eos_id)
 
 
 def test_ngram_hash_op_is_memory_safe_without_the_public_checks(compiled):
@@ -311,8 +314,9 @@ def test_ngram_hash_op_is_memory_safe_without_the_public_checks(compiled):
     args = list(op_args(layout))
     for position, bad in ((0, torch.zeros(20)), (0, torch.zeros(4, 5, dtype=torch.int32)), (1, torch.tensor([0, 20])),
                           (2, layout.moduli[:, :23]), (3, layout.offsets[:1]), (4, layout.multipliers[:, :3]),
-                          (6, torch.zeros(1, 3, dtype=torch.int32)), (7, torch.zeros(3, dtype=torch.bool)),
-                          (8, 0), (9, 1000), (2, torch.zeros_like(layout.moduli))):
+                          (5, layout.reciprocals[:, :23]), (5, layout.reciprocals + 1), (5, layout.reciprocals - 1),
+                          (7, torch.zeros(1, 3, dtype=torch.int32)), (8, torch.zeros(3, dtype=torch.bool)),
+                          (9, 0), (10, 1000), (2, torch.zeros_like(layout.moduli))):
         with pytest.raises(ValueError, match="ngram_hash: "):
             torch.ops.engram_kernels.ngram_hash(*args[:position], bad, *args[position + 1:])
 

@@ -164,7 +164,7 @@ def test_ngram_hash_commit_what_is_read_must_lie_apart(compiled):
 def test_ngram_hash_commit_opcheck_and_compile(compiled):
     layout, history = make_spec().layout(), torch.tensor([[1, 2, 3, 4], [5, -1, -1, -1], [6, 7, 8, -3]], dtype=torch.int32)
     ids, cu, indices, rejected = make_ids(3, 1), packed([2, 1]), torch.tensor([0, -1]), torch.tensor([1, 0])
-    constants = (layout.moduli, layout.offsets, layout.multipliers)
+    constants = (layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals)
     args = (ids, cu, *constants, history, None, None, indices, rejected, layout.num_ids, layout.boundary_id, layout.eos_id)
     torch.library.opcheck(torch.ops.engram_kernels.ngram_hash_update.default, args)
     torch.library.opcheck(torch.ops.engram_kernels.ngram_hash_update.out, args,
@@ -183,11 +183,11 @@ def test_ngram_hash_commit_opcheck_and_compile(compiled):
 
 def test_ngram_hash_commit_op_is_memory_safe_without_the_public_checks(compiled):
     layout, history = make_spec().layout(), torch.full((2, 5), -1, dtype=torch.int32)
-    args = [make_ids(3, 1), packed([2, 1]), layout.moduli, layout.offsets, layout.multipliers, history, None, None,
-            torch.tensor([0, 1]), torch.tensor([0, 0]), layout.num_ids, layout.boundary_id, layout.eos_id]
-    for position, bad in ((5, history.long()), (5, history[:, :2]), (5, history[:, ::2]), (8, torch.tensor([0, 1, 2])),
-                          (8, torch.tensor([0.0, 1.0])), (9, torch.tensor([0])), (9, torch.tensor([0.5, 1])), (8, None)):
-        change = {position: bad} if bad is not None else {5: torch.full((3, 5), -1, dtype=torch.int32), 8: None}
+    args = [make_ids(3, 1), packed([2, 1]), layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals,
+            history, None, None, torch.tensor([0, 1]), torch.tensor([0, 0]), layout.num_ids, layout.boundary_id, layout.eos_id]
+    for position, bad in ((6, history.long()), (6, history[:, :2]), (6, history[:, ::2]), (9, torch.tensor([0, 1, 2])),
+                          (9, torch.tensor([0.0, 1.0])), (10, torch.tensor([0])), (10, torch.tensor([0.5, 1])), (9, None)):
+        change = {position: bad} if bad is not None else {6: torch.full((3, 5), -1, dtype=torch.int32), 9: None}
         with pytest.raises(ValueError, match="ngram_hash: "):
             torch.ops.engram_kernels.ngram_hash_update(*[change.get(i, x) for i, x in enumerate(args)])
 

@@ -9,10 +9,11 @@ from cuda_sim.params import NgramHashParams
 from op_cases import ngram_hash_spec, packed
 from ptxsim import sassflow
 
+from engram_kernels.layout import reciprocals_of
 from engram_kernels.reference.ngram_hash import ngram_hash as reference
 
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
-OP = "ngram_hash_cuda"
+OP, FEW = "ngram_hash_cuda", "ngram_hash_few_cuda"
 
 
 def make_layout(*args, **options):
@@ -35,7 +36,8 @@ def simulate(layout, ids, cu, token_map=None, history=None, dead=None, device=No
         token_ids=at(ids, "token_ids"), history=at(history, "history"), state_indices=at(state_indices, "state_indices"),
         rejected=at(rejected, "rejected"), dead_mask=at(dead, "dead_mask"),
         cu_seqlens=at(cu, "cu_seqlens"), token_map=at(token_map, "token_map"), multipliers=at(layout.multipliers),
-        moduli=at(layout.moduli), offsets=at(layout.offsets), row_ids=at(room, "row_ids") + 4 * misalign,
+        moduli=at(layout.moduli), offsets=at(layout.offsets), reciprocals=at(layout.reciprocals),
+        row_ids=at(room, "row_ids") + 4 * misalign,
         num_tokens=len(ids), token_stride=ids.stride(0), num_sequences=len(cu) - 1,
         vocab_size=layout.num_ids if token_map is None else len(token_map), num_ids=layout.num_ids,
         boundary_id=layout.boundary_id, eos_id=layout.eos_id, num_layers=num_layers, max_order=layout.max_order,
@@ -90,11 +92,14 @@ CASES = {  # name: (lengths, family, boundary, max_order, heads, table_size, lay
 def test_ngram_hash_matches_reference(case):
     lengths, family, boundary, max_order, heads, table_size, layers = case
     layout = make_layout(family, boundary, max_order, heads, table_size, layers=layers)
-    ids, cu = random_ids(sum(lengths), 1000), packed(lengths)
-    ids[::11] = 7
-    for options in ({}, {"cta_order": "random"}):
-        check(layout, ids, cu, device=Device(options=options))
-    assert len(check(layout, ids.long(), cu)) == (1 if sum(lengths) else 0)
+    for more in ([], [129]):  # few tokens, and with more the others' kernel
+        ids, cu = random_ids(sum(lengths + more), 1000), packed(lengths + more)
+        ids[::11] = 7
+        launches = check(layout, ids, cu, device=Device(options={"cta_order": "random"}))
+        if len(ids):
+            is_few = len(ids) <= min(128, 16 * len(lengths)) and layout.num_columns <= 32
+            assert ["few" in launch.kernel for launch in launches] == [is_few]
+        assert len(check(layout, ids.long(), cu)) == (1 if len(ids) else 0)
 
 
 def test_ngram_hash_counts_what_is_older_than_the_start():
@@ -115,6 +120,9 @@ def test_ngram_hash_every_rule_with_history_and_dead_tokens(family, boundary):
     history = random_ids(24, 30, seed=3, low=-2).reshape(8, 3)
     history = torch.where((history == -1).cumsum(1) > 0, -1, history)  # once -1, every older entry is -1
     check(layout, ids, cu, None, history, dead)
+    check(layout, ids.long(), cu, None, history.long(), dead)
+    ids, cu, dead = ids[:64], packed([20, 0, 1, 39, 1, 1, 2, 0]), dead[:64]  # few enough for the kernel of a step
+    assert "few" in check(layout, ids, cu, None, history, dead)[0].kernel
     check(layout, ids.long(), cu, None, history.long(), dead)
 
 
@@ -148,10 +156,15 @@ def test_ngram_hash_every_modulus_size(family):
     if family == "xor_prime":  # products up to 2^63 - 1
         multipliers = torch.from_numpy(rng.integers(1, 2**32, layout.multipliers.shape))
         layout = dataclasses.replace(layout, multipliers=multipliers)
-    layout = dataclasses.replace(layout, num_rows=(1,) * len(moduli), moduli=moduli, offsets=torch.zeros_like(moduli))
+    layout = dataclasses.replace(layout, num_rows=(1,) * len(moduli), moduli=moduli, reciprocals=reciprocals_of(moduli),
+                                 offsets=torch.zeros_like(moduli))
     ids = random_ids(200, layout.num_ids, seed=7)
     ids[:20] = torch.tensor([0, layout.num_ids - 1] * 10)
     check(layout, ids, packed([200]))
+    of_few = dataclasses.replace(layout, **{name: getattr(layout, name)[:30] for name in ("moduli", "reciprocals", "offsets",
+                                                                                         "multipliers")})
+    for first in (0, 100, 180):
+        assert "few" in check(of_few, ids[first:first + 16].clone(), packed([16]))[0].kernel
 
 
 def test_ngram_hash_misaligned_output_takes_narrow_stores():
@@ -160,13 +173,13 @@ def test_ngram_hash_misaligned_output_takes_narrow_stores():
     assert all(line["bytes"] == 4 * line["threads"] for line in stores(launches[0]))
 
 
-def check_bad_ids_are_counted(run):
+def check_bad_ids_are_counted(run, tokens=100):
     layout = make_layout()
-    ids, cu = random_ids(100, 1000), packed([60, 40])
-    bad = [3, 60, 99]
+    ids, cu = random_ids(tokens, 1000), packed([tokens - 10, 10])
+    bad = [3, tokens - 10, tokens - 1]
     ids[bad] = torch.tensor([-1, 1000, 2**31 - 1], dtype=torch.int32)
-    dead = torch.zeros(100, dtype=torch.bool)
-    dead[50], ids[50] = True, -77  # not looked at
+    dead = torch.zeros(tokens, dtype=torch.bool)
+    dead[9], ids[9] = True, -77  # not looked at
     history = torch.tensor([[1, -3, 5], [1000, 0, -1]], dtype=torch.int32)
     rows, errors, _ = run(layout, ids, cu, None, history, dead)
     assert errors == 5
@@ -175,8 +188,9 @@ def check_bad_ids_are_counted(run):
     torch.testing.assert_close(rows, expected(layout, ids, cu, None, history, dead), rtol=0, atol=0)
 
 
-def test_ngram_hash_counts_bad_ids():
-    check_bad_ids_are_counted(simulate)
+@pytest.mark.parametrize("tokens", [100, 32])
+def test_ngram_hash_counts_bad_ids(tokens):
+    check_bad_ids_are_counted(simulate, tokens)
 
 
 @pytest.mark.parametrize("cu", [[0, 60, 50, 100], [1, 100], [0, 90], [0, 5000], [-7, 100], [0, 200, -3, 100]],
@@ -186,6 +200,10 @@ def test_ngram_hash_bad_cu_seqlens_is_counted_and_stays_in_bounds(cu):
     device = Device(options={"race": False})  # what is written where is not defined
     cu = torch.tensor(cu, dtype=torch.int32)
     assert simulate(make_layout(), random_ids(100, 1000), cu, history=history, device=device)[1] > 0
+    of_few = cu.clamp(max=40) if cu.max() <= 100 else cu
+    device = Device(options={"race": False})
+    _, errors, launches = simulate(make_layout(), random_ids(10, 1000), of_few, history=history, device=device)
+    assert errors > 0 and "few" in launches[0].kernel
 
 
 def test_ngram_hash_rejects():
@@ -203,6 +221,30 @@ def test_ngram_hash_rejects():
 
 def stores(launch):
     return [line for line in launch.result.lines if (line["space"], line["kind"]) == ("global", "store")]
+
+
+def of_a_warp(layers, **options):
+    """PTX instructions of each warp that hashes one token, and of the one that checks and commits."""
+    def run(count):
+        layout = make_layout(table_size=16_000_000, vocab_size=99_092, layers=layers[:count])
+        given = {name: x.clone() for name, x in options.items() if torch.is_tensor(x)}
+        launch, = simulate(layout, random_ids(1, 129_280, seed=9), packed([1]), random_ids(129_280, 99_092, seed=8),
+                           **options | given)[2]
+        assert "few" in launch.kernel and launch.block == (32, count + 1, 1) and launch.shared_bytes == 0
+        return launch.result.warp_instructions
+    one, two = run(1), run(2)
+    print(f"{two - one} PTX instructions per hashing warp, {2 * one - two} of the last one")
+    return max(two - one, 2 * one - two)
+
+
+def test_ngram_hash_of_one_token_takes_few_instructions():
+    """A third and more of them are loads of parameters, moves and changes of a number's width."""
+    layers, history = (1, 14), torch.tensor([[4, 5, 6]], dtype=torch.int32)
+    assert of_a_warp(layers) <= 185
+    assert of_a_warp(layers, history=history) <= 185
+    assert of_a_warp(layers, history=history, commits=True) <= 200
+    assert of_a_warp(layers, history=torch.tensor([[4, 5, 6, 7]], dtype=torch.int32), commits=True,
+                     state_indices=torch.tensor([0]), rejected=torch.tensor([1])) <= 235
 
 
 V41_TOKENS = 2048
@@ -252,8 +294,10 @@ def test_ngram_hash_bank_conflicts(v41):
 def test_ngram_hash_uses_no_local_memory():
     usages = build().usage(OP)
     assert len(usages) == 17  # each with a pool of histories too; the last commits those that other blocks may still read
-    for name, usage in usages.items():
-        pooled = "ELb1EEEv" in name  # three blocks per multiprocessor, else four
+    few = build().usage(FEW)
+    assert len(few) == 12  # of three orders
+    for name, usage in (usages | few).items():
+        pooled = name in usages and "ELb1EEEv" in name  # three blocks per multiprocessor, else four; or one of 1,024 threads
         assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= (80 if pooled else 64)
 
 
@@ -262,7 +306,7 @@ def test_ngram_hash_machine_code(v41):
     """No call (a division would be one), and under 50 executed instructions per id."""
     sass = build().sass(OP)
     assert len(sass) == 17
-    for code in sass.values():
+    for code in (*sass.values(), *build().sass(FEW).values()):
         assert not [op for _, _, op, _ in code if op.startswith(("CALL", "MUFU.RCP64", "LDL", "STL"))]
     code = sass[v41.kernel]
     at = {address: i for i, (address, *_) in enumerate(code)}

@@ -9,6 +9,8 @@ from op_cases import packed
 from test_ngram_hash_cuda_sim import check_bad_ids_are_counted, expected, make_layout, random_ids
 from triton_sim import MISSING_TRITON, compile_variants, simulate
 
+from engram_kernels.layout import reciprocals_of
+
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
 
 
@@ -18,8 +20,8 @@ def run(layout, ids, cu, token_map=None, history=None, dead=None, **options):
     original, module.error_counter = module.error_counter, lambda op, device: errors
     try:
         rows, launches = simulate(lambda: module.ngram_hash(
-            ids, cu, layout.moduli, layout.offsets, layout.multipliers, token_map, history, dead, layout.num_ids,
-            layout.boundary_id, layout.eos_id), **options)
+            ids, cu, layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals, token_map, history, dead,
+            layout.num_ids, layout.boundary_id, layout.eos_id), **options)
     finally:
         module.error_counter = original
     return rows, errors.item(), launches
@@ -91,7 +93,8 @@ def test_ngram_hash_every_modulus_size(family):
     layout = make_layout(family, layers=tuple(range(len(moduli))), vocab_size=2**31 - 1 if family == "xor_prime" else 1000)
     if family == "xor_prime":  # products up to 2^63 - 1
         layout = dataclasses.replace(layout, multipliers=torch.from_numpy(rng.integers(1, 2**32, layout.multipliers.shape)))
-    layout = dataclasses.replace(layout, num_rows=(1,) * len(moduli), moduli=moduli, offsets=torch.zeros_like(moduli))
+    layout = dataclasses.replace(layout, num_rows=(1,) * len(moduli), moduli=moduli, reciprocals=reciprocals_of(moduli),
+                                 offsets=torch.zeros_like(moduli))
     ids = random_ids(200, layout.num_ids, seed=7)
     ids[:20] = torch.tensor([0, layout.num_ids - 1] * 10)
     check(layout, ids, packed([200]))

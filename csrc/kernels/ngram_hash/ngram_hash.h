@@ -42,6 +42,7 @@ struct NgramHashParams {
   const int64_t* multipliers;  // [num_layers, max_order], or [num_layers, columns, max_order] if per_column
   const int64_t* moduli;       // [num_layers, columns], 1 <= m < 2^31
   const int64_t* offsets;      // [num_layers, columns], offset + modulus <= 2^31
+  const int64_t* reciprocals;  // [num_layers, columns], floor((2^64 - 1) / modulus), the bits of an unsigned number
   int32_t* row_ids;            // out [num_layers, num_tokens, columns]; kNoRow for tokens of skipped sequences
   int64_t num_tokens;
   int64_t token_stride;  // elements between consecutive token ids
@@ -67,7 +68,11 @@ struct NgramHashParams {
   EK_INLINE int columns() const { return (max_order - 1) * heads; }
   EK_INLINE int64_t token_id(int64_t t) const { return load(token_ids, t * token_stride, ids_are_int64); }
   EK_INLINE int64_t history_id(int64_t sequence, int back) const {  // back >= 1
-    return load_history(history_row(sequence), num_rejected(sequence) + back - 1);
+    return history_entry(history_row(sequence), num_rejected(sequence) + back - 1);
+  }
+  EK_INLINE int64_t load_id(const void* ids, int64_t i) const { return load(ids, i, ids_are_int64); }
+  EK_INLINE int64_t history_entry(int64_t row, int64_t column) const {
+    return load(history, row * history_stride + column, ids_are_int64);
   }
   // The same where sequence b has row b of max_order - 1 columns and nothing is rejected.
   EK_INLINE int64_t own_history_id(int64_t sequence, int back) const {
@@ -96,25 +101,28 @@ struct NgramHashParams {
   EK_INLINE void commit(int64_t b) const {
     const int64_t row = history_row(b), begin = cu_seqlens[b], end = cu_seqlens[b + 1];
     if (row < 0 || begin < 0 || begin > end || end > num_tokens) return;
-    const int64_t moved = end - begin - num_rejected(b);  // columns to the back; below 0: to the front
-    const int64_t lost = load_history(row, history_width - 1) == kBeforeStart ? kBeforeStart : kForgotten;
-    const int step = moved < 0 ? 1 : -1;  // so that an entry is read before another takes its place
-    for (int64_t j = moved < 0 ? 0 : history_width - 1; j >= 0 && j < history_width; j += step) {
-      const int64_t from = j - moved;
-      store_history(row, j, j < end - begin ? committed_id(end - 1 - j) : from < history_width ? load_history(row, from) : lost);
+    const int64_t dropped = num_rejected(b);
+    const bool to_front = end - begin < dropped;  // then an entry is read before another takes its place
+    for (int64_t n = 0; n < history_width; ++n) {
+      const int64_t j = to_front ? n : history_width - 1 - n;
+      commit_entry(row, j, next_entry(row, dropped, begin, end, j));
     }
+  }
+  // Entry j of a row of history after a chunk of the tokens from `begin` to `end`.
+  EK_INLINE int64_t next_entry(int64_t row, int64_t dropped, int64_t begin, int64_t end, int64_t j) const {
+    if (j < end - begin) return committed_id(end - 1 - j);
+    const int64_t from = j - (end - begin) + dropped;
+    if (from < history_width) return history_entry(row, from);
+    return history_entry(row, history_width - 1) == kBeforeStart ? kBeforeStart : kForgotten;
+  }
+  EK_INLINE void commit_entry(int64_t row, int64_t column, int64_t id) const {
+    const int64_t i = row * history_stride + column;
+    ids_are_int64 ? static_cast<int64_t*>(committed)[i] = id : static_cast<int32_t*>(committed)[i] = static_cast<int32_t>(id);
   }
 
  private:
   EK_INLINE static int64_t load(const void* from, int64_t i, bool are_int64) {
     return are_int64 ? static_cast<const int64_t*>(from)[i] : static_cast<const int32_t*>(from)[i];
-  }
-  EK_INLINE int64_t load_history(int64_t row, int64_t column) const {
-    return load(history, row * history_stride + column, ids_are_int64);
-  }
-  EK_INLINE void store_history(int64_t row, int64_t column, int64_t id) const {
-    const int64_t i = row * history_stride + column;
-    ids_are_int64 ? static_cast<int64_t*>(committed)[i] = id : static_cast<int32_t*>(committed)[i] = static_cast<int32_t>(id);
   }
   EK_INLINE int64_t committed_id(int64_t t) const {
     const int64_t id = dead(t) ? kDeadToken : token_id(t);
@@ -131,8 +139,11 @@ void check_host_data(const NgramHashParams& p);
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel);
 #ifdef EK_WITH_CUDA
-// Every pointer is device memory. Moduli, offsets and multipliers are trusted: check_params, once, is the caller's duty.
+// Every pointer is device memory. Moduli, reciprocals, offsets and multipliers are trusted: check_params, once, is the caller's
+// duty.
 void ngram_hash_cuda(const NgramHashParams& p, void* stream);
+// The same for few tokens, whose sizes have been checked; whether it took them.
+bool ngram_hash_few_cuda(const NgramHashParams& p, void* stream);
 #endif
 
 }  // namespace engram_kernels

@@ -24,6 +24,10 @@ void check_params(const NgramHashParams& p) {
     EK_CHECK(p.moduli[i] >= 1 && p.moduli[i] < limit && p.offsets[i] >= 0 && p.offsets[i] <= limit - p.moduli[i],
              "ngram_hash: column " << i << " has modulus " << p.moduli[i] << " and offset " << p.offsets[i]
                                    << "; row ids must fit int32");
+    const auto modulus = static_cast<uint64_t>(p.moduli[i]), reciprocal = static_cast<uint64_t>(p.reciprocals[i]);
+    EK_CHECK(mul_high(reciprocal, modulus) == 0 && ~uint64_t{0} - reciprocal * modulus < modulus,
+             "ngram_hash: column " << i << " has modulus " << modulus << " and reciprocal " << reciprocal
+                                   << ", expected floor((2^64 - 1) / modulus)");
     if (!p.per_column) continue;
     unsigned __int128 largest = 0;
     for (int s = 0; s < p.max_order; ++s) {

@@ -181,7 +181,7 @@ std::vector<ColumnGroup> make_groups(const NgramHashParams& p) {
       group.vectorised = true;
       for (int j = 0; j < kLanes; ++j) {
         const int64_t column = order_start + head + std::min(j, group.count - 1);
-        group.exact[j] = ExactModulus::of(static_cast<uint64_t>(p.moduli[column]));
+        group.exact[j] = {static_cast<uint32_t>(p.moduli[column]), static_cast<uint64_t>(p.reciprocals[column])};
         group.modulus[j] = static_cast<uint32_t>(p.moduli[column]);
         group.reciprocal[j] = 1.0 / static_cast<double>(p.moduli[column]);
         group.offset[j] = static_cast<uint32_t>(p.offsets[column]);

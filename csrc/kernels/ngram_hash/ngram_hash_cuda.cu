@@ -1,12 +1,11 @@
-// CUDA kernel of ngram_hash. Contract and formula: ngram_hash.h.
+// CUDA kernels of ngram_hash for many tokens. Contract and formula: ngram_hash.h; few tokens: ngram_hash_few_cuda.cu.
 //
 // A block takes a tile of tokens and up to kMaxLayers layers:
 //   1. stage   the canonical ids of the tile and its lookback, and the constants of the columns, go to shared memory
 //   2. mix     each thread mixes whole tokens, in every order and layer
 //   3. reduce  each thread keeps kWidth columns of one layer in registers and walks over the tokens, so that warps store
 //              whole stretches of the output. A remainder takes no division, six machine instructions: Column
-//   4. commit  each thread updates the histories of whole sequences. Other blocks may still read them where there are any:
-//              then a second kernel does it
+//   4. commit  a second kernel updates the histories, which other blocks may still read
 // Traffic  4 or 8 bytes per token (and 4 of the token map) read once per kMaxLayers layers, 4 bytes * columns * layers
 //          written.
 // Limits   the constants of a block's columns must fit in 48 KiB of shared memory: about 2,000 columns.
@@ -19,10 +18,9 @@ namespace {
 constexpr int kMaxLayers = 2;  // layers of one block: token ids are read once for all of them
 constexpr int kMaxThreads = 256;
 constexpr int kMinThreads = 96;
-constexpr int kTilesPerSm = 4;        // before tiles grow
-constexpr int kMaxTile = 512;         // tokens; amortises the constants of the columns
-constexpr int kMinTile = 32;          // tokens
-constexpr int kMaxFusedTokens = 128;  // one block takes a step of so many, and updates the histories too
+constexpr int kTilesPerSm = 4;  // before tiles grow
+constexpr int kMaxTile = 512;   // tokens; amortises the constants of the columns
+constexpr int kMinTile = 32;    // tokens
 constexpr int kCommitThreads = 128;
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 constexpr int kNoHistory = -1, kNotHashed = -2;  // in place of a token's sequence: its lookback stays in the chunk; skipped
@@ -73,24 +71,9 @@ struct Column {
 };
 constexpr int kColumnWords = 5;
 
-// Constants of one modulus. Division by underestimates: each step multiplies what is left of 2^64 by less than 2^-19.
-__device__ Column make_column(uint32_t modulus, uint32_t offset) {
+// Constants of one modulus.
+__device__ __forceinline__ Column make_column(uint32_t modulus, uint64_t reciprocal, uint32_t offset) {
   if (modulus == 1) return {0, 1U << 31, 0U - 2U, 0U - 1U, offset};
-  // a little less than 1 / modulus: all roundings here and below come to 2^-21 at most, what is taken off is twice that
-  const float inverse = __fdividef(1.0F, static_cast<float>(modulus)) * 0.999999F;
-  uint64_t left = ~uint64_t{0}, reciprocal = 0;
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const uint64_t part = static_cast<uint64_t>(static_cast<float>(left) * inverse);
-    reciprocal += part;
-    left -= part * modulus;
-  }
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    const bool more = left >= modulus;
-    reciprocal += more;
-    left -= more ? modulus : 0;
-  }
   uint32_t low = static_cast<uint32_t>(reciprocal), high = static_cast<uint32_t>(reciprocal >> 32);
   if (low < 1U << 31) return {static_cast<int32_t>(low), high, 0U - modulus, 0U - modulus, offset};
   return {static_cast<int32_t>(low + 1), high + 1, 0U - modulus, modulus, offset};
@@ -341,7 +324,8 @@ __device__ __forceinline__ bool stage_constants(const NgramHashParams& p, const 
     uint64_t* multipliers = shared_at<uint64_t>(plan.multipliers_at) + layer * p.max_order * plan.num_columns;
 #pragma unroll 1
     for (int c = thread; c < plan.num_columns; c += threads) {
-      const Column column = make_column(static_cast<uint32_t>(p.moduli[base + c]), static_cast<uint32_t>(p.offsets[base + c]));
+      const Column column = make_column(static_cast<uint32_t>(p.moduli[base + c]), static_cast<uint64_t>(p.reciprocals[base + c]),
+                                        static_cast<uint32_t>(p.offsets[base + c]));
       words[c] = static_cast<uint32_t>(column.low);
       words[plan.num_columns + c] = static_cast<uint32_t>(column.high);
       words[2 * plan.num_columns + c] = column.minus_modulus;
@@ -410,7 +394,7 @@ __device__ void clear_rows_not_hashed(const NgramHashParams& p, const Plan& plan
 }
 
 // blockDim = (vectors, token slots, layers); gridDim = (tiles, groups of layers). kPooled: histories are rows of a pool, may be
-// skipped and are committed, for which 64 registers are too few; a hash without pays nothing for that.
+// skipped, for which 64 registers are too few; a hash without pays nothing for that.
 template <int kWidth, bool kPerColumn, int kLayers, bool kPooled>
 __global__ void __launch_bounds__(kMaxThreads, kPooled ? 3 : 4) ngram_hash_kernel(const NgramHashParams p, const Plan plan) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
@@ -455,9 +439,6 @@ __global__ void __launch_bounds__(kMaxThreads, kPooled ? 3 : 4) ngram_hash_kerne
   __syncthreads();
 
   reduce_columns<kWidth, kPerColumn>(p, plan, first_layer, layers, first, count, is_signed);
-  if (kPooled && p.committed != nullptr && gridDim.x == 1 && gridDim.y == 1) {
-    for (int64_t b = thread; b < p.num_sequences; b += threads) p.commit(b);
-  }
   if (!can_skip) return;
   __syncthreads();
   clear_rows_not_hashed(p, plan, first_layer, layers, first, count, thread, threads);
@@ -491,9 +472,7 @@ Plan make_plan(const NgramHashParams& p, int width) {
   Plan plan{};
   const int sms = num_multiprocessors();
   plan.tile = kMaxTile;
-  const int64_t least = p.committed != nullptr && p.num_tokens <= kMaxFusedTokens ? p.num_tokens : 0;
-  while (plan.tile > kMinTile && plan.tile / 2 >= least && ceil_div(p.num_tokens, plan.tile) < int64_t{kTilesPerSm} * sms)
-    plan.tile /= 2;
+  while (plan.tile > kMinTile && ceil_div(p.num_tokens, plan.tile) < int64_t{kTilesPerSm} * sms) plan.tile /= 2;
   plan.layers = p.num_layers < kMaxLayers ? p.num_layers : kMaxLayers;
   plan.num_columns = p.columns();
   plan.vectors = p.columns() / width;
@@ -536,7 +515,7 @@ void launch(const NgramHashParams& p, const Plan& plan, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(groups));
   ngram_hash_kernel<kWidth, kPerColumn, kLayers, kPooled><<<grid, make_block(plan, kWidth), plan.shared_bytes, stream>>>(p, plan);
   EK_CUDA_CHECK(cudaGetLastError());
-  if (p.committed != nullptr && tiles * groups > 1) launch_commit(p, stream);
+  if (p.committed != nullptr) launch_commit(p, stream);
 }
 
 template <int kWidth, bool kPooled>
@@ -569,11 +548,10 @@ void ngram_hash_cuda(const NgramHashParams& p, void* stream) {
   }
   EK_CHECK(p.num_tokens <= INT32_MAX && p.num_sequences >= 1,
            "ngram_hash: " << p.num_tokens << " tokens in " << p.num_sequences << " sequences");
-  if (p.committed != nullptr || p.state_indices != nullptr || p.rejected != nullptr) {
-    launch_pooled<true>(p, static_cast<cudaStream_t>(stream));
-  } else {
-    launch_pooled<false>(p, static_cast<cudaStream_t>(stream));
-  }
+  if (ngram_hash_few_cuda(p, stream)) return;
+  const bool pooled = p.committed != nullptr || p.state_indices != nullptr || p.rejected != nullptr;
+  const auto on = static_cast<cudaStream_t>(stream);
+  pooled ? launch_pooled<true>(p, on) : launch_pooled<false>(p, on);
 }
 
 }  // namespace engram_kernels

@@ -51,8 +51,8 @@ def ngram_hash(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout, token_map:
     if not isinstance(layout, Layout) or token_map is not None:
         _check_constants(layout, token_map)
     return _OP.call(backend, (token_ids, cu_seqlens, layout.moduli, layout.offsets, layout.multipliers,
-                              None if token_map is None else token_map.map, history, dead_mask, layout.num_ids,
-                              layout.boundary_id, layout.eos_id), out)
+                              layout.reciprocals, None if token_map is None else token_map.map, history, dead_mask,
+                              layout.num_ids, layout.boundary_id, layout.eos_id), out)
 
 
 def ngram_hash_and_commit(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout, history: Tensor,
@@ -70,7 +70,8 @@ def ngram_hash_and_commit(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout,
     With W = N - 1 + K columns a history can be set back by up to K tokens. Entries that nobody can know after that become -3,
     which no hash takes, or -1 where the row ended in -1.
 
-    A step that decodes is one launch on a GPU up to 128 tokens and 2 layers with CUDA; larger ones, and Triton's, are two.
+    A step that decodes is one launch on a GPU with CUDA: up to 128 tokens, 16 per sequence on average, and up to 32 columns
+    of a layer and of the history. Larger steps, and Triton's, are two.
 
     Args:
         token_ids: [T] int32 or int64, all sequences packed back to back; any stride. In [0, vocab) where alive.
@@ -103,8 +104,8 @@ def ngram_hash_and_commit(token_ids: Tensor, cu_seqlens: Tensor, layout: Layout,
     """
     if not isinstance(layout, Layout) or token_map is not None:
         _check_constants(layout, token_map)
-    return _UPDATE.call(backend, (token_ids, cu_seqlens, layout.moduli, layout.offsets, layout.multipliers, history,
-                                  None if token_map is None else token_map.map, dead_mask, state_indices, rejected,
+    return _UPDATE.call(backend, (token_ids, cu_seqlens, layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals,
+                                  history, None if token_map is None else token_map.map, dead_mask, state_indices, rejected,
                                   layout.num_ids, layout.boundary_id, layout.eos_id), out)
 
 
@@ -123,7 +124,7 @@ def _check_constants(layout, token_map):
 
 
 def _check(args, out):
-    token_ids, cu_seqlens, moduli, _, multipliers, token_map, history, dead_mask, *_ = args
+    token_ids, cu_seqlens, moduli, _, multipliers, _, token_map, history, dead_mask, *_ = args
     _check_tensors(token_ids, cu_seqlens, moduli, token_map, dead_mask, out)
     if history is not None:
         shape = (cu_seqlens.shape[0] - 1, multipliers.shape[-1] - 1)
@@ -132,7 +133,7 @@ def _check(args, out):
 
 def _check_update(args, out):
     op = "ngram_hash"
-    token_ids, cu_seqlens, moduli, _, multipliers, history, token_map, dead_mask, state_indices, rejected, *_ = args
+    token_ids, cu_seqlens, moduli, _, multipliers, _, history, token_map, dead_mask, state_indices, rejected, *_ = args
     _check_tensors(token_ids, cu_seqlens, moduli, token_map, dead_mask, out)
     sequences, reach, device = cu_seqlens.shape[0] - 1, multipliers.shape[-1] - 1, token_ids.device
     expect_tensor(op, "history", history, (token_ids.dtype,), (sequences if state_indices is None else "S", f"{reach}+K"), device,
@@ -164,7 +165,16 @@ def _empty(token_ids, cu_seqlens, moduli, *args):
     return token_ids.new_empty((moduli.shape[0], token_ids.shape[0], moduli.shape[1]), dtype=torch.int32)
 
 
-def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, history, dead_mask, num_ids, boundary_id, eos_id):
+def _exact(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, *args):
+    return _reference(token_ids, cu_seqlens, moduli, offsets, multipliers, *args)  # which divides
+
+
+def _exact_update(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, *args):
+    return _reference_update(token_ids, cu_seqlens, moduli, offsets, multipliers, *args)
+
+
+def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, history, dead_mask, num_ids,
+                boundary_id, eos_id):
     """The data checks that the C++ kernels make themselves, for the others."""
     _check_bounds(token_ids, cu_seqlens)
     vocab_size = num_ids if token_map is None else token_map.shape[0]
@@ -173,8 +183,8 @@ def _check_data(token_ids, cu_seqlens, moduli, offsets, multipliers, token_map, 
         _check_history(history, vocab_size, range(len(history)), [0] * len(history))
 
 
-def _check_update_data(token_ids, cu_seqlens, moduli, offsets, multipliers, history, token_map, dead_mask, state_indices,
-                       rejected, num_ids, boundary_id, eos_id):
+def _check_update_data(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, history, token_map, dead_mask,
+                       state_indices, rejected, num_ids, boundary_id, eos_id):
     op, reach = "ngram_hash", multipliers.shape[-1] - 1
     _check_bounds(token_ids, cu_seqlens)
     sequences = cu_seqlens.shape[0] - 1
@@ -228,9 +238,9 @@ def _check_history(nearest, vocab_size, rows, columns):
 
 
 _OP = Op("ngram_hash", "Tensor token_ids, Tensor cu_seqlens, Tensor moduli, Tensor offsets, Tensor multipliers, "
-         "Tensor? token_map, Tensor? history, Tensor? dead_mask, int num_ids, int boundary_id, int eos_id",
-         empty=_empty, reference=_reference, check=_check, check_data=_check_data)
+         "Tensor reciprocals, Tensor? token_map, Tensor? history, Tensor? dead_mask, int num_ids, int boundary_id, int eos_id",
+         empty=_empty, reference=_exact, check=_check, check_data=_check_data)
 _UPDATE = Op("ngram_hash_update", "Tensor token_ids, Tensor cu_seqlens, Tensor moduli, Tensor offsets, Tensor multipliers, "
-             "Tensor(a!) history, Tensor? token_map, Tensor? dead_mask, Tensor? state_indices, Tensor? rejected, int num_ids, "
-             "int boundary_id, int eos_id", empty=_empty, reference=_reference_update, check=_check_update,
-             check_data=_check_update_data, writes=("history",))
+             "Tensor reciprocals, Tensor(a!) history, Tensor? token_map, Tensor? dead_mask, Tensor? state_indices, "
+             "Tensor? rejected, int num_ids, int boundary_id, int eos_id", empty=_empty, reference=_exact_update,
+             check=_check_update, check_data=_check_update_data, writes=("history",))

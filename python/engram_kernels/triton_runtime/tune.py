@@ -74,7 +74,8 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
     layout, branches, size = spec.layout(), spec.branches, spec.hidden_size
-    moduli, offsets, multipliers = (x.to(device) for x in (layout.moduli, layout.offsets, layout.multipliers))
+    layout = layout.to(device)
+    constants = layout.moduli, layout.offsets, layout.multipliers, layout.reciprocals
     bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     token_ids = torch.randint(0, layout.num_ids, (tokens,), generator=generator).to(device, torch.int32)
     block, scales = random_rows(spec.row_format, min(num_rows, 4096), spec.head_dim, generator)
@@ -89,8 +90,8 @@ def typical_calls(spec: EngramSpec, tokens: int, device: torch.device, num_rows:
     options = (spec.gate_eps, spec.gate_clamp, spec.zero_sign, spec.add_residual)
     both: tuple[Any, ...] = (*source, *options)
     found: dict[str, Callable[[], Any]] = {
-        "ngram_hash": lambda: ngram_hash(token_ids, bounds, moduli, offsets, multipliers, None, None, None, layout.num_ids,
-                                         layout.boundary_id, layout.eos_id),
+        "ngram_hash": lambda: ngram_hash(token_ids, bounds, *constants, None, None, None, layout.num_ids, layout.boundary_id,
+                                         layout.eos_id),
         "gather_rows": lambda: gather_rows(rows, scales, ids, *source, torch.bfloat16),
         "gate": lambda: gate(hidden, hidden, value, weight, weight, None, *options),
         "gate_bwd": lambda: gate_bwd(hidden, hidden, hidden, value, weight, weight, None, *options)}

@@ -67,14 +67,16 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
     make = functools.partial(torch.empty, device="meta")
     layout = spec.layout()
     bounds, id_dtypes = make(2, dtype=torch.int32), (torch.int32, torch.int64)
-    constants = layout.moduli.to("meta"), layout.offsets.to("meta"), layout.multipliers.to("meta")
+    moduli, offsets, multipliers, reciprocals = (x.to("meta") for x in (layout.moduli, layout.offsets, layout.multipliers,
+                                                                        layout.reciprocals))
+    constants = moduli, offsets, multipliers, reciprocals
     token_maps = [None] if spec.num_classes is None else [None, make(spec.vocab_size, dtype=torch.int32)]
     dead = make(num_tokens, dtype=torch.bool)
     # all layers at once, or one as `Engram` does
-    for moduli, offsets, multipliers in (constants, tuple(x[:1] for x in constants)):
+    for of_layers in (constants, (moduli[:1], offsets[:1], multipliers[:1], reciprocals[:1])):
         for token_map, id_dtype, chunked, mask in itertools.product(token_maps, id_dtypes, (False, True), (None, dead)):
             tokens, history = make(num_tokens, dtype=id_dtype), make(1, spec.max_order - 1, dtype=id_dtype) if chunked else None
-            yield functools.partial(ngram_hash, tokens, bounds, moduli, offsets, multipliers, token_map, history, mask,
+            yield functools.partial(ngram_hash, tokens, bounds, *of_layers, token_map, history, mask,
                                     layout.num_ids, layout.boundary_id, layout.eos_id)
     for token_map, id_dtype, mask in itertools.product(token_maps, id_dtypes, (None, dead)):  # as `MemoryState` does
         history, index = make(1, spec.max_order + 3, dtype=id_dtype), make(1, dtype=torch.int64)

@@ -60,7 +60,6 @@ class Device:
         known.restype = ctypes.c_long
         assert _Simulator.device is self, "the arrays of this device went when a newer one was made"
         assert known() == ctypes.sizeof(params), f"{type(params).__name__} is not the C++ struct"
-        _Simulator.load(launcher, self.build)
         self.set_runtime()
         before, self.failure = len(self.launches), None
         error = call(ctypes.byref(params))
@@ -75,7 +74,9 @@ class Device:
         self.library.fake_cudart_set(self.callback, self.multiprocessors, self.shared_limit)
 
     def kernel(self, name: str) -> ptxsim.Kernel:
-        """The compiled kernel behind a mangled name, of an op that has run."""
+        """The compiled kernel behind a mangled name."""
+        if name not in _Simulator.kernels:
+            _Simulator.load(next(op for op in self.build.ops if name in self.build.usage(op)), self.build)
         return _Simulator.kernels[name].kernel(name)
 
     def _launch(self, name, grid, block, args, shared_bytes):
@@ -96,7 +97,6 @@ class Device:
 class _Simulator:
     """Parsed kernels are kept for the whole session, and so is their memory; its arrays are those of the newest device."""
     mem = ptxsim.Memory()
-    modules: ClassVar[dict[str, ptxsim.Module]] = {}
     kernels: ClassVar[dict[str, ptxsim.Module]] = {}
     device: Device | None = None
 
@@ -108,9 +108,7 @@ class _Simulator:
 
     @classmethod
     def load(cls, op, build):
-        if op in cls.modules:
-            return
-        module = cls.modules[op] = ptxsim.Module(build.ptx(op))
+        module = ptxsim.Module(build.ptx(op))
         assert not module.globals, "device variables are not supported here"
         module.mem = cls.mem
         cls.kernels.update({name: module for name in module.kernels()})

@@ -8,7 +8,8 @@ from engram_kernels import row_format
 
 class NgramHashParams(Structure):
     _fields_ = [(name, c_void_p) for name in ("token_ids", "history", "committed", "state_indices", "rejected", "dead_mask",
-                                              "cu_seqlens", "token_map", "multipliers", "moduli", "offsets", "row_ids")] + [
+                                              "cu_seqlens", "token_map", "multipliers", "moduli", "offsets", "reciprocals",
+                                              "row_ids")] + [
         (name, c_int64) for name in ("num_tokens", "token_stride", "num_sequences", "num_histories", "history_width",
                                      "history_stride", "index_stride", "rejected_stride", "vocab_size", "num_ids",
                                      "boundary_id", "eos_id")] + [
