@@ -7,6 +7,8 @@
 //   4. weights  a h k is summed over the tokens in shared memory; a last kernel adds the sums of the blocks
 // hidden and key stay in registers, grad_out in shared memory. The sums have a fixed order: the bits depend on the number of
 // blocks only.
+// Few tokens are bound by latency: as long as there are enough multiprocessors, each of their branches has a block, which
+// keeps everything in registers, and a second kernel adds over branches and tokens (few tokens).
 // Traffic  least: hidden, key, grad_out and value read, grad_hidden, grad_key and grad_value written once, (5 M + 2) H
 //          elements per token. On top 4 M H bytes of partial sums per block, written and read: 2.3 % of the least with 32
 //          tokens per block.
@@ -292,6 +294,181 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
+// ---- few tokens ------------------------------------------------------------------------------------------------------
+//
+//   1. gate_bwd_one_token_kernel  a block per token and branch: the gradients of hidden and key, and the slopes to scratch memory
+//   2. gate_bwd_few_kernel        the gradients of the weights, summed over tokens, and of the value, summed over branches
+// Hidden, key and grad_out are read twice, the second time out of the cache; no partial sums are.
+
+constexpr int kFewThreads = 64;  // of the second kernel: a vector each
+
+template <DType kType, DType kWeights, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    gate_bwd_one_token_kernel(const GateBwdParams p, const Arrays arrays, const TokenTile tile) {
+  constexpr int kWordsOfWeights = dtype_bytes(kWeights) / dtype_bytes(kType);
+  __shared__ float by_warp[kMaxThreads / kWarp * kSums];
+  __shared__ GateSlopes shared_slopes;
+  const GateParams& f = p.forward;
+  const int t = blockIdx.x, branch = blockIdx.y, first = first_vector<kTokenVectors>();
+  const bool there[kTokenVectors] = {first < tile.vectors, first + kWarp < tile.vectors};
+  const auto in_branch = [&](const TokenRows& rows) { return rows.at(t, first) + branch * rows.branch_bytes; };
+  std::byte *to_hidden = in_branch(arrays.grad_hidden), *to_key = in_branch(arrays.grad_key);
+  const auto store = [&](std::byte* to, int j, const float* values) {
+    if (kWhole || there[j]) store_floats<kType>(to + j * kWarp * kVectorBytes, values);
+  };
+  uint4 hidden[kTokenVectors][1], key[kTokenVectors][1], value[kTokenVectors][1], grad_out[kTokenVectors][1];
+  load_row<kWhole>(in_branch(arrays.grad_out), there, grad_out);
+  if (f.masked(t)) {
+    const uint4 zeros = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int j = 0; j < kTokenVectors; ++j) {
+      if (!kWhole && !there[j]) continue;
+      *reinterpret_cast<uint4*>(to_hidden + j * kWarp * kVectorBytes) = f.options.add_residual ? grad_out[j][0] : zeros;
+      *reinterpret_cast<uint4*>(to_key + j * kWarp * kVectorBytes) = zeros;
+    }
+    return;
+  }
+  uint4 of_hidden[kTokenVectors][kWordsOfWeights], of_key[kTokenVectors][kWordsOfWeights];
+  const uint32_t weights_at = (branch * static_cast<uint32_t>(tile.vectors) + first) * (kVectorBytes * kWordsOfWeights);
+  load_row<kWhole>(in_branch(arrays.hidden), there, hidden);
+  load_row<kWhole>(in_branch(arrays.key), there, key);
+  load_row<kWhole>(arrays.value.at(t, first), there, value);
+  load_row<kWhole>(static_cast<const std::byte*>(f.weights.w_hidden) + weights_at, there, of_hidden);
+  load_row<kWhole>(static_cast<const std::byte*>(f.weights.w_key) + weights_at, there, of_key);
+  float h[kTokenVectors][kElements], k[kTokenVectors][kElements], w[kTokenVectors][kElements], sums[kSums] = {}, of_branch[kSums];
+  sums[1] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(hidden[j][0], hidden[j][0]); });
+  sums[2] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(key[j][0], key[j][0]); });
+  sums[3] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(grad_out[j][0], value[j][0]); });
+#pragma unroll
+  for (int j = 0; j < kTokenVectors; ++j) {
+    unpack_vector<kType>(hidden[j][0], h[j]), unpack_vector<kType>(key[j][0], k[j]);
+    multiply_weights<kWeights>(of_hidden[j], of_key[j], w[j]);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) sums[0] = fmaf(h[j][e], k[j][e] * w[j][e], sums[0]);
+  }
+  token_sums<1>(sums, tile, by_warp, of_branch);
+  if (threadIdx.x == 0) {
+    shared_slopes = gate_slopes(f.options, f.hidden_size, of_branch[0], of_branch[1], of_branch[2], of_branch[3]);
+    static_cast<GateSlopes*>(p.scratch)[t * static_cast<int>(f.branches) + branch] = shared_slopes;
+  }
+  __syncthreads();
+  const GateSlopes s = shared_slopes;
+  const auto write = [&](bool residual) {
+#pragma unroll
+    for (int j = 0; j < kTokenVectors; ++j) {
+      float g[kElements];
+      unpack_vector<kType>(grad_out[j][0], g);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        const float aw = s.a * w[j][e], by_key = fmaf(aw, h[j][e], -s.c * k[j][e]);
+        h[j][e] = fmaf(aw, k[j][e], residual ? fmaf(-s.b, h[j][e], g[e]) : -s.b * h[j][e]);
+        k[j][e] = by_key;
+      }
+      store(to_hidden, j, h[j]);
+      store(to_key, j, k[j]);
+    }
+  };
+  f.options.add_residual ? write(true) : write(false);
+}
+
+// The gradients of the weights of vector i of a branch.
+template <DType kType, DType kWeights>
+__device__ __forceinline__ void sum_tokens(const GateBwdParams& p, const Arrays& arrays, int branch, int i, int vectors,
+                                           const GateSlopes* slopes) {
+  const GateParams& f = p.forward;
+  const std::byte* hidden = arrays.hidden.at(0, i) + branch * arrays.hidden.branch_bytes;
+  const std::byte* key = arrays.key.at(0, i) + branch * arrays.key.branch_bytes;
+  float sums[kElements] = {}, of_hidden[kElements], of_key[kElements];
+  const int64_t at = (int64_t{branch} * vectors + i) * kElements * dtype_bytes(kWeights);
+  load_floats<kWeights, kElements>(static_cast<const std::byte*>(f.weights.w_hidden) + at, of_hidden);
+  load_floats<kWeights, kElements>(static_cast<const std::byte*>(f.weights.w_key) + at, of_key);
+#pragma unroll 2
+  for (int t = 0; t < static_cast<int>(f.num_tokens); ++t) {
+    if (!f.masked(t)) {
+      const float a = slopes[t * static_cast<int>(f.branches) + branch].a;
+      float h[kElements], k[kElements];
+      load_floats<kType, kElements>(hidden, h), load_floats<kType, kElements>(key, k);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) sums[e] = fmaf(a * h[e], k[e], sums[e]);
+    }
+    hidden += arrays.hidden.token_bytes, key += arrays.key.token_bytes;
+  }
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) of_hidden[e] *= sums[e], of_key[e] *= sums[e];
+  constexpr int kAtOnce = kVectorElements<kWeights>;
+#pragma unroll
+  for (int e = 0; e < kElements; e += kAtOnce) {
+    const int64_t to = at + e * dtype_bytes(kWeights);
+    store_floats<kWeights>(static_cast<std::byte*>(p.grad_w_hidden) + to, of_key + e);
+    store_floats<kWeights>(static_cast<std::byte*>(p.grad_w_key) + to, of_hidden + e);
+  }
+}
+
+// The gradient of vector i of a token's value.
+template <DType kType>
+__device__ __forceinline__ void sum_branches(const GateBwdParams& p, const Arrays& arrays, int t, int i,
+                                             const GateSlopes* slopes) {
+  const int branches = static_cast<int>(p.forward.branches);
+  float sums[kElements] = {};
+  if (!p.forward.masked(t)) {
+    const std::byte* grad_out = arrays.grad_out.at(t, i);
+#pragma unroll 4
+    for (int m = 0; m < branches; ++m) {
+      const float gate = slopes[t * branches + m].gate;
+      float g[kElements];
+      load_floats<kType, kElements>(grad_out, g);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) sums[e] = fmaf(gate, g[e], sums[e]);
+      grad_out += arrays.grad_out.branch_bytes;
+    }
+  }
+  store_floats<kType>(arrays.grad_value.at(t, i), sums);
+}
+
+// gridDim.y: the branches, then the tokens.
+template <DType kType, DType kWeights>
+__global__ void __launch_bounds__(kFewThreads)
+    gate_bwd_few_kernel(const GateBwdParams p, const Arrays arrays, const int vectors, const GateSlopes* slopes) {
+  const int i = blockIdx.x * kFewThreads + threadIdx.x, branches = static_cast<int>(p.forward.branches), n = blockIdx.y;
+  if (i >= vectors) return;
+  n < branches ? sum_tokens<kType, kWeights>(p, arrays, n, i, vectors, slopes)
+               : sum_branches<kType>(p, arrays, n - branches, i, slopes);
+}
+
+// Whether the kernels for few tokens hold these rows.
+bool is_few(const GateParams& f) {
+  return f.dtype != DType::kF32 && f.hidden_size % kElements == 0 && f.num_tokens > 0 &&
+         f.num_tokens * f.branches <= num_multiprocessors() && f.hidden_size / kElements <= int64_t{kMaxThreads} * kTokenVectors;
+}
+
+template <DType kType, DType kWeights>
+void launch_few_of(const GateBwdParams& p, const Arrays& arrays, cudaStream_t stream) {
+  const GateParams& f = p.forward;
+  const int64_t vectors = f.hidden_size / kElements;
+  const int threads = lanes_for(vectors, kTokenVectors);
+  const TokenTile tile{static_cast<int>(vectors), threads / kWarp, 1, static_cast<int>(f.num_tokens)};
+  const auto tokens = static_cast<unsigned>(f.num_tokens), branches = static_cast<unsigned>(f.branches);
+  const bool whole = vectors == int64_t{threads} * kTokenVectors;
+  const auto kernel =
+      whole ? gate_bwd_one_token_kernel<kType, kWeights, true> : gate_bwd_one_token_kernel<kType, kWeights, false>;
+  kernel<<<dim3(tokens, branches), static_cast<unsigned>(threads), 0, stream>>>(p, arrays, tile);
+  gate_bwd_few_kernel<kType, kWeights>
+      <<<dim3(static_cast<unsigned>(ceil_div(vectors, int64_t{kFewThreads})), branches + tokens), kFewThreads, 0, stream>>>(
+          p, arrays, static_cast<int>(vectors), static_cast<const GateSlopes*>(p.scratch));
+  EK_CUDA_CHECK(cudaGetLastError());
+}
+
+void launch_few(const GateBwdParams& p, const Arrays& arrays, cudaStream_t stream) {
+  const bool floats = p.forward.weights.dtype == DType::kF32;
+  if (p.forward.dtype == DType::kBf16) {
+    floats ? launch_few_of<DType::kBf16, DType::kF32>(p, arrays, stream)
+           : launch_few_of<DType::kBf16, DType::kBf16>(p, arrays, stream);
+  } else {
+    floats ? launch_few_of<DType::kF16, DType::kF32>(p, arrays, stream)
+           : launch_few_of<DType::kF16, DType::kF16>(p, arrays, stream);
+  }
+}
+
 // ---- launches --------------------------------------------------------------------------------------------------------
 
 // Whether the arrays lie as the first kernel wants.
@@ -408,7 +585,9 @@ void gate_bwd_cuda(const GateBwdParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   Launch launch;
   Arrays arrays;
-  if (arrays_of(p, &arrays) && plan_tokens(p, &launch)) {
+  const bool aligned = arrays_of(p, &arrays);
+  if (aligned && is_few(f)) return launch_few(p, arrays, on);
+  if (aligned && plan_tokens(p, &launch)) {
     launch.shape.launch(p, arrays, launch, on);
     return launch_weights(p, static_cast<const float*>(p.scratch), launch.blocks, launch.partial_sums, launch.order(), on);
   }
