@@ -42,6 +42,30 @@ def test_gather_rows_bwd_sums_in_order(grad_dtype, out_dtype):
         torch.testing.assert_close(got, expected(grad, ids, num_rows, out_dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_gather_rows_bwd_of_rows_with_many_positions(grad_dtype):
+    """Blocks take parts of the columns; the order of the positions, and so the bits, are those of any other row."""
+    generator = torch.Generator().manual_seed(0)
+    for named, row_dim in (((3, 255, 256, 257, 511, 512, 1), 40), ((600, 0, 513), 33), ((0, 0, 900), 8)):
+        ids = torch.repeat_interleave(torch.arange(-1, len(named)), torch.tensor((5, *named)))
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+        grad = torch.randn(len(ids), row_dim, generator=generator).to(grad_dtype)
+        got, launches = simulate(grad, ids, len(named), torch.float32, cta_order="random")
+        torch.testing.assert_close(got, expected(grad, ids, len(named), torch.float32), rtol=0, atol=0)
+        assert [launch.grid[1:] for launch in launches] == [(1, 1), (-(-row_dim // 32), 1)]
+
+
+def test_gather_rows_bwd_of_one_row_is_not_one_warps_work():
+    """No warp reads more than its share: of 4,096 positions of a row of 64 columns, an eighth of one of two slices."""
+    grad, ids = torch.randn(4096, 64).bfloat16(), torch.zeros(4096, dtype=torch.int64)
+    rows, long_rows = simulate(grad, ids, 1, torch.bfloat16)[1]
+    assert "grad" not in rows.result.buffers or not rows.result.buffers["grad"].get("load_bytes")
+    assert long_rows.result.buffers["grad"]["load_bytes"] == grad.nbytes
+    took = long_rows.result.warp_instructions / (2 * long_rows.block[0] // 32)  # two blocks have work
+    print(f"{took:.0f} PTX instructions per warp that has work")
+    assert took < 4096 / 8 * 24
+
+
 def test_gather_rows_bwd_of_a_table_that_is_not_aligned():
     grad = torch.randn(9, 16).bfloat16()
     ids = torch.tensor([2, 0, 2, 2, 1, 0, 2, -1, 2])
