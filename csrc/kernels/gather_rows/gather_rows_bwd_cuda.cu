@@ -22,7 +22,7 @@ constexpr int kVector = 8;  // elements of a lane
 constexpr int kBlocksPerSm = 16;
 constexpr int kLong = 256;                          // a row with as many positions may be long, one with twice as many is
 constexpr int kLongWarps = 8, kLongPositions = 32;  // of a warp at once
-constexpr int kLongBlocksPerSm = 4;
+constexpr int kLongBlocksPerSm = 3;  // by registers; without it ptxas spills on sm_80 to reach an occupancy of its own
 
 template <DType kOut, int kCount>
 __device__ __forceinline__ void store_sums(const GatherRowsBwdParams& p, int64_t id, int column, const float* sums) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_places(const GatherRowsBwdParams& p, int64_
 
 // gridDim = (places at multiples of kLong, or fewer, slices of kWarp columns). The first such place of a run stands for it.
 template <DType kGrad, DType kOut>
-__global__ void __launch_bounds__(kLongWarps* kWarp) gather_rows_bwd_long_kernel(const GatherRowsBwdParams p) {
+__global__ void __launch_bounds__(kLongWarps* kWarp, kLongBlocksPerSm) gather_rows_bwd_long_kernel(const GatherRowsBwdParams p) {
   __shared__ float sums[kWarp];
   const RowIds& ids = p.row_ids;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, column = static_cast<int>(blockIdx.y) * kWarp + lane;
