@@ -108,8 +108,7 @@ def ngram_hash_kernel(token_ids, cu_seqlens, moduli, offsets, multipliers, recip
         column = layer * COLUMNS + (i % (MAX_ORDER - 1)) * HEADS + head
         modulus = tl.load(moduli + column, mask=head < HEADS, other=1).to(tl.uint32)
         modulus_of = modulus_of + (modulus,)
-        reciprocal = tl.load(reciprocals + column, mask=head < HEADS, other=0).to(tl.uint64, bitcast=True)
-        reciprocal_of = reciprocal_of + (reciprocal,)
+        reciprocal_of = reciprocal_of + (tl.load(reciprocals + column, mask=head < HEADS, other=0).to(tl.uint64, bitcast=True),)
         offset_of = offset_of + (tl.load(offsets + column, mask=head < HEADS, other=0).to(tl.uint32),)
     for chunk in tl.range(0, chunks.to(tl.int32)):
         first = (tl.program_id(0).to(tl.int64) * chunks + chunk) * CHUNK
