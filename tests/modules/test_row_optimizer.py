@@ -91,9 +91,14 @@ def test_resume_gives_the_same_bits(first_moment, tmp_path):
         assert torch.equal(x, resumed.moments()[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}])
 @pytest.mark.parametrize("rule", ["adam", "sgd"])
-def test_torch_s_distributed_checkpoint_takes_its_state(rule, tmp_path):
+def test_torch_s_distributed_checkpoint_takes_its_state(rule, options, tmp_path):
     """get_optimizer_state_dict, a checkpoint, set_optimizer_state_dict: also before the first step, and with no moments."""
+    if rule == "sgd" and "full_state_dict" in options:  # torch wants a moment that has rows
+        options = {"cpu_offload": True}
+    options = dcp_state.StateDictOptions(**options)
+
     def make():
         torch.manual_seed(0)
         model = nn.ModuleDict({"memory": nn.Module(), "head": nn.Linear(2, 2)})
@@ -104,15 +109,19 @@ def test_torch_s_distributed_checkpoint_takes_its_state(rule, tmp_path):
     data = list(batches(6))
     for step, (ids, grads) in enumerate(data):
         if step == 3:
-            state = {"optimizer": dcp_state.get_optimizer_state_dict(model, optimizer), "rows": optimizer.table.rows.detach()}
+            state = {"optimizer": dcp_state.get_optimizer_state_dict(model, optimizer, options=options),
+                     "rows": optimizer.table.rows.detach()}
             dcp.save(state, checkpoint_id=tmp_path / "state", no_dist=True)
         optimizer.step(ids, grads)
     other, resumed = make()
     resumed.param_groups[0]["lr"] = 0.3
-    state = {"optimizer": dcp_state.get_optimizer_state_dict(other, resumed), "rows": resumed.table.rows.detach()}
-    assert list(state["optimizer"]["state"]) == ["memory.rows"] and resumed.num_steps == 0 and resumed.table.rows.grad is None
+    state = {"optimizer": dcp_state.get_optimizer_state_dict(other, resumed, options=options),
+             "rows": resumed.table.rows.detach()}
+    assert resumed.num_steps == 0 and resumed.table.rows.grad is None
+    assert ("state.memory.rows.num_steps" in state["optimizer"] if options.flatten_optimizer_state_dict
+            else list(state["optimizer"]["state"]) == ["memory.rows"])
     dcp.load(state, checkpoint_id=tmp_path / "state", no_dist=True)
-    dcp_state.set_optimizer_state_dict(other, resumed, state["optimizer"])
+    dcp_state.set_optimizer_state_dict(other, resumed, state["optimizer"], options=options)
     assert resumed.num_steps == 3 and resumed.param_groups[0]["lr"] == 0.1
     for ids, grads in data[3:]:
         resumed.step(ids, grads)
@@ -300,11 +309,12 @@ def test_a_damaged_state_changes_nothing():
     good = other.state_dict()
     group, moments = good["param_groups"][0], good["state"][0]
     for change, message in (({"param_groups": []}, "has 0 groups"), ({"param_groups": [dict(group, settings=3)]}, "rule is None"),
-                            ({"param_groups": [{"lr": 1.0}]}, "one with lr, betas, eps, settings and params"),
+                            ({"param_groups": [{"lr": 1.0}]}, r"without \[\['betas', 'eps', 'params', 'settings'\]\]"),
                             ({"param_groups": [dict(group, lr=-1)]}, "lr is -1"),
                             ({"param_groups": [dict(group, params=[0, 1])]}, r"params of the group is \[0, 1\]"),
                             ({"state": None}, "state is missing"), ({"state": {}}, "no entry of parameter 0"),
                             ({"state": {0: dict(moments, num_steps="x")}}, "num_steps is 'x'"),
+                            ({"state": {0: dict(moments, num_steps=torch.tensor([1, 2]))}}, r"num_steps is tensor\(\[1, 2\]\)"),
                             ({"state": {0: dict(moments, second=[1.0])}}, r"second is \[1.0\]"),
                             ({"state": {0: dict(moments, steps=moments["steps"] - 9)}}, "steps has a number below 0")):
         with pytest.raises(ValueError, match=f"RowOptimizer.load_state_dict: .*{message}"):

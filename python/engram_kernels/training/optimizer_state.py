@@ -30,6 +30,16 @@ _PIECE_ROWS = 1 << 16
 _PIECE_BYTES = 64 << 20
 
 
+class NumSteps:
+    """`RowOptimizer.num_steps`, beside the moments, where torch.distributed.checkpoint looks for the names of a flat state."""
+
+    def __get__(self, optimizer: RowOptimizer, owner: type) -> int:
+        return optimizer.state[optimizer.param_groups[0]["params"][0]]["num_steps"]
+
+    def __set__(self, optimizer: RowOptimizer, number: int) -> None:
+        optimizer.state[optimizer.param_groups[0]["params"][0]]["num_steps"] = number
+
+
 def save_state(optimizer: RowOptimizer, path: str | os.PathLike[str]) -> None:
     """`RowOptimizer.save`."""
     op, path = "RowOptimizer.save", Path(path)
@@ -57,7 +67,7 @@ def described(settings: Mapping[str, Any],
 def encode_progress(op: str, num_steps: int, group: Mapping[str, Any], table: Mapping[str, str]) -> bytes:
     """What changes from step to step, in PROGRESS_BYTES bytes."""
     content = {"num_steps": num_steps, "table": dict(table),
-               "group": {name: _plain(op, name, value) for name, value in group.items() if name != "params"}}
+               "group": {name: _plain(op, name, value) for name, value in group.items() if name not in ("params", "settings")}}
     text = json.dumps(content).encode()
     if len(text) > PROGRESS_BYTES:
         raise ValueError(f"{op}: the parameter group takes {len(text)} bytes of JSON, expected at most {PROGRESS_BYTES}")
@@ -218,7 +228,7 @@ def load_state_dict(optimizer: RowOptimizer, state_dict: Mapping[str, Any]) -> N
     if "steps" in ours and bool((given["steps"] < 0).any()):
         raise ValueError(f"{op}: steps has a number below 0")
     num_steps = given.get("num_steps")
-    num_steps = num_steps.item() if isinstance(num_steps, Tensor) else num_steps
+    num_steps = num_steps.item() if isinstance(num_steps, Tensor) and num_steps.numel() == 1 else num_steps
     if not isinstance(num_steps, int) or num_steps < 0:
         raise ValueError(f"{op}: num_steps is {num_steps!r}, expected an integer of at least 0")
     with torch.no_grad():
@@ -231,8 +241,10 @@ def load_state_dict(optimizer: RowOptimizer, state_dict: Mapping[str, Any]) -> N
 def _checked_group(op: str, groups: list[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The parameter group of a state. ValueError unless it is of an optimizer with these settings."""
     wanted = {"lr", "betas", "eps", "settings", "params"}
-    if len(groups) != 1 or not isinstance(groups[0], Mapping) or not wanted <= set(groups[0]):
-        raise ValueError(f"{op}: param_groups has {len(groups)} groups, expected one with lr, betas, eps, settings and params")
+    missing = [sorted(wanted - set(group)) if isinstance(group, Mapping) else group for group in groups]
+    if missing != [[]]:
+        raise ValueError(f"{op}: param_groups has {len(groups)} groups, without {shorten(repr(missing))}, expected one with lr, "
+                         "betas, eps, settings and params")
     group = dict(groups[0])
     given = group["settings"] if isinstance(group["settings"], Mapping) else {}
     wrong = [f"{name} is {given.get(name)!r}, expected {value!r}" for name, value in settings.items() if given.get(name) != value]

@@ -14,7 +14,7 @@ from engram_kernels._checks import expect_choice, expect_int
 from engram_kernels.ops.row_update import FLOAT_MAX, MAX_ROW, ROUNDINGS, check_rates, row_update
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.training.file_rows import FileRows
-from engram_kernels.training.optimizer_state import load_state, load_state_dict, save_state
+from engram_kernels.training.optimizer_state import NumSteps, load_state, load_state_dict, save_state
 from engram_kernels.training.quantized_rows import FORMATS, update_quantized
 from engram_kernels.training.trained_table import expect_trainable, is_computed, note
 
@@ -37,9 +37,8 @@ class RowOptimizer(torch.optim.Optimizer):
     process that is killed at any moment leaves files that the next RowOptimizer of them brings to a step's end. While it is open
     no other process can train the table; `close` ends that.
 
-    Ownership: holds the table, and moments beside it. It is neither copied nor pickled:
-    `state_dict` says where it stands. Threads: one step at a time. Failure: what is wrong with a step is raised before
-    anything is written.
+    Ownership: holds the table, and moments beside it. It is neither copied nor pickled: `state_dict` says where it stands.
+    Threads: one step at a time. Failure: what is wrong with a step is raised before anything is written.
 
     Args:
         table: of format f32, bf16 or f16, in memory and not shared, or in one file that `RowTable.create` wrote. In host memory
@@ -81,6 +80,8 @@ class RowOptimizer(torch.optim.Optimizer):
     Source: Kingma and Ba, arXiv 1412.6980; torch.optim.SparseAdam and torch.optim.Adagrad, whose results it gives in float32.
     """
 
+    num_steps = NumSteps()
+
     def __init__(self, table: RowTable, rule: str = "adam", *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float | None = None, second_moment: str | None = None, first_moment: str | None = "auto",
                  bias_correction: str = "row", rounding: str = "stochastic", seed: int = 0, first_row: int = 0,
@@ -112,7 +113,7 @@ class RowOptimizer(torch.optim.Optimizer):
         check_rates(op, lr, betas, eps)
         self.nonfinite, self.skipped_steps = nonfinite, 0
         self._holder: Any = None  # a weak reference to the TrainableRows that holds the table
-        self.table, self.num_steps, self.rule, self._by_row = table, 0, rule, bias_correction == "row"
+        self.table, self.rule, self._by_row = table, rule, bias_correction == "row"
         self._rounding, self._seed = rounding, expect_int(op, "seed", seed, 0, 2**63 - 1)
         self._first_row = expect_int(op, "first_row", first_row, 0, MAX_ROW)
         rows, shape = table.rows.detach(), (table.num_rows, table.row_dim)
@@ -129,8 +130,8 @@ class RowOptimizer(torch.optim.Optimizer):
         self._settings = {"rule": rule, "second_moment": second_moment, "first_moment": first_moment, "rounding": rounding,
                       "bias_correction": bias_correction, "seed": self._seed, "first_row": self._first_row,
                       "num_rows": table.num_rows, "row_dim": table.row_dim, "row_format": table.row_format}
-        super().__init__([table.rows], {"lr": lr, "betas": betas, "eps": eps})
-        self.state[table.rows] = kept  # where torch.distributed.checkpoint looks whether there is any
+        super().__init__([table.rows], {"lr": lr, "betas": betas, "eps": eps, "settings": self.settings})
+        self.state[table.rows] = {**kept, "num_steps": 0}  # torch.distributed.checkpoint looks here for what a state has
         if state is not None:
             expect_int(op, "journal_bytes", journal_bytes, 0)
             self.file = FileRows(op, self, Path(state), journal_bytes, bool(durable))
