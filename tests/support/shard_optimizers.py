@@ -48,6 +48,7 @@ def check_a_step_that_one_rank_skips_is_skipped_by_all(world):
                 if spoils and rank == 0:
                     grads[(ids == ids.max()).nonzero()[0].tolist()] = float("nan")
                 sharded.gather(ids, torch.float32).backward(grads)
+                assert bool(sharded.norm().isnan()) == spoils  # on every rank, so that clipping comes as far as the step
                 sharded.step(mine, grad_scale=scale)
                 taken = not spoils and step == 1
                 assert torch.equal(shard.rows, before) != (taken and bool(((ids >= begin) & (ids < end)).any())), (n, step)

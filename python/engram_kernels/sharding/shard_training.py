@@ -54,6 +54,8 @@ def squares_of(gradients: str, parameter: Tensor | None, kept: Callable[[], tupl
         raise ValueError(f"ShardedRows.norm: parameter.grad is dense ({parameter.grad.layout}), expected a sparse tensor")
     else:
         row_ids, grad_rows = parameter.grad._indices()[0], parameter.grad._values()
+    if not bool(grad_rows.isfinite().all()):  # the step refuses or skips it, on all ranks together
+        return torch.full((1,), torch.nan)
     distinct, places = torch.unique(row_ids, return_inverse=True)
     rows = torch.zeros(distinct.numel(), grad_rows.shape[1], dtype=torch.float32, device=grad_rows.device)
     return row_update(RowTable.from_tensor(rows, row_format="f32"), places, grad_rows.contiguous(), "none", lr=0.0)

@@ -246,7 +246,7 @@ class ShardedRows:
 
         Returns:
             float64 [] on the device of the shard: the same bits on every rank, for any number of ranks with the same gradients,
-            and those of `RowOptimizer.norm`.
+            and those of `RowOptimizer.norm`. NaN where a gradient is NaN or infinite: what `step` then does is the optimizer's.
 
         Raises:
             ValueError: rows carry no gradient here, or `parameter.grad` is a dense tensor. On every rank.
