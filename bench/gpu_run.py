@@ -6,6 +6,7 @@ down to the launch on a machine without a GPU: the probe is compiled, the calls 
 """
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -72,29 +73,17 @@ def steps(out: Path) -> list[Step]:
 
 def describe_machine() -> None:
     """The driver, the clocks, and what the PCIe capability of each NVIDIA GPU says of tags and request sizes."""
+    pcie = runpy.run_path(str(ROOT / "python/engram_kernels/profile/pcie.py"))  # by itself: importing the package takes seconds
     if shutil.which("nvidia-smi"):
         fields = "name,driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.sm,clocks.mem,memory.total"
         subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], check=False)
-    for folder in sorted(Path("/sys/bus/pci/devices").glob("*")):
+    for folder in sorted(pcie["PCI_DEVICES"].glob("*")):
         if (folder / "vendor").read_text().strip() == "0x10de":
-            print(folder.name, pcie_capability((folder / "config").read_bytes()))
+            try:
+                print(folder.name, pcie["pcie_of"](folder.name))
+            except (OSError, ValueError) as err:
+                print(folder.name, err)
     print(f"{os.cpu_count()} CPUs, kernel {os.uname().release}")
-
-
-def pcie_capability(config: bytes) -> dict[str, int]:
-    """Fields of the PCI Express capability in a device's configuration space; empty where only the first 64 bytes are readable.
-
-    Source: PCI Express Base Specification, Device Control (offset 8), Device Capabilities 2 (0x24), Device Control 2 (0x28).
-    """
-    at = config[0x34] if len(config) > 64 else 0
-    while at and at + 0x2A <= len(config):
-        if config[at] == 0x10:
-            control, capabilities_2, control_2 = (int.from_bytes(config[at + o:at + o + 4], "little") for o in (8, 0x24, 0x28))
-            return {"payload_bytes": 128 << (control >> 5 & 7), "read_request_bytes": 128 << (control >> 12 & 7),
-                    "extended_tags": control >> 8 & 1, "ten_bit_tags_possible": capabilities_2 >> 17 & 1,
-                    "ten_bit_tags_on": control_2 >> 12 & 1}
-        at = config[at + 1]
-    return {}
 
 
 def run(step: Step, out: Path, dry: bool) -> tuple[str, float]:

@@ -65,18 +65,6 @@ def test_gpu_run_a_step_that_hangs_or_cannot_start_is_one_line(tmp_path):
     assert gpu_run.run(gpu_run.Step("fails", 5, ["false"]), tmp_path, dry=False)[0] == "failed 1"
 
 
-def test_pcie_capability():
-    config = bytearray(256)
-    config[0x34] = 0x60
-    config[0x60], config[0x61] = 0x01, 0x78  # power management first
-    config[0x78] = 0x10
-    config[0x78 + 8:0x78 + 10] = ((1 << 5) | (2 << 12) | (1 << 8)).to_bytes(2, "little")
-    config[0x78 + 0x24:0x78 + 0x28] = (1 << 17).to_bytes(4, "little")
-    assert gpu_run.pcie_capability(bytes(config)) == {
-        "payload_bytes": 256, "read_request_bytes": 512, "extended_tags": 1, "ten_bit_tags_possible": 1, "ten_bit_tags_on": 0}
-    assert gpu_run.pcie_capability(bytes(config[:64])) == {} == gpu_run.pcie_capability(b"")
-
-
 def make_run(folder, provenance="measured", device="NVIDIA H200"):
     lines = [{"section": "few", "op": "gate", "tokens": t, "bytes": 1e6, "seconds": {"cuda": t * 1e-6, "triton": t * 2e-6},
               "failed": {"torch.compile": "a | b\nc"} if t == 1 else {}, "of_copy_rate": {"cuda": 0.5, "triton": 0.25}}

@@ -12,6 +12,7 @@ from engram_kernels.profile import probes_gpu, probes_gpu_gather, probes_host
 from engram_kernels.profile import session as session_module
 from engram_kernels.profile.cells import Skip
 from engram_kernels.profile.gpu_device import TorchGpu
+from engram_kernels.profile.headline import headline
 from engram_kernels.profile.nvml import FIELDS, Nvml, link_payload_bytes_per_s, throttle_reasons
 from engram_kernels.profile.session import Options, Session
 
@@ -66,7 +67,7 @@ def test_profile_gpu_measures_every_axis(session, compiled):
     link = of(session, "gpu_link", status="ok")
     assert {(c["op"], c["engine"], c["pinned"]) for c in link} == {
         ("h2d", "copy", True), ("d2h", "copy", True), ("both", "copy", True), ("h2d", "copy", False), ("d2h", "copy", False),
-        ("h2d", "sm", True), ("d2h", "sm", True)}
+        ("h2d", "sm", True), ("d2h", "sm", True), ("read", "sm", True)}
     assert {c["op"] for c in of(session, "gpu_stream", status="ok")} == {"read", "copy", "triad"}
     rows = of(session, "gpu_gather", status="ok")
     assert {c["placement"] for c in rows} == {"device", "uva", "staged"}
@@ -377,3 +378,16 @@ def test_profile_gpu_call_that_waits_for_the_device_is_not_timed_with_its_launch
         gpu.seconds([lambda: torch.cuda.synchronize(None)])
     assert len(cuda.blocks) < 8
     assert throttle_reasons(None) == [] and throttle_reasons(1) == []
+
+
+def test_profile_gpu_gather_is_held_against_loads_and_copies_over_the_link(session, compiled):
+    loads, copies = (session.peaks[f"link_h2d_{name}"]["bytes_per_s"] for name in ("sm", "copy"))
+    sm = of(session, "gpu_link", engine="sm", status="ok")
+    assert loads == max(c["bytes_per_s"] for c in sm if c["op"] in ("h2d", "read"))
+    for cell in of(session, "gpu_gather", placement="uva", status="ok"):
+        assert cell["facts"]["share_of_link_h2d_sm"] == pytest.approx(cell["bytes_per_s"] / loads)
+        assert cell["facts"]["share_of_link_h2d_copy"] == pytest.approx(cell["bytes_per_s"] / copies)
+    assert not any("share_of_link_h2d_sm" in c["facts"] for c in of(session, "gpu_gather", placement="staged", status="ok"))
+    _, _, link = headline(session.report())
+    assert link.startswith("Over the link the copy engine moves ") and "random rows of 264 bytes get " in link
+    assert "% of the loads and " in link and link.endswith("% of the copies.")

@@ -1,4 +1,4 @@
-"""The two sentences that a report opens with: what this machine can do for a table."""
+"""The sentences that a report opens with: what this machine can do for a table."""
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +11,7 @@ _WAYS = {"io_uring": "by io_uring", "preadv": "by pread in threads, not by io_ur
 
 
 def headline(report: dict[str, Any]) -> list[str]:
-    """A sentence of the fastest memory that was measured, a GPU's or the host's, and one of the disk."""
+    """A sentence of the fastest memory that was measured, a GPU's or the host's, one of the disk, and one of a GPU's link."""
     cells = report["cells"]
     gpu = _best([c for c in _gathers(cells, "gpu_gather") if c.get("placement") == "device"])
     host = _best(_gathers(cells, "host_gather"))
@@ -21,7 +21,19 @@ def headline(report: dict[str, Any]) -> list[str]:
         memory = _memory_sentence(host, "From host memory this machine")
     else:
         memory = f"Random rows of memory were not measured: {_why_not(cells, 'host_gather')}."
-    return [memory, _disk_sentence(cells)]
+    return [memory, _disk_sentence(cells), *_link_sentence(report["peaks"], cells)]
+
+
+def _link_sentence(peaks: dict[str, Any], cells: list[JsonCell]) -> list[str]:
+    """What a gather over the link reaches of what loads over it, and the copy engine, reach; none where one was not measured."""
+    best = _best([c for c in _gathers(cells, "gpu_gather") if c.get("placement") == "uva"])
+    loads, copies = peaks.get("link_h2d_sm"), peaks.get("link_h2d_copy")
+    if best is None or loads is None or copies is None:
+        return []
+    rate = best["bytes_per_s"]
+    return [f"Over the link the copy engine moves {copies['bytes_per_s'] / 1e9:.3g} GB/s and a stream of loads "
+            f"{loads['bytes_per_s'] / 1e9:.3g}; random rows of {ROW_BYTES} bytes get {rate / 1e9:.3g}, "
+            f"{rate / loads['bytes_per_s']:.0%} of the loads and {rate / copies['bytes_per_s']:.0%} of the copies."]
 
 
 def _gathers(cells: list[JsonCell], probe: str) -> list[JsonCell]:

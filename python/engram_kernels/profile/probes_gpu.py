@@ -13,6 +13,7 @@ from engram_kernels.profile.cells import JsonCell, Skip, expect_share, give_verd
 from engram_kernels.profile.gpu_device import TorchGpu
 from engram_kernels.profile.machine import allowed_cpus
 from engram_kernels.profile.nvml import LoadSampler, Nvml, keep_busy, link_payload_bytes_per_s, numa_node, throttle_reasons
+from engram_kernels.profile.pcie import pcie_of
 from engram_kernels.profile.probes_gpu_gather import Gather, Shape, gather, interference
 from engram_kernels.profile.probes_host import V41_ROW_BYTES
 from engram_kernels.profile.probes_host import table_limit as host_limit
@@ -102,13 +103,18 @@ def _open_nvml(session: Session, gpu: Any, library: Any) -> tuple[Nvml | None, S
 
 
 def _describe(session: Session, nvml: Nvml | None, why_not: Skip | None) -> None:
-    """Puts what NVML tells into the machine block, and the ceilings into the peaks."""
+    """Puts what NVML and the PCIe capability tell into the machine block, and the ceilings into the peaks."""
     blocks = session.machine["gpu"]
     while len(blocks) <= session.options.gpu:
         blocks.append({})
     block = blocks[session.options.gpu]
     values, unread = nvml.read() if nvml else ({}, {"nvml": str(why_not)})
-    block.update(values, unread=unread, numa_node=numa_node(values.get("pci_bus_id")))
+    bus_id = values.get("pci_bus_id")
+    block.update(values, unread=unread, numa_node=numa_node(bus_id), pcie=None)
+    try:
+        block["pcie"] = pcie_of(bus_id) if bus_id else None
+    except (OSError, ValueError) as err:  # such as without root
+        unread["pcie"] = f"{type(err).__name__}: {err}"
     clock, bits = values.get("memory_clock_max_mhz"), values.get("memory_bus_bits")
     if clock and bits and not values.get("mig_enabled"):  # a slice has a part of it, which NVML does not tell
         source = f"{clock} MHz, two transfers a clock, {bits} bits, by NVML"
@@ -206,12 +212,15 @@ def _link_by_multiprocessors(session: Session, gpu: Any, memory: tuple[Any, Any,
     try:
         from_host, to_host = gpu.alias(host), gpu.alias(back)
     except Exception as err:
-        for op in ("h2d", "d2h"):
+        for op in ("h2d", "d2h", "read"):
             session.skip({"probe": "gpu_link", "op": op, "engine": "sm", "pinned": True}, "NOT_SUPPORTED",
                          f"pinned memory as a tensor of the device: {type(err).__name__}: {err}")
         return
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
     for size in reversed([s for s in sizes if s >= MIB]):
         count = size // 8
+        # loads alone, whose sum stays on the device: what a gather of rows can reach at most
+        _measure_link(session, gpu, ("read", "sm", True, size), partial(torch.sum, from_host[:count], 0, out=total), remote)
         for op, source, target in (("h2d", from_host, words), ("d2h", words, to_host)):
             call = partial(torch.bitwise_not, source[:count], out=target[:count])
             _measure_link(session, gpu, (op, "sm", True, size), call, remote)
@@ -235,7 +244,9 @@ def _measure_link(session: Session, gpu: Any, point: tuple[str, str, bool, int],
         # a copy of pageable memory waits by itself, so it cannot be queued behind a blocked stream
         return float(gpu.wall_seconds(lambda: [call() for _ in range(calls)])) / calls
 
-    result = session.measure(cell, sample, peak=f"link_{op}")
+    result = session.measure(cell, sample, peak=f"link_{'h2d' if op == 'read' else op}")
+    if result["status"] == "ok" and engine == "sm" and op != "d2h":
+        session.set_peak("link_h2d_sm", result["bytes_per_s"], f"{size // KIB} KiB read by multiprocessors in this run")
     if result["status"] == "ok" and pinned and engine == "copy":
         session.set_peak(f"link_{op}_copy", result["bytes_per_s"], f"copies of {size // KIB} KiB in this run")
         if size >= _LARGE_BYTES and "peak_share" in result:

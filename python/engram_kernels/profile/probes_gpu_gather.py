@@ -100,7 +100,7 @@ def gather(session: Session, gpu: Any) -> None:
     """The surface of row size, table size and rows in flight, by placement."""
     backend = gpu.gather_backend()
     device = _sizes(gpu.free_bytes() * 6 // 10, (GIB, 8 * GIB) if session.quick else (GIB // 4, GIB, 4 * GIB, 16 * GIB, 64 * GIB))
-    host = _pinned_sizes(session, (2 * GIB,) if session.quick else (GIB, 16 * GIB))
+    host = _pinned_sizes(session, (2 * GIB,) if session.quick else (GIB, 8 * GIB, 32 * GIB))
     # the host first: what no one knows beforehand. Each has a part of the time
     for placement, sizes, share in (("uva", [*host], 0.4), ("device", device, 0.7), ("staged", host, 1.0)):
         with session.at_most(share):
@@ -159,12 +159,14 @@ def _measure(session: Session, gpu: Any, memory: Any, shape: Shape, backend: str
     except (RuntimeError, ValueError) as err:
         session.fail(base, err)
         return
-    # what a stream reached here, and what the hardware could: the one divides, the other is a fact
-    peak, other = ("device_stream", "device") if shape.placement == "device" else ("link_h2d", "link_h2d_copy")
+    # what a stream reached here, and what the hardware, the copy engine and loads over the link could: the one divides
+    peak, others = ("device_stream", ["device"]) if shape.placement == "device" else ("link_h2d", ["link_h2d_copy"])
+    others += ["link_h2d_sm"] if shape.placement == "uva" else []
     result = session.measure(work.cell(session, backend), work.sample, peak=peak,
                              may_be_cached=not shape.cold or shape.table_bytes < GIB)
-    if result["status"] == "ok" and other in session.peaks:
-        result["facts"][f"share_of_{other}"] = result["bytes_per_s"] / session.peaks[other]["bytes_per_s"]
+    for other in others if result["status"] == "ok" else ():
+        if other in session.peaks:
+            result["facts"][f"share_of_{other}"] = result["bytes_per_s"] / session.peaks[other]["bytes_per_s"]
 
 
 def interference(session: Session, gpu: Any) -> None:
