@@ -65,7 +65,7 @@ def measure(section, name, tokens, calls, peak):
     ways = {} if calls.ours is None else {b: lambda b=b: calls.ours(b) for b in backends}
     for way, make in (ways | calls.others).items():
         try:
-            line["seconds"][way] = seconds(make(), on_host=section == "staged" or "sort counted" in way)
+            line["seconds"][way] = seconds(make(), on_host=section == "staged")
         except Exception as err:  # whatever a compiler raises
             if gpu_calls.DRY:
                 raise

@@ -82,21 +82,16 @@ def gather_calls(tokens: int, table: ek.RowTable, over_link: bool = False) -> Ca
 
 
 def _host_layouts(table: ek.RowTable, ids: list[torch.Tensor], out: torch.Tensor) -> dict[str, Callable[[], list[Call]]]:
-    """Other ways to the same rows of a host table: sorted ids, distinct rows only, values of 256 bytes with scales on the GPU."""
+    """Other ways to the same rows of a host table: sorted ids, values of 256 bytes with scales on the GPU."""
     num_rows = table.num_rows
-    values = table.rows.flatten()[:num_rows * D].view(num_rows, D)
-    op = torch.ops.engram_kernels.gather_rows.out
 
     def scales_on_device() -> list[Call]:
-        scales = torch.full((num_rows, D // 32), 120, dtype=torch.uint8, device=device())
-        return [lambda i=i: op(values, scales, i, "fp8_e4m3_block32", D, False, torch.bfloat16, out=out) for i in ids]
-
-    def distinct(i: torch.Tensor) -> torch.Tensor:
-        rows, where = torch.unique(i, return_inverse=True)
-        return torch.index_select(ek.gather_rows(table, rows), 0, where.flatten(), out=out.view(-1, D))
+        scales = torch.full((num_rows, D // 32), 120, dtype=torch.uint8)
+        apart = ek.RowTable.from_tensor(table.rows.flatten()[:num_rows * D].view(num_rows, D), scales, "fp8_e4m3_block32")
+        split = apart if DRY else apart.with_scales_on("cuda")
+        return [lambda i=i: ek.gather_rows(split, i, out=out) for i in ids]
     return {"sorted ids": lambda: [lambda i=i: ek.gather_rows(table, i, out=out)
                                    for i in (i.flatten().sort()[0].view(i.shape) for i in ids)],
-            "distinct rows, sort counted": lambda: [lambda i=i: distinct(i) for i in ids],
             "values on the host, scales on the GPU": scales_on_device}
 
 
@@ -173,13 +168,20 @@ def engram_forward_calls(tokens: int, table: ek.RowTable) -> Calls:
                   "the product alone": lambda: [lambda: torch.mm(memory.flatten(1), w_kv.T, out=product)] * count})
 
 
-def staged_calls(tokens: int, prefetcher: ek.RowPrefetcher) -> Calls:
-    """A request and its wait: what the host gathers crosses the link by the copy engine. Nothing is overlapped."""
-    ids = [torch.randint(0, prefetcher.table.num_rows, (tokens, C)) for _ in range(3)]
+def prefetch_calls(tokens: int, table: ek.RowTable) -> Calls:
+    """A request and its wait, by policy: rows that the host gathers and the copy engine carries, that a kernel reads over the
+    link, or that it reads once each. Of the ids, three quarters are distinct. Nothing is overlapped."""
+    num_distinct = max(1, tokens * C * 3 // 4)
+    ids = [torch.randint(0, table.num_rows, (num_distinct,))[torch.arange(tokens * C) % num_distinct].view(tokens, C)
+           for _ in range(3)]
 
-    def fetch(i: torch.Tensor) -> None:
-        prefetcher.wait(prefetcher.submit(i))
-    return Calls(tokens * C * prefetcher.table.row_bytes, None, {"staged": lambda: [lambda i=i: fetch(i) for i in ids]})
+    def calls(policy: str) -> list[Call]:
+        # a request's rows are a slot, and there are two
+        prefetcher = ek.RowPrefetcher(table, device(), depth=1, policy=policy, ring_bytes=2 * (tokens * C * D * 2 + 4096))
+        mine = ids if policy == "staged" else [i.to(device()) for i in ids]
+        return [lambda i=i: prefetcher.wait(prefetcher.submit(i)) for i in mine]
+    return Calls(tokens * C * table.row_bytes, None,
+                 {policy: lambda policy=policy: calls(policy) for policy in ("staged", "uva", "uva_distinct")})
 
 
 Section = tuple[str, str, str, tuple[int, ...], Callable[[int], Calls]]
@@ -217,6 +219,5 @@ def _host_sections(only: Sequence[str], gib: float, is_first: bool) -> Iterator[
         yield "host", f"gather_rows, {PACKED}, host table of {gib:g} GiB", "link", (1, 16, 128, 1024, 4096, 16384), (
             lambda t: gather_calls(t, table, over_link=True))
     if "staged" in only and is_first:
-        with ek.RowPrefetcher(table, device(), policy="staged") as prefetcher:
-            yield "staged", f"RowPrefetcher, host table of {gib:g} GiB", "link", (128, 4096, 16384), (
-                lambda t: staged_calls(t, prefetcher))
+        yield "staged", f"RowPrefetcher, host table of {gib:g} GiB", "link", (128, 4096, 16384), (
+            lambda t: prefetch_calls(t, table))

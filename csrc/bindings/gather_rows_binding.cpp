@@ -90,7 +90,7 @@ Tensor gather_rows_bwd(const Tensor& grad, const Tensor& row_ids, int64_t num_ro
   p.positions = positions.const_data_ptr<int64_t>();
   gather_rows_bwd_cuda(p, launch.stream());
 #else
-  gather_rows_bwd_cpu(p, RowOrder(p.row_ids, num_rows), torch_threads());
+  gather_rows_bwd_cpu(p, RowOrder(p.row_ids, num_rows, torch_threads()), torch_threads());
 #endif
   return grad_rows;
 }

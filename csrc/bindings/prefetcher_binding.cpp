@@ -89,6 +89,7 @@ std::shared_ptr<PythonPrefetcher> make_prefetcher(const py::dict& o, std::shared
   options.depth = option<int>(o, "depth");
   options.slots = const_cast<std::byte*>(address<std::byte>(o, "slots"));
   options.slot_bytes = option<int64_t>(o, "slot_bytes");
+  options.distinct_rows = const_cast<std::byte*>(address<std::byte>(o, "distinct_rows"));
   options.max_blocks = option<int>(o, "max_blocks");
   options.trace_spans = option<int>(o, "trace_spans");
   const py::gil_scoped_release release;
@@ -130,13 +131,14 @@ void drain(PythonPrefetcher& p, double timeout_s) {
   in_slices<PrefetchTimeout>(timeout_s, [&](double slice_s) { p.prefetcher.drain(slice_s); });
 }
 
-// ids: (ticket, address, count, are_int64, on_device, stream)
+// ids: (ticket, address, count, are_int64, on_device, stream, address of places)
 void submit(PythonPrefetcher& p, const py::tuple& ids, std::vector<int64_t> sizes, double timeout_s) {
   const Inside inside(p);
   const PrefetchIds wanted{{reinterpret_cast<const void*>(ids[1].cast<uintptr_t>()), ids[2].cast<int64_t>(), ids[3].cast<bool>()},
                            std::move(sizes),
                            ids[4].cast<bool>(),
                            ids[5].cast<uintptr_t>(),
+                           reinterpret_cast<const void*>(ids[6].cast<uintptr_t>()),
                            ids[0].cast<int64_t>()};
   in_slices<PrefetchQueueFull>(timeout_s, [&](double slice_s) { p.prefetcher.submit(wanted, slice_s); });
 }
@@ -198,6 +200,7 @@ py::dict counters(PythonPrefetcher& p) {
   result["payload_bytes"] = c.payload_bytes;
   result["moved_bytes"] = c.moved_bytes;
   result["fetch_s"] = static_cast<double>(c.fetch_ns) * 1e-9;
+  result["id_s"] = static_cast<double>(c.id_ns) * 1e-9;
   result["exposed_wait_s"] = static_cast<double>(c.exposed_wait_ns) * 1e-9;
   result["in_flight"] = c.in_flight;
   result["max_in_flight"] = c.max_in_flight;

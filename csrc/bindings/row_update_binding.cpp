@@ -69,7 +69,7 @@ void run(RowUpdateParams& p, const Tensor& weight, const Tensor& row_ids) {
 #else
   (void)weight;
   check_row_ids_of(kOp, row_ids, p.row_ids, p.num_rows);
-  const RowOrder order(p.row_ids, p.num_rows);
+  const RowOrder order(p.row_ids, p.num_rows, torch_threads());
   GradientFault fault;
   find_gradient_fault_cpu(p, order, torch_threads(), fault);
   throw_fault(p, fault);

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "common/math.h"
+#include "common/parallel.h"
 
 namespace engram_kernels {
 
@@ -35,11 +37,33 @@ struct TokenRowIds {
 void check_row_ids(const char* op, const RowIds& ids, int64_t num_rows, const int64_t* sizes, int dims);
 void check_row_ids(const char* op, const TokenRowIds& ids, int64_t num_rows);
 
+// What a RowOrder sorts in: kept from one to the next, its pages are faulted in once.
+class RowOrderMemory {
+ public:
+  uint64_t* take(int which, int64_t count) {  // what it held is gone where it was too small
+    if (count > sizes_[which]) {
+      drop(which);
+      arrays_[which] = std::make_unique_for_overwrite<uint64_t[]>(static_cast<size_t>(count));
+      sizes_[which] = count;
+    }
+    return arrays_[which].get();
+  }
+  void drop(int which) {
+    arrays_[which].reset();
+    sizes_[which] = 0;
+  }
+
+ private:
+  std::unique_ptr<uint64_t[]> arrays_[2];
+  int64_t sizes_[2] = {};
+};
+
 // Positions of a batch in the order of their rows, and of themselves within a row; kNoRow left out. Owns 8 bytes per id.
 class RowOrder {
  public:
-  RowOrder(const RowIds& ids, int64_t num_rows);  // ids checked; holds another 8 bytes per id while it sorts
-  ~RowOrder();
+  // ids checked; holds another 8 bytes per id while it sorts. The order does not depend on `parallel`. `memory`: which it uses
+  // until it goes, instead of its own.
+  RowOrder(const RowIds& ids, int64_t num_rows, const Parallel& parallel = {}, RowOrderMemory* memory = nullptr);
   RowOrder(const RowOrder&) = delete;
   RowOrder& operator=(const RowOrder&) = delete;
 
@@ -48,10 +72,12 @@ class RowOrder {
   EK_INLINE int64_t position(int64_t i) const {
     return static_cast<int64_t>(entries_[i] & ((uint64_t{1} << position_bits_) - 1));
   }
+  EK_INLINE bool begins_row(int64_t i) const { return i == 0 || row(i) != row(i - 1); }
   int64_t first_at_or_after(int64_t row) const;  // in [0, count]
 
  private:
-  uint64_t* entries_ = nullptr;  // row << position_bits_ | position
+  RowOrderMemory own_;
+  const uint64_t* entries_ = nullptr;  // row << position_bits_ | position
   int64_t count_ = 0;
   int position_bits_ = 0;
 };

@@ -20,6 +20,10 @@ std::string timeout_text(int64_t ticket, double timeout_s) {
   return text.str();
 }
 
+RowFormat float_format_of(DType dtype) {
+  return dtype == DType::kF32 ? RowFormat::kF32 : dtype == DType::kF16 ? RowFormat::kF16 : RowFormat::kBf16;
+}
+
 constexpr int kCellsPerSlot = 4;  // of launches whose count is not read yet
 
 }  // namespace
@@ -33,6 +37,7 @@ struct RowPrefetcher::Request {
   Event ready, slot_free, slot_also_free;
   int slot = -1;
   bool ids_on_device = false;
+  const void* places = nullptr;
   std::atomic<bool> cancelled{false};
   int64_t submitted_ns = 0, fetch_begin_ns = 0, fetch_end_ns = 0;
   StageCounters staged;
@@ -74,13 +79,15 @@ RowPrefetcher::RowPrefetcher(const PrefetcherOptions& options, std::shared_ptr<C
       out_row_bytes_(int64_t{options.stager.table.row_dim} * dtype_bytes(options.out_dtype)),
       engine_(std::move(engine)),
       stager_(std::make_unique<RowStager>(options.stager, engine_)),
-      memory_bytes_((options.depth + 1) * options.slot_bytes + stager_->memory_bytes()),
+      memory_bytes_((options.depth + (options.distinct_rows == nullptr ? 1 : 2)) * options.slot_bytes + stager_->memory_bytes()),
       cache_slots_(stager_->cache_slots()),
       trace_(options.trace_spans),
       process_(getpid()),
       results_(options.depth + 1),
       lent_(static_cast<size_t>(options.depth) + 1) {
   EK_CHECK(options.depth >= 1, kName << ": depth is " << options.depth << ", expected at least 1");
+  EK_CHECK(options.distinct_rows == nullptr || (way_.gathers_table && way_.to_device),
+           kName << ": rows are made distinct on the way '" << way_.name << "'");
   EK_CHECK(options.slots != nullptr && options.slot_bytes >= 0, kName << ": there are no slots");
   if (way_.gathers_table && way_.to_device) {
     const int cells = kCellsPerSlot * (options.depth + 1) + 1;
@@ -102,11 +109,14 @@ RowPrefetcher::RequestPtr RowPrefetcher::admit(const PrefetchIds& ids, double ti
   EK_CHECK(ids.ids.count <= options_.slot_bytes / out_row_bytes_,
            kName << ": " << ids.ids.count << " ids need " << ids.ids.count * out_row_bytes_
                  << " bytes of rows, a slot of the ring has " << options_.slot_bytes << "; raise ring_bytes or submit fewer");
+  EK_CHECK(ids.places == nullptr || (ids.on_device && options_.distinct_rows != nullptr),
+           kName << ": places are given for ids that are not on the device, or without memory for distinct rows");
   auto request = std::make_shared<Request>();
   request->count = ids.ids.count;
   request->ids = ids.ids;
   request->sizes = ids.sizes;
   request->ids_on_device = ids.on_device;
+  request->places = ids.places;
   std::unique_lock lock(mutex_);
   const auto ready = [this] { return closed_ || (counters_.in_flight < options_.depth && !results_.empty()); };
   const bool room = timeout_s == 0 ? ready() : Deadline(timeout_s).wait(room_, lock, ready);
@@ -179,22 +189,44 @@ void RowPrefetcher::launch_unseen(const RequestPtr& request) {
   GatherRowsParams gather = gather_into(*request);
   gather.error_count = cells_ + cell;
   request->staged.unique = request->count;
-  request->events.reserve(1);
+  request->events.reserve(2);
   Event launched;
   try {
-    launched = engine_->launch({.after = request->slot_free,
-                                .also_after = request->slot_also_free,
-                                .ready = request->ready,
-                                .gather = &gather,
-                                .keeps = request});
+    launched = request->places != nullptr ? launch_distinct(request, gather)
+                                          : engine_->launch({.after = request->slot_free,
+                                                             .also_after = request->slot_also_free,
+                                                             .ready = request->ready,
+                                                             .gather = &gather,
+                                                             .keeps = request});
   } catch (...) {  // nothing of it is left on the stream
     const std::lock_guard lock(mutex_);
     if (!captured) free_cells_.push_back(cell);
     throw;
   }
-  request->events.push_back(launched);
+  if (request->places == nullptr) request->events.push_back(launched);
   const std::lock_guard lock(mutex_);
   if (!captured) counting_.push_back({request->number, cell, std::move(launched)});
+}
+
+// Each distinct row once over the link, to memory of the device; from there to every place that wants it. The event of the first.
+Event RowPrefetcher::launch_distinct(const RequestPtr& request, GatherRowsParams gather) {
+  GatherRowsParams spread = gather;
+  spread.source = {};
+  spread.source.rows = gather.out = options_.distinct_rows;
+  spread.source.num_rows = request->count;
+  spread.source.row_stride_bytes = out_row_bytes_;
+  spread.source.row_dim = gather.source.row_dim;
+  spread.source.format = float_format_of(options_.out_dtype);
+  spread.row_ids = {request->places, request->count, false};
+  spread.error_count = nullptr;
+  const std::lock_guard lock(distinct_);  // another request would write to the rows between
+  request->events.push_back(engine_->launch({.ready = request->ready, .gather = &gather, .keeps = request}));
+  request->events.push_back(engine_->launch({.after = request->slot_free,
+                                             .also_after = request->slot_also_free,
+                                             .ready = request->ready,
+                                             .gather = &spread,
+                                             .keeps = request}));
+  return request->events.front();
 }
 
 void RowPrefetcher::check_ids(const Request& request) const {
@@ -256,10 +288,17 @@ void RowPrefetcher::arrived(const RequestPtr& request, std::exception_ptr error)
 
 bool RowPrefetcher::wait_events(const Request& request, double timeout_s, uintptr_t stream, bool on_host) const {
   const Deadline deadline(timeout_s);
+  std::exception_ptr error;
   for (const Event& event : request.events) {
-    const bool done = on_host ? engine_->wait_host(event, deadline.left_s()) : engine_->wait_on(event, stream, deadline.left_s());
-    if (!done) return false;
+    try {
+      const bool done =
+          on_host ? engine_->wait_host(event, deadline.left_s()) : engine_->wait_on(event, stream, deadline.left_s());
+      if (!done) return false;
+    } catch (...) {  // the others may still read ids that the caller gives up once this throws
+      if (error == nullptr) error = std::current_exception();
+    }
   }
+  if (error != nullptr) std::rethrow_exception(error);
   return true;
 }
 
@@ -384,7 +423,7 @@ int RowPrefetcher::take_cell() {
     }
     try {
       engine_->wait_host(oldest, -1);
-    } catch (const EngineError&) {  // its ticket says so
+    } catch (const std::exception&) {  // its ticket says so
     }
   }
 }
@@ -395,7 +434,7 @@ void RowPrefetcher::collect_bad_ids() {
     const Counting& oldest = counting_.front();
     try {
       if (!engine_->wait_host(oldest.launched, 0)) break;
-    } catch (const EngineError&) {  // its ticket says so
+    } catch (const std::exception&) {  // its ticket says so
     }
     const uint32_t bad = std::atomic_ref(cells_[oldest.cell]).exchange(0);
     if (bad != 0) bad_ids_.emplace_back(oldest.ticket, bad);
@@ -564,6 +603,7 @@ void RowPrefetcher::count(Request& request, int64_t waited_since_ns) {
     c.fetch_ns += request.fetch_end_ns - request.fetch_begin_ns;
     span(way_.tier, "fetch", staged.unique, request.fetch_begin_ns, request.fetch_end_ns);
   }
+  c.id_ns += staged.id_ns;
   for (const Event& event : request.events) {
     EngineTimes times;
     if (!engine_->times(event, &times)) continue;

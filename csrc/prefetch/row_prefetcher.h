@@ -53,7 +53,8 @@ struct PrefetcherOptions {
   int depth = 1;
   std::byte* slots = nullptr;  // depth + 1 slots of slot_bytes each, on the device of the engine
   int64_t slot_bytes = 0;
-  int max_blocks = 0;  // of a gather on a GPU; 0: as many as there is work for
+  std::byte* distinct_rows = nullptr;  // slot_bytes there, for requests that have `places`; null: there are none
+  int max_blocks = 0;                  // of a gather on a GPU; 0: as many as there is work for
   int trace_spans = 4096;
 };
 
@@ -63,7 +64,9 @@ struct PrefetchIds {
   std::vector<int64_t> sizes;
   bool on_device = false;
   uintptr_t stream = 0;  // the caller's: ids on a device, and a table that gathers read, are what its work makes of them
-  int64_t ticket = -1;   // a number that no request had yet, so that the caller knows it whatever happens; -1: the next one
+  // int32 [count], with ids on a device that has made them distinct: position i wants the row of ids[places[i]], -1: zeros
+  const void* places = nullptr;
+  int64_t ticket = -1;  // a number that no request had yet, so that the caller knows it whatever happens; -1: the next one
 };
 
 struct PrefetchCounters {
@@ -71,8 +74,8 @@ struct PrefetchCounters {
   int64_t requested = 0, unique = 0;  // rows; unique: that were looked up
   // hits by tier, of `unique`: the table's own, the cache on the device, that in front of a tier
   int64_t device_rows = 0, host_rows = 0, file_rows = 0, remote_rows = 0, device_cache_rows = 0, cached_rows = 0;
-  int64_t payload_bytes = 0, moved_bytes = 0;  // of the rows requested; read from a file or copied to a device
-  int64_t fetch_ns = 0, exposed_wait_ns = 0;
+  int64_t payload_bytes = 0, moved_bytes = 0;            // of the rows requested; read from a file or copied to a device
+  int64_t fetch_ns = 0, id_ns = 0, exposed_wait_ns = 0;  // id_ns: part of fetch_ns that sorted ids and made them distinct
   int64_t in_flight = 0, max_in_flight = 0, queued = 0;
 };
 
@@ -134,6 +137,7 @@ class RowPrefetcher {
   void arrived(const RequestPtr& request, std::exception_ptr error);
   bool wait_events(const Request& request, double timeout_s, uintptr_t stream, bool on_host) const;
   [[noreturn]] void fail(const Request& request, std::exception_ptr error);
+  Event launch_distinct(const RequestPtr& request, GatherRowsParams gather);
   int take_cell();
   void collect_bad_ids();
   std::exception_ptr bad_ids_of(int64_t ticket);
@@ -152,7 +156,8 @@ class RowPrefetcher {
   PrefetchTrace trace_;
   const int process_;
 
-  std::mutex closing_;  // before the other
+  std::mutex closing_;   // before the others
+  std::mutex distinct_;  // the two launches of a request that uses distinct_rows; before mutex_
   mutable std::mutex mutex_;
   std::condition_variable work_, room_, left_;
   SlotRing results_;

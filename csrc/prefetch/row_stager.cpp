@@ -3,18 +3,21 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "common/error.h"
 #include "common/math.h"
+#include "prefetch/prefetch_trace.h"
 #include "table/file_reader.h"
 
 namespace engram_kernels {
 namespace {
 
-constexpr int64_t kAlign = 256;        // of the parts of a slot, for the widest loads of a device
-constexpr int64_t kPrefetchRows = 16;  // requested ahead of the copy: a random row is a DRAM access away
-constexpr int64_t kGrainRows = 256;    // of a thread
+constexpr int64_t kAlign = 256;                      // of the parts of a slot, for the widest loads of a device
+constexpr int64_t kPrefetchRows = 16;                // requested ahead of the copy: a random row is a DRAM access away
+constexpr int64_t kGrainRows = 256;                  // of a thread
+constexpr int64_t kPartIds = 16384, kMaxParts = 64;  // of an order that threads share
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kMinRowsAligned = 16;  // so that scales of as many rows are aligned too
 
@@ -27,10 +30,17 @@ int64_t aligned_rows(int64_t row_bytes) { return std::max(kAlign / std::gcd(kAli
 
 // A slot on its way to the device: rows, ids into `source`, places of rows that go into the cache, scales.
 struct RowStager::Block {
-  RowSource source;      // of the device
-  const void* ids;       // of the device
-  EngineCopy copies[2];  // none where the device reads the slot itself
-  PlaceRowsParams place;
+  int64_t count = 0;  // rows that are staged
+  std::byte* rows = nullptr;
+  std::byte* scales = nullptr;
+  int32_t* local_ids = nullptr;
+  int64_t places_at = 0;
+  // of the device
+  RowSource source;
+  std::byte* device = nullptr;  // its half of the slot
+  const void* ids = nullptr;
+  EngineCopy copies[2] = {};  // not used where the device reads the slot itself
+  PlaceRowsParams place = {};
 };
 
 RowStager::RowStager(const RowStagerOptions& options, std::shared_ptr<CopyEngine> engine)
@@ -127,17 +137,26 @@ std::vector<std::byte> RowStager::fetch_ids(const RowIds& ids, const Event& read
 void RowStager::stage(const GatherRowsParams& gather, const EngineLaunch& first, const std::atomic<bool>& cancelled,
                       std::vector<Event>* events, StageCounters* counters) {
   if (gather.row_ids.count == 0) events->push_back(engine_->launch(first));
-  const int64_t id_bytes = gather.row_ids.are_int64 ? 8 : 4;
+  const int64_t id_bytes = gather.row_ids.are_int64 ? 8 : 4, count = gather.row_ids.count;
   const int64_t out_bytes = int64_t{gather.source.row_dim} * dtype_bytes(gather.out_dtype);
-  for (int64_t begin = 0; begin < gather.row_ids.count; begin += block_ids_) {
+  const int64_t blocks = ceil_div(count, block_ids_);  // of one size, so that none waits for a much larger one
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = count * block / blocks, end = count * (block + 1) / blocks;
     GatherRowsParams part = gather;
     part.row_ids.data = static_cast<const std::byte*>(gather.row_ids.data) + begin * id_bytes;
-    part.row_ids.count = std::min(block_ids_, gather.row_ids.count - begin);
+    part.row_ids.count = end - begin;
     part.out = gather.out + begin * out_bytes;
+    std::optional<RowOrder> order;
+    if (!way_.gathers_table) {
+      const int64_t begun_ns = steady_ns();
+      order.emplace(part.row_ids, options_.table.num_rows, threads_.parallel(), &sorting_);
+      find_distinct(*order);
+      counters->id_ns += steady_ns() - begun_ns;
+    }
     const RingSlot slot = take_slot();
     try {
       events->reserve(events->size() + 1);  // nothing may fail between a launch and its event's place
-      events->push_back(launch_block(&part, slot, events->empty() ? first : EngineLaunch{}, cancelled, counters));
+      events->push_back(launch_block(&part, order, slot, events->empty() ? first : EngineLaunch{}, cancelled, counters));
     } catch (...) {
       if (cache_ != nullptr) cache_->abandon();
       staging_->give(slot.number, nullptr);
@@ -148,13 +167,19 @@ void RowStager::stage(const GatherRowsParams& gather, const EngineLaunch& first,
   }
 }
 
-Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, EngineLaunch launch,
-                              const std::atomic<bool>& cancelled, StageCounters* counters) {
-  Block block{options_.table, nullptr, {}, {}};
+Event RowStager::launch_block(GatherRowsParams* gather, const std::optional<RowOrder>& order, const RingSlot& slot,
+                              EngineLaunch launch, const std::atomic<bool>& cancelled, StageCounters* counters) {
+  Block block{.source = options_.table};
   if (way_.gathers_table) {
-    fill_with_ids(gather->row_ids, slot, &block, counters);
+    fill_with_ids(gather->row_ids, slot, &block);
+    counters->unique += gather->row_ids.count;
   } else {
-    fill_with_rows(gather->row_ids, slot, cancelled, &block, counters);
+    const int64_t begun_ns = steady_ns();
+    lay_out(gather->row_ids, slot, &block, counters);
+    place_ids(gather->row_ids, *order, block.local_ids);
+    counters->id_ns += steady_ns() - begun_ns;
+    read_rows(block, cancelled, counters);
+    if (cache_ != nullptr) admit_rows(slot, &block);
     gather->row_ids.are_int64 = false;
   }
   gather->source = block.source;
@@ -169,88 +194,121 @@ Event RowStager::launch_block(GatherRowsParams* gather, const RingSlot& slot, En
   return engine_->launch(launch);
 }
 
-void RowStager::fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters) {
+void RowStager::fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block) {
   const int64_t bytes = ids.count * (ids.are_int64 ? 8 : 4);
   std::memcpy(slot.host, ids.data, static_cast<size_t>(bytes));
   block->ids = slot.device;
   block->copies[0] = {slot.device, slot.host, bytes};
-  counters->unique += ids.count;
 }
 
-void RowStager::fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
-                               StageCounters* counters) {
-  const RowOrder order(ids, options_.table.num_rows);
-  distinct_.clear();
-  for (int64_t i = 0; i < order.count(); ++i) {
-    if (i == 0 || order.row(i) != distinct_.back()) distinct_.push_back(order.row(i));
-  }
+// Calls body(part, begin, end) on the parts of an order, which threads share.
+template <class Body>
+void RowStager::for_parts(const RowOrder& order, const Body& body) {
+  const int64_t parts = std::clamp<int64_t>(order.count() / kPartIds, 1, kMaxParts);
+  const Parallel threads = parts > 2 ? threads_.parallel() : Parallel{};  // less than it takes to wake them
+  threads.for_range(parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      body(part, order.count() * part / parts, order.count() * (part + 1) / parts);
+    }
+  });
+}
+
+void RowStager::find_distinct(const RowOrder& order) {
+  before_.assign(kMaxParts + 1, 0);
+  for_parts(order, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += order.begins_row(i);
+    before_[static_cast<size_t>(part) + 1] = count;
+  });
+  std::partial_sum(before_.begin(), before_.end(), before_.begin());
+  distinct_.resize(static_cast<size_t>(before_.back()));
+  for_parts(order, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t at = before_[static_cast<size_t>(part)];
+    for (int64_t i = begin; i < end; ++i) {
+      if (order.begins_row(i)) distinct_[static_cast<size_t>(at++)] = order.row(i);
+    }
+  });
+}
+
+// Where the gather finds the row of each id.
+void RowStager::place_ids(const RowIds& ids, const RowOrder& order, int32_t* local_ids) {
+  if (order.count() < ids.count) std::fill_n(local_ids, ids.count, static_cast<int32_t>(kNoRow));
+  for_parts(order, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t local = before_[static_cast<size_t>(part)] - 1;
+    for (int64_t i = begin; i < end; ++i) {
+      local += order.begins_row(i);
+      local_ids[order.position(i)] = cache_ == nullptr ? static_cast<int32_t>(local) : indices_[static_cast<size_t>(local)];
+    }
+  });
+}
+
+// Of the distinct rows of a block: which of them are staged, and where everything lies in the slot and on the device.
+void RowStager::lay_out(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters) {
   const auto unique = static_cast<int64_t>(distinct_.size());
-  // in the arrays of rows and scales on the device
-  const int64_t first = cache_ == nullptr ? 0 : cache_->first_row(slot.number);
-  indices_.resize(distinct_.size());
-  int64_t count = unique;  // that are staged
-  if (cache_ == nullptr) {
-    std::iota(indices_.begin(), indices_.end(), 0);
-  } else {
+  block->count = unique;
+  if (cache_ != nullptr) {
     // rows that stay on the device are of the tier, too
     if (options_.tier != nullptr) options_.tier->check_unchanged(distinct_.data(), unique);
-    count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
+    indices_.resize(distinct_.size());
+    block->count = cache_->find(distinct_.data(), unique, slot.number, indices_.data());
   }
-  const int64_t ids_at = aligned(count * row_bytes_), places_at = aligned(ids_at + ids.count * 4);
-  const int64_t scales_at = cache_ == nullptr ? places_at : rows_per_slot_ * row_bytes_;
-  auto* local_ids = reinterpret_cast<int32_t*>(slot.host + ids_at);
-  std::fill_n(local_ids, ids.count, static_cast<int32_t>(kNoRow));
-  int64_t local = -1;
-  for (int64_t i = 0; i < order.count(); ++i) {
-    local += i == 0 || order.row(i) != order.row(i - 1);
-    local_ids[order.position(i)] = indices_[static_cast<size_t>(local)];
-  }
-  read_rows(count, slot.host, slot.host + scales_at, cancelled, counters);
   counters->unique += unique;
-  counters->device_cached += unique - count;
+  counters->device_cached += unique - block->count;
+  const int64_t ids_at = aligned(block->count * row_bytes_);
+  block->places_at = aligned(ids_at + ids.count * 4);
+  const int64_t scales_at = cache_ == nullptr ? block->places_at : rows_per_slot_ * row_bytes_;
+  block->rows = slot.host;
+  block->scales = slot.host + scales_at;
+  block->local_ids = reinterpret_cast<int32_t*>(slot.host + ids_at);
 
+  // in the arrays of rows and scales on the device
+  const int64_t first = cache_ == nullptr ? 0 : cache_->first_row(slot.number);
+  block->device = cache_ == nullptr ? slot.device : cache_->rows() + first * row_bytes_;
+  block->ids = block->device + ids_at;
   RowSource& source = block->source;
-  std::byte* device = cache_ == nullptr ? slot.device : cache_->rows() + first * row_bytes_;
-  block->ids = device + ids_at;
   source.row_stride_bytes = row_bytes_;
   if (scale_bytes_ > 0) source.scale_stride_bytes = scale_bytes_;
   if (cache_ == nullptr) {
-    source.rows = device;
-    source.num_rows = count;
-    if (scale_bytes_ > 0) source.scales = device + scales_at;
-    block->copies[0] = {device, slot.host, scales_at + count * scale_bytes_};
+    source.rows = block->device;
+    source.num_rows = block->count;
+    if (scale_bytes_ > 0) source.scales = block->device + scales_at;
+    block->copies[0] = {block->device, slot.host, scales_at + block->count * scale_bytes_};
     return;
   }
-  const int64_t admitted =
-      cache_->admit(distinct_.data(), count, slot.number, reinterpret_cast<RowPlace*>(slot.host + places_at));
   source.rows = cache_->rows();
   source.num_rows = cache_->num_rows();
   if (scale_bytes_ > 0) source.scales = cache_->scales();
-  block->copies[0] = {device, slot.host, places_at + admitted * static_cast<int64_t>(sizeof(RowPlace))};
-  block->copies[1] = {cache_->scales() + first * scale_bytes_, slot.host + scales_at, count * scale_bytes_};
+  block->copies[1] = {cache_->scales() + first * scale_bytes_, block->scales, block->count * scale_bytes_};
+}
+
+// Rows of the block that get a place in the cache.
+void RowStager::admit_rows(const RingSlot& slot, Block* block) {
+  auto* places = reinterpret_cast<RowPlace*>(slot.host + block->places_at);
+  const int64_t admitted = cache_->admit(distinct_.data(), block->count, slot.number, places);
+  block->copies[0] = {block->device, slot.host, block->places_at + admitted * static_cast<int64_t>(sizeof(RowPlace))};
   block->place = {cache_->rows(), cache_->scales(),   row_bytes_,
-                  scale_bytes_,   cache_->num_rows(), reinterpret_cast<const RowPlace*>(device + places_at),
+                  scale_bytes_,   cache_->num_rows(), reinterpret_cast<const RowPlace*>(block->device + block->places_at),
                   admitted};
 }
 
 // The first rows of distinct_, from wherever the table is.
-void RowStager::read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled,
-                          StageCounters* counters) {
-  if (options_.tier == nullptr) {
-    if (cancelled.load(std::memory_order_relaxed)) throw FetchCancelled("RowPrefetcher: the request was cancelled");
-    return copy_rows(count, rows, scales);
+void RowStager::read_rows(const Block& block, const std::atomic<bool>& cancelled, StageCounters* counters) {
+  if (options_.tier != nullptr) {
+    FetchCounters fetched;
+    options_.tier->fetch({distinct_.data(), block.count, block.rows, block.scales}, &fetched, &cancelled);
+    counters->cached_rows += fetched.cache_hits;
+    counters->tier_rows += fetched.tier_rows;
+    counters->moved_bytes += fetched.moved_bytes;
+    return;
   }
-  FetchCounters fetched;
-  options_.tier->fetch({distinct_.data(), count, rows, scales}, &fetched, &cancelled);
-  counters->cached_rows += fetched.cache_hits;
-  counters->tier_rows += fetched.tier_rows;
-  counters->moved_bytes += fetched.moved_bytes;
+  if (cancelled.load(std::memory_order_relaxed)) throw FetchCancelled("RowPrefetcher: the request was cancelled");
+  copy_rows(block);
 }
 
 // Of a table in memory, side by side.
-void RowStager::copy_rows(int64_t count, std::byte* rows, std::byte* scales) {
+void RowStager::copy_rows(const Block& block) {
   const RowSource& table = options_.table;
-  threads_.parallel().for_range(count, kGrainRows, [&](int64_t begin, int64_t end) {
+  threads_.parallel().for_range(block.count, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kPrefetchRows < end) {
         const int64_t ahead = distinct_[static_cast<size_t>(i + kPrefetchRows)];
@@ -258,9 +316,9 @@ void RowStager::copy_rows(int64_t count, std::byte* rows, std::byte* scales) {
         if (scale_bytes_ > 0) __builtin_prefetch(table.row_scales(ahead));
       }
       const int64_t row = distinct_[static_cast<size_t>(i)];
-      std::memcpy(rows + i * row_bytes_, table.row(row), static_cast<size_t>(row_bytes_));
+      std::memcpy(block.rows + i * row_bytes_, table.row(row), static_cast<size_t>(row_bytes_));
       if (scale_bytes_ > 0) {
-        std::memcpy(scales + i * scale_bytes_, table.row_scales(row), static_cast<size_t>(scale_bytes_));
+        std::memcpy(block.scales + i * scale_bytes_, table.row_scales(row), static_cast<size_t>(scale_bytes_));
       }
     }
   });

@@ -3,15 +3,17 @@
 // that decodes and puts duplicates in their places. Rows that a cache on the device has are gathered there; others may go into
 // it when they have been gathered.
 //
-// Memory      kNumSlots slots; a block has as many ids as a slot has room for rows, so a request of any size passes through.
-//             With a cache its device memory holds the device's half of the slots too.
-// Threads     used by one thread at a time.
+// Order       ids are sorted and made distinct before a slot is waited for: while the blocks before are copied.
+// Memory      kNumSlots slots; a block has at most as many ids as a slot has room for rows, so a request of any size passes
+//             through. With a cache its device memory holds the device's half of the slots too.
+// Threads     used by one thread at a time; its own pool shares the sorting of ids and the copying of rows.
 // Failure     thrown; what was launched before goes on.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "prefetch/copy_engine.h"
@@ -34,6 +36,7 @@ struct RowStagerOptions {
 
 struct StageCounters {
   int64_t unique = 0, moved_bytes = 0;
+  int64_t id_ns = 0;                                          // that ids were sorted and made distinct
   int64_t device_cached = 0, cached_rows = 0, tier_rows = 0;  // of `unique`, from: the device's cache, the tier's, the tier
 };
 
@@ -60,13 +63,17 @@ class RowStager {
   struct Block;
   void make_ring();
   RingSlot take_slot();
-  Event launch_block(GatherRowsParams* gather, const RingSlot& slot, EngineLaunch launch, const std::atomic<bool>& cancelled,
-                     StageCounters* counters);
-  void fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters);
-  void fill_with_rows(const RowIds& ids, const RingSlot& slot, const std::atomic<bool>& cancelled, Block* block,
-                      StageCounters* counters);
-  void read_rows(int64_t count, std::byte* rows, std::byte* scales, const std::atomic<bool>& cancelled, StageCounters* counters);
-  void copy_rows(int64_t count, std::byte* rows, std::byte* scales);
+  template <class Body>
+  void for_parts(const RowOrder& order, const Body& body);
+  void find_distinct(const RowOrder& order);
+  Event launch_block(GatherRowsParams* gather, const std::optional<RowOrder>& order, const RingSlot& slot, EngineLaunch launch,
+                     const std::atomic<bool>& cancelled, StageCounters* counters);
+  void fill_with_ids(const RowIds& ids, const RingSlot& slot, Block* block);
+  void lay_out(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters);
+  void place_ids(const RowIds& ids, const RowOrder& order, int32_t* local_ids);
+  void read_rows(const Block& block, const std::atomic<bool>& cancelled, StageCounters* counters);
+  void admit_rows(const RingSlot& slot, Block* block);
+  void copy_rows(const Block& block);
 
   const RowStagerOptions options_;
   std::shared_ptr<CopyEngine> engine_;
@@ -77,8 +84,10 @@ class RowStager {
   ThreadPool threads_;
   std::unique_ptr<DeviceRowCache> cache_;
   std::unique_ptr<SlotRing> staging_;
+  RowOrderMemory sorting_;
+  std::vector<int64_t> before_;    // by part of the block's order: its distinct rows before that part
   std::vector<int64_t> distinct_;  // rows of the block; then, at its front, those that are staged
-  std::vector<int32_t> indices_;   // of its distinct rows, where the gather finds them
+  std::vector<int32_t> indices_;   // with a cache: of its distinct rows, where the gather finds them
 };
 
 }  // namespace engram_kernels

@@ -112,8 +112,10 @@ def check_shape(op: str, name: str, row_dim: object, width: int) -> None:
                          f"{row_dim}")
 
 
-def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: int | None) -> tuple[Tensor, Tensor | None, int]:
-    """Raises unless tensors hold rows of a format: the rows as stored, their scales, and D. Rules: `RowTable.from_tensor`."""
+def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: int | None,
+                  scales_on: torch.device | None = None) -> tuple[Tensor, Tensor | None, int]:
+    """Raises unless tensors hold rows of a format: the rows as stored, their scales, and D. Rules: `RowTable.from_tensor`.
+    `scales_on`: where the scales must be; None: where the rows are."""
     fmt = row_format_of(op, row_format)
     rows = rows_as_stored(op, "weight", weight, row_format, fmt)
     scales = scales_as_stored(scales, fmt)
@@ -135,7 +137,7 @@ def check_tensors(op: str, weight: Any, scales: Any, row_format: str, row_dim: i
         if scales is None:
             raise ValueError(f"{op}: row_format {row_format!r} needs scales of shape {list(wanted)}, got none")
         scales = scales_as_wanted(scales, wanted) if fmt.scale_dtype == torch.float32 and not fmt.has_blocks else scales
-        expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, rows.device)
+        expect_tensor(op, "scales", scales, (fmt.scale_dtype,), wanted, scales_on or rows.device)
         if scales.dim() == 2 and scales.shape[0] > 1 and ((scales.shape[1] > 1 and scales.stride(1) != 1)
                                                           or scales.stride(0) < scales.shape[1]):
             raise ValueError(f"{op}: the scales of a row must be contiguous, got strides {list(scales.stride())}")

@@ -231,5 +231,5 @@ def test_prefetch_ring_on_a_gpu_is_free_of_its_former_use(monkeypatch):
     options = prefetch_runtime.RuntimeOptions(
         table=RowTable.from_tensor(torch.zeros(3, 8), row_format="f32"), policy="uva", device=device, out_dtype=torch.bfloat16,
         depth=1, threads=1, ring_bytes=1 << 19, staging_bytes=1 << 18, max_blocks=0, trace_spans=0)
-    assert prefetch_runtime._device_memory(options).nbytes == 1 << 19
+    assert prefetch_runtime._device_memory(options, 2).nbytes == 1 << 19
     assert calls == [("empty", device), ("synchronize", device)]

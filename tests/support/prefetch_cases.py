@@ -32,6 +32,7 @@ WAYS = {
     "host_cached_on_a_device": ("host", "staged", True),
     "file_cached_on_a_device": ("file", "file", True),
 }
+DISTINCT = {"host_uva_distinct_from_a_device": ("host", "uva_distinct", True)}  # counts and errors are those of distinct ids
 CACHE_BYTES = 1 << 16  # of the ways that cache: a third of the table
 
 
@@ -73,7 +74,7 @@ class Tables:
 
 def prefetcher(table, way, engine_options=None, **options):
     """A prefetcher by name of its way; small rings, so that large requests take several blocks."""
-    _, policy, has_device_memory = WAYS[way]
+    _, policy, has_device_memory = (WAYS | DISTINCT)[way]
     options = {"ring_bytes": 1 << 20, "staging_bytes": 1 << 15, **options}
     if "cached" in way:
         options.setdefault("cache_bytes", CACHE_BYTES)

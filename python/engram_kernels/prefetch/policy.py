@@ -12,11 +12,15 @@ import torch
 
 from engram_kernels.table.row_table import RowTable
 
-POLICIES = ("auto", "staged", "uva", "device", "file", "remote")
+POLICIES = ("auto", "staged", "uva", "uva_distinct", "device", "file", "remote")
 # the way that rows take (csrc/prefetch/fetch_way.h) by policy: where gathers read host memory themselves, and where they do not
-_WAYS = {"staged": ("in_place", "staged"), "uva": ("in_place", "uva"), "device": ("in_place", "device"),
-         "file": ("file", "file_staged"), "remote": ("remote", "remote_staged")}
+_WAYS = {"staged": ("in_place", "staged"), "uva": ("in_place", "uva"), "uva_distinct": ("in_place", "uva"),
+         "device": ("in_place", "device"), "file": ("file", "file_staged"), "remote": ("remote", "remote_staged")}
 SURFACE_VERSION = 1
+# What "auto" takes for ids that are made distinct on a GPU: the largest share of distinct rows of real text in requests of
+# thousands of tokens (docs/dedup_and_cache.md), and an estimate of the sort and what follows it; without a surface, 2,731 tokens
+# of 24 rows.
+_DISTINCT_SHARE, _SORT_SECONDS, _DISTINCT_FROM = 0.764, 60e-6, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Policy:
 
     name: str
     reason: str
+    distinct_from: int | None = None  # ids on a GPU from which on each distinct row of a request crosses once; None: never
 
 
 def choose_policy(policy: str, table: RowTable, device: torch.device, surface: str | os.PathLike[str] | None,
@@ -32,10 +37,11 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
     """The policy of a prefetcher.
 
     A file table is read by "file", a remote one by "remote", one in the device's own memory by "device": there is no other way.
-    Host memory goes to a GPU by "staged" or "uva": "auto" takes the one with more rows/s in the measured surface, at the row
-    size nearest to the table's; without one, "uva" where the table is pinned (no copy by the CPU, lowest latency), else
-    "staged"; and "staged" with a cache on the device, which rows reach by staging alone. On the CPU, where the gather reads
-    host memory itself, "auto" is "staged".
+    Host memory goes to a GPU by "staged", "uva" or "uva_distinct": "auto" takes the one of the first two with more rows/s in the
+    measured surface, at the row size nearest to the table's; without one, "uva" where the table is pinned (no copy by the CPU,
+    lowest latency), else "staged"; and "staged" with a cache on the device, which rows reach by staging alone. Where that is
+    "uva", large requests fetch distinct rows alone: from as many ids on as repay the sort, by the surface. On the CPU, where
+    the gather reads host memory itself, "auto" is "staged".
 
     Args:
         policy: one of POLICIES.
@@ -57,31 +63,51 @@ def choose_policy(policy: str, table: RowTable, device: torch.device, surface: s
         raise ValueError(f"RowPrefetcher: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     if not table.in_memory:
         allowed: tuple[str, ...] = (table.tier,)
+    elif table.rows.device != table.device:  # rows on the host, their scales on a GPU
+        if table.device != device:
+            raise ValueError(f"RowPrefetcher: the table's scales are on {table.device}, expected device to be that, got {device}")
+        allowed = ("uva", "uva_distinct")
     elif table.device.type != "cpu":
         if table.device != device:
             raise ValueError(f"RowPrefetcher: the table is on {table.device}, expected the host or {device}")
         allowed = ("device",)
     else:
-        allowed = ("staged", "uva") if device.type != "cpu" else ("staged", "uva", "device")
+        allowed = ("staged", "uva", "uva_distinct") if device.type != "cpu" else ("staged", "uva", "uva_distinct", "device")
     if policy != "auto":
         if policy not in allowed:
-            raise ValueError(f"RowPrefetcher: policy {policy!r} cannot read a table of tier {table.tier!r} for {device}; "
+            apart = table.in_memory and table.rows.device != table.device
+            what = f"tier {table.tier!r}" + (f" with scales on {table.device}" if apart else "")
+            raise ValueError(f"RowPrefetcher: policy {policy!r} cannot read a table of {what} for {device}; "
                              f"expected {' or '.join(allowed)}")
-        return Policy(policy, "named")
+        return Policy(policy, "named", 1 if policy == "uva_distinct" else None)
     if len(allowed) == 1:
         return Policy(allowed[0], f"the table is of tier {table.tier!r}")
     if device.type == "cpu":
         return Policy("staged", "the CPU reads host memory itself")
     if caches:
         return Policy("staged", "rows are cached on the device")
+    if "staged" not in allowed:
+        return _uva(f"the table's scales are on {table.device}", rates)
     if rates is None:
         pinned = table.rows.is_pinned()
-        return Policy("uva" if pinned else "staged", f"default: the table is {'' if pinned else 'not '}pinned; no surface given")
+        reason = f"default: the table is {'' if pinned else 'not '}pinned; no surface given"
+        return _uva(reason, rates) if pinned else Policy("staged", reason)
     if not rates.keys() >= {"staged", "uva"}:
         raise ValueError(f"RowPrefetcher: {surface} has no rows_per_s of both staged and uva; it has "
                          f"{', '.join(sorted(rates)) or 'none'}")
-    best = max(("staged", "uva"), key=lambda name: rates[name])
-    return Policy(best, f"measured: staged {rates['staged']:.3g} rows/s, uva {rates['uva']:.3g} rows/s")
+    reason = f"measured: staged {rates['staged']:.3g} rows/s, uva {rates['uva']:.3g} rows/s"
+    return Policy("staged", reason) if rates["staged"] >= rates["uva"] else _uva(reason, rates)
+
+
+def _uva(reason: str, rates: dict[str, float] | None) -> Policy:
+    """Policy "uva", and from how many ids on rows that occur again repay the sort that finds them."""
+    if rates is None or not rates.keys() >= {"uva", "device"}:
+        distinct_from: int | None = _DISTINCT_FROM
+    else:  # saved per id: the link's time for rows that come again, less that of spreading rows in the device's memory
+        saved_s = (1 - _DISTINCT_SHARE) / rates["uva"] - 1 / rates["device"]
+        distinct_from = math.ceil(_SORT_SECONDS / saved_s) if saved_s > 0 else None
+    from_on = "never distinct rows alone" if distinct_from is None else f"distinct rows alone from {distinct_from} ids on"
+    return Policy("uva", f"{reason}; {from_on}", distinct_from)
 
 
 def way_of(policy: str, reads_host_memory: bool) -> str:

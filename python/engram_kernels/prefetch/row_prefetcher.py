@@ -50,6 +50,7 @@ def _close_all() -> None:
 class _Submitted:
     shape: torch.Size
     row_ids: Tensor | None  # held: a device reads them; or verify does
+    held: list[Tensor]  # others that a device reads
     written: Tensor | None = None  # the `out` that has the rows
 
 
@@ -73,7 +74,7 @@ class RowPrefetcher:
         device: where the rows are wanted.
         depth: requests that may be in flight, at least 1.
         out_dtype: dtype of the rows: float32, bfloat16 or float16.
-        policy: "auto", "staged", "uva", "device", "file" or "remote"; `stats` tells which it became and why.
+        policy: "auto", "staged", "uva", "uva_distinct", "device", "file" or "remote"; `stats` tells which it became and why.
         ring_bytes: bytes of the ring; a request may have as many rows as fit into one of its depth + 1 slots. None: 64 MiB a
             slot. On the CPU memory is taken as slots are used, on a GPU at once.
         staging_bytes: memory for rows and ids on their way (registered host memory, and as much on a GPU). None: 32 MiB, or
@@ -107,7 +108,7 @@ class RowPrefetcher:
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         if table.in_memory:  # what they are now: a module may have converted them since the table was made
-            check_tensors("RowPrefetcher: the table", table.rows, table.scales, table.row_format, table.row_dim)
+            check_tensors("RowPrefetcher: the table", table.rows, table.scales, table.row_format, table.row_dim, table.device)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"RowPrefetcher: device is {device}, expected cpu or cuda")
         if out_dtype not in FLOAT_DTYPES:
@@ -123,10 +124,11 @@ class RowPrefetcher:
         self._policy = choose_policy(policy, table, device, surface, cache_bytes > 0)
         check_cache(cache_bytes, self._policy, device.type != "cpu" if _engine is None else not _engine.reads_host_memory)
         if staging_bytes is None:
-            staging_bytes = _IDS_STAGING_BYTES if self._policy.name in ("uva", "device") else _STAGING_BYTES
+            staging_bytes = _IDS_STAGING_BYTES if self._policy.name in ("uva", "uva_distinct", "device") else _STAGING_BYTES
         threads = threads or (1 if background else torch.get_num_threads())
         self._options = RuntimeOptions(table, self._policy.name, device, out_dtype, depth, ring_bytes, staging_bytes, threads,
-                                       _BACKGROUND_BLOCKS if background else 0, trace_spans, cache_bytes, _engine)
+                                       _BACKGROUND_BLOCKS if background else 0, trace_spans, cache_bytes,
+                                       self._policy.distinct_from, _engine)
         self._verify_rows, self._sampler = verify_rows, torch.Generator()  # not the caller's
         self._submitted: dict[int, _Submitted] = {}
         self._closed = False
@@ -161,9 +163,10 @@ class RowPrefetcher:
         ticket = next(_numbers)  # known before anything is begun: a signal between two steps loses nothing
         try:
             kept = row_ids if row_ids.device.type != "cpu" else row_ids.clone() if self._verify_rows else None
-            self._submitted[ticket] = _Submitted(row_ids.shape, kept)
+            held: list[Tensor] = []
+            self._submitted[ticket] = _Submitted(row_ids.shape, kept, held)
             with self._marks("prefetch submit"):
-                self._runtime.submit(ticket, row_ids, _seconds(timeout_s))
+                self._runtime.submit(ticket, row_ids, _seconds(timeout_s), held)
         except BaseException:
             self.cancel(ticket)
             raise
@@ -220,8 +223,9 @@ class RowPrefetcher:
             return request.written.clone() if out is None else out.copy_(request.written)
         with self._marks("prefetch wait"):
             slot = self._runtime.wait(ticket, timeout_s, out is not None)
-        if request.row_ids is not None and request.row_ids.is_cuda:
-            request.row_ids.record_stream(torch.cuda.current_stream(self.device))  # behind the gather that reads them
+        for ids in (request.row_ids, *request.held):
+            if ids is not None and ids.is_cuda:
+                ids.record_stream(torch.cuda.current_stream(self.device))  # behind the gather that reads them
         self._overwritten(out)
         rows = self._runtime.rows(slot, shape)
         self._verify(request, rows)
@@ -265,8 +269,10 @@ class RowPrefetcher:
         Returns:
             requests, failed, cancelled; requested (rows) and unique (that were looked up); hits (of `unique`, by tier: device,
             host, file, remote, and the caches: device_cache, that of `cache_bytes`, and cache, the table's own in RAM);
+            distinct (requests whose ids a GPU made distinct since they were submitted, the rows these asked for and fetched);
             payload_bytes (of the rows requested, as stored) and moved_bytes (read from a file or copied to a device); fetch_s
-            (busy) and exposed_wait_s (time in `wait`); in_flight, max_in_flight, queued, depth; memory_bytes of the rings and
+            (busy), id_s (of it, sorting ids and making them distinct) and exposed_wait_s (time in `wait`); in_flight,
+            max_in_flight, queued, depth; memory_bytes of the rings and
             the device's cache, and device_cache_slots, the rows that it has room for; tier, policy and policy_reason;
             provenance.
         """

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engram_kernels._library import COMPILE_ERROR, CUDA_ERROR
 from engram_kernels.capacity import CapacityError, check_device_memory, check_memory
+from engram_kernels.prefetch.distinct import DistinctIds
 from engram_kernels.prefetch.errors import PrefetchCancelled
 from engram_kernels.prefetch.policy import way_of
 from engram_kernels.table.row_table import RowTable
@@ -41,6 +42,7 @@ class RuntimeOptions:
     max_blocks: int
     trace_spans: int
     cache_bytes: int = 0
+    distinct_from: int | None = None  # see `Policy`
     engine: Any = None  # tests: an engine that injects faults
 
     @property
@@ -72,30 +74,50 @@ class CompiledRuntime:
         self._way = way_of(options.policy, engine.reads_host_memory)
         if self._way == "uva":
             _expect_readable(table, engine)
-        self._ring: _Ring | None = _Ring(options)
+        self._distinct = (DistinctIds(options.device, options.distinct_from)
+                          if self._way == "uva" and options.distinct_from is not None else None)
+        num_slots = options.depth + 1
+        self._ring: _Ring | None = _Ring(options, num_slots + (self._distinct is not None))
         self._held: tuple[Tensor, ...] | None = tuple(x.detach() for x in (table.rows, scales) if x is not None)
         self._table, self._places = table, _places_of(table)
         self._impl = _C.RowPrefetcher({
             **_table_of(table, scales), "way": self._way,
             "staging_bytes": options.staging_bytes, "cache_bytes": min(options.cache_bytes, _ALL_BYTES),
             "num_threads": options.threads, "out_dtype": str(options.out_dtype).removeprefix("torch."), "depth": options.depth,
-            "slots": self._ring.address, "slot_bytes": options.slot_bytes, "max_blocks": options.max_blocks,
+            "slots": self._ring.address, "slot_bytes": options.slot_bytes,
+            "distinct_rows": 0 if self._distinct is None else self._ring.address + num_slots * options.slot_bytes,
+            "max_blocks": options.max_blocks,
             "trace_spans": options.trace_spans}, engine)
         self.cancel, self.drain, self.clear_cache = self._impl.cancel, self._impl.drain, self._impl.clear_cache
-        self.counters, self.chrome_trace, self.knows = self._impl.counters, self._impl.chrome_trace, self._impl.knows
+        self.chrome_trace, self.knows = self._impl.chrome_trace, self._impl.knows
         self.restore = self._impl.restore
 
-    def submit(self, ticket: int, row_ids: Tensor, timeout_s: float) -> None:
-        """Starts a request by the number `ticket`, which no request had before."""
-        on_device = row_ids.device.type != "cpu"
-        if self._device.type != "cpu" and torch.cuda.is_current_stream_capturing() and not (
-                self._way in ("uva", "device") and on_device):
+    def submit(self, ticket: int, row_ids: Tensor, timeout_s: float, held: list[Tensor]) -> None:
+        """Starts a request by the number `ticket`, which no request had before. `held` gets tensors that a device reads until
+        the request is waited for or cancelled."""
+        on_device, captures = row_ids.device.type != "cpu", False
+        if self._device.type != "cpu":
+            captures = torch.cuda.is_current_stream_capturing()
+        if captures and not (self._way in ("uva", "device") and on_device):
             raise RuntimeError(f"RowPrefetcher: under graph capture the policy must be uva or device and the ids on "
                                f"{self._device}; got rows on the way {self._way!r} and ids on {row_ids.device}")
         self._expect_in_place()
-        ids = (ticket, row_ids.data_ptr(), row_ids.numel(), row_ids.dtype == torch.int64, on_device, self._stream())
+        shape, stream, places = row_ids.shape, self._stream(), 0
+        # the CPU as a device of its own stands for a GPU: its ids are the device's
+        if (self._distinct is not None and row_ids.numel() >= self._distinct.least and row_ids.device == self._device
+                and not captures):
+            row_ids, of_rows, stream = self._distinct(row_ids)
+            held += (row_ids, of_rows)
+            places, on_device = of_rows.data_ptr(), True
+            stream = stream or self._stream()
+        ids = (ticket, row_ids.data_ptr(), row_ids.numel(), row_ids.dtype == torch.int64, on_device, stream, places)
         with self.on_device():
-            self._impl.submit(ids, row_ids.shape, timeout_s)
+            self._impl.submit(ids, shape, timeout_s)
+
+    def counters(self) -> dict[str, Any]:
+        """Of requests that were waited for; `distinct`: of requests that were submitted."""
+        distinct = {"requests": 0, "asked": 0, "fetched": 0} if self._distinct is None else self._distinct.counters()
+        return {**self._impl.counters(), "distinct": distinct}
 
     def wait(self, ticket: int, timeout_s: float, keep: bool) -> int:
         """The slot of a ticket."""
@@ -142,14 +164,13 @@ class CompiledRuntime:
 class _Ring:
     """Memory for rows, slot by slot, and the tensors that are given out of it."""
 
-    def __init__(self, options: RuntimeOptions):
+    def __init__(self, options: RuntimeOptions, num_slots: int):
         self._slot_bytes, self._dtype, self._on_cpu = options.slot_bytes, options.out_dtype, options.device.type == "cpu"
-        num_slots = options.depth + 1
         if self._on_cpu:
             self._memory = _cpu_memory(options, num_slots)
             self.address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         else:
-            self._tensor = _device_memory(options)
+            self._tensor = _device_memory(options, num_slots)
             self.address = self._tensor.data_ptr()
             self._streams: set[int] = set()
 
@@ -222,8 +243,8 @@ def check_room_of_cache(options: RuntimeOptions) -> None:
                             cache_bytes + options.ring_bytes + options.staging_bytes, options.device)
 
 
-def _device_memory(options: RuntimeOptions) -> Tensor:
-    ring = torch.empty(options.slot_bytes * (options.depth + 1), dtype=torch.uint8, device=options.device)
+def _device_memory(options: RuntimeOptions, num_slots: int) -> Tensor:
+    ring = torch.empty(options.slot_bytes * num_slots, dtype=torch.uint8, device=options.device)
     # the engine has a stream of its own, and this one may still use what it was memory of before, or be filling the table
     torch.cuda.current_stream(options.device).synchronize()
     return ring

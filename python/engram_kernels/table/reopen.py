@@ -50,8 +50,8 @@ def deep_copied(table: RowTable, memo: dict[int, Any]) -> RowTable:
 
 
 def _contents(table: RowTable) -> tuple[Any, ...]:
-    # rows and scales share one piece of memory, and torch.save takes no storage in two dtypes
-    scales = None if table.scales is None else table.scales.clone()
+    # rows and scales share one piece of memory, and torch.save takes no storage in two dtypes; a GPU's may be another one there
+    scales = None if table.scales is None else table.scales.to(table.rows.device, copy=True)
     table_scale = table.table_scale if ROW_FORMATS[table.row_format].has_table_scale else None
     return table.rows.detach(), scales, table.row_format, table.zero_scale_is_zero, table.row_dim, table_scale
 

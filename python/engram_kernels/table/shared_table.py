@@ -23,6 +23,7 @@ from engram_kernels.row_format import ROW_FORMATS, check_tensors
 from engram_kernels.table import shared_segment
 from engram_kernels.table.host_memory import TableLayout, make_host_memory, memory_stats
 from engram_kernels.table.shared_segment import DATA_OFFSET, Manifest
+from engram_kernels.table.staging import where_stored
 
 if TYPE_CHECKING:
     from engram_kernels.table.row_table import RowTable
@@ -69,7 +70,7 @@ def fingerprint(table: RowTable) -> str:
     if ROW_FORMATS[table.row_format].has_table_scale:
         described.append(table.table_scale)
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
-    for stored in table.read_rows(ids.to(table.device)):
+    for stored in table.read_rows(ids.to(where_stored(table))):
         if stored is not None:
             digest.update(stored.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -89,7 +90,7 @@ def share(table: RowTable, name: str, timeout_s: float, placed: tuple[int | None
     op, (numa, directory) = "RowTable.share", placed
     path = shared_segment.segment_path(op, name, directory)
     if table._file is None:  # a module may have converted them since the table was made
-        check_tensors(op, table.rows, table.scales, table.row_format, table.row_dim)
+        check_tensors(op, table.rows, table.scales, table.row_format, table.row_dim, table.device)
     wanted = describe(table)
     unlink_stale(directory)  # what crashed processes left takes the memory that is needed now
     deadline = time.monotonic() + timeout_s

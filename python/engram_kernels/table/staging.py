@@ -105,11 +105,16 @@ def stage(table: RowTable, row_ids: Tensor) -> tuple[RowTable, Tensor]:
     return _staged(table, rows, scales), local_ids
 
 
+def where_stored(table: RowTable) -> torch.device:
+    """Where `read_rows` takes ids and gives rows: the device of the rows, whose scales may lie elsewhere; the CPU of a file."""
+    return table.rows.device if table.in_memory else torch.device("cpu")
+
+
 def read_stored(table: RowTable, row_ids: Tensor, out_rows: Tensor | None,
                 out_scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`RowTable.read_rows`."""
     op = "RowTable.read_rows"
-    expect_row_ids(op, row_ids, table.device)
+    expect_row_ids(op, row_ids, where_stored(table))
     check_row_ids(op, row_ids, table.num_rows, may_be_absent=False)
     ids = row_ids.reshape(-1).to(torch.int64)
     per_row = table.scales is not None and table.scales.dim() == 2
@@ -125,10 +130,11 @@ def read_stored(table: RowTable, row_ids: Tensor, out_rows: Tensor | None,
     elif out_scales is not None:
         raise ValueError(f"{op}: row_format {table.row_format!r} has no scales per row, but out_scales was given")
     if table._file is None:
-        check_tensors(op, table.rows, table.scales, table.row_format, table.row_dim)  # a module may have converted them
+        # a module may have converted them
+        check_tensors(op, table.rows, table.scales, table.row_format, table.row_dim, table.device)
         torch.index_select(table.rows.detach(), 0, ids, out=out_rows)
-        if per_row and table.scales is not None:
-            torch.index_select(table.scales, 0, ids, out=out_scales)
+        if out_scales is not None and table.scales is not None:
+            out_scales.copy_(torch.index_select(table.scales, 0, ids.to(table.scales.device)))
     elif ids.numel() < 2 or bool((ids.diff() > 0).all()):
         table._file.read(ids, out_rows, out_scales)
     else:
