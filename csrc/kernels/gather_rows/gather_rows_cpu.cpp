@@ -6,6 +6,7 @@
 // Traffic   reads each row once, writes the output once. A large output goes past the cache: an ordinary store would read
 //           the line first.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "common/cpu_isa.h"
@@ -26,6 +27,7 @@ constexpr int64_t kPrefetchBytes = 8192;                          // in flight a
 constexpr int64_t kMaxPrefetchRows = 32, kMaxPrefetchLines = 32;  // of a row; the hardware follows a longer one
 constexpr int64_t kStreamBytes = int64_t{8} << 20;                // outputs from here on do not stay in a cache anyway
 constexpr int kPiece = 256;                                       // elements decoded before they are streamed out
+constexpr int64_t kFewElements = 1 << 14;                         // below, tables of all scales are not worth their making
 
 #if defined(__AVX512F__)
 constexpr int64_t kStreamAlign = 64;
@@ -156,23 +158,153 @@ void decode_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// Blocks of fp8 with a power-of-two scale, to bf16: by shifting where the scales are ordinary, else over float.
+// Rows of fp8 to bf16 by tables of products where their scales are ordinary, else over float.
 template <RowFormat kFormat, bool kStream>
-void shift_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
-  static_assert(traits_of(kFormat).block == kShiftBlock);
+void fp8_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
+  constexpr RowScale kScale = traits_of(kFormat).scale;
+  static_assert(kScale != RowScale::kBlockUe8m0 || traits_of(kFormat).block == kTableBlock);
   const RowSource& s = p.source;
-  const int dim = s.row_dim;
+  const int dim = s.row_dim, in_blocks = dim / kTableBlock * kTableBlock;
+  Fp8Table table{};
+  bool fits = true;
+  if constexpr (kScale == RowScale::kTensor) {
+    const float scale = scale_at<kFormat>(s, nullptr, 0);
+    fits = fits_fp8_table(scale);
+    table = fp8_table(scale);
+  }
   for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
     const std::byte* row = s.row(id);
-    const std::byte* scales = s.row_scales(id);
+    const std::byte* scales = has_row_scales(kFormat) ? s.row_scales(id) : nullptr;
     Bf16* to = reinterpret_cast<Bf16*>(out);
-    if (!shifts_to_bf16(scales, dim / kShiftBlock)) {
+    if constexpr (kScale == RowScale::kBlockUe8m0) fits = fit_fp8_tables(scales, dim / kTableBlock);
+    if constexpr (kScale == RowScale::kRowF32) {
+      const float scale = scale_at<kFormat>(s, scales, 0);
+      fits = fits_fp8_table(scale);
+      table = fp8_table(scale);
+    }
+    if (!fits) {
       decode_piece<kFormat>(s, id, 0, dim, to);
       return;
     }
-    for (int i = 0; i < dim; i += kShiftBlock) fp8_block_to_bf16<kStream>(row + i, scales[i / kShiftBlock], to + i);
+    for (int i = 0; i < in_blocks; i += kTableBlock) {
+      if constexpr (kScale == RowScale::kBlockUe8m0) table = fp8_table(scales[i / kTableBlock]);
+      fp8_block_to_bf16<kStream>(row + i, table, to + i);
+    }
+    if (in_blocks < dim) decode_piece<kFormat>(s, id, in_blocks, dim - in_blocks, to + in_blocks);
   });
 }
+
+// To bf16: defined where there are shuffles of bytes.
+template <RowFormat kFormat, bool kStream>
+void int8_rows(const GatherRowsParams& p, int64_t begin, int64_t end);
+template <RowFormat kFormat, bool kStream>
+void e2m1_rows(const GatherRowsParams& p, int64_t begin, int64_t end);
+
+#ifdef __AVX2__
+// 16 integers of a byte times a finite scale, to nearest even 16 bits at a time: the upper halves of all products, one more where
+// the lower half is above 0x8000, or equal to it and the upper half is odd. An overflow becomes an infinity.
+EK_LANE __m256i int8_to_bf16(const std::byte* p, __m256 scale) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i first_of_two = _mm256_madd_epi16(words, _mm256_set1_epi32(1));
+  const __m256i even = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(first_of_two), scale));
+  const __m256i odd = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)), scale));
+  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xAA);
+  const __m256i lower = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
+  const __m256i is_even = _mm256_andnot_si256(upper, _mm256_set1_epi16(1));
+  return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_subs_epu16(lower, is_even), 15));
+}
+
+template <bool kStream>
+EK_LANE void put(Bf16* out, __m256i words) {
+  if constexpr (kStream) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), words);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
+  }
+}
+
+template <RowFormat kFormat, bool kStream>
+void int8_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
+  constexpr int kBlock = traits_of(kFormat).block;
+  static_assert(kBlock == 32);
+  const RowSource& s = p.source;
+  const int dim = s.row_dim;
+  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+    const std::byte *row = s.row(id), *scales = s.row_scales(id);
+    Bf16* to = reinterpret_cast<Bf16*>(out);
+    __m256i largest = _mm256_setzero_si256();
+    for (int i = 0; i < dim; i += kBlock) {
+      const __m256 scale = _mm256_set1_ps(scale_at<kFormat>(s, scales, i));
+      largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(scale), _mm256_set1_epi32(0x7FFFFFFF)));
+      put<kStream>(to + i, int8_to_bf16(row + i, scale));
+      put<kStream>(to + i + 16, int8_to_bf16(row + i + 16, scale));
+    }
+    if (_mm256_cvtsi256_si32(largest) >= 0x7F800000) decode_piece<kFormat>(s, id, 0, dim, to);  // infinite, or NaN
+  });
+}
+
+// The bf16 bytes of all 16 e2m1 values times each of 256 scales: low ones, then high ones.
+struct E2m1Tables {
+  alignas(32) uint8_t of[256][2][16];
+};
+
+template <RowFormat kFormat>
+void fill_tables(const RowSource& s, E2m1Tables* tables) {
+  const float magnitudes[16] = {0, 0.5F, 1, 1.5F, 2, 3, 4, 6, 0, 0.5F, 1, 1.5F, 2, 3, 4, 6};
+  for (int i = 0; i < 256; ++i) {
+    const std::byte stored{static_cast<uint8_t>(i)};
+    const float scale = scale_at<kFormat>(s, &stored, 0);
+    alignas(32) Bf16 values[16];
+    for (int j = 0; j < 16; j += kLanes) {
+      F32 x = mul(load(magnitudes + j), splat(scale));
+      if constexpr (has_table_scale(kFormat)) x = mul(x, splat(s.table_scale));
+      store(values + j, x);
+    }
+    for (int j = 0; j < 16; ++j) {
+      const int negative = j >= 8 && scale == scale ? 0x80 : 0;  // a NaN has no sign
+      tables->of[i][0][j] = static_cast<uint8_t>(values[j].bits);
+      tables->of[i][1][j] = static_cast<uint8_t>(values[j].bits >> 8 ^ negative);
+    }
+  }
+}
+
+// 32 e2m1 values, the first 16 by the first table, to bf16
+template <bool kStream>
+EK_LANE void e2m1_to_bf16(const std::byte* p, const uint8_t (*first)[16], const uint8_t (*second)[16], Bf16* out) {
+  const auto both = [&](int plane) __attribute__((always_inline)) {
+    return _mm256_set_m128i(_mm_load_si128(reinterpret_cast<const __m128i*>(second[plane])),
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(first[plane])));
+  };
+  const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i nibbles = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
+  const __m256i low = _mm256_shuffle_epi8(both(0), nibbles), high = _mm256_shuffle_epi8(both(1), nibbles);
+  const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);  // 0-7 | 16-23, 8-15 | 24-31
+  put<kStream>(out, _mm256_permute2x128_si256(a, b, 0x20));
+  put<kStream>(out + 16, _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+template <RowFormat kFormat, bool kStream>
+void e2m1_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
+  constexpr int kBlock = traits_of(kFormat).block;
+  static_assert(kBlock == 16 || kBlock == 32);
+  const RowSource& s = p.source;
+  const int dim = s.row_dim, whole = dim / 32 * 32;
+  if ((end - begin) * dim < kFewElements || (has_table_scale(kFormat) && !std::isfinite(s.table_scale))) {
+    return decode_rows<kFormat, Bf16, kStream>(p, begin, end);
+  }
+  E2m1Tables tables;
+  fill_tables<kFormat>(s, &tables);
+  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+    const std::byte *row = s.row(id), *scales = s.row_scales(id);
+    Bf16* to = reinterpret_cast<Bf16*>(out);
+    for (int i = 0; i < whole; i += 32) {
+      e2m1_to_bf16<kStream>(row + i / 2, tables.of[static_cast<int>(scales[i / kBlock])],
+                            tables.of[static_cast<int>(scales[(i + 16) / kBlock])], to + i);
+    }
+    if (whole < dim) decode_piece<kFormat>(s, id, whole, dim - whole, to + whole);
+  });
+}
+#endif
 
 template <bool kStream>
 void gather_range(const GatherRowsParams& p, int64_t begin, int64_t end) {
@@ -183,9 +315,14 @@ void gather_range(const GatherRowsParams& p, int64_t begin, int64_t end) {
       using Out = std::remove_pointer_t<decltype(out)>;
       if constexpr (stores(kFormat, kDType<Out>)) {
         copy_rows<kStream>(p, begin, end);
-      } else if constexpr (kHasFp8Shift && kTraits.element == RowElement::kFp8E4m3 && kTraits.scale == RowScale::kBlockUe8m0 &&
-                           std::is_same_v<Out, Bf16>) {
-        shift_rows<kFormat, kStream>(p, begin, end);
+      } else if constexpr (kHasTables && kTraits.element == RowElement::kFp8E4m3 && std::is_same_v<Out, Bf16> &&
+                           (kTraits.scale == RowScale::kTensor || kTraits.scale == RowScale::kRowF32 ||
+                            kTraits.scale == RowScale::kBlockUe8m0)) {
+        fp8_rows<kFormat, kStream>(p, begin, end);
+      } else if constexpr (kHasTables && kTraits.element == RowElement::kInt8 && std::is_same_v<Out, Bf16>) {
+        int8_rows<kFormat, kStream>(p, begin, end);
+      } else if constexpr (kHasTables && kTraits.element == RowElement::kE2m1 && std::is_same_v<Out, Bf16>) {
+        e2m1_rows<kFormat, kStream>(p, begin, end);
       } else {
         decode_rows<kFormat, Out, kStream>(p, begin, end);
       }

@@ -2,9 +2,10 @@
 //
 // Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order (scalar),
 //          then eight columns at a time with their constants in registers.
-// Modulus  quotients from double reciprocals, exact: for mix < 2^63 and m > 2^13 the quotient is below 2^50, so rounding
+// Modulus  quotients from double reciprocals, exact: for |mix| <= 2^63 and m > 2^13 the quotient is at most 2^50, so rounding
 //          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
-//          and the remainder lies in (-m, m): one unsigned minimum mends it. Smaller moduli: ExactModulus.
+//          and the remainder lies in (-m, m): one unsigned minimum mends it, and makes it that of a floor whatever the sign
+//          of mix. Smaller moduli: ExactModulus, of the ones' complement where mix is negative.
 // Traffic  reads 4 or 8 B per token, writes 4 B * columns * layers per token, which bounds the kernel.
 #include "kernels/ngram_hash/ngram_hash.h"
 
@@ -32,9 +33,8 @@ struct Block {
 };
 
 struct Mixes {
-  uint64_t mix[kBlock];       // non-negative; ones' complement of the value when it was negative
-  double value[kBlock];       // the same, rounded to 53 bits
-  uint32_t negative[kBlock];  // all ones when the value was negative
+  int64_t mix[kBlock];
+  double value[kBlock];  // the same, rounded to 53 bits
 };
 
 // Constants of eight columns.
@@ -82,13 +82,6 @@ void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int c
   }
 }
 
-void store_mix(int64_t value, int i, Mixes* out) {
-  const int64_t sign = value >> 63;
-  out->mix[i] = static_cast<uint64_t>(value ^ sign);
-  out->value[i] = static_cast<double>(value ^ sign);
-  out->negative[i] = static_cast<uint32_t>(sign);
-}
-
 // mixes[s - 1] for orders s + 1 = 2..N, multipliers [N]
 template <int kOrder>
 void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
@@ -102,7 +95,9 @@ void mix_block(const Block& block, int count, const int64_t* multipliers, int64_
     for (int s = 0; s < n; ++s) {
       const uint64_t product = static_cast<uint64_t>(ids[i - s]) * static_cast<uint64_t>(multipliers[s]);
       mix ^= s < reach ? product : boundary[s];
-      if (s > 0) store_mix(static_cast<int64_t>(mix), i, &mixes[s - 1]);
+      if (s == 0) continue;
+      mixes[s - 1].mix[i] = static_cast<int64_t>(mix);
+      mixes[s - 1].value[i] = static_cast<double>(static_cast<int64_t>(mix));
     }
   }
 }
@@ -122,9 +117,10 @@ void mix_block_any(const Block& block, int count, const int64_t* multipliers, in
 
 void reduce_exact(const Mixes& mixes, int count, const ColumnGroup& group, int columns, int32_t* out) {
   for (int i = 0; i < count; ++i) {
+    const int64_t sign = mixes.mix[i] >> 63;
     for (int j = 0; j < group.count; ++j) {
-      const uint32_t rest = group.exact[j](mixes.mix[i]);
-      const uint32_t residue = mixes.negative[i] ? group.modulus[j] - 1 - rest : rest;
+      const uint32_t rest = group.exact[j](static_cast<uint64_t>(mixes.mix[i] ^ sign));
+      const uint32_t residue = sign < 0 ? group.modulus[j] - 1 - rest : rest;
       out[int64_t{i} * columns + j] = static_cast<int32_t>(residue + group.offset[j]);
     }
   }
@@ -152,8 +148,6 @@ void reduce_vectorised(const Mixes& mixes, int count, const ColumnGroup& group, 
     const __m256i mix = _mm256_set1_epi32(static_cast<int>(mixes.mix[i]));
     __m256i rest = _mm256_sub_epi32(mix, _mm256_mullo_epi32(quotient, modulus));
     rest = _mm256_min_epu32(rest, _mm256_add_epi32(rest, modulus));  // a negative rest is a huge unsigned one
-    const __m256i negative = _mm256_set1_epi32(static_cast<int>(mixes.negative[i]));
-    rest = _mm256_add_epi32(_mm256_xor_si256(rest, negative), _mm256_and_si256(modulus, negative));
     const __m256i row = _mm256_add_epi32(rest, offset);
     int* target = out + int64_t{i} * columns;
     if (group.count == kLanes) {
