@@ -3,7 +3,7 @@
 
 #include "bindings/module.h"
 #include "common/cpu_isa.h"
-#include "common/huge_pages.h"
+#include "common/output_pool.h"
 
 namespace ek = engram_kernels;
 
@@ -24,10 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const char* name) { ek::set_cpu_isa(ek::cpu_isa_from_name(name)); }, pybind11::arg("name"),
       "Chooses the instruction set (tests and benchmarks). ValueError when the machine cannot run it.");
-  m.def(
-      "ask_for_huge_pages",
-      [](uintptr_t memory, int64_t bytes) { ek::ask_for_huge_pages(reinterpret_cast<void*>(memory), bytes); },
-      pybind11::arg("memory"), pybind11::arg("bytes"), "For an output that was made in Python, before its first write.");
+  m.def("kept_output_bytes", &ek::kept_output_bytes, "Memory of large outputs that are gone, kept for the next ones.");
   ek::bind_table(m);
   ek::bind_client_tier(m);
   ek::bind_prefetcher(m);

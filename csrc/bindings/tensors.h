@@ -19,6 +19,7 @@
 
 #include "common/error.h"
 #include "common/huge_pages.h"
+#include "common/output_pool.h"
 #include "common/parallel.h"
 #include "common/row_format.h"
 #include "common/row_ids.h"
@@ -38,10 +39,48 @@ using torch::stable::Tensor;
 
 constexpr int64_t kAnySize = -1;
 
-// A new tensor, of the dtype of `like` unless another is given, that an op writes whole. On the host its memory is asked for in
-// huge pages: it is fresh where it is large, and with small pages a gather of 32 MiB takes twice as long for the faults.
+#ifndef EK_WITH_CUDA
+}  // namespace engram_kernels
+// of torch's stable ABI from 2.11 on; null in an older one
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dims, const int64_t* sizes,
+                                                                const int64_t* strides, int64_t storage_offset, int32_t dtype,
+                                                                int32_t device_type, int32_t device_index,
+                                                                AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
+                                                                int64_t metadata_size, void (*deleter)(void* data, void* context),
+                                                                void* context);
+namespace engram_kernels {
+
+// A dense tensor in the block, which goes back to the pool with it.
+inline Tensor tensor_in(OutputBlock* block, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  AtenTensorHandle tensor;
+  const AOTITorchError error = torch_from_blob(
+      block->data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, to<int32_t>(from(dtype)),
+      to<int32_t>(from(torch::headeronly::DeviceType::CPU)), -1, &tensor, to<int32_t>(from(torch::headeronly::Layout::Strided)),
+      nullptr, 0, [](void*, void* context) { give_back_output_block(static_cast<OutputBlock*>(context)); }, block);
+  if (error != AOTI_TORCH_SUCCESS) give_back_output_block(block);
+  TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(tensor);
+}
+#endif
+
+// A new tensor, of the dtype of `like` unless another is given, that an op writes whole. On the host a large one lies in memory
+// of the pool; where torch cannot take that (2.10), in fresh huge pages.
 inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
+#ifndef EK_WITH_CUDA
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  int64_t bytes = type == ScalarType::Float || type == ScalarType::Int       ? 4
+                  : type == ScalarType::BFloat16 || type == ScalarType::Half ? 2
+                                                                             : 0;  // of no output
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes >= kLargeOutputBytes && torch_from_blob != nullptr) {
+    if (OutputBlock* block = take_output_block(bytes)) return tensor_in(block, sizes, type);
+  }
+#endif
   Tensor out = torch::stable::new_empty(like, sizes, dtype);
 #ifndef EK_WITH_CUDA
   ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));

@@ -18,12 +18,9 @@ is_grad_enabled, is_inference_mode_enabled = torch.is_grad_enabled, torch.is_inf
 increment_version = torch._C._increment_version
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-if COMPILE_ERROR is None:
-    from engram_kernels._C import ask_for_huge_pages
-
 _COMPILED_FIRST = frozenset() if COMPILE_ERROR else frozenset({"auto", "cpu"})
 _DTYPE_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # of c10::ScalarType, part of torch's stable ABI
-_LARGE_BYTES = 4 << 20  # two huge pages: one of them lies within the memory, wherever it begins
+_LARGE_BYTES = 4 << 20  # kLargeOutputBytes of csrc/common/output_pool.h
 
 
 class Op:
@@ -136,16 +133,19 @@ class Op:
                     return self._differentiated(args, out)
             if out is not None and out.requires_grad:
                 return self._differentiated(args, out)
-        written, inference = out, is_inference_mode_enabled()
+        written, inference, large = out, is_inference_mode_enabled(), False
         if out is None and self._differentiable and not inference:
             # the Python layer of autograd, which torch.library puts before the op, costs more than the rows of a decode step
             out = self._empty(*args)
-            # fresh memory: with small pages its faults outweigh a gather; what a mode or subclass makes may have none
-            if type(out) is Tensor and out.is_cpu and out.nbytes >= _LARGE_BYTES and (address := out.data_ptr()):
-                ask_for_huge_pages(address, out.nbytes)
+            # to the op a large output is worth memory that was written before; what a mode or subclass makes may have none
+            if type(out) is Tensor and out.is_cpu and out.nbytes >= _LARGE_BYTES and out.data_ptr():
+                out, large = None, True
         if self._dtype_at is not None:  # torch's parser takes a microsecond for a dtype, and none for its number
             args = (*args[:self._dtype_at], _DTYPE_NUMBERS[args[self._dtype_at]], *args[self._dtype_at + 1:])
-        if out is None:
+        if large:
+            with below_autograd():
+                out = self._eager_default(*args)
+        elif out is None:
             out = self._eager_default(*args)
         elif self._writes and self._differentiable and not inference:
             with below_autograd():  # where `_without_derivative` is, which costs as much as the rest of the way
