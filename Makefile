@@ -108,7 +108,8 @@ test-wheel: wheel $(CUDA_VENV)/.python
 test-cuda-build: $(CUDA_VENV)/.installed
 	PYTHONPATH= EK_EXPECT_CUDA_BUILD=1 $(CUDA_PYTHON) -m pytest -q $(PARALLEL) tests/cuda_build $(ARGS)
 
-GPU_OP_TESTS := test_ngram_hash.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py test_row_update.py
+GPU_OP_TESTS := test_ngram_hash.py test_gather_rows.py test_gate.py test_gather_gate.py test_short_conv.py test_engram_forward.py test_row_update.py \
+  test_row_update_eight_bits.py
 # On a machine with a GPU: the op tests on the CUDA and Triton kernels, graphs and streams, then memory checks of a part of them.
 test-gpu: $(GPU_READY)
 	$(GPU_RUN) -m pytest -q tests/gpu $(ARGS)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import engram_kernels as ek
+from engram_kernels.row_format import FLOAT_FORMATS, TRAINED_FORMATS
+from engram_kernels.table.quantize import encode
 from harness import measure
 
 CHECK = os.environ.get("EK_BENCH_TABLE_GIB") == "1"  # bench-check: that it runs
@@ -18,6 +20,7 @@ NUM_ROWS, ROW_DIM, NUM_IDS = (1 << 14, 256, 1 << 10) if CHECK else (1 << 20, 256
 ADAM = f"Adam step, {NUM_IDS} ids of {NUM_ROWS} rows of {ROW_DIM} f32, two threads"
 ADAGRAD = ADAM.replace("Adam", "Adagrad")
 ROWWISE = ADAM.replace("Adam", "row-wise Adagrad")
+EIGHT_BITS = [name for name in TRAINED_FORMATS if name not in FLOAT_FORMATS]
 HALF = ADAM.replace("f32", "bf16").replace("Adam step", "Adam step with one second moment per row")
 
 
@@ -33,8 +36,12 @@ def inputs():
 
 
 def table_of(row_format):
-    dtype = torch.float32 if row_format == "f32" else torch.bfloat16
-    return ek.RowTable.from_tensor(torch.zeros(NUM_ROWS, ROW_DIM, dtype=dtype), row_format=row_format)
+    if row_format in EIGHT_BITS:  # a table of random rows, repeated: rows of zeros would never look for a scale
+        rows, scales = encode(torch.randn(1024, ROW_DIM, generator=torch.Generator().manual_seed(1)), row_format)
+        times = NUM_ROWS // 1024
+        return ek.RowTable.from_tensor(rows.repeat(times, 1), None if scales is None else scales.repeat(times, 1), row_format,
+                                       row_dim=ROW_DIM)
+    return ek.RowTable.from_tensor(torch.zeros(NUM_ROWS, ROW_DIM, dtype=FLOAT_FORMATS[row_format]), row_format=row_format)
 
 
 def time_ours(benchmark, group, contender, optimizer, role="peer"):
@@ -125,3 +132,9 @@ def test_ours_adam_bf16(benchmark, rounding):
     optimizer = ek.RowOptimizer(table_of("bf16"), "adam", first_moment=None, rounding=rounding)
     time_ours(benchmark, HALF, f"engram_kernels, no first moment, {rounding}", optimizer,
               "ours" if rounding == "stochastic" else "peer")
+
+
+@pytest.mark.parametrize("row_format", EIGHT_BITS)
+def test_ours_adam_eight_bits(benchmark, row_format):
+    optimizer = ek.RowOptimizer(table_of(row_format), "adam", first_moment=None)
+    time_ours(benchmark, HALF, f"engram_kernels, {row_format} rows instead, stochastic", optimizer)

@@ -195,12 +195,16 @@ def row_update_kernel(grad, sorted_ids, positions, rows, second, first, steps, s
 row_update_sums_kernel.is_exact = row_update_kernel.is_exact = True
 
 
-def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tensor | None, first: Tensor | None,
-               steps: Tensor | None, rule: str, lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int,
-               stochastic: bool, seed: int, first_row: int, out: Tensor | None = None) -> Tensor:
+def row_update(weight: Tensor, scales: Tensor | None, row_ids: Tensor, grad_rows: Tensor, second: Tensor | None,
+               first: Tensor | None, steps: Tensor | None, row_format: str, row_dim: int, zero_scale_is_zero: bool, rule: str,
+               lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int, stochastic: bool, seed: int,
+               first_row: int, out: Tensor | None = None) -> Tensor:
     """Sums of squares [n], float32; see `engram_kernels.row_update`. What is wrong with the data is counted: then no row and no
-    moment is written, and every sum is NaN."""
-    count, (num_rows, row_dim) = row_ids.numel(), weight.shape
+    moment is written, and every sum is NaN. ValueError: rows of eight bits."""
+    if not weight.is_floating_point():
+        raise ValueError(f"row_update: table has row_format {row_format!r}, which Triton does not encode; expected 'f32', 'bf16' "
+                         "or 'f16', or backend 'cuda'")
+    count, num_rows = row_ids.numel(), weight.shape[0]
     squares = torch.empty(count, dtype=torch.float32, device=weight.device) if out is None else out
     if count == 0:
         return squares

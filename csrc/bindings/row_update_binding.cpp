@@ -25,17 +25,17 @@ void set_moments(RowUpdateParams& p, const std::optional<Tensor>& second, const 
   if (second.has_value()) {
     expect_dtype(kOp, "second", *second, {ScalarType::Float});
     p.second_per_row = second->dim() == 1;
-    p.second_per_row ? expect_shape(kOp, "second", *second, {p.num_rows}, 1)
-                     : expect_shape(kOp, "second", *second, {p.num_rows, p.row_dim}, 2);
+    p.second_per_row ? expect_shape(kOp, "second", *second, {p.table.num_rows}, 1)
+                     : expect_shape(kOp, "second", *second, {p.table.num_rows, p.table.row_dim}, 2);
   }
   if (first.has_value()) {
     expect_dtype(kOp, "first", *first, {ScalarType::Float, ScalarType::BFloat16});
-    expect_shape(kOp, "first", *first, {p.num_rows, p.row_dim}, 2);
+    expect_shape(kOp, "first", *first, {p.table.num_rows, p.table.row_dim}, 2);
     p.first_dtype = float_dtype(kOp, "first", *first);
   }
   if (steps.has_value()) {
     expect_dtype(kOp, "steps", *steps, {ScalarType::Int});
-    expect_shape(kOp, "steps", *steps, {p.num_rows}, 1);
+    expect_shape(kOp, "steps", *steps, {p.table.num_rows}, 1);
   }
   p.second = mutable_or_null<float>(second);
   p.first = mutable_or_null<std::byte>(first);
@@ -68,8 +68,8 @@ void run(RowUpdateParams& p, const Tensor& weight, const Tensor& row_ids) {
   row_update_cuda(p, launch.stream());
 #else
   (void)weight;
-  check_row_ids_of(kOp, row_ids, p.row_ids, p.num_rows);
-  const RowOrder order(p.row_ids, p.num_rows, torch_threads());
+  check_row_ids_of(kOp, row_ids, p.row_ids, p.table.num_rows);
+  const RowOrder order(p.row_ids, p.table.num_rows, torch_threads());
   GradientFault fault;
   find_gradient_fault_cpu(p, order, torch_threads(), fault);
   throw_fault(p, fault);
@@ -77,36 +77,51 @@ void run(RowUpdateParams& p, const Tensor& weight, const Tensor& row_ids) {
 #endif
 }
 
-void update_into(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, const std::optional<Tensor>& second,
-                 const std::optional<Tensor>& first, const std::optional<Tensor>& steps, const std::string& rule, double lr,
-                 double beta1, double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed,
-                 int64_t first_row, const int64_t* row_names, const Tensor& out) {
-  expect_one_device(kOp, {{"weight", &weight},
-                          {"row_ids", &row_ids},
-                          {"grad_rows", &grad_rows},
-                          {"second", or_null(second)},
-                          {"first", or_null(first)},
-                          {"steps", or_null(steps)},
-                          {"out", &out}});
-  expect_all_apart(
-      {{"weight", &weight}, {"second", or_null(second)}, {"first", or_null(first)}, {"steps", or_null(steps)}, {"out", &out}},
-      {{"row_ids", &row_ids}, {"grad_rows", &grad_rows}});
+// What one call takes beside its numbers.
+struct Given {
+  const Tensor& weight;
+  const std::optional<Tensor>& scales;
+  const Tensor& row_ids;
+  const Tensor& grad_rows;
+  const std::optional<Tensor>&second, &first, &steps;
+  const Tensor& out;
+};
+
+// All of them on one device, what is written apart from all else.
+void expect_places(const Given& g) {
+  expect_one_device(kOp, {{"weight", &g.weight},
+                          {"scales", or_null(g.scales)},
+                          {"row_ids", &g.row_ids},
+                          {"grad_rows", &g.grad_rows},
+                          {"second", or_null(g.second)},
+                          {"first", or_null(g.first)},
+                          {"steps", or_null(g.steps)},
+                          {"out", &g.out}});
+  expect_all_apart({{"weight", &g.weight},
+                    {"scales", or_null(g.scales)},
+                    {"second", or_null(g.second)},
+                    {"first", or_null(g.first)},
+                    {"steps", or_null(g.steps)},
+                    {"out", &g.out}},
+                   {{"row_ids", &g.row_ids}, {"grad_rows", &g.grad_rows}});
+}
+
+void update_into(const Given& g, const std::string& row_format, int64_t row_dim, bool zero_scale_is_zero, const std::string& rule,
+                 double lr, double beta1, double beta2, double eps, double grad_scale, int64_t step, bool stochastic,
+                 int64_t seed, int64_t first_row, const int64_t* row_names) {
+  expect_places(g);
+  const Tensor &row_ids = g.row_ids, &grad_rows = g.grad_rows;
   RowUpdateParams p{};
-  p.row_dtype = float_dtype(kOp, "weight", weight);
-  expect_shape(kOp, "weight", weight, {kAnySize, kAnySize}, 1);
-  const int64_t row_dim = weight.size(1);
-  EK_CHECK(row_dim >= 1 && row_dim <= (1 << 24), kOp << ": rows have " << row_dim << " elements, expected 1.." << (1 << 24));
-  p.num_rows = weight.size(0);
-  p.row_dim = static_cast<int>(row_dim);
-  p.row_stride = p.num_rows > 1 ? weight.stride(0) : row_dim;
   p.row_ids = row_ids_of(kOp, row_ids);
   p.grad_dtype = float_dtype(kOp, "grad_rows", grad_rows);
   bool ok = grad_rows.dim() == row_ids.dim() + 1 && grad_rows.is_contiguous() && grad_rows.size(row_ids.dim()) == row_dim;
   for (int64_t d = 0; ok && d < row_ids.dim(); ++d) ok = grad_rows.size(d) == row_ids.size(d);
   EK_CHECK(ok, kOp << ": grad_rows has shape " << shape_text(grad_rows) << ", expected the shape of row_ids and " << row_dim
                    << ", contiguous");
-  expect_dtype(kOp, "out", out, {ScalarType::Float});
-  expect_shape(kOp, "out", out, {p.row_ids.count}, 1);
+  EK_CHECK(row_dim >= 1 && row_dim <= (1 << 24), kOp << ": rows have " << row_dim << " elements, expected 1.." << (1 << 24));
+  p.table = row_source_of(kOp, g.weight, g.scales, row_format, row_dim, zero_scale_is_zero, 1.0);
+  expect_dtype(kOp, "out", g.out, {ScalarType::Float});
+  expect_shape(kOp, "out", g.out, {p.row_ids.count}, 1);
   p.rule = rule_of(rule);
   p.lr = lr;
   p.beta1 = beta1;
@@ -120,42 +135,46 @@ void update_into(const Tensor& weight, const Tensor& row_ids, const Tensor& grad
   p.first_row = first_row;
   p.row_names = row_names;
   p.grad = static_cast<const std::byte*>(grad_rows.const_data_ptr());
-  set_moments(p, second, first, steps);
+  set_moments(p, g.second, g.first, g.steps);
   check_params(p);
-  p.rows = static_cast<std::byte*>(weight.mutable_data_ptr());
-  p.squares = static_cast<float*>(out.mutable_data_ptr());
-  run(p, weight, row_ids);
+  p.table.rows = static_cast<const std::byte*>(g.weight.mutable_data_ptr());
+  p.table.scales = mutable_or_null<std::byte>(g.scales);
+  p.squares = static_cast<float*>(g.out.mutable_data_ptr());
+  run(p, g.weight, row_ids);
 }
 
-void row_update_out(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
-                    std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
+void row_update_out(const Tensor& weight, std::optional<Tensor> scales, const Tensor& row_ids, const Tensor& grad_rows,
+                    std::optional<Tensor> second, std::optional<Tensor> first, std::optional<Tensor> steps,
+                    std::string row_format, int64_t row_dim, bool zero_scale_is_zero, std::string rule, double lr, double beta1,
                     double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row,
                     const Tensor& out) {
-  update_into(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic, seed,
-              first_row, nullptr, out);
+  update_into({weight, scales, row_ids, grad_rows, second, first, steps, out}, row_format, row_dim, zero_scale_is_zero, rule, lr,
+              beta1, beta2, eps, grad_scale, step, stochastic, seed, first_row, nullptr);
 }
 
 #ifndef EK_WITH_CUDA
 // Rows of `weight` are called row_names[..], which a table in a file needs: of it, weight holds those of one step.
-Tensor row_update_named(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, const Tensor& row_names,
-                        std::optional<Tensor> second, std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule,
-                        double lr, double beta1, double beta2, double eps, double grad_scale, int64_t step, bool stochastic,
-                        int64_t seed) {
+Tensor row_update_named(const Tensor& weight, std::optional<Tensor> scales, const Tensor& row_ids, const Tensor& grad_rows,
+                        const Tensor& row_names, std::optional<Tensor> second, std::optional<Tensor> first,
+                        std::optional<Tensor> steps, std::string row_format, int64_t row_dim, bool zero_scale_is_zero,
+                        std::string rule, double lr, double beta1, double beta2, double eps, double grad_scale, int64_t step,
+                        bool stochastic, int64_t seed) {
   Tensor out = torch::stable::new_empty(weight, {row_ids.numel()}, ScalarType::Float);
   expect_dtype(kOp, "row_names", row_names, {ScalarType::Long});
   expect_shape(kOp, "row_names", row_names, {weight.size(0)}, 1);
-  update_into(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic, seed,
-              0, row_names.const_data_ptr<int64_t>(), out);
+  update_into({weight, scales, row_ids, grad_rows, second, first, steps, out}, row_format, row_dim, zero_scale_is_zero, rule, lr,
+              beta1, beta2, eps, grad_scale, step, stochastic, seed, 0, row_names.const_data_ptr<int64_t>());
   return out;
 }
 #endif
 
-Tensor row_update(const Tensor& weight, const Tensor& row_ids, const Tensor& grad_rows, std::optional<Tensor> second,
-                  std::optional<Tensor> first, std::optional<Tensor> steps, std::string rule, double lr, double beta1,
-                  double beta2, double eps, double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row) {
+Tensor row_update(const Tensor& weight, std::optional<Tensor> scales, const Tensor& row_ids, const Tensor& grad_rows,
+                  std::optional<Tensor> second, std::optional<Tensor> first, std::optional<Tensor> steps, std::string row_format,
+                  int64_t row_dim, bool zero_scale_is_zero, std::string rule, double lr, double beta1, double beta2, double eps,
+                  double grad_scale, int64_t step, bool stochastic, int64_t seed, int64_t first_row) {
   Tensor out = new_output(weight, {row_ids.numel()}, ScalarType::Float);
-  row_update_out(weight, row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps, grad_scale, step, stochastic,
-                 seed, first_row, out);
+  row_update_out(weight, scales, row_ids, grad_rows, second, first, steps, row_format, row_dim, zero_scale_is_zero, rule, lr,
+                 beta1, beta2, eps, grad_scale, step, stochastic, seed, first_row, out);
   return out;
 }
 

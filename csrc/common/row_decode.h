@@ -25,10 +25,7 @@ __device__ __forceinline__ void decode(const RowSource& s, const unsigned char* 
                                        float tensor_scale, float* values) {
   constexpr RowFormatTraits kTraits = traits_of(kFormat);
   if constexpr (kTraits.scale == RowScale::kNone) {
-    constexpr DType kType = stores(kFormat, DType::kF32)    ? DType::kF32
-                            : stores(kFormat, DType::kBf16) ? DType::kBf16
-                                                            : DType::kF16;
-    load_floats<kType, kCount>(row + value_bytes(kFormat, element), values);
+    load_floats<kPlainDType<kFormat>, kCount>(row + value_bytes(kFormat, element), values);
   } else {
     float scale = tensor_scale;
     const int index = scale_index(kFormat, element);
@@ -69,29 +66,34 @@ __device__ __forceinline__ T load_bytes(const std::byte* from) {  // of any alig
   return value;
 }
 
+// One element of the row at `row`, of any alignment; `scales` are the row's.
+template <RowFormat kFormat>
+__device__ __forceinline__ float decode_one(const RowSource& s, const std::byte* row, const std::byte* scales, int element) {
+  constexpr RowFormatTraits kTraits = traits_of(kFormat);
+  const std::byte *from = row + value_bytes(kFormat, element),
+                  *scale = scales + scale_index(kFormat, element) * scale_bytes(kFormat);
+  float value = 0.0F;
+  if constexpr (kTraits.element == RowElement::kF32) value = load_bytes<float>(from);
+  if constexpr (kTraits.element == RowElement::kBf16) value = bf16_to_float(load_bytes<uint16_t>(from));
+  if constexpr (kTraits.element == RowElement::kF16) value = f16_to_float(load_bytes<uint16_t>(from));
+  if constexpr (kTraits.element == RowElement::kFp8E4m3) value = fp8_e4m3_to_float(load_bytes<uint8_t>(from));
+  if constexpr (kTraits.element == RowElement::kInt8) value = static_cast<float>(load_bytes<int8_t>(from));
+  if constexpr (kTraits.element == RowElement::kE2m1) value = e2m1_to_float(load_bytes<uint8_t>(from) >> element % 2 * 4);
+  if constexpr (kTraits.scale == RowScale::kTensor) value *= load_bytes<float>(s.scales);
+  if constexpr (kTraits.scale == RowScale::kGroupF32 || kTraits.scale == RowScale::kRowF32) value *= load_bytes<float>(scale);
+  if constexpr (kTraits.scale == RowScale::kBlockUe8m0) {
+    value *= ue8m0_to_float(load_bytes<uint8_t>(scale), s.zero_scale_is_zero);
+  }
+  if constexpr (kTraits.scale == RowScale::kBlockE4m3) value *= fp8_e4m3_to_float(load_bytes<uint8_t>(scale));
+  if constexpr (has_table_scale(kFormat)) value *= s.table_scale;
+  return value;
+}
+
 // One element of row `id`, of any alignment.
 __device__ inline float decode_element(const RowSource& s, int64_t id, int element) {
-  const std::byte *row = s.row(id), *scales = s.row_scales(id);
   float value = 0.0F;
-  with_row_decode(s.format, [&](auto format) {
-    constexpr RowFormat kFormat = decltype(format)::value;
-    constexpr RowFormatTraits kTraits = traits_of(kFormat);
-    const std::byte *from = row + value_bytes(kFormat, element),
-                    *scale = scales + scale_index(kFormat, element) * scale_bytes(kFormat);
-    if constexpr (kTraits.element == RowElement::kF32) value = load_bytes<float>(from);
-    if constexpr (kTraits.element == RowElement::kBf16) value = bf16_to_float(load_bytes<uint16_t>(from));
-    if constexpr (kTraits.element == RowElement::kF16) value = f16_to_float(load_bytes<uint16_t>(from));
-    if constexpr (kTraits.element == RowElement::kFp8E4m3) value = fp8_e4m3_to_float(load_bytes<uint8_t>(from));
-    if constexpr (kTraits.element == RowElement::kInt8) value = static_cast<float>(load_bytes<int8_t>(from));
-    if constexpr (kTraits.element == RowElement::kE2m1) value = e2m1_to_float(load_bytes<uint8_t>(from) >> element % 2 * 4);
-    if constexpr (kTraits.scale == RowScale::kTensor) value *= load_bytes<float>(s.scales);
-    if constexpr (kTraits.scale == RowScale::kGroupF32 || kTraits.scale == RowScale::kRowF32) value *= load_bytes<float>(scale);
-    if constexpr (kTraits.scale == RowScale::kBlockUe8m0) {
-      value *= ue8m0_to_float(load_bytes<uint8_t>(scale), s.zero_scale_is_zero);
-    }
-    if constexpr (kTraits.scale == RowScale::kBlockE4m3) value *= fp8_e4m3_to_float(load_bytes<uint8_t>(scale));
-    if constexpr (has_table_scale(kFormat)) value *= s.table_scale;
-  });
+  with_row_decode(s.format,
+                  [&](auto format) { value = decode_one<decltype(format)::value>(s, s.row(id), s.row_scales(id), element); });
   return value;
 }
 

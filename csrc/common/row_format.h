@@ -161,6 +161,12 @@ EK_INLINE constexpr bool has_blocks(RowFormat f) { return traits_of(f).block > 0
 // Whether each row has scales of its own, one or more.
 EK_INLINE constexpr bool has_row_scales(RowFormat f) { return has_blocks(f) || traits_of(f).scale == RowScale::kRowF32; }
 
+// Whether a row is floats without a scale.
+EK_INLINE constexpr bool is_plain(RowFormat f) { return traits_of(f).scale == RowScale::kNone; }
+
+// Whether a row can be encoded again by itself, by row_encode.h: it has values of eight bits, and scales of its own.
+EK_INLINE constexpr bool can_encode(RowFormat f) { return element_bits(f) == 8 && has_row_scales(f); }
+
 // Whether values are multiplied by RowSource::table_scale last.
 EK_INLINE constexpr bool has_table_scale(RowFormat f) { return traits_of(f).scale == RowScale::kBlockE4m3; }
 
@@ -182,6 +188,12 @@ EK_INLINE constexpr bool stores(RowFormat f, DType dtype) {
                                                      : RowElement::kF16;
   return traits_of(f).scale == RowScale::kNone && traits_of(f).element == element;
 }
+
+// The dtype of a row that is floats without a scale.
+template <RowFormat kFormat>
+constexpr DType kPlainDType = stores(kFormat, DType::kF32)    ? DType::kF32
+                              : stores(kFormat, DType::kBf16) ? DType::kBf16
+                                                              : DType::kF16;
 
 // Bytes that a row occupies in the row array, without padding; scales only where they are packed behind the values.
 EK_INLINE constexpr int64_t row_value_bytes(RowFormat f, int64_t row_dim) {

@@ -89,6 +89,8 @@ _HOW_TO_PASS: dict[Any, str] = {
               "torch.uint8 with row_format='nvfp4' or 'mxfp4'",
 }
 FLOAT_FORMATS = {name: f.dtype for name, f in ROW_FORMATS.items() if f.is_float}
+# rows that can be updated in place: floats, and eight bits with scales of each row, which are encoded again
+TRAINED_FORMATS = tuple(name for name, f in ROW_FORMATS.items() if f.is_float or (f.per_stored == 1 and f.has_row_scales))
 
 
 def row_format_of(op: str, name: object) -> RowFormat:

@@ -112,7 +112,7 @@ def test_a_stop_at_each_point_of_a_step_is_one_of_two_boundaries(tmp_path, at, m
         monkeypatch.setattr(step_journal, "write_all", half)
         monkeypatch.setattr(step_journal.os, "ftruncate", end)
     elif at in ("rows", "moments"):
-        array = file.rows if at == "rows" else file.moments["first"]
+        array = file.stored[0] if at == "rows" else file.moments["first"]
         write = array.write
         monkeypatch.setattr(array, "write", lambda ids, data: (write(ids[:40], memoryview(data)[:40 * array.row_bytes]), end()))
     elif at == "progress":
@@ -220,9 +220,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         ek.RowOptimizer(ek.RowTable.from_tensor(start()), state=state)
     with pytest.raises(ValueError, match="opened with cache_bytes"):
         ek.RowOptimizer(ek.RowTable.open(path, cache_bytes=1 << 20), state=state, **OPTIONS)
-    eight_bits = ek.RowTable.open(path).quantize("int8_group32", tmp_path / "int8")[0]
-    with pytest.raises(ValueError, match="table has row_format 'int8_group32', expected 'f32' or"):
-        ek.RowOptimizer(eight_bits, state=tmp_path / "new")
+    four_bits = ek.RowTable.open(path).quantize("mxfp4", tmp_path / "mxfp4")[0]
+    with pytest.raises(ValueError, match="table has row_format 'mxfp4', expected 'f32' or"):
+        ek.RowOptimizer(four_bits, state=tmp_path / "new")
     optimizer = opened(tmp_path)[1]
     optimizer.step(*batch(1))
     optimizer.file.abandon()

@@ -95,7 +95,7 @@ def test_a_forked_child_neither_writes_nor_keeps_the_lock(tmp_path):
     optimizer.file._writers.clear()
     optimizer.file._readers = ()
     optimizer.file.moments.clear()
-    del optimizer.file.rows
+    optimizer.file.stored.clear()
     held.fd = state.fd = optimizer.file._state_fd = -1
     optimizer.file.abandon()
     table, optimizer = opened(tmp_path)  # while the child lives

@@ -207,9 +207,9 @@ def test_tables_that_cannot_be_written_are_refused(tmp_path, shm):
     shared = ek.RowTable.from_tensor(torch.zeros(4, 32), row_format="f32").share("x", directory=shm)
     with pytest.raises(ValueError, match="row_update: table is shared as 'x', which is read-only"):
         ek.row_update(shared, *args, lr=1.0)
-    int8 = ek.RowTable.from_tensor(torch.zeros(4, 32, dtype=torch.int8), torch.ones(4, 1), "int8_group32")
-    with pytest.raises(ValueError, match="row_format 'int8_group32', expected 'f32' or 'bf16' or 'f16'"):
-        ek.row_update(int8, *args, lr=1.0)
+    four = ek.RowTable.from_tensor(torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1, dtype=torch.uint8), "mxfp4")
+    with pytest.raises(ValueError, match="row_format 'mxfp4', expected 'f32' or .*'fp8_e4m3_row'"):
+        ek.row_update(four, *args, lr=1.0)
     with pytest.raises(TypeError, match="row_update: table must be a RowTable"):
         ek.row_update(torch.zeros(4, 32), *args, lr=1.0)
 
@@ -222,20 +222,26 @@ def test_autograd_sees_the_write():
         loss.backward()
     raw = torch.ops.engram_kernels.row_update
     with pytest.raises(RuntimeError, match="has no derivative"):
-        raw(rows, torch.tensor([1]), torch.ones(1, 2), None, None, None, "sgd", 1.0, 0.9, 0.9, 0.0, 1.0, 0, False, 0, 0)
+        raw(rows, None, torch.tensor([1]), torch.ones(1, 2), None, None, None, "f32", 2, False, "sgd", 1.0, 0.9, 0.9, 0.0, 1.0, 0,
+            False, 0, 0)
 
 
 def test_direct_call_is_checked():
     rows, ids, grads = torch.zeros(4, 3), torch.tensor([1]), torch.ones(1, 3)
 
-    def call(rows=rows, ids=ids, grads=grads, second=None, first=None, steps=None, rule="sgd", lr=1.0, seed=0):
-        torch.ops.engram_kernels.row_update(rows, ids, grads, second, first, steps, rule, lr, 0.9, 0.9, 0.0, 1.0, 0, False, seed,
-                                            0)
+    def call(rows=rows, ids=ids, grads=grads, second=None, first=None, steps=None, rule="sgd", lr=1.0, seed=0, scales=None,
+             row_format="f32"):
+        torch.ops.engram_kernels.row_update(rows, scales, ids, grads, second, first, steps, row_format, 3, False, rule, lr, 0.9,
+                                            0.9, 0.0, 1.0, 0, False, seed, 0)
 
     for wrong in (dict(rows=rows.double()), dict(rows=rows[0]), dict(rows=rows[:1].expand(4, 3)), dict(ids=torch.tensor([4])),
                   dict(grads=grads[:, :2]), dict(second=torch.zeros(4)), dict(first=torch.zeros(3, 3)), dict(first=rows),
                   dict(steps=torch.zeros(4)), dict(rule="adam"), dict(rule="adam", second=torch.zeros(4)), dict(rule="x"),
-                  dict(lr=float("nan")), dict(grads=grads * float("inf"))):
+                  dict(lr=float("nan")), dict(grads=grads * float("inf")), dict(row_format="bf16"), dict(row_format="x"),
+                  dict(scales=torch.ones(4, 1)), dict(row_format="fp8_e4m3_row"),
+                  dict(row_format="fp8_e4m3_tensor", rows=rows.byte(), scales=torch.ones(1)),
+                  dict(row_format="fp8_e4m3_row", rows=rows.byte(), scales=torch.ones(3, 1)),
+                  dict(row_format="fp8_e4m3_row", rows=rows.byte(), scales=torch.ones(4, 1).double())):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             call(**wrong)
     assert not rows.any()
@@ -243,6 +249,6 @@ def test_direct_call_is_checked():
 
 def test_fakes_and_schema():
     rows, ids, grads = torch.zeros(4, 3), torch.tensor([1]), torch.ones(1, 3)
-    args = (rows, ids, grads, torch.zeros(4), None, torch.zeros(4, dtype=torch.int32), "adam", 1.0, 0.9, 0.9, 0.0, 1.0, 0, False,
-            0, 0)
+    args = (rows, None, ids, grads, torch.zeros(4), None, torch.zeros(4, dtype=torch.int32), "f32", 3, False, "adam", 1.0, 0.9,
+            0.9, 0.0, 1.0, 0, False, 0, 0)
     torch.library.opcheck(torch.ops.engram_kernels.row_update.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -124,8 +124,9 @@ MIXED = {
                                                                          False, torch.float32),
     "short_conv": lambda x, other: torch.ops.engram_kernels.short_conv(x, torch.ones(M, C * D, 4), other[0],
                                                                        torch.tensor([0, T]).int(), 1, 1e-5),
-    "row_update": lambda x, other: torch.ops.engram_kernels.row_update(x[:, 0], torch.zeros(T).int(), other[:, 0], None, None,
-                                                                       None, "sgd", 0.1, 0.9, 0.9, 1e-8, 1.0, 0, False, 0, 0),
+    "row_update": lambda x, other: torch.ops.engram_kernels.row_update(x[:, 0], None, torch.zeros(T).int(), other[:, 0], None,
+                                                                       None, None, "f32", C * D, False, "sgd", 0.1, 0.9, 0.9,
+                                                                       1e-8, 1.0, 0, False, 0, 0),
 }
 
 

@@ -1,7 +1,7 @@
 """row_update in Triton: the compiled PTX on the simulator, against the CPU kernel bit for bit: nothing may be contracted."""
 import pytest
 import torch
-from test_row_update_cuda_sim import DEFAULTS, bits, make_ids, make_state, on_the_cpu, rand
+from test_row_update_cuda_sim import DEFAULTS, FORMATS, bits, make_ids, make_state, on_the_cpu, rand
 from triton_sim import MISSING_TRITON, simulate
 
 pytestmark = pytest.mark.skipif(bool(MISSING_TRITON), reason=MISSING_TRITON)
@@ -12,8 +12,9 @@ def run(rows, ids, grads, rule, state, **options):
     o, errors = DEFAULTS | options, torch.zeros(1, dtype=torch.int32)
     original, module.error_counter = module.error_counter, lambda op, device: errors
     try:
-        squares, launches = simulate(lambda: module.row_update(rows, ids, grads, state["second"], state["first"], state["steps"],
-                                                               rule, *(o[name] for name in DEFAULTS)))
+        squares, launches = simulate(lambda: module.row_update(
+            rows, None, ids, grads, state["second"], state["first"], state["steps"], FORMATS[rows.dtype], rows.shape[1], False,
+            rule, *(o[name] for name in DEFAULTS)))
     finally:
         module.error_counter = original
     return squares, errors.item(), launches

@@ -7,16 +7,23 @@ from shard_cases import R, micro_batch, raises, table_of, uneven
 from engram_kernels import RowOptimizer, RowTable, ShardedRows
 
 
+def _copied(table):
+    scales = None if table.scales is None else table.scales.clone()
+    return RowTable.from_tensor(table.rows.clone(), scales, table.row_format, row_dim=table.row_dim)
+
+
 def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
     for n in (2, 3):
         if world.full(n) is None:
             continue
         group, rank = world.full(n)
-        for rule, options in (("adam", {"first_moment": "bf16"}), ("adagrad", {"second_moment": "element"})):
-            whole = RowTable.from_tensor(table_of("bf16").rows.clone(), row_format="bf16")
+        for row_format, rule, options in (("bf16", "adam", {"first_moment": "bf16"}),
+                                          ("bf16", "adagrad", {"second_moment": "element"}),
+                                          ("fp8_e4m3_block32", "adam", {}), ("fp8_e4m3_row", "sgd", {})):
+            whole = _copied(table_of(row_format))
             one = RowOptimizer(whole, rule, lr=0.1, seed=5, **options)
             begin, end = uneven(n)[rank]
-            shard = RowTable.from_tensor(table_of("bf16", begin, end).rows.clone(), row_format="bf16")
+            shard = _copied(table_of(row_format, begin, end))
             with ShardedRows(shard, group, gradients="rows", timeout_s=30) as sharded:
                 mine = RowOptimizer(shard, rule, lr=0.1, seed=5, first_row=sharded.first_row, **options)
                 for step in range(5):
@@ -26,7 +33,8 @@ def check_row_optimizers_of_shards_have_the_bits_of_one_process(world):
                     sharded.gather(ids, torch.float32).backward(grads)
                     sharded.step(mine)
                 assert sharded.first_row == begin and torch.equal(shard.rows, whole.rows[begin:end]), (n, rule)
-            assert not torch.equal(whole.rows, table_of("bf16").rows)
+                assert shard.scales is None or torch.equal(shard.scales, whole.scales[begin:end]), (n, rule)
+            assert not torch.equal(whole.rows, table_of(row_format).rows)
             for name in ("second", "first", "steps"):
                 x, y = getattr(mine, name), getattr(one, name)
                 assert (x is None) == (y is None) and (x is None or torch.equal(x, y[begin:end])), (n, rule, name)

@@ -5,7 +5,8 @@
 //   the step of the row: one more than steps[r]; m, v: its moments; a: 1 / lr, see the .cpp
 // Nothing else is read or written: rows that no id names stay as they are, to the bit. Arithmetic is in float32 without
 // contraction, sums of squares are taken in 16 parts whatever the instruction set: results depend on neither threads, ISA nor
-// device. What all kernels must do alike to the bit, beyond float32 arithmetic, is here: random bits, rounding, step sizes.
+// device. What all kernels must do alike to the bit, beyond float32 arithmetic, is here: random bits, rounding, step sizes; how
+// rows of eight bits are encoded again is in common/row_encode.h.
 #pragma once
 
 #include <cmath>
@@ -22,14 +23,10 @@ namespace engram_kernels {
 enum class UpdateRule : int { kNone, kSgd, kAdagrad, kAdam };
 
 struct RowUpdateParams {
+  RowSource table;        // its rows, and scales where it has any, may be written; of a float format, or one that can_encode
   RowIds row_ids;         // -1 or [0, num_rows): check_row_ids
   const std::byte* grad;  // [row_ids.count, row_dim] of grad_dtype, dense
   DType grad_dtype;
-  std::byte* rows;  // [num_rows, row_dim] of row_dtype, row_stride elements apart
-  int64_t row_stride;
-  DType row_dtype;
-  int64_t num_rows;
-  int row_dim;
   float* second;  // [num_rows, row_dim], or [num_rows] with second_per_row, dense; or null
   bool second_per_row;
   std::byte* first;  // [num_rows, row_dim] of first_dtype (float32 or bfloat16), dense; or null
@@ -64,6 +61,9 @@ void check_params(const RowUpdateParams& p);
 void throw_fault(const RowUpdateParams& p, const GradientFault& fault);
 
 constexpr int kSquareParts = 16;  // of a row's sum of squares: part k sums the elements k, k + 16, .. in their order
+
+// Rows and scales of `table`, which its other users only read.
+EK_INLINE std::byte* writable(const std::byte* stored) { return const_cast<std::byte*>(stored); }
 
 // What a row is called in messages and when its random bits are drawn.
 EK_INLINE int64_t name_of(const RowUpdateParams& p, int64_t row) {

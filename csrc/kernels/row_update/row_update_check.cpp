@@ -33,9 +33,11 @@ void check_rate(const char* name, double value, bool below_one) {
 }  // namespace
 
 void check_params(const RowUpdateParams& p) {
-  EK_CHECK(p.num_rows >= 0 && p.row_ids.count >= 0, kOp << ": the table has " << p.num_rows << " rows");
-  EK_CHECK(p.row_dim >= 1, kOp << ": rows have " << p.row_dim << " elements, expected at least 1");
-  EK_CHECK(p.num_rows <= 1 || p.row_stride >= p.row_dim, kOp << ": rows share memory, " << p.row_stride << " elements apart");
+  check_row_source(kOp, p.table);
+  EK_CHECK(is_plain(p.table.format) || can_encode(p.table.format),
+           kOp << ": row_format is '" << traits_of(p.table.format).name
+               << "', expected a float format, or eight bits with scales of each row");
+  EK_CHECK(p.row_ids.count >= 0, kOp << ": there are " << p.row_ids.count << " ids");
   check_rate("lr", p.lr, false);
   check_rate("beta1", p.beta1, true);
   check_rate("beta2", p.beta2, true);
@@ -45,12 +47,12 @@ void check_params(const RowUpdateParams& p) {
   EK_CHECK(p.step >= 0 && p.step <= kMaxRow,
            kOp << ": step is " << p.step << ", expected 1 to " << kMaxRow << ", or 0 for the step of each row");
   EK_CHECK(p.first_row >= 0 && p.first_row <= kMaxRow, kOp << ": first_row is " << p.first_row << ", expected 0 to " << kMaxRow);
-  if (p.rule == UpdateRule::kNone || p.num_rows == 0) return;
+  if (p.rule == UpdateRule::kNone || p.table.num_rows == 0) return;
   const bool has_second = p.rule == UpdateRule::kAdam || p.rule == UpdateRule::kAdagrad;
   EK_CHECK((p.second != nullptr) == has_second,
            kOp << ": second " << (has_second ? "is needed" : "has no use") << " in this rule");
   EK_CHECK(p.first == nullptr || p.rule != UpdateRule::kAdagrad, kOp << ": first has no use in this rule");
-  const bool rounds = p.row_dtype != DType::kF32 || (p.first != nullptr && p.first_dtype != DType::kF32);
+  const bool rounds = !stores(p.table.format, DType::kF32) || (p.first != nullptr && p.first_dtype != DType::kF32);
   const bool counts = (p.rule == UpdateRule::kAdam && p.step == 0) || (p.stochastic && rounds);
   EK_CHECK(!counts || p.steps != nullptr,
            kOp << ": steps is None, expected the steps of each row: for the bias correction, or to round stochastically");
@@ -59,9 +61,9 @@ void check_params(const RowUpdateParams& p) {
 void throw_fault(const RowUpdateParams& p, const GradientFault& fault) {
   const auto shown = [&p](int64_t row) { return p.row_names == nullptr || row < 0 ? row : p.row_names[row]; };
   if (fault.position >= 0) {
-    const int64_t begin = fault.position * p.row_dim;
+    const int64_t begin = fault.position * p.table.row_dim;
     int64_t element = 0;
-    while (element + 1 < p.row_dim && std::isfinite(value_at(p.grad, p.grad_dtype, begin + element))) ++element;
+    while (element + 1 < p.table.row_dim && std::isfinite(value_at(p.grad, p.grad_dtype, begin + element))) ++element;
     EK_THROW_AS(std::invalid_argument, kOp << ": grad_rows[" << fault.position << ", " << element << "], of row "
                                            << shown(p.row_ids[fault.position]) << ", is "
                                            << value_at(p.grad, p.grad_dtype, begin + element) << ", expected a finite number");

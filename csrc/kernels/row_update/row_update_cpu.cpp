@@ -8,6 +8,7 @@
 //             adam      m += (g - m) * (1 - b1), or m = g  v += (g^2 - v) * (1 - b2)   row -= c * (m / (sqrt(v) + eps))
 //                       c = lr * sqrt(1 - b2^t) / (1 - b1^t), without m: lr * sqrt(1 - b2^t)
 //           with one v per row, g^2 is its mean over the row, and row -= (c / (sqrt(v) + eps)) * m.
+//           Rows of eight bits are decoded to float32 before it and encoded behind it.
 // Rounding  to nearest even, or up with the probability of the part that is cut off, by 32 bits from (seed, row, step, element).
 // Traffic   reads the gradients twice (once to find what is not finite), rows and moments once; writes rows and moments once.
 #include <algorithm>
@@ -17,6 +18,7 @@
 
 #include "common/cpu_isa.h"
 #include "common/row_decode.h"
+#include "common/row_encode.h"
 #include "common/sum_positions.h"
 #include "kernels/row_update/row_update.h"
 
@@ -66,6 +68,64 @@ EK_LANE void load_row(const T* from, int count, float* values) {
   if (i < count) store(values + i, load_first(from + i, count - i));
 }
 
+template <RowFormat kFormat>
+using Stored =
+    std::conditional_t<stores(kFormat, DType::kF32), float, std::conditional_t<stores(kFormat, DType::kBf16), Bf16, F16>>;
+
+// The largest magnitude of the elements, as its bits; of a NaN or infinity above every finite one.
+EK_LANE uint32_t largest_of(const float* x, int count) {
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    largest = std::max(largest, bits & 0x7FFFFFFFU);
+  }
+  return largest;
+}
+template <class Half>
+EK_LANE uint32_t largest_of(const Half* x, int count) {
+  uint16_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint16_t>(x[i].bits & 0x7FFFU));
+  return bits_from_float(to_float(Half{largest}));
+}
+
+// The values of a stored row; up to the padded size they are zeros, or NaN of a scale that is NaN.
+template <RowFormat kFormat>
+EK_LANE void load_stored(const RowSource& table, int64_t row, float* values) {
+  const std::byte *from = table.row(row), *scales = table.row_scales(row);
+  for (int i = 0; i < table.row_dim; i += kLanes) {
+    store(values + i, decode_lanes<kFormat>(table, from, scales, i, std::min(kLanes, table.row_dim - i)));
+  }
+}
+
+// The codes of count elements that share a scale; `first` is the number of the first one in its row.
+template <RowFormat kFormat, bool kStochastic>
+EK_LANE void encode_block(const float* values, int count, uint32_t key, int first, std::byte* codes, std::byte* scale) {
+  constexpr size_t kScaleBytes = static_cast<size_t>(scale_bytes(kFormat));
+  float before = 0.0F;
+  if constexpr (!kHasPowerScales<kFormat>) std::memcpy(&before, scale, kScaleBytes);
+  const BlockScale by = block_scale<kFormat>(largest_of(values, count), before);
+  std::memcpy(scale, &by.stored, kScaleBytes);  // its first byte is its lowest
+  for (int i = 0; i < count; ++i) {
+    codes[i] = static_cast<std::byte>(encode<kFormat, kStochastic>(values[i], by, random_bits(key, first + i)));
+  }
+}
+
+// Rounds values to what a row stores.
+template <RowFormat kFormat>
+EK_LANE void store_stored(const RowSource& table, int64_t row, const float* values, bool stochastic, uint32_t key) {
+  std::byte *to = writable(table.row(row)), *scales = writable(table.row_scales(row));
+  if constexpr (is_plain(kFormat)) {
+    round_row(values, table.row_dim, stochastic, key, reinterpret_cast<Stored<kFormat>*>(to));
+  } else {
+    const int block = has_blocks(kFormat) ? traits_of(kFormat).block : table.row_dim;
+    for (int i = 0; i < table.row_dim; i += block, scales += scale_bytes(kFormat)) {
+      stochastic ? encode_block<kFormat, true>(values + i, block, key, i, to + i, scales)
+                 : encode_block<kFormat, false>(values + i, block, key, i, to + i, scales);
+    }
+  }
+}
+
 // ---- one row --------------------------------------------------------------------------------------------------------
 
 // Buffers of one thread, each of the padded size of a row.
@@ -107,11 +167,12 @@ template <class Grad>
 EK_LANE void sum_gradient(const RowUpdateParams& p, const RowOrder& order, int64_t begin, int64_t end, const Buffers& b) {
   const Grad* grad = reinterpret_cast<const Grad*>(p.grad);
   if (end == begin + 1) {
-    load_row(grad + order.position(begin) * p.row_dim, p.row_dim, b.grad);
+    load_row(grad + order.position(begin) * p.table.row_dim, p.table.row_dim, b.grad);
     for (int i = 0; i < b.padded; ++i) b.grad[i] += 0.0F;  // a sum is never -0
   } else {
-    for (int column = 0; column < p.row_dim; column += kSumColumns) {
-      sum_columns(grad, p.row_dim, order, begin, end, column, std::min(kSumColumns, p.row_dim - column), b.grad + column);
+    for (int column = 0; column < p.table.row_dim; column += kSumColumns) {
+      sum_columns(grad, p.table.row_dim, order, begin, end, column, std::min(kSumColumns, p.table.row_dim - column),
+                  b.grad + column);
     }
   }
   if (const float scale = static_cast<float>(p.grad_scale); scale != 1.0F) {
@@ -122,17 +183,17 @@ EK_LANE void sum_gradient(const RowUpdateParams& p, const RowOrder& order, int64
 // The first moment of a row after this update, in b.first; b.grad where there is none.
 EK_LANE const float* update_first(const RowUpdateParams& p, int64_t row, uint32_t key, const Buffers& b) {
   if (p.first == nullptr) return b.grad;
-  const int64_t begin = row * p.row_dim;
+  const int64_t begin = row * p.table.row_dim;
   const float beta1 = static_cast<float>(p.beta1), rest = static_cast<float>(1.0 - p.beta1);
   const bool adam = p.rule == UpdateRule::kAdam;
   const auto update = [&](auto* moments) __attribute__((always_inline)) {
-    load_row(moments, p.row_dim, b.first);
+    load_row(moments, p.table.row_dim, b.first);
     if (adam) {
       for (int i = 0; i < b.padded; ++i) b.first[i] += (b.grad[i] - b.first[i]) * rest;
     } else {
       for (int i = 0; i < b.padded; ++i) b.first[i] = b.first[i] * beta1 + b.grad[i];
     }
-    round_row(b.first, p.row_dim, p.stochastic, key, moments);
+    round_row(b.first, p.table.row_dim, p.stochastic, key, moments);
   };
   p.first_dtype == DType::kF32 ? update(reinterpret_cast<float*>(p.first) + begin)
                                : update(reinterpret_cast<Bf16*>(p.first) + begin);
@@ -148,15 +209,15 @@ EK_LANE void descend(const RowUpdateParams& p, int64_t row, float size, float sq
   const bool adam = p.rule == UpdateRule::kAdam;
   const float rest = static_cast<float>(1.0 - p.beta2), eps = static_cast<float>(p.eps);
   if (p.second_per_row) {
-    const float mean = squares / static_cast<float>(p.row_dim);
+    const float mean = squares / static_cast<float>(p.table.row_dim);
     float& v = p.second[row];
     v += adam ? (mean - v) * rest : mean;
     const float factor = size / (__builtin_sqrtf(v) + eps);
     for (int i = 0; i < b.padded; ++i) b.row[i] -= factor * moment[i];
     return;
   }
-  float* second = p.second + row * p.row_dim;
-  load_row(second, p.row_dim, b.second);
+  float* second = p.second + row * p.table.row_dim;
+  load_row(second, p.table.row_dim, b.second);
   const F32 epses = splat(eps), rests = splat(rest), sizes = splat(size);
   for (int i = 0; i < b.padded; i += kLanes) {
     const F32 g = load(b.grad + i), old = load(b.second + i), square = mul(g, g);
@@ -165,10 +226,10 @@ EK_LANE void descend(const RowUpdateParams& p, int64_t row, float size, float sq
     // a padded element has m = 0, and with eps = 0 also v = 0: its NaN stays in the buffer
     store(b.row + i, sub(load(b.row + i), mul(sizes, divide(load(moment + i), add(root(v), epses)))));
   }
-  std::memcpy(second, b.second, static_cast<size_t>(p.row_dim) * sizeof(float));
+  std::memcpy(second, b.second, static_cast<size_t>(p.table.row_dim) * sizeof(float));
 }
 
-template <class Row>
+template <RowFormat kFormat>
 EK_LANE void update_row(const RowUpdateParams& p, int64_t row, float squares, StepSizes& sizes, const Buffers& b) {
   int64_t step = p.step;
   uint64_t key = 0;
@@ -177,26 +238,27 @@ EK_LANE void update_row(const RowUpdateParams& p, int64_t row, float squares, St
     if (step == 0) step = own;
     if (p.stochastic) key = key_of(p.seed, name_of(p, row), own);
   }
-  Row* stored = reinterpret_cast<Row*>(p.rows) + row * p.row_stride;
-  load_row(stored, p.row_dim, b.row);
+  load_stored<kFormat>(p.table, row, b.row);
   const float* moment = update_first(p, row, static_cast<uint32_t>(key >> 32), b);
   descend(p, row, size_at(p, step, sizes), squares, moment, b);
-  round_row(b.row, p.row_dim, p.stochastic, static_cast<uint32_t>(key), stored);
+  store_stored<kFormat>(p.table, row, b.row, p.stochastic, static_cast<uint32_t>(key));
 }
 
-template <class Row>
+template <RowFormat kFormat>
 EK_LANE void prefetch_row(const RowUpdateParams& p, const RowOrder& order, int64_t entry, int grad_bytes) {
   const int64_t row = order.row(entry);
   const auto lines = [](const void* from, int64_t bytes) __attribute__((always_inline)) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const std::byte*>(from) + i);
   };
-  const int64_t grad_row = static_cast<int64_t>(p.row_dim) * grad_bytes;
+  const int64_t grad_row = static_cast<int64_t>(p.table.row_dim) * grad_bytes;
   lines(p.grad + order.position(entry) * grad_row, grad_row);
   if (p.rule == UpdateRule::kNone) return;
-  lines(reinterpret_cast<const Row*>(p.rows) + row * p.row_stride, p.row_dim * static_cast<int64_t>(sizeof(Row)));
-  if (p.second != nullptr) p.second_per_row ? lines(p.second + row, 4) : lines(p.second + row * p.row_dim, p.row_dim * 4);
+  lines(p.table.row(row), value_bytes(kFormat, int64_t{p.table.row_dim}));
+  if constexpr (!is_plain(kFormat)) __builtin_prefetch(p.table.row_scales(row));
+  if (p.second != nullptr)
+    p.second_per_row ? lines(p.second + row, 4) : lines(p.second + row * p.table.row_dim, p.table.row_dim * 4);
   const int first_bytes = p.first_dtype == DType::kF32 ? 4 : 2;
-  if (p.first != nullptr) lines(p.first + row * p.row_dim * first_bytes, p.row_dim * first_bytes);
+  if (p.first != nullptr) lines(p.first + row * p.table.row_dim * first_bytes, p.table.row_dim * first_bytes);
   if (p.steps != nullptr) __builtin_prefetch(p.steps + row);
 }
 
@@ -215,10 +277,10 @@ EK_LANE void for_rows(const RowOrder& order, int64_t begin, int64_t end, const E
   }
 }
 
-// Calls f with buffers for rows of p.row_dim elements, all zero.
+// Calls f with buffers for rows of p.table.row_dim elements, all zero.
 template <class F>
 EK_LANE void with_buffers(const RowUpdateParams& p, const F& f) {
-  const int64_t padded = ceil_div(p.row_dim, kParts) * kParts;
+  const int64_t padded = ceil_div(p.table.row_dim, kParts) * kParts;
   const size_t bytes = static_cast<size_t>(4 * padded) * sizeof(float);
   float* memory = static_cast<float*>(::operator new(bytes, std::align_val_t{64}));
   std::memset(memory, 0, bytes);
@@ -226,18 +288,18 @@ EK_LANE void with_buffers(const RowUpdateParams& p, const F& f) {
   ::operator delete(memory, std::align_val_t{64});
 }
 
-template <class Row, class Grad>
+template <RowFormat kFormat, class Grad>
 void update_rows(const RowUpdateParams& p, const RowOrder& order, int64_t begin, int64_t end) {
   StepSizes sizes{};  // no step is 0
   with_buffers(p, [&](const Buffers& b) __attribute__((always_inline)) {
     for_rows(order, begin, end, [&](int64_t row, int64_t first, int64_t last) __attribute__((always_inline)) {
       if (last + kPrefetchEntries <= order.count()) {
-        prefetch_row<Row>(p, order, last + kPrefetchEntries - 1, static_cast<int>(sizeof(Grad)));
+        prefetch_row<kFormat>(p, order, last + kPrefetchEntries - 1, static_cast<int>(sizeof(Grad)));
       }
       sum_gradient<Grad>(p, order, first, last, b);
       const float squares = sum_of_squares(b.grad, b.padded);
       p.squares[order.position(first)] = squares;
-      if (p.rule != UpdateRule::kNone) update_row<Row>(p, row, squares, sizes, b);
+      if (p.rule != UpdateRule::kNone) update_row<kFormat>(p, row, squares, sizes, b);
     });
   });
 }
@@ -255,33 +317,14 @@ EK_LANE void keep_largest(uint32_t value, uint32_t* largest) {
   }
 }
 
-// The largest magnitude of the elements, as its bits; of a NaN or infinity above every finite one.
-EK_LANE uint32_t largest_of(const float* x, int count) {
-  uint32_t largest = 0;
-  for (int i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, sizeof(bits));
-    largest = std::max(largest, bits & 0x7FFFFFFFU);
-  }
-  return largest;
-}
-template <class Half>
-EK_LANE uint32_t largest_of(const Half* x, int count) {
-  uint16_t largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint16_t>(x[i].bits & 0x7FFFU));
-  return bits_from_float(to_float(Half{largest}));
-}
-
-constexpr uint32_t kInfinity = 0x7F800000U;
-
 template <class Grad>
 void scan_gradients(const RowUpdateParams& p, int64_t begin, int64_t end, int64_t* bad, uint32_t* largest) {
   const Grad* grad = reinterpret_cast<const Grad*>(p.grad);
   uint32_t here = 0;
   for (int64_t i = begin; i < end; ++i) {
     if (p.row_ids[i] == kNoRow) continue;
-    const uint32_t of_row = largest_of(grad + i * p.row_dim, p.row_dim);
-    if (of_row >= kInfinity) return keep_smallest(i, bad);
+    const uint32_t of_row = largest_of(grad + i * p.table.row_dim, p.table.row_dim);
+    if (of_row >= kInfinityBits) return keep_smallest(i, bad);
     here = std::max(here, of_row);
   }
   keep_largest(here, largest);
@@ -296,7 +339,7 @@ void scan_rows(const RowUpdateParams& p, const RowOrder& order, int64_t begin, i
       }
       if (!sums) return;
       sum_gradient<Grad>(p, order, first, last, b);
-      if (largest_of(b.grad, p.row_dim) >= kInfinity) keep_smallest(row, &fault.row);
+      if (largest_of(b.grad, p.table.row_dim) >= kInfinityBits) keep_smallest(row, &fault.row);
     });
   });
 }
@@ -323,12 +366,14 @@ void find_gradient_fault_cpu(const RowUpdateParams& p, const RowOrder& order, co
 void row_update_cpu(const RowUpdateParams& p, const RowOrder& order, const Parallel& parallel) {
   if (p.row_ids.count == 0) return;  // then squares may be null
   std::memset(p.squares, 0, static_cast<size_t>(p.row_ids.count) * sizeof(float));
-  with_dtype(p.row_dtype, [&](auto* row) __attribute__((always_inline)) {
-    with_dtype(p.grad_dtype, [&](auto* grad) __attribute__((always_inline)) {
-      parallel.for_range(order.count(), kGrainEntries, [&](int64_t begin, int64_t end) {
-        update_rows<std::remove_pointer_t<decltype(row)>, std::remove_pointer_t<decltype(grad)>>(p, order, begin, end);
+  with_row_decode(p.table.format, [&](auto format) __attribute__((always_inline)) {
+    if constexpr (is_plain(format.value) || can_encode(format.value)) {
+      with_dtype(p.grad_dtype, [&](auto* grad) __attribute__((always_inline)) {
+        parallel.for_range(order.count(), kGrainEntries, [&](int64_t begin, int64_t end) {
+          update_rows<format.value, std::remove_pointer_t<decltype(grad)>>(p, order, begin, end);
+        });
       });
-    });
+    }
   });
 }
 

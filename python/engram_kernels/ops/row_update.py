@@ -1,5 +1,4 @@
 """Update rows of a table in place by their gradients: one step of SGD, Adagrad or Adam for the rows that ids name."""
-from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_int, expe
 from engram_kernels._library import LIB
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.reference.row_update import row_update as _reference
-from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.row_format import ROW_FORMATS, TRAINED_FORMATS
 from engram_kernels.table.held_tables import expect_not_held
 from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.row_table import RowTable
@@ -34,11 +33,15 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     every bit. Arithmetic is in float32, and results are the same bits for any number of threads and on every instruction set.
     Everything is checked before the first write. `RowOptimizer` keeps the moments and calls this.
 
+    A row of eight bits is decoded, updated in float32 and encoded again. A block of it that holds a value which is not finite
+    after its update is NaN from then on.
+
     On a GPU the data is checked there: where it is wrong no row and no moment is written, every element that is returned is NaN,
     and `check_errors` raises later.
 
     Args:
-        table: in memory, of format f32, bf16 or f16, not shared and not in a file.
+        table: in memory, of format f32, bf16, f16, fp8_e4m3_block32, fp8_e4m3_block32_packed, fp8_e4m3_row or int8_group32,
+            not shared and not in a file. Triton has the first three.
         row_ids: int32 or int64, any shape, contiguous; -1 (no row: its gradient is not looked at) or in [0, table.num_rows).
         grad_rows: [*row_ids.shape, D] float32, bfloat16 or float16, contiguous.
         rule: "adam", "adagrad" or "sgd", as docs/ops.md writes them; "none": nothing but `out` is written.
@@ -80,18 +83,19 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     expect_int("row_update", "first_row", first_row, 0, MAX_ROW)
     beta1, beta2 = check_rates("row_update", lr, betas, eps)
     grad_scale = _number("row_update", grad_scale)
-    return _OP.call(backend, (table.rows.detach(), row_ids, grad_rows, second, first, steps, rule, lr, beta1, beta2, eps,
-                              grad_scale, step, rounding == "stochastic", seed, first_row), out)
+    return _OP.call(backend, (table.rows.detach(), table.scales, row_ids, grad_rows, second, first, steps, table.row_format,
+                              table.row_dim, table.zero_scale_is_zero, rule, lr, beta1, beta2, eps, grad_scale, step,
+                              rounding == "stochastic", seed, first_row), out)
 
 
-def update_named(rows: Tensor, row_ids: Tensor, grad_rows: Tensor, row_names: Tensor, rule: str, *, lr: float,
+def update_named(table: RowTable, row_ids: Tensor, grad_rows: Tensor, row_names: Tensor, rule: str, *, lr: float,
                  betas: tuple[float, float], eps: float, second: Tensor | None, first: Tensor | None, steps: Tensor | None,
                  step: int | None, rounding: str, seed: int, grad_scale: float | Tensor) -> Tensor:
-    """`row_update` of rows [n, D] out of a larger table, on the CPU, in place: with the bits that it would give there.
+    """`row_update` of n rows out of a larger table, on the CPU, in place: with the bits that it would give there.
 
     Args:
-        rows: those that the step updates, as stored.
-        row_ids: places in `rows`, or -1.
+        table: those that the step updates, in memory.
+        row_ids: places in `table`, or -1.
         row_names: int64 [n], what the rows are called in the table: it decides how they are rounded.
 
     The others are those of `row_update`; moments and steps are of these rows, n instead of R.
@@ -100,8 +104,9 @@ def update_named(rows: Tensor, row_ids: Tensor, grad_rows: Tensor, row_names: Te
     """
     beta1, beta2 = check_rates("row_update", lr, betas, eps)
     return torch.ops.engram_kernels.row_update_named(  # type: ignore[no-any-return]
-        rows, row_ids, grad_rows, row_names, second, first, steps, rule, lr, beta1, beta2, eps,
-        _number("row_update", grad_scale), 0 if step is None else step, rounding == "stochastic", seed)
+        table.rows, table.scales, row_ids, grad_rows, row_names, second, first, steps, table.row_format, table.row_dim,
+        table.zero_scale_is_zero, rule, lr, beta1, beta2, eps, _number("row_update", grad_scale), 0 if step is None else step,
+        rounding == "stochastic", seed)
 
 
 def _number(op: str, grad_scale: float | Tensor) -> float:
@@ -114,10 +119,15 @@ def _number(op: str, grad_scale: float | Tensor) -> float:
     return grad_scale
 
 
-def expect_writable(op: str, table: RowTable, formats: Iterable[str] = FLOAT_FORMATS) -> None:
-    """Raises ValueError unless the rows of `table` are in memory of this process that may be written, and of one of `formats`."""
-    if table.row_format not in formats:
-        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, formats))}")
+def expect_trained_format(op: str, table: RowTable) -> None:
+    """Raises ValueError where rows of such a format cannot be updated."""
+    if table.row_format not in TRAINED_FORMATS:
+        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, TRAINED_FORMATS))}")
+
+
+def expect_writable(op: str, table: RowTable) -> None:
+    """Raises ValueError unless the rows of `table` are in memory of this process that may be written, and of a trained format."""
+    expect_trained_format(op, table)
     if not table.in_memory:
         where = f"in the file {table.path}" if table.tier == "file" else f"at {table.address}"
         raise ValueError(f"{op}: table is {where}, which is read-only; expected one in memory")
@@ -128,32 +138,37 @@ def expect_writable(op: str, table: RowTable, formats: Iterable[str] = FLOAT_FOR
         return
     expect_not_held(op, rows)
     if getattr(table, "_writable_at", None) != rows.data_ptr():
-        _expect_writable_memory(op, rows)
+        _expect_writable_memory(op, "rows", rows)
+        if table.scales is not None:
+            _expect_writable_memory(op, "scales", table.scales)
         object.__setattr__(table, "_writable_at", rows.data_ptr())  # looked up once
 
 
-def _expect_writable_memory(op: str, rows: Tensor) -> None:
-    """Raises ValueError where the memory of `rows` is mapped read-only, as that of a file is: a write would be a fault."""
+def _expect_writable_memory(op: str, name: str, stored: Tensor) -> None:
+    """Raises ValueError where the memory of `stored` is mapped read-only, as that of a file is: a write would be a fault."""
     maps = Path("/proc/self/maps")
     for line in maps.read_text().splitlines() if maps.exists() else ():
         begin, _, end = line.split(" ", 1)[0].partition("-")
-        if int(begin, 16) <= rows.data_ptr() < int(end, 16):
+        if int(begin, 16) <= stored.data_ptr() < int(end, 16):
             if line.split()[1][1] != "w":
-                raise ValueError(f"{op}: table.rows lies in memory that is mapped read-only ({line.split()[-1]}); expected "
+                raise ValueError(f"{op}: table.{name} lies in memory that is mapped read-only ({line.split()[-1]}); expected "
                                  "rows that can be written, as RowTable.from_tensor(.., copy=True) makes them")
             return
 
 
 def _check(args, out):
     op = "row_update"
-    weight, row_ids, grad_rows, second, first, steps, rule = args[:7]
-    step, stochastic = args[12:14]  # the other numbers are checked before the call
-    expect_tensor(op, "table.rows", weight, FLOAT_DTYPES, ("R", "D"), dense_dims=1)
-    num_rows, row_dim = weight.shape
-    if row_dim == 0 or (num_rows > 1 and weight.stride(0) < row_dim):
+    weight, scales, row_ids, grad_rows, second, first, steps, row_format, row_dim, _, rule = args[:11]
+    step, stochastic = args[16:18]  # the other numbers are checked before the call
+    fmt = ROW_FORMATS[row_format]
+    expect_tensor(op, "table.rows", weight, (fmt.dtype,), ("R", "width" if fmt.is_packed else row_dim), dense_dims=1)
+    num_rows = weight.shape[0]
+    if row_dim == 0 or (num_rows > 1 and weight.stride(0) < weight.shape[1]):
         raise ValueError(f"{op}: table.rows has shape {list(weight.shape)} and strides {list(weight.stride())}, expected rows "
                          "that do not share memory, of at least one element")
     expect_row_ids(op, row_ids, weight.device)
+    if (shape := fmt.scale_shape(num_rows, row_dim)) is not None:
+        expect_tensor(op, "table.scales", scales, (fmt.scale_dtype,), shape, weight.device, dense_dims=1)
     expect_tensor(op, "grad_rows", grad_rows, FLOAT_DTYPES, (*row_ids.shape, row_dim), weight.device, row_ids.dim() + 1)
     expect_choice(op, "rule", rule, RULES)
     if second is not None:
@@ -195,10 +210,11 @@ def check_rates(op: str, lr: object, betas: object, eps: object) -> tuple[float,
     return betas[0], betas[1]
 
 
-def _check_data(weight, row_ids, grad_rows, second, first, steps, rule, *options):
+def _check_data(weight, scales, row_ids, grad_rows, second, first, steps, row_format, row_dim, zero_scale_is_zero, rule,
+                *options):
     op, ids = "row_update", row_ids.flatten()
     check_row_ids(op, row_ids, weight.shape[0])
-    grads = grad_rows.reshape(ids.numel(), weight.shape[1])
+    grads = grad_rows.reshape(ids.numel(), row_dim)
     wrong = ~grads.isfinite() & (ids != -1)[:, None]
     if wrong.any():
         position, element = wrong.nonzero()[0].tolist()
@@ -206,7 +222,7 @@ def _check_data(weight, row_ids, grad_rows, second, first, steps, rule, *options
                          f"{grads[position, element].item()}, expected a finite number")
     present = ids[ids != -1].long()
     rows, inverse = torch.unique(present, return_inverse=True)
-    sums = grads.new_zeros(rows.numel(), weight.shape[1], dtype=torch.float32)
+    sums = grads.new_zeros(rows.numel(), row_dim, dtype=torch.float32)
     grad_scale = options[4]
     sums = sums.index_add_(0, inverse, grads[ids != -1].float()) * grad_scale
     if not sums.isfinite().all():
@@ -219,15 +235,16 @@ def _check_data(weight, row_ids, grad_rows, second, first, steps, rule, *options
             raise ValueError(f"{op}: steps[{row}] is {steps[row].item()}, expected [0, {2**31 - 1})")
 
 
-def _empty(weight, row_ids, *options):
+def _empty(weight, scales, row_ids, *options):
     return weight.new_empty(row_ids.numel(), dtype=torch.float32)
 
 
-LIB.define("row_update_named(Tensor(a!) rows, Tensor row_ids, Tensor grad_rows, Tensor row_names, Tensor(b!)? second, "
-           "Tensor(c!)? first, Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, "
-           "int step, bool stochastic, int seed) -> Tensor")
+_NUMBERS = ("str row_format, int row_dim, bool zero_scale_is_zero, str rule, float lr, float beta1, float beta2, float eps, "
+            "float grad_scale, int step, bool stochastic, int seed")
+LIB.define("row_update_named(Tensor(a!) weight, Tensor(b!)? scales, Tensor row_ids, Tensor grad_rows, Tensor row_names, "
+           f"Tensor(c!)? second, Tensor(d!)? first, Tensor(e!)? steps, {_NUMBERS}) -> Tensor")
 torch.library.register_fake("engram_kernels::row_update_named", _empty, lib=LIB)
-_OP = Op("row_update", "Tensor(a!) weight, Tensor row_ids, Tensor grad_rows, Tensor(b!)? second, Tensor(c!)? first, "
-         "Tensor(d!)? steps, str rule, float lr, float beta1, float beta2, float eps, float grad_scale, int step, "
-         "bool stochastic, int seed, int first_row", empty=_empty, reference=_reference, check=_check, check_data=_check_data,
-         differentiable=("weight", "grad_rows"), writes=("weight", "second", "first", "steps"))
+_OP = Op("row_update", "Tensor(a!) weight, Tensor(b!)? scales, Tensor row_ids, Tensor grad_rows, Tensor(c!)? second, "
+         f"Tensor(d!)? first, Tensor(e!)? steps, {_NUMBERS}, int first_row", empty=_empty, reference=_reference, check=_check,
+         check_data=_check_data, differentiable=("weight", "grad_rows"),
+         writes=("weight", "scales", "second", "first", "steps"))

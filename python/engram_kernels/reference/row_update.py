@@ -4,15 +4,20 @@ import math
 import torch
 from torch import Tensor
 
+from .gather_rows import decode
+
 _PARTS = 16  # of a sum of squares
 _LOW = 0xFFFFFFFF
+_E4M3_MAX, _INT8_MAX, _LEAST_SCALE = 448.0, 127.0, 2.0**-126  # a scale below the last would itself lose bits
+_DRAW_BITS = 16  # of what is cut off from a value of eight bits
 
 
-def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tensor | None, first: Tensor | None,
-               steps: Tensor | None, rule: str, lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int,
-               stochastic: bool, seed: int, first_row: int) -> Tensor:
+def row_update(weight: Tensor, scales: Tensor | None, row_ids: Tensor, grad_rows: Tensor, second: Tensor | None,
+               first: Tensor | None, steps: Tensor | None, row_format: str, row_dim: int, zero_scale_is_zero: bool, rule: str,
+               lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int, stochastic: bool, seed: int,
+               first_row: int) -> Tensor:
     """Updates rows and moments in place; returns the sums of squares [n]. See `engram_kernels.row_update`; the same bits."""
-    ids, grads = row_ids.flatten(), grad_rows.reshape(row_ids.numel(), weight.shape[1]).float()
+    ids, grads = row_ids.flatten(), grad_rows.reshape(row_ids.numel(), row_dim).float()
     squares = grads.new_zeros(ids.numel())
     rows = torch.unique(ids[ids != -1]).long()
     if not rows.numel():
@@ -46,8 +51,76 @@ def row_update(weight: Tensor, row_ids: Tensor, grad_rows: Tensor, second: Tenso
         square, old = g * g, second[rows]
         second[rows] = old + ((square - old) * _f32(1 - beta2) if rule == "adam" else square)
         change = size * (moment / (_root(second[rows]) + _f32(eps)))
-    weight[rows] = _rounded(weight[rows].float() - change, weight.dtype, keys & _LOW, stochastic)
+    before = None if scales is None else scales[rows]
+    values = decode(weight[rows], before, row_format, row_dim, zero_scale_is_zero).float() - change
+    if weight.is_floating_point():
+        weight[rows] = _rounded(values, weight.dtype, keys & _LOW, stochastic)
+        return squares
+    random = random_bits(keys & _LOW, row_dim) if stochastic else None
+    block = 32 if scales is None else row_dim // scales.shape[1]
+    codes, now = encode(values, weight.dtype, block, before, random)
+    if scales is None:
+        codes = torch.cat([codes, now], 1)
+    else:
+        scales[rows] = now
+    weight[rows, :codes.shape[1]] = codes
     return squares
+
+
+def encode(values: Tensor, dtype: torch.dtype, block: int, before: Tensor | None,
+           random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of eight bits: each value the nearest one, ties to even, or up in magnitude with the probability of what is cut off.
+
+    The quotient of value and scale is that of float32. A block that holds a value which is not finite gets a scale that is NaN.
+
+    Args:
+        values: float32 [n, D].
+        dtype: int8: integers; uint8: e4m3.
+        block: elements that share a scale.
+        before: scales [n, D / block] that the rows had. float32: one stays where the largest value fits it and fills half of it.
+            uint8, or None: scales are ue8m0.
+        random: 32 bits for each element, as int64 [n, D]; None: to the nearest.
+
+    Returns:
+        codes [n, D] of `dtype`, and scales [n, D / block].
+    """
+    blocks = values.unflatten(1, (-1, block))
+    largest = blocks.abs().amax(-1)
+    finite, most = largest.isfinite(), torch.full_like(largest, _INT8_MAX if dtype == torch.int8 else _E4M3_MAX)
+    if before is not None and before.dtype == torch.float32:
+        scales = torch.where(finite, float_scales(largest, most, before), torch.nan)
+        quotients = blocks.abs() / scales.unsqueeze(-1)
+    else:
+        exponents = ((largest.view(torch.int32) + 0x1FFFFF) >> 23) - 8  # of the least power that holds it: 448 is 1.75 * 2^8
+        exponents = torch.where(largest == 0, 127, exponents.clamp(min=1))
+        scales = torch.where(finite, exponents, 255).to(torch.uint8)
+        quotients = blocks.abs() * ((254 - exponents) << 23).view(torch.float32).unsqueeze(-1)
+        most = torch.where(exponents == 247, 240.0, most)  # one step below what would be decoded as 2^128
+    quotients = torch.where(finite.unsqueeze(-1), quotients.minimum(most.unsqueeze(-1)), 0.0).flatten(1)
+    negative = values.signbit() & finite.repeat_interleave(block, 1)
+    if dtype == torch.int8:
+        steps = _steps(quotients, torch.zeros_like(quotients, dtype=torch.int32), random)
+        return torch.where(negative, -steps, steps).to(torch.int8), scales
+    exponents = ((quotients.view(torch.int32) >> 23) - 121).clamp(min=0)  # 2^-6 and what is below have steps of 2^-9
+    codes = _steps(quotients, 9 - exponents, random) + exponents * 8
+    return (codes | negative.long() << 7).to(torch.uint8), scales
+
+
+def _steps(size: Tensor, exponents: Tensor, random: Tensor | None) -> Tensor:
+    """int64: size * 2^exponents as a whole number. What is cut off at random is first rounded to _DRAW_BITS bits."""
+    bits = 0 if random is None else _DRAW_BITS
+    whole = (size * ((127 + bits + exponents) << 23).view(torch.float32)).round().long()
+    return whole if random is None else (whole + (random >> 32 - _DRAW_BITS)) >> _DRAW_BITS
+
+
+def float_scales(largest: Tensor, most: Tensor, before: Tensor | None = None) -> Tensor:
+    """float32 scales that bring the largest value to `most`; 1 for zeros. Those of `before` where they still serve."""
+    scales = torch.where(largest == 0, 1.0, (largest / most).clamp(min=_LEAST_SCALE))
+    scales = torch.where((scales * most).isinf(), torch.nextafter(scales, torch.zeros_like(scales)), scales)
+    if before is None:
+        return scales
+    reach = before * most  # what its largest value is decoded to
+    return torch.where((before > 0) & (largest <= reach) & (largest >= 0.5 * reach) & reach.isfinite(), before, scales)
 
 
 def _f32(x: float | list[float]) -> Tensor:

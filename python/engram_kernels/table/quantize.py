@@ -11,15 +11,16 @@ from torch import Tensor
 
 from engram_kernels._modes import plain_tensors
 from engram_kernels.reference.gather_rows import decode
-from engram_kernels.row_format import ROW_FORMATS, check_shape, row_format_of
+from engram_kernels.reference.row_update import encode as encode_rows
+from engram_kernels.reference.row_update import float_scales
+from engram_kernels.row_format import ROW_FORMATS, TRAINED_FORMATS, check_shape, row_format_of
 from engram_kernels.table.table_writer import Chunk
 
 if TYPE_CHECKING:
     from engram_kernels.table.row_table import RowTable
 
 FORMATS = tuple(name for name, fmt in ROW_FORMATS.items() if not fmt.is_float)  # that rows can be encoded as
-_E4M3_MAX, _E2M1_MAX, _INT8_MAX = 448.0, 6.0, 127.0
-_LEAST_SCALE = 2.0**-126  # of float32: below it a scale itself loses bits
+_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 _PIECE_VALUES = 1 << 22  # decoded at a time
 _SAMPLE_ROWS = 1 << 20  # of the medians
 _OP = "RowTable.quantize"
@@ -92,65 +93,40 @@ def quantize(table: RowTable, row_format: str, path: str | os.PathLike[str] | No
                                    table_scale=table_scale), errors.report()
 
 
-def encode(values: Tensor, row_format: str, whole: float | None = None, *, draws: Tensor | None = None,
-           before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def encode(values: Tensor, row_format: str, whole: float | None = None) -> tuple[Tensor, Tensor | None]:
     """Rows as a format stores them, each value the nearest one, ties to even.
 
     Args:
         values: float32 [n, D], finite, on the CPU.
         row_format: one of `FORMATS`.
         whole: the scale of the table, for fp8_e4m3_tensor and nvfp4.
-        draws: float64 [n, D] in [0, 1), of fp8 and int8: then each value is the next one up in magnitude where its draw is below
-            the part that is cut off, else the next one down.
-        before: float32 scales that the rows had, each of which is kept where the largest value fits it and fills half of it.
 
     Returns:
         rows and scales, as `RowTable.create` takes a piece; no scales where they are packed or of the whole table.
     """
     fmt = ROW_FORMATS[row_format]
+    if row_format in TRAINED_FORMATS:
+        block = fmt.block or values.shape[1]
+        none = torch.zeros(len(values), values.shape[1] // block) if fmt.scale_dtype == torch.float32 else None
+        rows, scales = encode_rows(values, fmt.dtype, block, none, None)
+        return (torch.cat([rows, scales], 1), None) if fmt.is_packed else (rows, scales)
     exact = values.double()
     if row_format == "fp8_e4m3_tensor":
         assert whole is not None
-        return _to_e4m3(exact / whole, draws), None
-    if row_format == "fp8_e4m3_row":
-        scales = _float_scales(exact.abs().amax(1, keepdim=True), _E4M3_MAX, before)
-        return _to_e4m3(exact / scales, draws), scales
+        return (exact / whole).float().clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8), None
     blocks = exact.unflatten(1, (-1, fmt.block))
     largest = blocks.abs().amax(-1)
-    if row_format == "int8_group32":
-        scales = _float_scales(largest, _INT8_MAX, before)
-        levels = (blocks / scales.double().unsqueeze(-1)).flatten(1)
-        levels = levels.round() if draws is None else torch.copysign(_drawn(levels.abs(), draws), levels)
-        return levels.clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales
     if row_format == "nvfp4":
         assert whole is not None
         scales = (largest / (_E2M1_MAX * whole)).to(torch.float8_e4m3fn).view(torch.uint8)
         scales[(scales == 0) & (largest > 0)] = 1  # the least that is not zero
         factors = scales.view(torch.float8_e4m3fn).double() * whole
         return _to_e2m1(blocks / torch.where(factors == 0, 1.0, factors).unsqueeze(-1)), scales
-    exponents = _exponents(largest, _E2M1_MAX if row_format == "mxfp4" else _E4M3_MAX)
-    scales = (exponents + 127).to(torch.uint8)
+    exponents = _exponents(largest, _E2M1_MAX)
     # a value near float32's largest may be nearer to 2^128, which would be decoded as Inf: at most the level below
-    below = 0.75 if row_format == "mxfp4" else 0.9375
-    most = torch.ldexp(torch.full_like(largest, below), (128 - exponents).double()).unsqueeze(-1)
+    most = torch.ldexp(torch.full_like(largest, 0.75), (128 - exponents).double()).unsqueeze(-1)
     scaled = torch.ldexp(blocks, -exponents.unsqueeze(-1).double()).clamp(-most, most)
-    if row_format == "mxfp4":
-        return _to_e2m1(scaled), scales
-    rows = _to_e4m3(scaled.flatten(1), draws)
-    return (torch.cat([rows, scales], 1), None) if fmt.is_packed else (rows, scales)
-
-
-def _to_e4m3(scaled: Tensor, draws: Tensor | None = None) -> Tensor:
-    if draws is not None:
-        size = scaled.abs().clamp(max=_E4M3_MAX)
-        step = torch.ldexp(torch.ones_like(size), ((torch.frexp(size)[1] - 1).clamp(min=-6) - 3).double())  # between values
-        scaled = torch.copysign(_drawn(size / step, draws) * step, scaled)
-    return scaled.float().clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def _drawn(size: Tensor, draws: Tensor) -> Tensor:
-    below = size.floor()
-    return below + (draws < size - below)
+    return _to_e2m1(scaled), (exponents + 127).to(torch.uint8)
 
 
 def _to_e2m1(scaled: Tensor) -> Tensor:
@@ -163,17 +139,6 @@ def _to_e2m1(scaled: Tensor) -> Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def _float_scales(largest: Tensor, most: float, before: Tensor | None = None) -> Tensor:
-    """float32 scales that bring the largest value to the format's; 1 for zeros. Those of `before` where they still serve."""
-    scales = torch.where(largest == 0, 1.0, (largest / most).clamp(min=_LEAST_SCALE)).float()
-    too_large = scales.double() * most > torch.finfo(torch.float32).max  # rounded up: its largest value would be Inf
-    scales = torch.where(too_large, torch.nextafter(scales, torch.zeros_like(scales)), scales)
-    if before is None:
-        return scales
-    reach = before.double() * most
-    return torch.where((largest <= reach) & (largest >= reach / 2) & (before > 0), before, scales)
-
-
 def _exponents(largest: Tensor, most: float) -> Tensor:
     """int32 exponents of the least powers of two that bring the largest value into the format's range; 0 for zeros."""
     mantissa, exponent = torch.frexp(largest / most)
@@ -183,7 +148,7 @@ def _exponents(largest: Tensor, most: float) -> Tensor:
 
 def _scale_of_table(row_format: str, largest: float) -> float:
     most = _E4M3_MAX * (_E2M1_MAX if ROW_FORMATS[row_format].has_table_scale else 1.0)
-    return float(_float_scales(torch.tensor(largest, dtype=torch.float64, device="cpu"), most))
+    return float(float_scales(*torch.tensor([largest, most], dtype=torch.float32, device="cpu")))
 
 
 def _float_pieces(table: RowTable) -> Iterator[tuple[int, Tensor]]:

@@ -18,6 +18,7 @@ from engram_kernels._library import need_compiled
 from engram_kernels.ops.row_update import update_named
 from engram_kernels.table.file_reader import make_reader
 from engram_kernels.table.held_tables import HeldTable
+from engram_kernels.table.row_ids import check_row_ids, expect_row_ids
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.table.safetensors_file import Extent, atomic_writer, open_regular, read_bytes
 from engram_kernels.table.shared_table import fingerprint
@@ -33,7 +34,6 @@ from engram_kernels.training.optimizer_state import (
     read_state,
     take_over,
 )
-from engram_kernels.training.quantized_rows import distinct_of
 from engram_kernels.training.step_journal import StepJournal, journal_path
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ class FileRows:
             writers = [_C.RowWriter(fd, str(where), io) for fd, where in ((self._held.fd, path), (self._state_fd, state))]
             reader = make_reader(self._state_fd, str(state), io=f"{io}_buffered")
             file = _file_of(self.table)
-            self.rows = _Array(file.rows, self.table.rows.dtype, file.reader, writers[0])
+            stored = zip((file.rows, file.scales), (self.table.rows, self.table.scales), strict=True)
+            self.stored = [_Array(extent, like.dtype, file.reader, writers[0])  # rows, and scales where there are any
+                           for extent, like in stored if extent is not None and like is not None]
             self.moments = {name: _Array(header.extents[name], dtype, reader, writers[1])
                             for name, (dtype, _) in optimizer.moment_shapes().items()}
             self._progress_at, self._readers, self._writers = header.extents[PROGRESS].offset, (file.reader, reader), writers
@@ -160,7 +162,7 @@ class FileRows:
         view = memoryview(bytearray(body))
         ids = torch.frombuffer(view[:count * 8], dtype=torch.int64) if count else torch.empty(0, dtype=torch.int64, device="cpu")
         at = count * 8
-        for array in (self.rows, *self.moments.values()):
+        for array in (*self.stored, *self.moments.values()):
             if count:
                 array.write(ids, view[at:at + count * array.row_bytes])
             at += count * array.row_bytes
@@ -173,16 +175,18 @@ class FileRows:
         """Step `num_steps`; `options`: rule, step, rounding and seed as `row_update` takes them, and first_row."""
         self._expect_open()
         self.make_whole()
-        distinct, local = distinct_of(row_ids, self.table.num_rows)
-        rows = self.rows.read(distinct)
+        distinct, local = _distinct_of(self.op, row_ids, self.table.num_rows)
+        stored = [array.read(distinct) for array in self.stored]
         moments = {name: array.read(distinct) for name, array in self.moments.items()}
         first_row = options.pop("first_row")
-        update_named(rows, local, grad_rows.detach().reshape(local.numel(), self.table.row_dim), distinct + first_row, **rates,
+        table = RowTable(stored[0], stored[1] if len(stored) > 1 else None, self.table.row_format, self.table.row_dim,
+                         self.table.zero_scale_is_zero)
+        update_named(table, local, grad_rows.detach().reshape(local.numel(), self.table.row_dim), distinct + first_row, **rates,
                      **options, grad_scale=grad_scale, second=moments.get("second"), first=moments.get("first"),
                      steps=moments.get("steps"))
         group = {**self.optimizer.param_groups[0], **rates}
         progress = encode_progress(self.op, num_steps, group, {})
-        parts = [bytes_of(distinct), bytes_of(rows), *(bytes_of(x) for x in moments.values()), progress]
+        parts = [bytes_of(distinct), *(bytes_of(x) for x in (*stored, *moments.values())), progress]
         if self.journal.end > self.journal_bytes:
             self.checkpoint()
         self.journal.append(num_steps, distinct.numel(), parts, self.durable)
@@ -194,7 +198,7 @@ class FileRows:
     def _write_parts(self, distinct: Tensor, parts: list[Any]) -> None:
         try:
             if distinct.numel():
-                for array, part in zip((self.rows, *self.moments.values()), parts[1:-1], strict=True):
+                for array, part in zip((*self.stored, *self.moments.values()), parts[1:-1], strict=True):
                     array.write(distinct, part)
             write_all(self._state_fd, parts[-1], self._progress_at)
         finally:
@@ -267,7 +271,7 @@ class FileRows:
         if self._writers:
             self._last = {"writes": sum(w.writes for w in self._writers), "bytes": sum(w.bytes for w in self._writers)}
         self._writers, self._readers, self.moments = [], (), {}
-        self.__dict__.pop("rows", None)
+        self.stored = []
 
     def _expect_open(self) -> None:
         if os.getpid() != self._process:
@@ -281,6 +285,16 @@ class FileRows:
             reader.accept_changes()
 
 
+def _distinct_of(op: str, row_ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Distinct rows, ascending, and the place of each id [n] among them, or -1. IndexError: an id is out of range."""
+    expect_row_ids(op, row_ids, torch.device("cpu"))
+    check_row_ids(op, row_ids, num_rows)
+    ids = row_ids.reshape(-1).to(torch.int64)
+    present = ids != -1
+    distinct, places = torch.unique(ids[present], return_inverse=True)
+    return distinct, torch.full_like(ids, -1).masked_scatter_(present, places)
+
+
 def _file_of(table: RowTable) -> TableFile:
     assert isinstance(table._file, TableFile)  # its tier says so
     return table._file
@@ -292,6 +306,11 @@ def _single_file(op: str, table: RowTable) -> Path:
     assert file.rows_in is not None
     if len(file.rows_in.parts) != 1:
         raise ValueError(f"{op}: table lies in {len(file.rows_in.parts)} parts, expected one file, as RowTable.create writes it")
+    scales = file.scales_in
+    if scales is not None and (len(scales.parts) != 1 or scales.parts[0].path != file.rows_in.parts[0].path):
+        raise ValueError(f"{op}: the scales of table lie in another file than its rows; expected one file, as of RowTable.create")
+    if scales is not None and scales.extent.dtype in ("BF16", "F16"):
+        raise ValueError(f"{op}: the scales of table are {scales.extent.dtype}, expected F32, which new scales are")
     if table.io_stats()["cache_slots"]:
         raise ValueError(f"{op}: table was opened with cache_bytes, whose rows would be of before a step; open it without")
     return Path(file.source[0])  # the file itself: its journal is found by whatever name the next process opens it

@@ -185,10 +185,10 @@ def bytes_of(x: Tensor) -> Any:
 
 
 def checksum(table: RowTable) -> str:
-    """A hash of sums over all stored rows: it tells the rows of one step from those of another. Reads the whole table."""
+    """A hash of sums over all stored rows and scales: it tells the rows of one step from those of another. Reads all of them."""
     digest = hashlib.blake2b(digest_size=16)
-    for rows in pieces_of(table):
-        stored = rows.detach().contiguous().view(-1).view(torch.uint8)
+    for piece in pieces_of(table):
+        stored = piece.detach().contiguous().view(-1).view(torch.uint8)
         whole = stored.numel() // 8 * 8
         total = int(stored[:whole].view(torch.int64).sum()) if whole else 0
         digest.update(total.to_bytes(8, "little", signed=True) + bytes_of(stored[whole:]).tobytes())
@@ -196,15 +196,16 @@ def checksum(table: RowTable) -> str:
 
 
 def pieces_of(table: RowTable) -> Iterator[Tensor]:
-    """All rows as stored, piece by piece."""
+    """All rows as stored, piece by piece, each with its scales behind it where there are any."""
     for begin in range(0, table.num_rows, _PIECE_ROWS):
         count = min(_PIECE_ROWS, table.num_rows - begin)
+        arrays = (table.rows,) if table.scales is None else (table.rows, table.scales)
         if table._file is None:
-            yield table.rows.detach()[begin:begin + count]
+            yield from (array.detach()[begin:begin + count] for array in arrays)
             continue
-        rows = torch.empty(count, table.rows.shape[1], dtype=table.rows.dtype, device="cpu")
-        table._file.read_span(begin, rows, None)
-        yield rows
+        pieces = [torch.empty(count, array.shape[1], dtype=array.dtype, device="cpu") for array in arrays]
+        table._file.read_span(begin, pieces[0], None if table.scales is None else pieces[1])
+        yield from pieces
 
 
 def load_state_dict(optimizer: RowOptimizer, state_dict: Mapping[str, Any]) -> None:

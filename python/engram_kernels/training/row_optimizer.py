@@ -15,7 +15,6 @@ from engram_kernels.ops.row_update import FLOAT_MAX, MAX_ROW, ROUNDINGS, check_r
 from engram_kernels.table.row_table import RowTable
 from engram_kernels.training.file_rows import FileRows
 from engram_kernels.training.optimizer_state import NumSteps, load_state, load_state_dict, save_state
-from engram_kernels.training.quantized_rows import FORMATS, update_quantized
 from engram_kernels.training.trained_table import expect_trainable, is_computed, note
 
 _EPS = {"adam": 1e-8, "adagrad": 1e-10, "sgd": 0.0}
@@ -41,9 +40,9 @@ class RowOptimizer(torch.optim.Optimizer):
     Threads: one step at a time. Failure: what is wrong with a step is raised before anything is written.
 
     Args:
-        table: of format f32, bf16 or f16, in memory and not shared, or in one file that `RowTable.create` wrote. In host memory
-            also of fp8_e4m3_block32, fp8_e4m3_block32_packed, fp8_e4m3_row or int8_group32: such rows are decoded, updated in
-            float32 and encoded again.
+        table: of format f32, bf16, f16, fp8_e4m3_block32, fp8_e4m3_block32_packed, fp8_e4m3_row or int8_group32, in memory and
+            not shared, or in one file that `RowTable.create` wrote. Rows of eight bits are decoded, updated in float32 and
+            encoded again.
         rule: "adam", "adagrad" or "sgd"; formulas in docs/ops.md, "row_update".
         lr: learning rate.
         betas: of adam; the first is the momentum of sgd with a first moment.
@@ -215,10 +214,9 @@ class RowOptimizer(torch.optim.Optimizer):
             self.file.step(row_ids, grad_rows, rates, grad_scale, number, rule=self.rule, rounding=self._rounding,
                            step=None if self._by_row else number, seed=self._seed, first_row=self._first_row)
             return
-        update: Any = update_quantized if self.table.row_format in FORMATS else row_update
-        update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
-               step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
-               grad_scale=grad_scale)
+        row_update(self.table, row_ids, grad_rows, self.rule, **rates, second=self.second, first=self.first, steps=self.steps,
+                   step=None if self._by_row else number, rounding=self._rounding, seed=self._seed, first_row=self._first_row,
+                   grad_scale=grad_scale)
 
     def skips(self, row_ids: Tensor, grad_rows: Tensor, grad_scale: float | Tensor = 1.0) -> bool:
         """Whether `step` skips these: nonfinite is "skip", and the gradient of a row or `grad_scale` is NaN or infinite."""
@@ -296,12 +294,13 @@ class RowOptimizer(torch.optim.Optimizer):
         row_ids, grad_rows = self._gradients(row_ids, grad_rows)
         if self.skips(row_ids, grad_rows):
             return torch.tensor(math.nan, dtype=torch.float64, device=grad_rows.device)
-        if self.file is not None or self.table.row_format in FORMATS:  # rows do not matter, only which ids are equal
+        if self.file is not None:  # rows do not matter, only which ids are equal
             distinct, row_ids = torch.unique(row_ids, return_inverse=True)
             row_ids = row_ids - int(distinct[:1].eq(-1).sum())
             table = RowTable.from_tensor(torch.zeros(max(distinct.numel(), 1), self.table.row_dim), row_format="f32")
         else:
-            table = RowTable.from_tensor(self.table.rows.data, row_format=self.table.row_format)  # its version does not grow
+            table = RowTable.from_tensor(self.table.rows.data, self.table.scales, self.table.row_format,
+                                         row_dim=self.table.row_dim)  # the version of its rows does not grow
         squares = row_update(table, row_ids, grad_rows, "none", lr=0.0)
         return torch.tensor(math.sqrt(math.fsum(squares.tolist())), dtype=torch.float64, device=squares.device)
 

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from engram_kernels.ops.row_update import expect_writable
-from engram_kernels.row_format import FLOAT_FORMATS
+from engram_kernels.ops.row_update import expect_trained_format, expect_writable
 from engram_kernels.table.row_table import RowTable
-from engram_kernels.training.quantized_rows import FORMATS, expect_decodable
 
 if TYPE_CHECKING:
     from engram_kernels.training.row_optimizer import RowOptimizer
@@ -38,13 +36,12 @@ def _is_trained(rows: Tensor) -> bool:
 def expect_trainable(op: str, table: RowTable, state: str | os.PathLike[str] | None) -> None:
     """Raises ValueError unless the rows can be updated where they are."""
     if table.tier != "file":
-        expect_writable(op, table, (*FLOAT_FORMATS, *FORMATS))
-        expect_decodable(table)
+        expect_writable(op, table)
         if state is not None:
             raise ValueError(f"{op}: state is given, but table is in memory, where its moments are too; use save and load")
-    elif table.row_format not in FLOAT_FORMATS:
-        raise ValueError(f"{op}: table has row_format {table.row_format!r}, expected {' or '.join(map(repr, FLOAT_FORMATS))}")
-    elif state is None:
+        return
+    expect_trained_format(op, table)
+    if state is None:
         raise ValueError(f"{op}: table is in the file {table.path}, and state is None; expected the file of its moments, state=, "
                          "which is made where there is none")
 

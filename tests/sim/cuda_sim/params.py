@@ -93,8 +93,8 @@ class ShortConvBwdParams(Structure):
 
 
 class RowUpdateParams(Structure):
-    _fields_ = [("row_ids", RowIds), ("grad", c_void_p), ("grad_dtype", c_int), ("rows", c_void_p), ("row_stride", c_int64),
-                ("row_dtype", c_int), ("num_rows", c_int64), ("row_dim", c_int), ("second", c_void_p), ("second_per_row", c_bool),
+    _fields_ = [("table", RowSource), ("row_ids", RowIds), ("grad", c_void_p), ("grad_dtype", c_int), ("second", c_void_p),
+                ("second_per_row", c_bool),
                 ("first", c_void_p), ("first_dtype", c_int), ("steps", c_void_p), ("squares", c_void_p), ("rule", c_int)] + [
         (name, c_double) for name in ("lr", "beta1", "beta2", "eps", "grad_scale")] + [
         ("step", c_int64), ("stochastic", c_bool), ("seed", c_uint64), ("first_row", c_int64)] + [
