@@ -21,7 +21,9 @@ std::string timeout_text(int64_t ticket, double timeout_s) {
 }
 
 RowFormat float_format_of(DType dtype) {
-  return dtype == DType::kF32 ? RowFormat::kF32 : dtype == DType::kF16 ? RowFormat::kF16 : RowFormat::kBf16;
+  int format = 0;
+  while (!stores(static_cast<RowFormat>(format), dtype)) ++format;  // each dtype has one
+  return static_cast<RowFormat>(format);
 }
 
 constexpr int kCellsPerSlot = 4;  // of launches whose count is not read yet

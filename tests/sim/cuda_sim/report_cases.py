@@ -24,6 +24,8 @@ from test_row_update_cuda_sim import make_state
 from test_row_update_cuda_sim import simulate as simulate_row_update
 
 from cuda_sim import Device
+from engram_kernels.row_format import ROW_FORMATS
+from engram_kernels.table.quantize import encode
 from engram_kernels.testing.inputs import random_rows
 
 HIDDEN_SIZE, BRANCHES, ROW_DIM = 5120, 4, 256
@@ -125,16 +127,21 @@ def place_rows(row_bytes=264):
             NUM_ROWS * (2 * row_bytes + 8), NUM_ROWS, "row")
 
 
-def row_update(rows=256):
-    ids, state = torch.arange(2 * rows) % rows, make_state("row", torch.bfloat16, rows, ROW_DIM)
-    grads = torch.randn(2 * rows, ROW_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
-    table = torch.randn(rows, ROW_DIM, generator=torch.Generator().manual_seed(4)).bfloat16()
-    of_row = 2 * ROW_DIM * 2 + 2 * (2 * ROW_DIM * 2 + 4 + 4)  # gradients of two positions; row, moments and count, both ways
-    return ("row_update", "Adam, bf16, moments bf16 and per row, 2 positions per row, after the sort",
-            lambda: simulate_row_update(table, ids, grads, "adam", state)[2], rows * (of_row + 2 * (8 + 8 + 4)), rows, "row")
+def row_update(row_format, rows=256):
+    def make():
+        ids, state = torch.arange(2 * rows) % rows, make_state("row", torch.bfloat16, rows, ROW_DIM)
+        grads = torch.randn(2 * rows, ROW_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
+        table = torch.randn(rows, ROW_DIM, generator=torch.Generator().manual_seed(4))
+        table, scales = (table.bfloat16(), None) if row_format == "bf16" else encode(table, row_format)
+        # gradients of two positions; row, moments and count, both ways
+        of_row = 2 * ROW_DIM * 2 + 2 * (ROW_FORMATS[row_format].row_bytes(ROW_DIM) + ROW_DIM * 2 + 4 + 4)
+        return ("row_update", f"Adam, {row_format}, moments bf16 and per row, 2 positions per row, after the sort",
+                lambda: simulate_row_update(table, ids, grads, "adam", state, row_format=row_format, scales=scales)[2],
+                rows * (of_row + 2 * (8 + 8 + 4)), rows, "row")
+    return make
 
 
 CASES = (ngram_hash, gather_rows("bf16"), gather_rows("fp8_e4m3_block32_packed"), gather_rows("fp8_e4m3_block32"),
          gather_rows("int8_group32"), gather_rows("fp8_e4m3_block32_packed", as_stored=True),
          gather_rows_bwd, gate, gate_bwd, gather_gate(backward=False), gather_gate(backward=True), short_conv, short_conv_decode,
-         short_conv_bwd, row_update, place_rows)
+         short_conv_bwd, row_update("bf16"), row_update("fp8_e4m3_block32"), place_rows)
