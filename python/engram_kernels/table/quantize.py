@@ -107,7 +107,7 @@ def encode(values: Tensor, row_format: str, whole: float | None = None) -> tuple
     fmt = ROW_FORMATS[row_format]
     if row_format in TRAINED_FORMATS:
         block = fmt.block or values.shape[1]
-        none = torch.zeros(len(values), values.shape[1] // block) if fmt.scale_dtype == torch.float32 else None
+        none = values.new_zeros(len(values), values.shape[1] // block) if fmt.scale_dtype == torch.float32 else None
         rows, scales = encode_rows(values, fmt.dtype, block, none, None)
         return (torch.cat([rows, scales], 1), None) if fmt.is_packed else (rows, scales)
     exact = values.double()
