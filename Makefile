@@ -79,7 +79,7 @@ test-asan: $(VENV)/.built
 	PYTHONPATH=$(abspath build-asan)/python LD_PRELOAD="$(ASAN_LIBS)" EK_EXPECT_SANITIZER=1 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(PYTEST) $(PARALLEL) $(filter-out $(NOT_UNDER_ASAN),$(OP_TESTS) $(TABLE_TESTS) $(PREFETCH_TESTS)) \
-	  -k "not compiles and not triton and not million and not only_copy and not hold_nothing" $(ARGS)
+	  -k "not compiles and not triton and not million and not only_copy and not hold_nothing and not no_page_is_fresh" $(ARGS)
 
 # The prefetcher (csrc/prefetch, no torch) under each sanitizer for so many seconds: 16 threads that do everything at random, and,
 # where nvcc is, its CUDA engine on a runtime without a device.

@@ -55,10 +55,10 @@ def test_no_page_is_fresh_the_second_time(table, monkeypatch):
     ids = ids_of(16 * NUM_IDS)  # 128 MiB
     ek.gather_rows(table, ids)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
+    for _ in range(20):
         ek.gather_rows(table, ids)
-    # 64 faults per call where huge pages serve, 32,768 where they do not
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 64
+    # fresh memory: 1,280 faults where huge pages serve, 655,360 where they do not; some are Python's own
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 400
 
 
 def test_every_op_makes_its_large_output_there():
