@@ -59,12 +59,12 @@ struct Pool {
     delete block;
   }
 
-  // The smallest kept block of [bytes, 2 * bytes]; or null.
+  // The smallest kept block of [bytes, 2 * bytes], of equal ones the one that came last; or null.
   OutputBlock* fitting(int64_t bytes) {
     size_t best = kept.size();
     for (size_t i = 0; i < kept.size(); ++i) {
       const int64_t size = kept[i]->bytes;
-      if (size >= bytes && size <= 2 * bytes && (best == kept.size() || size < kept[best]->bytes)) best = i;
+      if (size >= bytes && size <= 2 * bytes && (best == kept.size() || size <= kept[best]->bytes)) best = i;
     }
     return best == kept.size() ? nullptr : remove(best);
   }
