@@ -110,6 +110,47 @@ def test_cache_operations_reach_the_memory(model):
         torch.testing.assert_close(step(model, IDS[:, :7], cache), whole(model, IDS[:, :7]), **CLOSE)
 
 
+def test_crop_to_a_length(model):
+    """The older way, of 5.16: what newer releases refuse leaves the memory's state as it is."""
+    cache = new_cache(model)
+    step(model, IDS[:, :9], cache)
+    try:
+        cache.crop(5)
+    except ValueError:
+        assert cache.get_seq_length() == 9
+    kept = cache.get_seq_length()
+    torch.testing.assert_close(step(model, IDS[:, kept:11], cache), whole(model, IDS[:, :11])[:, kept:], **CLOSE)
+
+
+class Counted:
+    """A backend of torch.compile that runs each graph as it is and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph
+
+
+@pytest.mark.parametrize("made", ["of the configuration", "as it comes", "by the model"])
+def test_a_forward_with_a_cache_is_one_graph(model, made):
+    """As without the memory: a prefill with padding, and a step behind it, in each kind of DynamicCache."""
+    torch.compiler.reset()
+    kwargs = {} if made == "by the model" else {CACHE: new_cache(model) if made == "of the configuration" else DynamicCache()}
+    want = whole(model, IDS, attention_mask=MASK)
+    for begin, end in ((0, 20), (20, 21)):
+        counted = Counted()
+        with torch.no_grad():
+            out = torch.compile(model.forward, backend=counted, fullgraph=True)(
+                IDS[:, begin:end], attention_mask=MASK[:, :end], position_ids=(MASK.cumsum(1) - 1)[:, begin:end],
+                use_cache=True, **kwargs)
+        assert counted.graphs == 1
+        kwargs = {CACHE: out[CACHE]}
+        shown = MASK[:, begin:end].bool()
+        torch.testing.assert_close(out.logits[shown], want[:, begin:end][shown], **CLOSE)
+
+
 def test_two_generations_take_turns(model):
     other, caches = some_ids(3, 21, seed=9), [new_cache(model), new_cache(model)]
     for begin, end in ((0, 8), (8, 9), (9, 21)):

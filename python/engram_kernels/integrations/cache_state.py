@@ -1,25 +1,33 @@
-"""What a memory has seen of the sequences of a transformers cache: it is held by the cache and does what the cache does."""
+"""What a memory has seen of the sequences of a transformers cache: a layer of the cache, behind those of the model."""
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 
+_Dummy: Any = getattr(cache_utils, "DummyLayer", object)  # which masks and offloading pass over; 5.16 has none
 MAX_DRAFTS = 64  # inputs of the convolution that `crop` may take back
 
 
-class LayerState:
-    """Token ids and convolution inputs of one memory layer.
+class LayerState(_Dummy):
+    """Token ids and convolution inputs of one memory layer. The cache reorders, crops, selects and resets it with its layers.
 
     Attributes:
+        layer: the decoder layer's number.
         ids: [B, L] int64, every token so far, oldest first; -2 is padding. None: nothing yet.
         inputs: [B, p, M, H], the last inputs of the convolution, oldest first. None: nothing yet, or no convolution.
         reach: inputs that the convolution needs.
     """
 
-    def __init__(self) -> None:
+    keys = values = None
+    is_sliding = is_compileable = supports_early_init = False
+    is_croppable = is_initialized = True
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
         self.ids: Tensor | None = None
         self.inputs: Tensor | None = None
         self.reach = 0
@@ -31,86 +39,74 @@ class LayerState:
             line = inputs if self.inputs is None else torch.cat([self.inputs, inputs], dim=1)
             self.inputs, self.reach = line[:, -(reach + MAX_DRAFTS):].clone(), reach
 
-    def crop(self, count: int) -> None:
-        """Takes the last `count` tokens back."""
-        if self.ids is None or count == 0:
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.ids = self.inputs = None
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last `-tokens` tokens back. Above 0, which transformers 5.16 knows: `tokens` are left."""
+        if self.ids is None:
             return
-        left = self.ids.shape[1] - count
+        held = self.ids.shape[1]
+        left = max(held + tokens, 0) if tokens <= 0 else min(tokens, held)
         if self.inputs is not None:
+            count = held - left
             if self.inputs.shape[1] - count < min(self.reach, left):
                 raise ValueError(f"engram_kernels: the cache is cropped by {count} tokens, but the memory's convolution can go "
                                  f"back by {self.inputs.shape[1] - self.reach}; expected at most {MAX_DRAFTS}")
             self.inputs = self.inputs[:, :self.inputs.shape[1] - count]
         self.ids = self.ids[:, :left]
 
-    def select(self, index: Tensor) -> None:
-        """Sequence b becomes what `index[b]` was."""
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence b becomes what `beam_idx[b]` was."""
         if self.ids is not None:
-            self.ids = self.ids[index.to(self.ids.device)]
+            self.ids = self.ids[beam_idx.to(self.ids.device)]
         if self.inputs is not None:
-            self.inputs = self.inputs[index.to(self.inputs.device)]
+            self.inputs = self.inputs[beam_idx.to(self.inputs.device)]
 
-    def repeat(self, repeats: int) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As `reorder_cache`; also with fewer sequences."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times, one behind the other."""
         if self.ids is not None:
             self.ids = self.ids.repeat_interleave(repeats, dim=0)
         if self.inputs is not None:
             self.inputs = self.inputs.repeat_interleave(repeats, dim=0)
 
+    def get_max_length(self) -> int:
+        """-1: there is none."""
+        return -1
 
-class _Following:
-    """Methods of a cache whose class `follow` has changed: each does to the memory's state what it does to the cache."""
+    def offload(self) -> None:
+        """Does nothing: ids and inputs are small."""
 
-    memory_states: dict[int, LayerState]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        for state in self.memory_states.values():
-            state.select(beam_idx)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        before = {layer: int(self.get_seq_length(layer)) for layer in self.memory_states}  # type: ignore[attr-defined]
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        for layer, state in self.memory_states.items():
-            state.crop(before[layer] - int(self.get_seq_length(layer)))  # type: ignore[attr-defined]
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.memory_states.clear()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        for state in self.memory_states.values():
-            state.repeat(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        for state in self.memory_states.values():
-            state.select(indices)
+    def prefetch(self) -> None:
+        """Does nothing, as `offload`."""
 
 
-@functools.cache
-def _following_class(kind: Any) -> type:
-    made = type(kind.__name__, (_Following, kind), {"__module__": kind.__module__})
-    made.__qualname__ = kind.__qualname__
-    return made
+def state_of(cache: Any, layer: int, num_layers: int) -> LayerState:
+    """The memory's state for a decoder layer of `cache`, which it is put into where the cache has none yet.
 
-
-def state_of(cache: Any, layer: int) -> LayerState:
-    """The memory's state for a decoder layer of `cache`, which from now on follows it.
+    Args:
+        cache: what the decoder layer is called with.
+        layer: its number.
+        num_layers: how many the decoder has: a cache that makes its layers as they come is given these first.
 
     Raises:
         TypeError: the cache is no DynamicCache.
         ValueError: the cache holds tokens that the memory has not seen.
     """
-    if not isinstance(cache, _Following):
-        kind = type(cache)
-        if (kind.__module__, kind.__name__) != ("transformers.cache_utils", "DynamicCache"):
-            raise TypeError(f"engram_kernels: cache is a {kind.__name__}, expected a DynamicCache: the memory's state follows no "
-                            "other")
-        cache.__class__ = _following_class(kind)  # type: ignore[arg-type]
-        cache.memory_states = {}
-    state = cache.memory_states.setdefault(layer, LayerState())
+    state = next((x for x in cache.layers if isinstance(x, LayerState) and x.layer == layer), None)
+    if state is None:
+        if type(cache) is not cache_utils.DynamicCache:
+            raise TypeError(f"engram_kernels: cache is a {type(cache).__name__}, expected a DynamicCache: the memory's state "
+                            "follows no other")
+        while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        state = LayerState(layer)
+        cache.layers.append(state)
     held = cache.get_seq_length(layer)
     seen = 0 if state.ids is None else state.ids.shape[1]
     if held != seen:

@@ -18,9 +18,10 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 @dataclasses.dataclass
 class Tokens:
-    """Token ids [B, n] of a forward, and which of them are padding, [B, n] bool."""
+    """Token ids [B, n] of a forward, which of them are padding, [B, n] bool, and how many layers the decoder has."""
     ids: Tensor
     dead: Tensor | None
+    num_layers: int
 
 
 class DecoderMemory(Engram):
@@ -37,7 +38,7 @@ class DecoderMemory(Engram):
     def add_to(self, hidden: Tensor, tokens: Tokens, cache: Any) -> Tensor:
         """[B, n, H], what the decoder layer is to see instead of `hidden`."""
         batch, length, size = hidden.shape
-        state = None if cache is None else state_of(cache, self.layer)
+        state = None if cache is None else state_of(cache, self.layer, tokens.num_layers)
         streams = hidden.reshape(batch * length, 1, size)
         dead = None if tokens.dead is None else tokens.dead.flatten()
         gated = self.gated(streams, tokens.ids.flatten(), packed_bounds(batch, length, hidden.device), dead_mask=dead,
@@ -71,7 +72,7 @@ def hook_model(model: Any, layers: Any) -> None:
         layer.register_forward_pre_hook(_run_memory, with_kwargs=True)
 
 
-def _add_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _add_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     given = {**given, **given.get("kwargs", {})}
     ids = given.get("input_ids")
@@ -84,7 +85,7 @@ def _add_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and (positions.diff() != 1).any():
         raise ValueError("engram_kernels: position_ids start anew within a row, but sequences packed into one row are not "
                          "supported; pad them")
-    return args, {**kwargs, _ARGUMENT: Tokens(ids, _dead_tokens(mask, ids))}
+    return args, {**kwargs, _ARGUMENT: Tokens(ids, _dead_tokens(mask, ids), len(model.layers))}
 
 
 def _dead_tokens(mask: Any, ids: Tensor) -> Tensor | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engram_kernels.integrations.decoder import DecoderMemory, hook_model
 from engram_kernels.integrations.qwen4_exp import Qwen4ExpMemory
+from engram_kernels.modules.memory_module import MemoryModule
 from engram_kernels.modules.published_model import PublishedModel
 from engram_kernels.row_format import FLOAT_FORMATS
 from engram_kernels.spec import EngramSpec
@@ -61,7 +61,7 @@ def attach(model: Any, *, table: Tables = None, spec: EngramSpec | None = None, 
     transformers = _imported()
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"attach: model is a {type(model).__name__}, expected a transformers PreTrainedModel")
-    if any(isinstance(module, Qwen4ExpMemory | DecoderMemory) for module in model.modules()):
+    if any(isinstance(module, MemoryModule) for module in model.modules()):
         raise ValueError("attach: the model has a memory of this library already")
     if spec is None:
         for name, given in (("layers", layers), ("token_map", token_map)):
@@ -164,6 +164,8 @@ def _difference(theirs: EngramSpec, ours: EngramSpec) -> str:
 
 def _add_memory(model: Any, table: Tables, spec: EngramSpec, layers: Sequence[int] | None, token_map: TokenMap | None,
                 rounding: str, backend: str) -> None:
+    from engram_kernels.integrations.decoder import DecoderMemory, hook_model  # needs transformers
+
     if isinstance(table, str | os.PathLike):
         raise TypeError(f"attach: table is the path {os.fspath(table)!r}, expected with spec a RowTable: RowTable.open(path)")
     if not isinstance(spec, EngramSpec):
