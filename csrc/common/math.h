@@ -39,6 +39,13 @@ struct ExactModulus {
     const uint32_t less = rest - modulus;  // huge where rest is the smaller one
     return rest < less ? rest : less;
   }
+
+  // The same for any x, never negative: of the ones' complement where x is below 0.
+  EK_INLINE uint32_t of_signed(int64_t x) const {
+    const int64_t sign = x >> 63;
+    const uint32_t flip = static_cast<uint32_t>(sign);
+    return ((*this)(static_cast<uint64_t>(x ^ sign)) ^ flip) + (modulus & flip);
+  }
 };
 
 }  // namespace engram_kernels

@@ -100,9 +100,9 @@ def test_gate_of_few_tokens_gives_a_multiprocessor_half_the_work():
 
 
 def test_gate_of_one_token_keeps_everything_in_registers():
-    """PTX instructions per warp of a block, of a token and branch: 731 of the kernel for many tokens. A quarter of those here
-    rename a register, which no GPU executes: `machine` counts what it does, on the longest way through."""
-    for weight_dtype, ptx, machine in ((torch.bfloat16, 480, 400), (torch.float32, 420, 365)):
+    """PTX instructions per warp of a block, of a token and branch: 731 of the kernel for many tokens. `machine` counts what a
+    GPU executes, on the longest way through."""
+    for weight_dtype, ptx, machine in ((torch.bfloat16, 350, 375), (torch.float32, 330, 350)):
         launch, = check(make_inputs(1, 4, 5120, weight_dtype=weight_dtype), device=Device(multiprocessors=4))
         assert launch.grid == (1, 4, 1) and "one_token" in launch.kernel and launch.shared_bytes == 0
         took = launch.result.warp_instructions / (4 * launch.block[0] // 32)

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) gate_kernel(const GateParams p
 #pragma unroll 1
   while (now < tile.tokens) {
     const int next = next_token<kType, kBranches>(p, tile, now + gridDim.x);
-    float sums[kSums * kBranches], of_branch[kSums];
+    float sums[kSums * kBranches], of_branch[3];
     add_sums<kType>(arrays, tile, next, &held, sums);
     token_sums<kBranches>(sums, tile, by_warp, of_branch);
     if (threadIdx.x < kBranches) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   load_row<kWhole>(static_cast<const std::byte*>(p.weights.w_hidden) + weights_at, there, of_hidden);
   load_row<kWhole>(static_cast<const std::byte*>(p.weights.w_key) + weights_at, there, of_key);
   load_row<kWhole>(arrays.value.at(t, first), there, value);
-  float h[kTokenVectors][kElements], sums[kSums] = {}, of_branch[kSums];
+  float h[kTokenVectors][kElements], sums[kSums] = {}, of_branch[3];
   sums[1] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(hidden[j][0], hidden[j][0]); });
   sums[2] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(key[j][0], key[j][0]); });
 #pragma unroll

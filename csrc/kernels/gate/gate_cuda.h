@@ -275,14 +275,15 @@ __device__ __forceinline__ void load_row(const std::byte* row, const bool (&ther
 // from `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
 template <DType kType>
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t rows, uint32_t rows_below, uint32_t columns) {
+  const float a = sum[0], b = sum[1], c = sum[2], d = sum[3];
   if constexpr (kType == DType::kBf16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(rows), "r"(rows_below), "r"(columns));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(rows), "r"(rows_below), "r"(columns), "f"(a), "f"(b), "f"(c), "f"(d));
   } else {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(rows), "r"(rows_below), "r"(columns));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(rows), "r"(rows_below), "r"(columns), "f"(a), "f"(b), "f"(c), "f"(d));
   }
 }
 
@@ -338,11 +339,11 @@ __device__ __forceinline__ float weighted_dot(const uint4 (&hidden)[kVectors], c
 constexpr int kSums = 4;  // dot, hidden^2, key^2, and grad_out . value in the backward pass
 
 // The four sums of every branch over the block, in a fixed order; `sums` is [kind][branch]. Only the first warp gets
-// them: lane l those of branch l % kBranches. `by_warp` holds kSums * kBranches floats per
+// the first kWanted of them: lane l those of branch l % kBranches. `by_warp` holds kSums * kBranches floats per
 // warp; the caller synchronizes before the next call.
-template <int kBranches>
+template <int kBranches, int kWanted>
 __device__ __forceinline__ void token_sums(float (&sums)[kSums * kBranches], const TokenTile& tile, float* by_warp,
-                                           float (&of_branch)[kSums]) {
+                                           float (&of_branch)[kWanted]) {
   constexpr int kCount = kSums * kBranches;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const float sum = spread_sums<1>(sums);
@@ -355,7 +356,7 @@ __device__ __forceinline__ void token_sums(float (&sums)[kSums * kBranches], con
 #pragma unroll
   for (int offset = kCount; offset < kWarp; offset *= 2) total += __shfl_xor_sync(~0U, total, offset);
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) of_branch[i] = __shfl_sync(~0U, total, i * kBranches + lane % kBranches);
+  for (int i = 0; i < kWanted; ++i) of_branch[i] = __shfl_sync(~0U, total, i * kBranches + lane % kBranches);
 }
 
 }  // namespace engram_kernels

@@ -117,11 +117,8 @@ void mix_block_any(const Block& block, int count, const int64_t* multipliers, in
 
 void reduce_exact(const Mixes& mixes, int count, const ColumnGroup& group, int columns, int32_t* out) {
   for (int i = 0; i < count; ++i) {
-    const int64_t sign = mixes.mix[i] >> 63;
     for (int j = 0; j < group.count; ++j) {
-      const uint32_t rest = group.exact[j](static_cast<uint64_t>(mixes.mix[i] ^ sign));
-      const uint32_t residue = sign < 0 ? group.modulus[j] - 1 - rest : rest;
-      out[int64_t{i} * columns + j] = static_cast<int32_t>(residue + group.offset[j]);
+      out[int64_t{i} * columns + j] = static_cast<int32_t>(group.exact[j].of_signed(mixes.mix[i]) + group.offset[j]);
     }
   }
 }
