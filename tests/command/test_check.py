@@ -61,6 +61,22 @@ def test_check_names_every_disagreement(tmp_path, capsys):
     assert code == 1 and not found["ok"] and "fingerprint" not in found and all(p.endswith(".") for p in found["problems"])
 
 
+V41, PARTS = "layers.1.engram.", "model.language_model.layers.1.ple.ple_embedding.ngram_embedding."
+
+
+@pytest.mark.parametrize(("make", "name", "change", "part"), [
+    (v41, V41 + "embed.scale", lambda x: x[1:], "scales are F8_E8M0 [303, 1], expected"),
+    (v41, V41 + "embed.scale", lambda x: x.double(), "scales are F64"),
+    (v41, V41 + "wkv.scale", lambda x: x[1:], "does not divide"),
+    (lambda: v41("int8"), V41 + "embed.scale", lambda x: x.half(), "scales are F16"),
+    (lambda: qwen("nvfp4"), PARTS + "shard_3.weight_scale", lambda x: None, "no tensor"),
+    (lambda: qwen("nvfp4"), PARTS + "shard_3.weight_scale", lambda x: x.float(), "is F32 [20, 2]"),
+    (lambda: qwen("nvfp4"), PARTS + "weight_scale_2", lambda x: x.double(), "is F64 []")])
+def test_check_looks_at_scales(make, name, change, part, tmp_path, capsys):
+    code, out = run(capsys, make().edit(name, change).write(tmp_path))
+    assert code == 1 and part in " ".join(out.split()) and "verdict: 1 disagreement." in out
+
+
 @pytest.mark.parametrize(("damage", "part"), [
     (lambda f: (f / "config.json").unlink(), "no config.json"),
     (lambda f: (f / "config.json").write_text("{}"), "no n-gram memory"),

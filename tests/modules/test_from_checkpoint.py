@@ -35,8 +35,30 @@ def test_checkpoint_keeps_the_stored_dtype_and_the_class_decides(tmp_path):
         ek.Engram.from_checkpoint(tmp_path / "c")
     with pytest.raises(ValueError, match=r"layer is None, expected one of \[1, 3\]"):
         ek.from_checkpoint(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"layer is 2, expected one of \[1, 3\]"):
-        ek.from_checkpoint(tmp_path / "a", 2)
+    for layer in (2, True, 1.0, "1"):
+        with pytest.raises(ValueError, match=rf"layer is {layer!r}, expected one of \[1, 3\]"):
+            ek.from_checkpoint(tmp_path / "a", layer)
+    with pytest.raises(TypeError, match="source is None, expected the path of a checkpoint's folder"):
+        ek.from_checkpoint(None)
+
+
+def test_a_snapshot_of_a_hub_cache(tmp_path):
+    """Links to files of other names; a folder of the cache above it is refused with the name of the snapshot."""
+    hub = tmp_path / "with space/models--a--b {} [x]*"
+    folder, blobs = v41().write(hub / "snapshots" / "c0ffee"), hub / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+        (blobs / str(number)).chmod(0o444)
+    folder.chmod(0o555)
+    hidden = randn(T, M, H, seed=9)
+    out = ek.from_checkpoint(folder, 1, dtype=torch.float32)(hidden, tokens(), CU)
+    folder.chmod(0o755)
+    want = torch.cat([v41().expected(1, tokens()[a:b].tolist(), hidden[a:b]) for a, b in ((0, 8), (8, 21))])
+    torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="name a revision in it: snapshots/c0ffee"):
+        ek.from_checkpoint(hub, 1)
 
 
 @pytest.mark.parametrize("scale_name", ["scale", "weight_scale_inv", "weight_scale"])
@@ -62,6 +84,11 @@ def damaged(make, name, change):
     return lambda: make().edit(name, change)
 
 
+def with_tensors(mini, tensors):
+    mini.files["more.safetensors"] = tensors
+    return mini
+
+
 def with_config(make, **fields):
     def made():
         mini = make()
@@ -80,6 +107,18 @@ DAMAGED = {  # what is wrong -> (miniature, layer, message)
     "v41_wkv_shape": (damaged(v41, V41 + "wkv.weight", lambda x: x[1:]), 1,
         r"wkv\.weight has shape \[143, 192\], expected \[144, 192\]"),
     "v41_wkv_blocks": (damaged(v41, V41 + "wkv.scale", lambda x: torch.ones(7, 2)), 1, "does not divide"),
+    "v41_wkv_block_less": (damaged(v41, V41 + "wkv.scale", lambda x: x[1:]), 1, r"\[1, 2\], which does not divide \[144, 192\]"),
+    "v41_wkv_block_more": (damaged(v41, V41 + "wkv.scale", lambda x: torch.ones(3, 2)), 1, "does not divide"),
+    "v41_wkv_no_block": (damaged(v41, V41 + "wkv.scale", lambda x: x[:0]), 1, "does not divide"),
+    "v41_wkv_scale_f64": (damaged(v41, V41 + "wkv.scale", lambda x: x.double()), 1, "wkv.scale is F64, expected one of F8_E8M0"),
+    "v41_wkv_two_scales": (lambda: with_tensors(v41(), {V41 + "wkv.weight_scale": torch.ones(2, 2)}), 1,
+        r"has scales of two names, .*wkv\.scale and .*wkv\.weight_scale"),
+    "v41_wkv_float": (damaged(v41, V41 + "wkv.weight", lambda x: x.bfloat16()), 1, "is BF16, but there is .*wkv.scale: whet"),
+    "v41_mlx": (lambda: with_tensors(v41().edit(V41 + "embed.weight", lambda x: torch.zeros(304, 4, dtype=torch.uint32))
+                                     .edit(V41 + "embed.scale", lambda x: None),
+                                     {V41 + "embed.scales": torch.ones(304, 1), V41 + "embed.biases": torch.ones(304, 1)}), 1,
+        r"is U32 \[304, 4\] with layers.1.engram.embed.biases, as MLX's affine integers have them: no row format"),
+    "v41_rows_3d": (damaged(v41, V41 + "embed.weight", lambda x: x[None]), 1, r"\[1, 304, 32\], expected \[rows, width\]"),
     "v41_wkv_packed": (damaged(v41, V41 + "wkv.weight", lambda x: x.view(torch.uint8)), 1, "this quantization is not known here"),
     "v41_wkv_e5m2": (damaged(v41, V41 + "wkv.weight", lambda x: x.float().to(torch.float8_e5m2)), 1, "quantization is not known"),
     "v41_rows_int16": (damaged(v41, V41 + "embed.weight", lambda x: x.to(torch.int16)), 1, "no row format here reads that"),
@@ -98,6 +137,10 @@ DAMAGED = {  # what is wrong -> (miniature, layer, message)
         "there is no tensor .*layer_mult"),
     "qwen_part": (damaged(qwen, SHARD.format(10), lambda x: None), 1, r"there is no tensor .*shard_10\.weight"),
     "qwen_last_part": (damaged(qwen, SHARD.format(11), lambda x: None), 1, "has 220 rows, the configuration gives 2"),
+    "qwen_part_rows": (damaged(qwen, SHARD.format(3), lambda x: torch.cat([x, x[:1]])), 1,
+        r"shard_3\.weight has 21 rows, .*shard_0\.weight has 20: parts of one table have equally many rows"),
+    "qwen_multipliers_less": (damaged(qwen, PLE + "ple_embedding.layer_multipliers", lambda x: x[:2]), 1,
+        "layer_multipliers has 2 values, the configuration gives 3"),
     "qwen_part_width": (damaged(qwen, SHARD.format(3), lambda x: x[:, 1:]), 1, "parts of one table have one width"),
     "qwen_part_dtype": (damaged(qwen, SHARD.format(3), lambda x: x.float()), 1,
         "parts of one table have one width and one dtype"),
@@ -118,7 +161,9 @@ DAMAGED = {  # what is wrong -> (miniature, layer, message)
         r"embedders\.2.* has 452 rows"),
     "longcat_projection": (damaged(longcat, "model.ngram_embeddings.post_projs.1.weight", lambda x: x.T), 0,
         r"shape \[8, 48\], exp"),
-    "longcat_words": (damaged(longcat, "model.embed_tokens.weight", lambda x: None), 0, "there is no tensor .*word_embeddings"),
+    "longcat_words": (damaged(longcat, "model.embed_tokens.weight", lambda x: None), 0,
+        r"neither model\.embed_tokens\.weight nor .*word_emb"),
+    "longcat_few_words": (damaged(longcat, "model.embed_tokens.weight", lambda x: x[1:]), 0, "has 63 rows, .* says 64"),
     "longcat_ratio": (with_config(longcat, ngram_vocab_size_ratio=8), 0,
         r"embedders\.0.* has 449 rows, the configuration gives 513"),
     "demo_offsets": (damaged(demo, "multi_head_embedding.offsets", lambda x: x + 1), 1, "multi_head_embedding.offsets is"),
@@ -216,6 +261,9 @@ def test_damaged_ranks_are_refused(tmp_path):
     short.files["model2-mp3.safetensors"][V41 + "embed.weight"] = torch.zeros(9, 32).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"has \d+ rows, the configuration gives 304"):
         ek.from_checkpoint(short.write(tmp_path / "d"), 1)
+    parts = v41().over_ranks(2, split=("embed.weight", "embed.scale", "wkv.weight", "wkv.scale"))
+    with pytest.raises(ValueError, match=r"wkv\.weight has shape \[72, 192\] in each of 2 ranks, expected .*: only rows"):
+        ek.from_checkpoint(parts.write(tmp_path / "f"), 1)
     many = qwen().over_ranks(2, split=("shard_3.weight",))
     with pytest.raises(ValueError, match="is one of 12 parts, in the files of 2 ranks"):
         ek.from_checkpoint(many.write(tmp_path / "e"), 1)

@@ -47,6 +47,12 @@ def inspect(model: PublishedModel, text: str) -> dict[str, Any]:
     """Everything that the command says of a model, as plain values."""
     spec = model.spec
     layers = [model.layer(layer_id) for layer_id in spec.layer_ids]
+    for layer in layers:
+        if not layer.problems:
+            try:
+                model.open_table(layer, {})  # which looks at all parts of rows and scales
+            except (ValueError, OSError) as err:
+                layer.problems.append(str(err))
     problems = [_sentence(p) for p in (*model.problems, *(p for layer in layers for p in layer.problems))]
     found: dict[str, Any] = {
         "folder": str(model.source), "ok": not problems, "family": model.family_name, "title": model.family.title,
@@ -63,7 +69,8 @@ def inspect(model: PublishedModel, text: str) -> dict[str, Any]:
 
 
 def _layer(model: PublishedModel, layer: PublishedLayer) -> dict[str, Any]:
-    files = {path for name in (*layer.tables, *layer.scales, *layer.table_scales) for path in model.checkpoint.paths(name)}
+    files = {path for name in (*layer.tables, *layer.scales, *layer.table_scales) if name in model.checkpoint
+             for path in model.checkpoint.paths(name)}
     return {"layer_id": layer.layer_id, "prefix": layer.prefix, "rows": layer.num_rows, "row_format": layer.row_format,
             "bytes": layer.num_bytes, "parts": len(layer.tables), "tables": list(layer.tables[:1]),
             "scales": list(layer.scales[:1]), "files": len(files), "unused": list(layer.unused)}

@@ -1,6 +1,7 @@
 """The tensors of published checkpoints by the names that `Engram` has for its parameters."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,7 @@ def _longcat_tensors(module: Any, get: Callable[[str], Tensor], weights: Mapping
 def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequence[int] | None = None) -> Tensor:
     """weights[name.weight], times its scales where it is fp8: one for the tensor, one per row, or one per block.
 
-    The last block of a row or a column may be partial. As many elements share a scale as `block` says where that gives as many
-    blocks as there are scales; else it is the power of two that does, else their exact share.
+    The last block of a row or a column may be partial; which elements share a scale: `scale_block`.
 
     Raises:
         KeyError: a tensor is missing.
@@ -97,16 +97,13 @@ def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequen
     if scale.dtype not in _SCALE_DTYPES:
         raise ValueError(f"{op}: {key} is {scale.dtype}, expected {', '.join(str(d) for d in _SCALE_DTYPES)}")
     scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
-    if scale.numel() == 1 and scale.dim() < 2:
-        return weight.float().mul_(scale)
-    scale = scale[:, None] if scale.dim() == 1 and scale.numel() == weight.shape[0] else scale
-    if scale.dim() != 2 or weight.dim() != 2:
+    sizes = scale_block(list(weight.shape), list(scale.shape), block)
+    if sizes is None:
         raise ValueError(f"{op}: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
-    sizes = [_block_size(n, blocks, None if block is None else block[dim])
-             for dim, (n, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True))]
+    if sizes == tuple(weight.shape):
+        return weight.float().mul_(scale.view(()))
     rows, columns = sizes
-    if rows is None or columns is None:
-        raise ValueError(f"{op}: {key} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks")
+    scale = scale.view(scale.shape[0], -1)
     result = weight.float()
     for i in range(scale.shape[0]):  # a row of blocks at a time: no second copy of the whole weight
         factors = scale[i].repeat_interleave(columns)[:weight.shape[1]]
@@ -114,11 +111,22 @@ def dequantized(op: str, weights: Mapping[str, Tensor], name: str, block: Sequen
     return result
 
 
-def _block_size(size: int, blocks: int, wanted: int | None) -> int | None:
-    """Elements per block; None: no block size gives so many blocks."""
-    if wanted is not None and blocks == -(-size // wanted):
-        return wanted
-    powers = [2**e for e in range(31) if blocks and -(-size // 2**e) == blocks]
-    if powers:
-        return powers[0]
-    return size // blocks if blocks and size % blocks == 0 else None
+def scale_block(weight: Sequence[int], scale: Sequence[int], block: Sequence[int] | None = None) -> tuple[int, int] | None:
+    """Rows and columns of a quantized weight that share a scale; None: scales of this shape are none of it.
+
+    Args:
+        weight: its shape.
+        scale: that of its scales: one for all, one per row, groups of a row, or square blocks, the last of which are partial.
+        block: what the configuration says; what gives another number of scales is passed over.
+    """
+    if len(weight) != 2 or 0 in (*weight, *scale) or len(scale) > 2:
+        return None
+    rows, columns = weight
+    if math.prod(scale) == 1:
+        return rows, columns
+    down, across = scale if len(scale) == 2 else (scale[0], 1)
+    sizes = [(block[0], block[1])] if block is not None else []
+    sizes += [(2**e, 2**e) for e in range(31)] + [(1, -(-columns // across))]
+    if rows * across == columns * down and rows % down == 0:
+        sizes.append((rows // down, rows // down))
+    return next((size for size in sizes if all(size) and (-(-rows // size[0]), -(-columns // size[1])) == (down, across)), None)

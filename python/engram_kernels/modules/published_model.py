@@ -12,7 +12,7 @@ import torch
 from engram_kernels import presets
 from engram_kernels._files import parse_json, shorten
 from engram_kernels.modules.families import FAMILIES, Family, find_prefixes, format_of_rows, parts_of
-from engram_kernels.modules.published import SCALE_NAMES, WORD_EMBEDDINGS
+from engram_kernels.modules.published import SCALE_NAMES, WORD_EMBEDDINGS, scale_block
 from engram_kernels.row_format import ROW_FORMATS
 from engram_kernels.spec import EngramSpec
 from engram_kernels.table.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from engram_kernels.table.safetensors_file import Extent
 from engram_kernels.token_map import TokenMap
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SCALES = ("F8_E8M0", "U8", "F32", "BF16", "F16")
 _SHOWN = 4  # values of a tensor in a message
 OF_FOLDER = "folder"
 
@@ -54,11 +55,14 @@ class PublishedModel:
 
     Raises:
         OSError: a file cannot be read.
+        TypeError: `source` is no path.
         ValueError: there is no checkpoint, no configuration with a memory, or no tokenizer where one is needed.
     """
 
     def __init__(self, source: str | os.PathLike[str], token_map: TokenMap | str | None = OF_FOLDER,
                  ranks: str | Sequence[str] | None = None, **overrides: Any):
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(f"source is {shorten(repr(source))}, expected the path of a checkpoint's folder")
         self.source = Path(source)
         self.checkpoint = Checkpoint(source, ranks)
         self.problems: list[str] = []
@@ -179,14 +183,17 @@ class PublishedModel:
         if len(self.checkpoint.ranks) not in (0, len(rows)):
             found.problems.append(f"{found.tables[0]} is in {len(rows)} of {len(self.checkpoint.ranks)} ranks: rows are missing")
             return
-        if wrong := next((f"{name} has shape {list(e.shape)} of {e.dtype}, {rows[0][0]} has {list(rows[0][1].shape)} of "
-                          f"{rows[0][1].dtype}" for name, e in rows if len(e.shape) != 2 or e.dtype != rows[0][1].dtype
-                          or e.shape[1] != rows[0][1].shape[1]), None):
+        if flat := next((f"{name} has shape {list(e.shape)}" for name, e in rows if len(e.shape) != 2), None):
+            found.problems.append(f"{flat}, expected [rows, width]")
+            return
+        first = rows[0][1]
+        if wrong := next((f"{name} has shape {list(e.shape)} of {e.dtype}, {rows[0][0]} has {list(first.shape)} of {first.dtype}"
+                          for name, e in rows if (e.dtype, e.shape[1]) != (first.dtype, first.shape[1])), None):
             found.problems.append(f"{wrong}: parts of one table have one width and one dtype")
             return
         found.num_rows = sum(e.shape[0] for _, e in rows)
         found.num_bytes = sum(e.num_bytes for _, e in rows)
-        self._find_scales(found, rows[0][1])
+        self._find_scales(found, first)
         if not gaps:
             self._compare_rows(found, rows)
 
@@ -209,7 +216,10 @@ class PublishedModel:
         found.scales, scale = self._first_of(found, self.family.scales)
         if found.scales and scale is None:
             return
+        biases = found.tables[0].removesuffix("weight") + "biases"
         what = "no scales" if scale is None else f"scales of {scale.dtype} {list(scale.shape)}"
+        if biases in self.checkpoint:
+            what = f"{biases}, as MLX's affine integers have them"
         found.row_format = format_of_rows(first, scale, self.spec.row_dim)
         if found.row_format is None:
             found.problems.append(f"{found.tables[0]} is {first.dtype} {list(first.shape)} with {what}: no row format here reads "
@@ -237,6 +247,11 @@ class PublishedModel:
                 if extent.shape[0] != wanted:
                     found.problems.append(f"{name} has {extent.shape[0]} rows, the configuration gives {wanted}")
             return
+        each = rows[0][1].shape[0]
+        if uneven := next((f"{name} has {e.shape[0]} rows" for name, e in rows[1:-1] if e.shape[0] != each), None):
+            found.problems.append(f"{uneven}, {rows[0][0]} has {each}: parts of one table have equally many rows, but for the "
+                                  "last")
+            return
         wanted, ranks = layout.num_rows[0], len(self.checkpoint.ranks)  # which have equally many rows each
         if not wanted <= found.num_rows <= wanted + max(self.family.padding, ranks - 1):
             found.problems.append(f"the table of layer {found.layer_id}, {found.tables[0]}, has {found.num_rows} rows, the "
@@ -251,39 +266,68 @@ class PublishedModel:
             if self._extent(found, full) is None:
                 continue
             wanted, got = getattr(layout, attribute)[0].tolist(), self.checkpoint[full].flatten().tolist()
-            if got != wanted:
-                at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+            if len(got) != len(wanted):
+                found.problems.append(f"{full} has {len(got)} values, the configuration gives {len(wanted)}")
+            elif got != wanted:
+                at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b))
                 found.problems.append(f"{full} is {_shown(got, at)}, the configuration gives {_shown(wanted, at)}: "
                                       "every row id would name another row")
 
     def _compare_shapes(self, found: PublishedLayer) -> None:
         for name, shape in self.family.shapes(self.spec).items():
             full = found.prefix + name
-            if name == "embed_tokens.weight" and full not in self.checkpoint:
+            if name == WORD_EMBEDDINGS[0] and full not in self.checkpoint:
                 full = found.prefix + WORD_EMBEDDINGS[1]
+                if full not in self.checkpoint:
+                    found.problems.append(f"there is neither {found.prefix + name} nor {full}")
+                    continue
             extent = self._extent(found, full)
             if extent is None:
                 continue
             if len(extent.shape) != len(shape) or any(w not in (-1, got) for got, w in zip(extent.shape, shape, strict=True)):
-                found.problems.append(f"{full} has shape {list(extent.shape)}, expected {[w for w in shape if w >= 0]}"
-                                      + (" in its last dimensions" if -1 in shape else ""))
-            elif extent.dtype == "F8_E4M3":
-                base = full.removesuffix(".weight")
-                scales = [f"{base}.{s}" for s in SCALE_NAMES if f"{base}.{s}" in self.checkpoint]
-                found.used.update(scales)
-                if not scales:
-                    names = " nor ".join(f"{base}.{s}" for s in SCALE_NAMES)
-                    found.problems.append(f"{full} is F8_E4M3, but there is neither {names}")
-            elif extent.dtype not in _FLOATS:
+                ranks = len(self.checkpoint.paths(full)) if self.checkpoint.ranks else 0
+                found.problems.append(f"{full} has shape {list(extent.shape)}" + (f" in each of {ranks} ranks" if ranks else "")
+                                      + f", expected {[w for w in shape if w >= 0]}"
+                                      + (" in its last dimensions" if -1 in shape else "")
+                                      + (": only rows of the table may be split, since engines order the parts of other weights "
+                                         "in ways of their own" if ranks else ""))
+            elif name == WORD_EMBEDDINGS[0] and extent.shape[0] < self.spec.vocab_size:
+                found.problems.append(f"{full} has {extent.shape[0]} rows, the configuration says {self.spec.vocab_size} ids")
+            elif extent.dtype != "F8_E4M3" and extent.dtype not in _FLOATS:
                 found.problems.append(f"{full} is {extent.dtype}, expected a float or F8_E4M3: this quantization is not "
                                       "known here")
+            else:
+                self._compare_scales(found, full, extent)
+
+    def _compare_scales(self, found: PublishedLayer, full: str, weight: Extent) -> None:
+        """The scales of a weight: it has them where it is quantized, and nowhere else."""
+        base = full.removesuffix(".weight")
+        names = [f"{base}.{s}" for s in SCALE_NAMES]
+        scales = [name for name in names if full.endswith(".weight") and name in self.checkpoint]
+        if weight.dtype != "F8_E4M3":
+            if scales:
+                found.problems.append(f"{full} is {weight.dtype}, but there is {scales[0]}: whether it is multiplied already "
+                                      "is not said")
+            return
+        if len(scales) != 1:
+            found.problems.append(f"{full} is F8_E4M3, but there is neither {' nor '.join(names)}" if not scales else
+                                  f"{full} has scales of two names, {scales[0]} and {scales[1]}")
+            return
+        scale = self._extent(found, scales[0])
+        if scale is None:
+            return
+        if scale.dtype not in _SCALES:
+            found.problems.append(f"{scales[0]} is {scale.dtype}, expected one of {', '.join(_SCALES)}")
+        elif scale_block(weight.shape, scale.shape, self.weight_block) is None:
+            found.problems.append(f"{scales[0]} has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into "
+                                  "blocks")
 
     def open_layer(self, op: str, layer: int | None,
                    table_options: Mapping[str, Any]) -> tuple[PublishedLayer, EngramSpec, RowTable]:
         """Where a layer lies, its spec with the row format that is stored, and its table. ValueError says what is wrong first."""
         if layer is None and len(self.spec.layer_ids) == 1:
             layer = self.spec.layer_ids[0]
-        if layer is None or layer not in self.spec.layer_ids:
+        if type(layer) is not int or layer not in self.spec.layer_ids:
             raise ValueError(f"{op}: layer is {layer!r}, expected one of {list(self.spec.layer_ids)}")
         found = self.layer(layer)
         if problems := self.problems + found.problems:

@@ -76,7 +76,9 @@ def _folder(folder: Path) -> Files:
         return Files(str(folder), [], _read_index(path), path)
     paths = [folder / name for name in names if name.endswith(".safetensors")]
     if not paths:
-        raise ValueError(f"{_OP}: {folder} is a directory without safetensors files; it has {_listed(names)}")
+        revisions = sorted(x.name for x in os.scandir(folder / "snapshots")) if (folder / "snapshots").is_dir() else []
+        hint = f"; name a revision in it: {_listed([f'snapshots/{x}' for x in revisions])}" if revisions else ""
+        raise ValueError(f"{_OP}: {folder} is a directory without safetensors files; it has {_listed(names)}{hint}")
     return Files(str(folder), paths)
 
 
