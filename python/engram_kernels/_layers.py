@@ -1,7 +1,7 @@
 """The memory layers of a model, for what serves all of them at once."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,8 @@ def memory_modules(op: str, layers: nn.Module | Iterable[nn.Module] | EngramSpec
     if isinstance(layers, nn.Module):
         found = [m for m in layers.modules() if _is_memory(m)]
     else:
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"{op}: layers is a {type(layers).__name__}, expected a model or its memory modules")
         found = list(layers)
         for x in found:
             if not _is_memory(x):
@@ -43,6 +45,21 @@ def memory_modules(op: str, layers: nn.Module | Iterable[nn.Module] | EngramSpec
     if len(set(ids)) != len(ids):
         raise ValueError(f"{op}: layers have the ids {ids}, expected each once")
     return sorted(found, key=lambda m: m.spec.layer_ids.index(m.layer_id))
+
+
+def layer_id_of(op: str, layer: nn.Module | int, ids: Sequence[int]) -> int:
+    """The id of a layer that is given as a memory module or by its id.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is none of `ids`.
+    """
+    if not (type(layer) is int or _is_memory(layer)):
+        raise TypeError(f"{op}: layer is a {type(layer).__name__}, expected a memory module or its layer id")
+    layer_id = layer if isinstance(layer, int) else layer.layer_id
+    if layer_id not in ids:
+        raise ValueError(f"{op}: layer is {layer_id!r}, expected one of {list(ids)}")
+    return layer_id  # type: ignore[return-value]
 
 
 def _is_memory(x: object) -> bool:

@@ -111,8 +111,14 @@ BAD = {  # name: (what went before, the call, message)
     "slot_twice": (None, lambda s: s.step(torch.tensor([1, 1]), torch.tensor([2, 2])), "state_indices.* are both 2"),
     "bad_id": (None, lambda s: s.step(torch.tensor([-5]), torch.tensor([2])), r"token_ids\[0\] is -5"),
     "reorder_source": (None, lambda s: s.reorder(torch.tensor([1, 0])), r"sources\[0\] is 1, which has no sequence"),
+    "reorder_twice": (None, lambda s: s.reorder(torch.tensor([0, 2]), torch.tensor([1, 1])), r"slots\[1\] is 1, .* twice"),
+    "commit_twice": (drafted, lambda s: s.commit(torch.tensor([1, 0]), torch.tensor([2, 2])), r"slots\[1\] is 2, .* twice"),
+    "ids_dtype": (None, lambda s: s.step(torch.tensor([1]).int(), torch.tensor([2])), "token_ids must be torch.int64, got"),
+    "ids_shape": (None, lambda s: s.prefill(torch.tensor([[1]]), packed([1]), torch.tensor([2])), r"token_ids must have shape"),
+    "bounds": (None, lambda s: s.prefill(torch.arange(4), torch.tensor([0, 5, 4]).int(), torch.tensor([0, 2])), "cu_seqlens"),
     "slots_dtype": (None, lambda s: s.step(torch.tensor([1]), torch.tensor([2], dtype=torch.int32)), "slots must be torch.int64"),
     "layer": (None, lambda s: s.arguments(77), "layer is 77, expected one of"),
+    "module": (None, lambda s: s.arguments(torch.nn.Linear(1, 1)), "layer is a Linear, expected a memory module"),
 }
 
 
@@ -123,7 +129,7 @@ def test_memory_state_names_bad_use_and_changes_nothing(case):
     if before is not None:
         before(state)
     held = snapshot(state)
-    with pytest.raises((ValueError, IndexError), match=message):
+    with pytest.raises((ValueError, IndexError, TypeError), match=message):
         bad(state)
     assert all(torch.equal(a, b) for a, b in zip(held, snapshot(state), strict=True))
 
@@ -137,15 +143,20 @@ def test_memory_state_counts_bad_use_that_it_cannot_look_at(monkeypatch):
     assert (state.step(torch.tensor([1, 1, 1]), torch.tensor([0, 1, 9])) == -1).all()  # not committed, no sequence, no slot
     state.commit(torch.tensor([1, 2]), torch.tensor([0, 2]))  # too much for slot 2: as if all was accepted
     twin.commit(torch.tensor([1, 1]), torch.tensor([0, 2]))
+    state.reorder(torch.tensor([2, 0]), torch.tensor([1, 1]))  # the first counts
+    twin.reorder(torch.tensor([2]), torch.tensor([1]))
     assert all(torch.equal(a[:3], b[:3]) for a, b in zip(snapshot(state), snapshot(twin), strict=True))
     with pytest.raises(ValueError, match="1 slots that are none; 1 slots without a sequence; 1 steps before the commit of "
-                                         "earlier drafts; 1 commits of more than was drafted"):
+                                         "earlier drafts; 1 commits of more than was drafted; 1 slots that are named twice"):
         state.check_errors()
     state.check_errors(), twin.check_errors()
 
 
 MAKE = {  # name: (arguments, error, message)
     "no_layers": (lambda: MemoryState([], 2), ValueError, "there is no memory module"),
+    "none": (lambda: MemoryState(None, 2), TypeError, "layers is a NoneType, expected a model"),
+    "map": (lambda: MemoryState(layers_of("demo_v1")[1], 1, token_map=3), TypeError, "token_map is a int"),
+    "slots_bool": (lambda: MemoryState(layers_of("demo_v1")[1], True), ValueError, "num_slots is True"),
     "no_module": (lambda: MemoryState([3], 2), TypeError, "layers has a int"),
     "slots": (lambda: small()[0].__class__(layers_of("demo_v1")[1], 0), ValueError, "num_slots is 0"),
     "drafts": (lambda: MemoryState(layers_of("demo_v1")[1], 1, max_drafts=-1), ValueError, "max_drafts is -1"),

@@ -174,6 +174,10 @@ def test_memory_prefetcher_rejects(tmp_path):
                 prefetcher.submit(**bad)
         with pytest.raises(ValueError, match="layer is 77, expected one of"):
             prefetcher.wait(77, prefetcher.submit(ids, CU))
+        with pytest.raises(TypeError, match="layer is a Linear, expected a memory module or its layer id"):
+            prefetcher.wait(torch.nn.Linear(1, 1), None)
+        with pytest.raises(TypeError, match="ticket is a NoneType, expected what submit returned"):
+            prefetcher.wait(model[0], None)
     with pytest.raises(RuntimeError, match="after close"):
         prefetcher.submit(ids, CU)
     model[1].table = None

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels import _modes, _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
-from engram_kernels._layers import memory_modules
+from engram_kernels._layers import layer_id_of, memory_modules
 from engram_kernels.ops.ngram_hash import ngram_hash_and_commit
 from engram_kernels.spec import EngramSpec
 from engram_kernels.token_map import TokenMap
@@ -19,7 +19,7 @@ from engram_kernels.token_map import TokenMap
 _POSITION, _REJECTED, _DRAFTED = range(3)  # columns of the counters
 _FREE = -1  # drafts of a slot that holds no sequence
 _WRONG = ("slots that are none", "slots without a sequence", "steps before the commit of earlier drafts",
-          "drafts that are more than max_drafts or the chunk", "commits of more than was drafted")
+          "drafts that are more than max_drafts or the chunk", "commits of more than was drafted", "slots that are named twice")
 
 
 @dataclasses.dataclass
@@ -71,10 +71,12 @@ class MemoryState:
         modules = memory_modules("MemoryState", layers)
         spec = layers if isinstance(layers, EngramSpec) else modules[0].spec
         for name, value, least in (("num_slots", num_slots, 1), ("max_drafts", max_drafts, 0)):
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"MemoryState: {name} is {value!r}, expected an integer of at least {least}")
         if token_dtype not in (torch.int32, torch.int64):
             raise ValueError(f"MemoryState: token_dtype is {token_dtype}, expected torch.int32 or torch.int64")
+        if not isinstance(token_map, TokenMap | None):
+            raise TypeError(f"MemoryState: token_map is a {type(token_map).__name__}, expected a TokenMap or None")
         parameter = next((p for m in modules for p in m.parameters() if p.dtype in FLOAT_DTYPES), None)
         self.dtype = dtype or (torch.bfloat16 if parameter is None else parameter.dtype)
         if self.dtype not in FLOAT_DTYPES:
@@ -158,12 +160,11 @@ class MemoryState:
             the same call, flattened.
 
         Raises:
+            TypeError: `layer` is no memory module and no id.
             ValueError: no `prefill` or `step` has come before, or there is no such layer.
         """
         call = self._current("arguments")
-        layer_id = layer if isinstance(layer, int) else layer.layer_id
-        if layer_id not in self._layer_ids:
-            raise ValueError(f"MemoryState.arguments: layer is {layer_id!r}, expected one of {list(self._layer_ids)}")
+        layer_id = layer_id_of("MemoryState.arguments", layer, self._layer_ids)
         found: dict[str, Any] = {"cu_seqlens": call.cu_seqlens, "dead_mask": call.dead_mask}
         found |= {"row_ids": call.row_ids[self._layer_ids.index(layer_id)]} if rows is None else {"rows": rows}
         if layer_id in self.rings:
@@ -176,12 +177,13 @@ class MemoryState:
 
         Args:
             accepted: [B] int64, 0 .. drafts of the sequence.
-            slots: [B] int64; None: those of the last `prefill` or `step`.
+            slots: [B] int64, each at most once; None: those of the last `prefill` or `step`.
 
         Raises:
-            ValueError: more is accepted than was drafted, a slot has no sequence, or there was no step; nothing is changed.
+            ValueError: more is accepted than was drafted, a slot has no sequence or is named twice, or there was no step; nothing
+                is changed.
         """
-        at = self._current("commit").at if slots is None else self._rows_of("commit", slots)
+        at = self._current("commit").at if slots is None else self._distinct_rows_of("commit", slots)
         expect_tensor("MemoryState.commit", "accepted", accepted, (torch.int64,), (at.shape[0],), self.device)
         state = self._counters[at]
         drafted = state[:, _DRAFTED].clamp_min(0)
@@ -218,9 +220,9 @@ class MemoryState:
             slots: [B] int64, each at most once; None: those of the last `prefill` or `step`.
 
         Raises:
-            ValueError: a slot is none, or a source holds no sequence; nothing is changed.
+            ValueError: a slot is none or is named twice, or a source holds no sequence; nothing is changed.
         """
-        to = self._current("reorder").at if slots is None else self._rows_of("reorder", slots)
+        to = self._current("reorder").at if slots is None else self._distinct_rows_of("reorder", slots)
         expect_tensor("MemoryState.reorder", "sources", sources, (torch.int64,), (to.shape[0],), self.device)
         source = self._rows_of("reorder", sources)
         wrong = (self._counters[source, _DRAFTED] == _FREE) & (source < self.num_slots)
@@ -251,6 +253,7 @@ class MemoryState:
     def _take(self, method: str, token_ids: Tensor, cu_seqlens: Tensor, slots: Tensor, drafts: Tensor | None,
               dead_mask: Tensor | None, must_hold: bool) -> Tensor:
         at = self._rows_of(method, slots)
+        expect_tensor(f"MemoryState.{method}", "token_ids", token_ids, (self.history.dtype,), ("T",), self.device)
         expect_tensor(f"MemoryState.{method}", "cu_seqlens", cu_seqlens, (torch.int32,), (at.shape[0] + 1,), self.device)
         if drafts is None:
             drafts = torch.zeros_like(at)
@@ -261,8 +264,8 @@ class MemoryState:
         if self._can_look():
             self._expect_no(wrong[1], at, f"{method}: slots", "has no sequence: it was removed, or never filled")
             self._expect_no(wrong[2], at, f"{method}: slots", "has drafts of an earlier step that no commit has settled")
-            self._expect_no(wrong[3], drafts, f"{method}: drafts", f"is not in [0, max_drafts = {self.max_drafts}], or more than "
-                                                                   "the chunk")
+            self._expect_no(wrong[3] & (lengths >= 0), drafts, f"{method}: drafts",  # the hash refuses chunks that end before
+                            f"is not in [0, max_drafts = {self.max_drafts}], or more than the chunk")
         else:
             self._count(wrong)
         skipped = wrong[1] | wrong[2] | wrong[3] | ~real
@@ -290,6 +293,16 @@ class MemoryState:
         else:
             self._count({0: wrong})
         return torch.where(wrong | (slots < 0), self.num_slots, slots)
+
+    def _distinct_rows_of(self, method: str, slots: Tensor) -> Tensor:
+        """As `_rows_of`; what names a slot again is refused, or counted and then as -1."""
+        at = self._rows_of(method, slots)
+        again = (at[:, None] == at[None]).triu(1).any(0) & (at < self.num_slots)
+        if self._can_look():
+            self._expect_no(again, slots, f"{method}: slots", "comes twice")
+        else:
+            self._count({5: again})
+        return torch.where(again, self.num_slots, at)
 
     def _can_look(self) -> bool:
         """Whether the data lies in host memory and is there."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
-from engram_kernels._layers import memory_modules
+from engram_kernels._layers import layer_id_of, memory_modules
 from engram_kernels.ops.gather_rows import sparse_gradient
 from engram_kernels.ops.ngram_hash import ngram_hash
 from engram_kernels.prefetch.row_prefetcher import RowPrefetcher
@@ -140,14 +140,15 @@ class MemoryPrefetcher:
             [T, C, D] of `out_dtype` on `device`, with a gradient where the module trains its rows and autograd is on.
 
         Raises:
+            TypeError: `layer` is no memory module and no id, or `ticket` no ticket.
             ValueError: there is no such layer.
             KeyError: the layer has taken these rows, or they were cancelled.
             TimeoutError: they did not come in time; the ticket stays valid.
             Exception: what went wrong with this layer's rows; in Python 3.11 and later a note names the layer.
         """
-        layer_id = layer if isinstance(layer, int) else layer.layer_id
-        if layer_id not in self.layer_ids:
-            raise ValueError(f"MemoryPrefetcher.wait: layer is {layer_id!r}, expected one of {list(self.layer_ids)}")
+        layer_id = layer_id_of("MemoryPrefetcher.wait", layer, self.layer_ids)
+        if not isinstance(ticket, MemoryTicket):
+            raise TypeError(f"MemoryPrefetcher.wait: ticket is a {type(ticket).__name__}, expected what submit returned")
         at = self.layer_ids.index(layer_id)
         prefetcher, row_ids = self._of_layer[at], ticket.row_ids[self._places[at]]
         if is_compiling():
