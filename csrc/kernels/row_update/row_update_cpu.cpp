@@ -27,7 +27,8 @@ namespace {
 
 constexpr int64_t kGrainEntries = 64;
 constexpr int64_t kGrainPositions = 256;
-constexpr int64_t kPrefetchEntries = 4;
+// Into L2: L1 has too few places for lines that are on their way, and waits.
+constexpr int64_t kPrefetchEntries = 8;
 constexpr int kParts = kSquareParts;  // row buffers are padded with zeros to a multiple of it
 static_assert(kParts % kLanes == 0);
 
@@ -56,9 +57,6 @@ EK_LANE void round_row(const float* values, int count, bool stochastic, uint32_t
   for (; i + kLanes <= count; i += kLanes) store(out + i, load(values + i));
   if (i < count) store_first(out + i, load(values + i), count - i);
 }
-EK_LANE void round_row(const float* values, int count, bool, uint32_t, float* out) {
-  std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
-}
 
 // values[0, count) of a row, and zeros up to the padded size
 template <class T>
@@ -69,8 +67,7 @@ EK_LANE void load_row(const T* from, int count, float* values) {
 }
 
 template <RowFormat kFormat>
-using Stored =
-    std::conditional_t<stores(kFormat, DType::kF32), float, std::conditional_t<stores(kFormat, DType::kBf16), Bf16, F16>>;
+using Half = std::conditional_t<stores(kFormat, DType::kBf16), Bf16, F16>;
 
 // The largest magnitude of the elements, as its bits; of a NaN or infinity above every finite one.
 EK_LANE uint32_t largest_of(const float* x, int count) {
@@ -111,12 +108,12 @@ EK_LANE void encode_block(const float* values, int count, uint32_t key, int firs
   }
 }
 
-// Rounds values to what a row stores.
+// Rounds values to what a row of halves or of eight bits stores.
 template <RowFormat kFormat>
 EK_LANE void store_stored(const RowSource& table, int64_t row, const float* values, bool stochastic, uint32_t key) {
   std::byte *to = writable(table.row(row)), *scales = writable(table.row_scales(row));
   if constexpr (is_plain(kFormat)) {
-    round_row(values, table.row_dim, stochastic, key, reinterpret_cast<Stored<kFormat>*>(to));
+    round_row(values, table.row_dim, stochastic, key, reinterpret_cast<Half<kFormat>*>(to));
   } else {
     const int block = has_blocks(kFormat) ? traits_of(kFormat).block : table.row_dim;
     for (int i = 0; i < table.row_dim; i += block, scales += scale_bytes(kFormat)) {
@@ -151,82 +148,108 @@ EK_LANE float size_at(const RowUpdateParams& p, int64_t step, StepSizes& known) 
   return known.sizes[slot];
 }
 
+// In kSquareParts parts, which are added by halves, as `sum` does on every instruction set.
 EK_LANE float sum_of_squares(const float* values, int padded) {
-  float parts[kParts] = {};
+  F32 parts[kParts / kLanes];
+  for (F32& part : parts) part = zeros();
   for (int i = 0; i < padded; i += kParts) {
-    for (int k = 0; k < kParts; ++k) parts[k] += values[i + k] * values[i + k];
+    for (int k = 0; k < kParts / kLanes; ++k) {
+      const F32 x = load(values + i + k * kLanes);
+      parts[k] = add(parts[k], mul(x, x));
+    }
   }
-  for (int half = kParts / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) parts[k] += parts[k + half];
-  }
-  return parts[0];
+  for (int k = 1; k < kParts / kLanes; ++k) parts[0] = add(parts[0], parts[k]);
+  return sum(parts[0]);
 }
 
 // b.grad: the summed gradient of the entries [begin, end) of one row.
 template <class Grad>
 EK_LANE void sum_gradient(const RowUpdateParams& p, const RowOrder& order, int64_t begin, int64_t end, const Buffers& b) {
   const Grad* grad = reinterpret_cast<const Grad*>(p.grad);
+  const F32 scale = splat(static_cast<float>(p.grad_scale));
   if (end == begin + 1) {
-    load_row(grad + order.position(begin) * p.table.row_dim, p.table.row_dim, b.grad);
-    for (int i = 0; i < b.padded; ++i) b.grad[i] += 0.0F;  // a sum is never -0
-  } else {
-    for (int column = 0; column < p.table.row_dim; column += kSumColumns) {
-      sum_columns(grad, p.table.row_dim, order, begin, end, column, std::min(kSumColumns, p.table.row_dim - column),
-                  b.grad + column);
-    }
+    const int count = p.table.row_dim;
+    const Grad* from = grad + order.position(begin) * count;
+    const auto scaled = [&](F32 x) __attribute__((always_inline)) { return mul(add(x, zeros()), scale); };  // a sum is never -0
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(b.grad + i, scaled(load(from + i)));
+    if (i < count) store(b.grad + i, scaled(load_first(from + i, count - i)));
+    return;
   }
-  if (const float scale = static_cast<float>(p.grad_scale); scale != 1.0F) {
-    for (int i = 0; i < b.padded; ++i) b.grad[i] *= scale;
+  for (int column = 0; column < p.table.row_dim; column += kSumColumns) {
+    sum_columns(grad, p.table.row_dim, order, begin, end, column, std::min(kSumColumns, p.table.row_dim - column),
+                b.grad + column);
+  }
+  for (int i = 0; i < b.padded; i += kLanes) store(b.grad + i, mul(load(b.grad + i), scale));
+}
+
+// Where `count` stored floats are worked on: in place where they are whole parts, else in `buffer`, and then put back.
+EK_LANE float* take_row(float* stored, int count, int padded, float* buffer) {
+  if (count == padded) return stored;
+  load_row(stored, count, buffer);
+  return buffer;
+}
+EK_LANE void put_back(const float* row, int count, float* stored) {
+  if (row != stored) std::memcpy(stored, row, static_cast<size_t>(count) * sizeof(float));
+}
+
+// first[0, padded) after an update by the gradient
+EK_LANE void move_first(const RowUpdateParams& p, const float* grad, int padded, float* first) {
+  const F32 beta1 = splat(static_cast<float>(p.beta1)), rest = splat(static_cast<float>(1.0 - p.beta1));
+  const bool adam = p.rule == UpdateRule::kAdam;
+  for (int i = 0; i < padded; i += kLanes) {
+    const F32 g = load(grad + i), m = load(first + i);
+    store(first + i, adam ? add(m, mul(sub(g, m), rest)) : add(mul(m, beta1), g));
   }
 }
 
-// The first moment of a row after this update, in b.first; b.grad where there is none.
+// The first moment of a row after this update, with zeros up to the padded size; b.grad where there is none.
 EK_LANE const float* update_first(const RowUpdateParams& p, int64_t row, uint32_t key, const Buffers& b) {
   if (p.first == nullptr) return b.grad;
-  const int64_t begin = row * p.table.row_dim;
-  const float beta1 = static_cast<float>(p.beta1), rest = static_cast<float>(1.0 - p.beta1);
-  const bool adam = p.rule == UpdateRule::kAdam;
-  const auto update = [&](auto* moments) __attribute__((always_inline)) {
-    load_row(moments, p.table.row_dim, b.first);
-    if (adam) {
-      for (int i = 0; i < b.padded; ++i) b.first[i] += (b.grad[i] - b.first[i]) * rest;
-    } else {
-      for (int i = 0; i < b.padded; ++i) b.first[i] = b.first[i] * beta1 + b.grad[i];
-    }
-    round_row(b.first, p.table.row_dim, p.stochastic, key, moments);
-  };
-  p.first_dtype == DType::kF32 ? update(reinterpret_cast<float*>(p.first) + begin)
-                               : update(reinterpret_cast<Bf16*>(p.first) + begin);
+  const int count = p.table.row_dim;
+  if (p.first_dtype == DType::kF32) {
+    float* stored = reinterpret_cast<float*>(p.first) + row * count;
+    float* first = take_row(stored, count, b.padded, b.first);
+    move_first(p, b.grad, b.padded, first);
+    put_back(first, count, stored);
+    return first;
+  }
+  Bf16* stored = reinterpret_cast<Bf16*>(p.first) + row * count;
+  load_row(stored, count, b.first);
+  move_first(p, b.grad, b.padded, b.first);
+  round_row(b.first, count, p.stochastic, key, stored);
   return b.first;
 }
 
-// Subtracts size * moment / (sqrt(v) + eps) from b.row, v updated by b.grad; one v for each element, or for the row.
-EK_LANE void descend(const RowUpdateParams& p, int64_t row, float size, float squares, const float* moment, const Buffers& b) {
-  if (p.second == nullptr) {
-    for (int i = 0; i < b.padded; ++i) b.row[i] -= size * moment[i];
-    return;
-  }
+// to[i] -= factor * by[i]
+EK_LANE void subtract(float factor, const float* by, int padded, float* to) {
+  const F32 factors = splat(factor);
+  for (int i = 0; i < padded; i += kLanes) store(to + i, sub(load(to + i), mul(factors, load(by + i))));
+}
+
+// Subtracts size * moment / (sqrt(v) + eps) from `values`, v updated by b.grad; one v for each element, or for the row.
+EK_LANE void descend(const RowUpdateParams& p, int64_t row, float size, float squares, const float* moment, const Buffers& b,
+                     float* values) {
+  if (p.second == nullptr) return subtract(size, moment, b.padded, values);
   const bool adam = p.rule == UpdateRule::kAdam;
   const float rest = static_cast<float>(1.0 - p.beta2), eps = static_cast<float>(p.eps);
   if (p.second_per_row) {
     const float mean = squares / static_cast<float>(p.table.row_dim);
     float& v = p.second[row];
     v += adam ? (mean - v) * rest : mean;
-    const float factor = size / (__builtin_sqrtf(v) + eps);
-    for (int i = 0; i < b.padded; ++i) b.row[i] -= factor * moment[i];
-    return;
+    return subtract(size / (__builtin_sqrtf(v) + eps), moment, b.padded, values);
   }
-  float* second = p.second + row * p.table.row_dim;
-  load_row(second, p.table.row_dim, b.second);
+  float* stored = p.second + row * p.table.row_dim;
+  float* second = take_row(stored, p.table.row_dim, b.padded, b.second);
   const F32 epses = splat(eps), rests = splat(rest), sizes = splat(size);
   for (int i = 0; i < b.padded; i += kLanes) {
-    const F32 g = load(b.grad + i), old = load(b.second + i), square = mul(g, g);
+    const F32 g = load(b.grad + i), old = load(second + i), square = mul(g, g);
     const F32 v = adam ? add(old, mul(sub(square, old), rests)) : add(old, square);
-    store(b.second + i, v);
+    store(second + i, v);
     // a padded element has m = 0, and with eps = 0 also v = 0: its NaN stays in the buffer
-    store(b.row + i, sub(load(b.row + i), mul(sizes, divide(load(moment + i), add(root(v), epses)))));
+    store(values + i, sub(load(values + i), mul(sizes, divide(load(moment + i), add(root(v), epses)))));
   }
-  std::memcpy(second, b.second, static_cast<size_t>(p.table.row_dim) * sizeof(float));
+  put_back(second, p.table.row_dim, stored);
 }
 
 template <RowFormat kFormat>
@@ -238,17 +261,25 @@ EK_LANE void update_row(const RowUpdateParams& p, int64_t row, float squares, St
     if (step == 0) step = own;
     if (p.stochastic) key = key_of(p.seed, name_of(p, row), own);
   }
-  load_stored<kFormat>(p.table, row, b.row);
   const float* moment = update_first(p, row, static_cast<uint32_t>(key >> 32), b);
-  descend(p, row, size_at(p, step, sizes), squares, moment, b);
-  store_stored<kFormat>(p.table, row, b.row, p.stochastic, static_cast<uint32_t>(key));
+  const float size = size_at(p, step, sizes);
+  if constexpr (stores(kFormat, DType::kF32)) {
+    float* stored = reinterpret_cast<float*>(writable(p.table.row(row)));
+    float* values = take_row(stored, p.table.row_dim, b.padded, b.row);
+    descend(p, row, size, squares, moment, b, values);
+    put_back(values, p.table.row_dim, stored);
+  } else {
+    load_stored<kFormat>(p.table, row, b.row);
+    descend(p, row, size, squares, moment, b, b.row);
+    store_stored<kFormat>(p.table, row, b.row, p.stochastic, static_cast<uint32_t>(key));
+  }
 }
 
 template <RowFormat kFormat>
 EK_LANE void prefetch_row(const RowUpdateParams& p, const RowOrder& order, int64_t entry, int grad_bytes) {
   const int64_t row = order.row(entry);
   const auto lines = [](const void* from, int64_t bytes) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const std::byte*>(from) + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const std::byte*>(from) + i, 0, 2);
   };
   const int64_t grad_row = static_cast<int64_t>(p.table.row_dim) * grad_bytes;
   lines(p.grad + order.position(entry) * grad_row, grad_row);
