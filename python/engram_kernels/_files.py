@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where the references run
+    fcntl = None  # type: ignore[assignment]
+
 MESSAGE_CHARS = 200  # of what a file says, in a message
 
 
@@ -65,6 +70,27 @@ def replacing(op: str, path: Path, prepare: Callable[[int], None] | None = None)
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def one_maker(op: str, path: Path) -> Iterator[None]:
+    """Keeps every other block of the same `path` waiting, in any thread or process, until this one ends.
+
+    What the block makes is there for the next one, which looks first. Meanwhile a hidden ``.<name>.making`` is beside the path.
+
+    Raises:
+        OSError: the directory is missing or read-only; names the op and the path.
+    """
+    waiting = path.with_name(f".{path.name}.making")
+    with naming_path(op, path, "cannot be created in its directory"):
+        fd = os.open(waiting, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+        waiting.unlink(missing_ok=True)  # not after a failure: those who wait and those who come must meet at one file
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, data: Any, at: int = 0) -> None:

@@ -185,6 +185,73 @@ def test_a_disk_that_fails_behind_the_journal_is_made_up_for(tmp_path, monkeypat
     optimizer.close()
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_journal_that_fills_the_disk_makes_room(tmp_path, monkeypatch, durable):
+    table, optimizer = opened(tmp_path, durable=durable)
+    write_all, room = step_journal.write_all, [40_000]  # bytes of the journal
+
+    def with_room(fd, data, at=0):
+        if at + memoryview(data).nbytes > room[0]:
+            write_all(fd, memoryview(data).cast("B")[:max(room[0] - at, 0)], at)
+            raise OSError(28, "No space left on device")
+        write_all(fd, data, at)
+
+    monkeypatch.setattr(step_journal, "write_all", with_room)
+    syncs = optimizer.file.syncs
+    for number in range(8):
+        optimizer.step(*batch(number))
+    assert optimizer.file.syncs > syncs  # the files were brought to the disk, and the journal began again
+    room[0] = 5000  # now something else fills the disk: a record does not fit even alone
+    for _ in range(2):
+        with pytest.raises(OSError, match="step 9 cannot be journaled, so the table and its state are those of step 8: No space"):
+            optimizer.step(*batch(8))
+    expect_as_in_memory(table, optimizer)
+    room[0] = 1 << 20  # somebody made room
+    optimizer.step(*batch(8))
+    expect_as_in_memory(table, optimizer)
+    optimizer.file.abandon()  # as if the process had been killed
+    table, optimizer = opened(tmp_path)
+    assert optimizer.num_steps == 9
+    expect_as_in_memory(table, optimizer)
+    optimizer.close()
+
+
+def test_a_trainable_rows_goes_on_when_there_is_room_again(tmp_path, monkeypatch):
+    table, optimizer = opened(tmp_path)
+    with ek.TrainableRows(table, optimizer) as mem:
+        def step(number):
+            (mem.wait(mem.submit(batch(number)[0])) * batch(number)[1]).sum().backward()
+            mem.step(wait=True)
+
+        step(0)
+
+        def full(fd, data, at=0):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(step_journal, "write_all", full)
+        with pytest.raises(OSError, match="step 2 cannot be journaled"):
+            step(1)
+        monkeypatch.undo()
+        step(1)
+        step(2)
+    assert optimizer.num_steps == 3
+    expect_as_in_memory(table, optimizer)
+    optimizer.close()
+
+
+def test_a_file_of_two_names_is_refused(tmp_path):
+    opened(tmp_path)[1].close()
+    other = tmp_path / "other.safetensors"
+    for name in ("rows.safetensors", "state.safetensors"):
+        os.link(tmp_path / name, other)
+        with pytest.raises(ValueError, match=f"{name} has 2 names .hard links.. Its journal is found by its name"):
+            opened(tmp_path)
+        other.unlink()
+    optimizer = opened(tmp_path)[1]
+    optimizer.step(*batch(0))
+    optimizer.close()
+
+
 def test_bad_gradients_and_ids_leave_the_files_as_they_are(tmp_path):
     table, optimizer = opened(tmp_path)
     optimizer.step(*batch(0))

@@ -1,5 +1,7 @@
 """Engram(train_table=True): its own table, sparse gradients, and steps with a RowOptimizer beside an optimizer of torch."""
 import copy
+import os
+import threading
 
 import pytest
 import torch
@@ -291,3 +293,30 @@ def test_a_trained_table_is_quantized_and_shared(tmp_path, shm):
             "nvfp4", tmp_path / "t.safetensors")
     shared = memory.table.share("trained", directory=str(shm))
     assert torch.equal(shared.rows, memory.rows.detach()) and not shared.rows.requires_grad
+
+
+def test_many_that_make_one_file_have_one_table(tmp_path):
+    start, tables = threading.Barrier(4), []
+
+    def make_one():
+        start.wait()
+        tables.append(make(train_table=tmp_path / "rows.safetensors").table)
+
+    threads = [threading.Thread(target=make_one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tables) == 4 and len({table._file.source for table in tables}) == 1  # of one inode, not of one path
+    assert os.listdir(tmp_path) == ["rows.safetensors"]
+
+
+def test_a_file_that_could_not_be_made_keeps_nobody_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr("engram_kernels.modules.memory_module.RowTable.create", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(train_table=tmp_path / "rows.safetensors")
+    monkeypatch.undo()
+    assert make(train_table=tmp_path / "rows.safetensors").table.tier == "file"
+    assert os.listdir(tmp_path) == ["rows.safetensors"]
+    with pytest.raises(OSError, match="cannot be created in its directory.*none/rows"):
+        make(train_table=tmp_path / "none" / "rows.safetensors")

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels import _modes
 from engram_kernels._checks import FLOAT_DTYPES
-from engram_kernels._files import shorten
+from engram_kernels._files import one_maker, shorten
 from engram_kernels.layout import Layout
 from engram_kernels.modules.module_table import AnyTable, ModuleTable, as_table
 from engram_kernels.modules.published import assign_published
@@ -158,10 +158,12 @@ class MemoryModule(nn.Module):
             nn.init.normal_(kept, std=ROW_STD)
             return RowTable(kept, None, row_format, row_dim, _memory=memory, tier="host")
         path = Path(train_table)
-        if not path.exists():  # piece by piece: it may be larger than memory
-            sizes = (min(_ROWS_AT_ONCE, num_rows - first) for first in range(0, num_rows, _ROWS_AT_ONCE))
-            pieces = (torch.empty(n, row_dim, dtype=dtype, device="cpu").normal_(std=ROW_STD) for n in sizes)
-            return RowTable.create(path, pieces, row_format=row_format, num_rows=num_rows, row_dim=row_dim)
+        if not path.exists():
+            with one_maker(self.op, path):
+                if not path.exists():  # piece by piece: it may be larger than memory
+                    sizes = (min(_ROWS_AT_ONCE, num_rows - first) for first in range(0, num_rows, _ROWS_AT_ONCE))
+                    pieces = (torch.empty(n, row_dim, dtype=dtype, device="cpu").normal_(std=ROW_STD) for n in sizes)
+                    return RowTable.create(path, pieces, row_format=row_format, num_rows=num_rows, row_dim=row_dim)
         table = RowTable.open(path)
         if (table.num_rows, table.row_dim, table.row_format) != (num_rows, row_dim, row_format):
             raise ValueError(f"{self.op}: {path} has {table.num_rows} rows of {table.row_dim} in {table.row_format}, layer "

@@ -132,7 +132,8 @@ def expect_writable(op: str, table: RowTable) -> None:
         where = f"in the file {table.path}" if table.tier == "file" else f"at {table.address}"
         raise ValueError(f"{op}: table is {where}, which is read-only; expected one in memory")
     if hasattr(table._memory, "num_users"):
-        raise ValueError(f"{op}: table is shared as {table._memory.name!r}, which is read-only; expected one of this process")
+        raise ValueError(f"{op}: table is shared as {table._memory.name!r}, which is read-only; expected one of this "
+                         "process, or of a tensor after share_memory_(), whose rows other processes see change")
     rows = table.rows
     if not rows.is_cpu or rows.numel() == 0 or is_compiling() or _transforms.active() or _modes.fake_mode_of(rows) is not None:
         return

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import secrets
 import weakref
@@ -34,7 +35,7 @@ from engram_kernels.training.optimizer_state import (
     read_state,
     take_over,
 )
-from engram_kernels.training.step_journal import StepJournal, journal_path
+from engram_kernels.training.step_journal import HEADER_BYTES, StepJournal, journal_path
 
 if TYPE_CHECKING:
     from engram_kernels.training.row_optimizer import RowOptimizer
@@ -106,11 +107,13 @@ class FileRows:
         self._process, self._last = os.getpid(), {"writes": 0, "bytes": 0}
         try:
             _expect_same_file(op, self.table, self._held.fd, path)
+            _expect_one_name(op, self._held.fd, path)
             if not state.exists():
                 self._make_state()
             os.close(open_regular(state, op))  # refuses what is no file, and does not wait for a pipe
             self._state_held = HeldTable(op, None, state)
             self._state_fd = self._state_held.fd
+            _expect_one_name(op, self._state_fd, state)
             header, progress = read_state(op, self._state_fd, state, optimizer)
             io = self.table.io_stats()["io"]
             writers = [_C.RowWriter(fd, str(where), io) for fd, where in ((self._held.fd, path), (self._state_fd, state))]
@@ -189,7 +192,13 @@ class FileRows:
         parts = [bytes_of(distinct), *(bytes_of(x) for x in (*stored, *moments.values())), progress]
         if self.journal.end > self.journal_bytes:
             self.checkpoint()
-        self.journal.append(num_steps, distinct.numel(), parts, self.durable)
+        try:
+            self.journal.append(num_steps, distinct.numel(), parts, self.durable)
+        except OSError as err:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT) or self.journal.end == HEADER_BYTES:
+                raise
+            self.checkpoint()  # it may be the journal that fills the disk
+            self.journal.append(num_steps, distinct.numel(), parts, self.durable)
         self.optimizer.num_steps = num_steps
         self._unwritten = True
         with naming_path(self.op, self.state, f"step {num_steps} is in the journal, but could not be written to its files"):
@@ -320,3 +329,10 @@ def _expect_same_file(op: str, table: RowTable, fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if _file_of(table).source[1] != f"{info.st_dev}:{info.st_ino}":
         raise ValueError(f"{op}: {path} is another file than when the table was opened; open it again")
+
+
+def _expect_one_name(op: str, fd: int, path: Path) -> None:
+    names = os.fstat(fd).st_nlink
+    if names > 1:
+        raise ValueError(f"{op}: {path} has {names} names (hard links). Its journal is found by its name, and what is under the "
+                         "others would change with it; expected a file of one name: copy it")

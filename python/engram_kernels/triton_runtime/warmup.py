@@ -1,8 +1,10 @@
-"""Compiles, before serving, every variant that a model needs. `calls` has one entry per op."""
+"""Compiles, before serving or training, every variant that a model needs. `calls` has one entry per op."""
+from __future__ import annotations
+
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,15 +14,20 @@ from engram_kernels.triton_kernels.gate import gate, gate_bwd
 from engram_kernels.triton_kernels.gather_gate import gather_gate, gather_gate_bwd
 from engram_kernels.triton_kernels.gather_rows import gather_rows, gather_rows_bwd
 from engram_kernels.triton_kernels.ngram_hash import ngram_hash, ngram_hash_update
+from engram_kernels.triton_kernels.row_update import row_update
 from engram_kernels.triton_kernels.short_conv import short_conv, short_conv_bwd
 from engram_kernels.triton_runtime import launch
 from engram_kernels.triton_runtime.tuning import SMALL_BATCH, target_name
+
+if TYPE_CHECKING:
+    from engram_kernels.training.row_optimizer import RowOptimizer
 
 Calls = Iterator[Callable[[], Any]]
 
 
 def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torch.dtype = torch.bfloat16,
-           weight_dtype: torch.dtype | None = None, backward: bool = False) -> int:
+           weight_dtype: torch.dtype | None = None, backward: bool = False,
+           row_optimizers: Sequence[RowOptimizer] = ()) -> int:
     """Compiles and loads what a model of `spec` launches for any number of tokens, so that serving never compiles.
 
     Args:
@@ -29,9 +36,10 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
         dtype: of hidden states and gathered rows.
         weight_dtype: of the gate's weights; None: `dtype`.
         backward: also the gradients.
+        row_optimizers: whose steps and norms are compiled, too, for gradients of `dtype`, of the table's dtype and float32.
 
     Returns:
-        How many variants there are. Not among them: `row_update`, row ids in int64 (`ngram_hash` gives int32),
+        How many variants there are. Not among them: the model's row ids in int64 (`ngram_hash` gives int32),
         `ngram_hash_and_commit` of one layer alone or without a pool, tensors that are not 16-byte aligned and strides other
         than those of contiguous tensors; the first launch of such a variant compiles it.
 
@@ -42,22 +50,24 @@ def warmup(spec: EngramSpec, device: torch.device | str = "cuda", *, dtype: torc
     if device.type != "cuda":
         raise RuntimeError(f"warmup: {device} is no GPU")
     index = torch.cuda.current_device() if device.index is None else device.index
-    variants = spec_variants(spec, target_name(torch.device("cuda", index)), dtype, weight_dtype or dtype, backward)
+    target = target_name(torch.device("cuda", index))
+    variants = spec_variants(spec, target, dtype, weight_dtype or dtype, backward, row_optimizers)
     with torch.cuda.device(index):
         for variant in variants:
             launch.compiled_for(variant, index)[(1, 1, 1)]  # a subscript loads it, a call would launch it
     # so that a graph capture allocates none
-    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv"):
+    for op in ("ngram_hash", "gather_rows", "gather_gate", "short_conv", *(["row_update"] if row_optimizers else [])):
         launch.error_counter(op, torch.device("cuda", index))
     return len(variants)
 
 
 def spec_variants(spec: EngramSpec, target: str, dtype: torch.dtype = torch.bfloat16, weight_dtype: torch.dtype = torch.bfloat16,
-                  backward: bool = False) -> list[launch.Variant]:
+                  backward: bool = False, row_optimizers: Sequence[RowOptimizer] = ()) -> list[launch.Variant]:
     """Every variant of `spec` on `target`, each once; compiles nothing and needs no GPU."""
     found: dict[launch.Variant, None] = {}
     for num_tokens in (1, SMALL_BATCH + 1):
-        for call in calls(spec, num_tokens, dtype, weight_dtype, backward):
+        steps = (row_update_calls(optimizer, num_tokens, dtype) for optimizer in row_optimizers)
+        for call in itertools.chain(calls(spec, num_tokens, dtype, weight_dtype, backward), *steps):
             found.update(dict.fromkeys(launch.variants_of(call, target)))
     return list(found)
 
@@ -120,3 +130,20 @@ def calls(spec: EngramSpec, num_tokens: int, dtype: torch.dtype, weight_dtype: t
             yield functools.partial(short_conv, *conv, positions, state, positions if pooled else None, kept)
         if backward:
             yield functools.partial(short_conv_bwd, hidden, *conv)
+
+
+def row_update_calls(optimizer: RowOptimizer, num_ids: int, dtype: torch.dtype) -> Calls:
+    """Calls of `row_update` as `step` and `norm` of an optimizer make them, on tensors without data."""
+    settings, make = optimizer.settings, functools.partial(torch.empty, device="meta")
+    row_format, row_dim, rule = settings["row_format"], settings["row_dim"], settings["rule"]
+    rows = torch.empty_like(optimizer.table.rows.detach(), device="meta")
+    moments = {name: torch.empty_like(x, device="meta") for name, x in optimizer.moments().items()}
+    kept = tuple(moments.get(name) for name in ("second", "first", "steps"))
+    step, stochastic = int(settings["bias_correction"] == "step"), settings["rounding"] == "stochastic"
+    grad_dtypes = dict.fromkeys((dtype, rows.dtype, torch.float32))
+    for id_dtype, grad_dtype, norm in itertools.product((torch.int32, torch.int64), grad_dtypes, (False, True)):
+        call = rows, None, make(num_ids, dtype=id_dtype), make(num_ids, row_dim, dtype=grad_dtype)
+        numbers = (0.0, 0.9, 0.999, 1e-8, 1.0)  # lr, betas, eps, grad_scale: none is compiled in
+        given: tuple[Any, ...] = (*call, *((None,) * 3 if norm else kept), row_format, row_dim, False, "none" if norm else rule,
+                                  *numbers, *((0, False) if norm else (step, stochastic)), 0, 0)
+        yield functools.partial(row_update, *given)
