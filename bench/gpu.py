@@ -8,6 +8,7 @@ may pass it. A row counts as its 264 or 512 bytes; memory moves whole 32-byte se
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ import engram_kernels as ek
 import gpu_calls
 
 ROUNDS = 5
-SECTIONS = ("few", "large", "backward", "short_conv", "engram_forward", "host", "staged")
+SECTIONS = ("few", "chain", "large", "backward", "short_conv", "engram_forward", "host", "staged")
 
 
 def seconds(calls, on_host=False):
@@ -60,6 +61,8 @@ def copy_bytes_per_s(pinned):
 
 def measure(section, name, tokens, calls, peak):
     """The record of one line; a backend or peer that fails is a field that says so, not a lost run."""
+    if os.environ.get("ENGRAM_KERNELS_PDL") == "1":
+        name += ", overlapping launches"
     line = {"section": section, "op": name, "tokens": tokens, "bytes": calls.num_bytes, "seconds": {}, "failed": {}}
     backends = ("cpu",) if gpu_calls.DRY else ("cuda", "triton")
     ways = {} if calls.ours is None else {b: lambda b=b: calls.ours(b) for b in backends}

@@ -139,6 +139,33 @@ def gather_gate_calls(tokens: int, table: ek.RowTable) -> Calls:
                  {"gather_rows, then gate": lambda: [lambda i=i: two_steps(i) for i in ids]})
 
 
+def chain_calls(tokens: int, table: ek.RowTable) -> Calls:
+    """What a decode step does around its product: hash, gather, gate, one after the other. Beside it, as a graph."""
+    sizes = (table.num_rows // C // 4,) * 3  # so that every id of it is a row of the table
+    layout = ek.EngramSpec.deepseek_v41(table_sizes=sizes).layout().to(device())
+    cu_seqlens = torch.arange(tokens + 1, dtype=torch.int32, device=device())
+    row_ids = torch.empty(2, tokens, C, dtype=torch.int32, device=device())
+    memory = torch.empty(tokens, C, D, dtype=torch.bfloat16, device=device())
+    inputs = (randn(tokens, M, H), randn(tokens, M, H), randn(tokens, H), randn(M, H), randn(M, H))
+    out, ids = torch.empty_like(inputs[0]), [draw(layout.num_ids, tokens) for _ in range(num_calls(tokens))]
+
+    def step(i: torch.Tensor) -> None:
+        ek.ngram_hash(i, cu_seqlens, layout, out=row_ids)
+        ek.gather_rows(table, row_ids[0], out=memory)
+        ek.gate(*inputs, out=out)
+
+    def graph() -> list[Call]:
+        if DRY:
+            return [lambda: step(ids[0])]
+        step(ids[0])
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            step(ids[0])
+        return [captured.replay] * len(ids)
+    return Calls(tokens * (2 * C * 4 + C * table.row_bytes + (3 * M + 1) * H * 2), None,
+                 {"cuda": lambda: [lambda i=i: step(i) for i in ids], "as a graph": graph})
+
+
 def short_conv_calls(tokens: int) -> Calls:
     x, weight, norm = randn(tokens, M, H), randn(M, H, 4), randn(M, H)
     cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device())
@@ -197,6 +224,8 @@ def sections(only: Sequence[str], host_gib: Sequence[float]) -> Iterator[Section
             yield section, f"gather_rows, {PACKED} to bf16", "device", tokens, lambda t: gather_calls(t, packed)
             yield section, "gate", "device", tokens, gate_calls
             yield section, f"gather_gate, {PACKED}", "device", tokens, lambda t: gather_gate_calls(t, packed)
+    if "chain" in only:
+        yield "chain", "ngram_hash, gather_rows, gate", "device", (1, 8, 33), lambda t: chain_calls(t, packed)
     if "large" in only:
         bf16 = make_table("bf16", "device", 4.1e9)
         yield "large", "gather_rows, bf16 to bf16", "device", (1, *large), lambda t: gather_calls(t, bf16)

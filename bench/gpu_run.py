@@ -19,6 +19,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q"]
 OPS = ("ngram_hash", "gather_rows", "gate", "gather_gate", "short_conv", "engram_forward")
 OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS]
 SANITIZED = "every_op_runs or few_tokens or fallback or gradients_match"  # together every kernel
+OVERLAP = ["env", "ENGRAM_KERNELS_PDL=1"]  # programmatic dependent launch, for the steps that say what it is worth
 DEVICE_TESTS = ["tests/gpu/test_cuda_device.py", "tests/gpu/test_model_device.py"]
 
 
@@ -58,7 +59,9 @@ def steps(out: Path) -> list[Step]:
              needed=True),
         Step("probe_build", 60, compile_probe),
         Step("probe", 90, [probe, "16"], [sys.executable, "-c", f"assert open({probe!r}, 'rb').read(4) == b'\\x7fELF'"]),
-        Step("few", 90, *bench("few", out=out)),
+        Step("few", 90, *bench("few", "chain", out=out)),
+        Step("overlap", 60, *([*OVERLAP, *command] for command in bench("chain", "few", out=out))),
+        Step("overlap_tests", 60, [*OVERLAP, *PYTEST, *DEVICE_TESTS, "-k", "few_tokens or graph"], every_gpu_test),
         Step("engram_forward", 60, *bench("engram_forward", out=out)),
         Step("backward", 60, *bench("backward", "short_conv", out=out)),
         Step("host", 90, *bench("host", "staged", out=out)),

@@ -19,8 +19,9 @@ def dry(out, *names):
                           capture_output=True, text=True, env=os.environ | {"EK_COLLECT_GPU": "1"})
 
 
-@pytest.mark.parametrize("names", [["machine", "host"], pytest.param(["few", "engram_forward", "large"], marks=pytest.mark.slow),
-                                   pytest.param(["backward", "profile"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [
+    ["machine", "host"], pytest.param(["few", "overlap", "engram_forward"], marks=pytest.mark.slow),
+    pytest.param(["large", "backward", "profile"], marks=pytest.mark.slow)])
 def test_gpu_run_dry_steps_that_time(tmp_path, names):
     run = dry(tmp_path, *names)
     assert run.returncode == 0, run.stdout
@@ -35,7 +36,7 @@ def test_gpu_run_dry_steps_that_time(tmp_path, names):
 @pytest.mark.slow
 def test_gpu_run_dry_steps_that_test(tmp_path):
     """The tests are collected: their files can be read, and each selection selects something."""
-    run = dry(tmp_path, "smoke", "ops", "gpu_tests", "memcheck", "racecheck")
+    run = dry(tmp_path, "smoke", "overlap_tests", "ops", "gpu_tests", "memcheck", "racecheck")
     assert run.returncode == 0, run.stdout
 
 

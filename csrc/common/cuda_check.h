@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <set>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -59,6 +61,32 @@ inline void allow_max_shared_bytes(const void* kernel) {
   done.insert({kernel, device});
 }
 
+// Whether a kernel of few tokens may be launched while the one before it on the stream still runs (programmatic dependent
+// launch): asked for by ENGRAM_KERNELS_PDL=1, since no GPU has confirmed it, and on sm_90 and sm_100 alone.
+inline bool overlaps_launches() {
+  const char* asked = std::getenv("ENGRAM_KERNELS_PDL");
+  if (asked == nullptr || std::string_view(asked) != "1") return false;
+  int device = 0, major = 0;
+  EK_CUDA_CHECK(cudaGetDevice(&device));
+  EK_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major == 9 || major == 10;
+}
+
+// Launches a kernel that begins with wait_for_predecessor. What lies before it on the stream need not be ours.
+template <class... Params, class... Args>
+void launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps_launches() ? 1 : 0;
+  EK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Params(args)...));
+}
+
 // Calls f with the dtype as a constant: a type whose `value` it is.
 template <class Function>
 void dispatch_dtype(DType dtype, const Function& f) {
@@ -73,6 +101,15 @@ void dispatch_dtype(DType dtype, const Function& f) {
 }
 
 #ifdef __CUDACC__
+// First in a kernel of launch_overlapping, for every thread: nothing of memory is touched before, since whatever comes first
+// on the stream may have written or may read it. From here on the next such kernel may be launched; it waits for this one.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // A data error found on the device; raised later by whoever owns the counter.
 __device__ inline void count_error(uint32_t* error_count) {
   if (error_count != nullptr) atomicAdd(error_count, 1U);

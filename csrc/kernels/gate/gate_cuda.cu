@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   __shared__ float by_warp[kMaxThreads / kWarp * kSums];
   __shared__ float shared_gate;
   const int t = blockIdx.x, branch = blockIdx.y;
+  wait_for_predecessor();
   if (p.masked(t)) return pass_token<kType>(p, t, branch, 1, tile.vectors);
   const int first = first_vector<kTokenVectors>();
   const bool there[kTokenVectors] = {first < tile.vectors, first + kWarp < tile.vectors};
@@ -224,8 +225,7 @@ void launch_one_token(const GateParams& p, const Arrays& arrays, const TokenTile
   const auto kernel =
       floats ? (whole ? gate_one_token_kernel<kType, DType::kF32, true> : gate_one_token_kernel<kType, DType::kF32, false>)
              : (whole ? gate_one_token_kernel<kType, kType, true> : gate_one_token_kernel<kType, kType, false>);
-  kernel<<<grid, static_cast<unsigned>(tile.warps * kWarp), 0, stream>>>(p, arrays, tile);
-  EK_CUDA_CHECK(cudaGetLastError());
+  launch_overlapping(kernel, grid, static_cast<unsigned>(tile.warps * kWarp), stream, p, arrays, tile);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------

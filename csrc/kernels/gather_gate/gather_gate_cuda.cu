@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(kMaxThreads<false, 1>) gather_gate_one_token_k
   constexpr int kElements = kVectorElements<kType>, kWords = dtype_bytes(kWeights) / dtype_bytes(kType);
   __shared__ Sums<1> sums;
   const int t = blockIdx.x, branch = blockIdx.y, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  wait_for_predecessor();
   const bool masked = p.masked(t);
   VectorPlace places[kVectors];
   find_places<kElements>(p, tile, places);
@@ -278,8 +279,7 @@ bool launch_one_token(const GatherGateParams& p, int64_t /*branches*/, cudaStrea
       floats ? (whole ? gather_gate_one_token_kernel<kType, DType::kF32, true>
                       : gather_gate_one_token_kernel<kType, DType::kF32, false>)
              : (whole ? gather_gate_one_token_kernel<kType, kType, true> : gather_gate_one_token_kernel<kType, kType, false>);
-  kernel<<<grid, threads, 0, stream>>>(p, tile);
-  EK_CUDA_CHECK(cudaGetLastError());
+  launch_overlapping(kernel, grid, static_cast<unsigned>(threads), stream, p, tile);
   return true;
 }
 

@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(kThreads)
     gather_rows_warp_per_row_kernel(const GatherRowsParams p, const Plan plan, bool copies) {
   constexpr int kWarps = kThreads / kWarp;
   const RowSource& s = p.source;
+  wait_for_predecessor();
 #pragma unroll 1
   for (int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; r < p.row_ids.count; r += int64_t{gridDim.x} * kWarps) {
     const int64_t id = p.row_ids[r];
@@ -556,7 +557,7 @@ void launch(const GatherRowsParams& p, cudaStream_t stream) {
   const int64_t resident = int64_t{kBlocksPerSm} * num_multiprocessors();
   if (aligned && (fits_warps(p) || !tiles) && decodes_from_memory(p, plan)) {
     const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, kThreads / kWarp), resident));
-    gather_rows_warp_per_row_kernel<kOut><<<grid, kThreads, 0, stream>>>(p, plan, copies(p));
+    launch_overlapping(gather_rows_warp_per_row_kernel<kOut>, grid, kThreads, stream, p, plan, copies(p));
   } else if (aligned && goes_directly(p, plan)) {
     const int64_t groups = ceil_div(p.row_ids.count, kDirectThreads / kWarp * kDirectRows);
     const unsigned grid = grid_of(p, std::min(groups, int64_t{kDirectBlocksPerSm} * num_multiprocessors()));

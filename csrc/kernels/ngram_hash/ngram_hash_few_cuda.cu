@@ -201,6 +201,7 @@ __device__ __forceinline__ int64_t next_entry(const NgramHashParams& p, const Si
 template <bool kPooled, bool kPerColumn, int kOrder>
 __global__ void __launch_bounds__(kMaxWarps* kLanes) ngram_hash_few_kernel(const NgramHashParams p, const Sizes sizes) {
   const int lane = threadIdx.x, layer = threadIdx.y;
+  wait_for_predecessor();
   const Sequence of = sequence_of_block<kPooled, kOrder>(p, sizes);
   const bool is_inside = of.begin >= 0 && of.end <= sizes.num_tokens;
   if (layer < p.num_layers) {
@@ -259,9 +260,8 @@ bool ngram_hash_few_cuda(const NgramHashParams& p, void* stream) {
   const auto kernel = is_pooled(p) ? (p.per_column ? kernel_of<true, true>(p.max_order) : kernel_of<true, false>(p.max_order))
                                    : (p.per_column ? kernel_of<false, true>(p.max_order) : kernel_of<false, false>(p.max_order));
   EK_CHECK(p.num_sequences <= kMaxGridX, "ngram_hash: num_sequences is " << p.num_sequences);
-  kernel<<<static_cast<unsigned>(p.num_sequences), dim3(kLanes, p.num_layers + 1, slots), 0, static_cast<cudaStream_t>(stream)>>>(
-      p, sizes_of(p));
-  EK_CUDA_CHECK(cudaGetLastError());
+  const dim3 block(kLanes, static_cast<unsigned>(p.num_layers + 1), static_cast<unsigned>(slots));
+  launch_overlapping(kernel, static_cast<unsigned>(p.num_sequences), block, static_cast<cudaStream_t>(stream), p, sizes_of(p));
   return true;
 }
 

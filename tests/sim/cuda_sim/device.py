@@ -9,7 +9,7 @@ import ptxsim
 from .build import Build, build
 
 Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint),
-                            ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
+                            ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_bool)
 
 
 class LaunchError(Exception):
@@ -24,6 +24,7 @@ class Launch:
     block: tuple[int, ...]
     shared_bytes: int
     result: ptxsim.Result
+    overlaps: bool  # it may begin while the launch before still runs
 
 
 @dataclass
@@ -31,12 +32,14 @@ class Device:
     """Holds arrays; runs launchers on them.
 
     options: of every simulated launch (cta_order, seed, ..); races are looked for unless race=False.
+    capability: the major number of its compute capability.
     shared_limit: bytes of shared memory that a block may ask for: an H100's, unless told.
     ops: the only ones that are compiled and can run; all, unless told.
     """
     multiprocessors: int = 132
     options: dict = field(default_factory=dict)
     shared_limit: int = 232448
+    capability: int = 9
     ops: tuple[str, ...] = ()
     launches: list[Launch] = field(default_factory=list)
 
@@ -72,6 +75,7 @@ class Device:
     def set_runtime(self) -> None:
         """Makes the fake runtime this device's; `run` does so, and whoever calls another function of the library must."""
         self.library.fake_cudart_set(self.callback, self.multiprocessors, self.shared_limit)
+        self.library.fake_cudart_capability(self.capability)
 
     def kernel(self, name: str) -> ptxsim.Kernel:
         """The compiled kernel behind a mangled name."""
@@ -79,14 +83,15 @@ class Device:
             _Simulator.load(next(op for op in self.build.ops if name in self.build.usage(op)), self.build)
         return _Simulator.kernels[name].kernel(name)
 
-    def _launch(self, name, grid, block, args, shared_bytes):
+    def _launch(self, name, grid, block, args, shared_bytes, overlaps):
         try:
             name = name.decode()
             kernel = self.kernel(name)
             raw = [ctypes.string_at(args[i], p.size) for i, p in enumerate(kernel.params)]
             grid, block = tuple(grid[:3]), tuple(block[:3])
-            result = kernel.launch(grid, block, raw, shared_bytes, trace=True, **{"race": True, **self.options})
-            self.launches.append(Launch(name, grid, block, shared_bytes, result))
+            result = kernel.launch(grid, block, raw, shared_bytes, trace=True, overlaps=overlaps,
+                                   **{"race": True, **self.options})
+            self.launches.append(Launch(name, grid, block, shared_bytes, result, overlaps))
             assert not result.races, result.races
             assert not result.conflicts, result.conflicts
             assert not result.warnings, result.warnings

@@ -9,7 +9,8 @@
 
 namespace {
 
-using Launch = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** args, size_t shared_bytes);
+using Launch = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** args, size_t shared_bytes,
+                        bool overlaps);
 
 struct Configuration {
   dim3 grid, block;
@@ -25,7 +26,8 @@ struct Device {
 std::vector<Device> devices{{}};  // one for each pair of numbers that was asked for
 int current = 0;
 std::map<std::pair<int, const void*>, int> dynamic_limits;  // of device and kernel: what was asked for above 48 KiB
-void (*after_limit)() = nullptr;                            // what another thread does once a limit is set
+int capability = 9;
+void (*after_limit)() = nullptr;  // what another thread does once a limit is set
 cudaError_t last_error = cudaSuccess;
 std::vector<Configuration> configurations;
 
@@ -47,6 +49,7 @@ void fake_cudart_set(Launch callback, int num_multiprocessors, int max_shared_by
   devices.push_back({num_multiprocessors, max_shared_bytes});
 }
 
+void fake_cudart_capability(int major) { capability = major; }
 void fake_cudart_after_limit(void (*callback)()) { after_limit = callback; }
 
 void** __cudaRegisterFatBinary(void*) {
@@ -77,14 +80,28 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host_function));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** args) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
+  const size_t shared_bytes = config->dynamicSmemBytes;
   const auto asked = dynamic_limits.find({current, kernel});
   if (shared_bytes > 48 * 1024 && (asked == dynamic_limits.end() || shared_bytes > static_cast<size_t>(asked->second))) {
     return last_error = cudaErrorInvalidValue;  // as the runtime does
   }
-  launch_callback(kernels().at(kernel).c_str(), g, b, args, shared_bytes);
+  bool overlaps = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) return last_error = cudaErrorInvalidValue;
+    overlaps = attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
+  launch_callback(kernels().at(kernel).c_str(), g, b, args, shared_bytes, overlaps);
   return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared_bytes,
+                               cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  return cudaLaunchKernelExC(&config, kernel, args);
 }
 
 cudaError_t cudaGetLastError() {
@@ -98,6 +115,10 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (attribute == cudaDevAttrComputeCapabilityMajor) {
+    *value = capability;
+    return cudaSuccess;
+  }
   if (attribute != cudaDevAttrMultiProcessorCount && attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) {
     return cudaErrorInvalidValue;
   }

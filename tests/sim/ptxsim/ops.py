@@ -1271,6 +1271,7 @@ def _(C, ins):
             full = np.zeros(S.N, bool)
             full[ix[n > 0]] = True
             S.trace.access(ins, 'global', np.broadcast_to(src(), (S.N,)), full, size, False)
+        S.expect_waited(mask)
         if S.async_group is None:
             S.async_group = np.zeros(S.N, I64)
         S.async_pending.append([ins, ix, S.async_group[ix].copy(), d, s, n, size])
@@ -1517,9 +1518,20 @@ def _nothing(C, ins):
     return lambda ma, mx: None
 
 
-for _n in ('membar', 'fence', 'prefetch', 'prefetchu', 'nanosleep', 'discard', 'applypriority', 'griddepcontrol',
-           'setmaxnreg', 'pmevent'):
+for _n in ('membar', 'fence', 'prefetch', 'prefetchu', 'nanosleep', 'discard', 'applypriority', 'setmaxnreg',
+           'pmevent'):
     HANDLERS[_n] = _nothing
+
+
+@op('griddepcontrol')
+def _(C, ins):
+    S = C.S
+    if 'launch_dependents' in ins.mods:   # they wait for the whole grid, whenever they start
+        return lambda ma, mx: None
+
+    def f(ma, mx):
+        S.waited |= S.live if mx is None else mx
+    return f
 
 
 @op('bar', 'barrier')

@@ -225,7 +225,7 @@ class Kernel:
         return np.frombuffer(bytes(buf), np.uint8)
 
     def launch(self, grid, block, args, dynamic_smem=0, trace=False, race=False, strict=True, poison=True,
-               gang_threads=32768, cta_order='linear', seed=0, max_steps=20_000_000, timeout=None):
+               gang_threads=32768, cta_order='linear', seed=0, max_steps=20_000_000, timeout=None, overlaps=False):
         grid, block = _dim3(grid), _dim3(block)
         threads = block[0] * block[1] * block[2]
         if not 0 < threads <= 1024 or block[2] > 64:
@@ -251,7 +251,7 @@ class Kernel:
         t0 = time.time()
         try:
             S.params = self.pack_args(args)
-            S.dyn_smem, S.strict, S.warnings = dynamic_smem, strict, {}
+            S.dyn_smem, S.strict, S.warnings, S.overlaps = dynamic_smem, strict, {}, overlaps
             S.trace = Trace(self.mod.mem, race) if trace or race else None
             for s in self.segs:
                 s.threads = s.warps = 0
@@ -270,7 +270,10 @@ class Kernel:
                 for i in range(0, total, per):
                     S.cc = np.zeros(1, bool)
                     S.start_gang(order[i:i + per], grid, block, self.template, smem, self.local_size, poison)
+                    began = S.live.copy()
                     self._run_gang()
+                    if overlaps and (began & ~S.waited).any():   # then the grid ends, and the next begins, before the last one
+                        raise SimError(f'{S.who(np.flatnonzero(began & ~S.waited)[0])} ends without griddepcontrol.wait')
             return self._result(total * threads, time.time() - t0, smem, trace)
         finally:
             self.mod.mem.release_from(mark)

@@ -63,6 +63,7 @@ class State:
         self.async_group = None
         self.async_pending = []
         self.mbar = {}
+        self.waited = np.zeros(n, bool)   # for the grid before this one: griddepcontrol.wait
 
         one = lambda v, dt=U32: np.array([v], dt)
         rep = lambda v: np.tile(v.astype(U32), b)
@@ -134,6 +135,14 @@ class State:
         return np.packbits(mask, bitorder='little').view(U32)
 
     # ---- memory ---------------------------------------------------------------
+    def expect_waited(self, mask):
+        """In an overlapping launch, the grid before may still write, or read, what those threads touch."""
+        if not self.overlaps:
+            return
+        early = (self.live if mask is None else mask) & ~self.waited
+        if early.any():
+            raise SimError(f'global memory is touched before griddepcontrol.wait by {self.who(np.flatnonzero(early)[0])}')
+
     def sview(self, w):
         v = self._sv.get(w)
         if v is None:
@@ -209,6 +218,8 @@ class State:
                 ix = self.active(mask)
                 return [f[ix] for f in full], ix
             space, a, _ = parts[0]
+        if space == 'global':
+            self.expect_waited(mask)
         if self.trace:
             self.trace.access(ins, space, a, mask, w * n, False)
         ix = None
@@ -232,6 +243,8 @@ class State:
                     self.store(sp, ins, ad, mm, w, vals)
                 return
             space, a, _ = parts[0]
+        if space == 'global':
+            self.expect_waited(mask)
         if self.trace:
             self.trace.access(ins, space, a, mask, w * len(vals), True, vals)
         ix = None
@@ -273,6 +286,8 @@ class State:
                 ix = self.active(m)
                 return full[ix], ix
             space, a, _ = parts[0]
+        if space == 'global':
+            self.expect_waited(mask)
         if self.trace:
             self.trace.access(ins, space, a, mask, w, True, None, atomic=True)
         m = self.live if mask is None else mask
