@@ -14,7 +14,7 @@ from engram_kernels.reference.gather_rows import gather_rows as reference
 from engram_kernels.testing.inputs import random_rows
 
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
-OP = "gather_rows_cuda"
+OP, DIRECT = "gather_rows_cuda", "gather_rows_direct_cuda"  # tiles and by element; what stages nothing
 BYTE_FORMATS = tuple(f for f in ROW_FORMATS if f not in ("f32", "bf16", "f16"))
 
 
@@ -30,6 +30,10 @@ def device(request):
     for launch in device.launches:
         long_rows = launch.shared_bytes == 0 and request.node.callspec.params.get("row_dim", 0) >= 4096
         assert "warp_per_row" not in launch.kernel or request.param == "warp_per_row" or long_rows, launch.kernel
+
+
+def of_both(of_op):
+    return of_op(OP) | of_op(DIRECT)
 
 
 def bytes_of(x):
@@ -302,7 +306,7 @@ def test_gather_rows_loads_are_wide_and_many(cost):
     # nothing waits before the last one of a tile, or of a warp's rows, is issued
     assert sum(line["threads"] for line in loads) / (launch.grid[0] * launch.block[0]) >= (7.5 if is_direct(launch) else 8)
     tile_bytes = NUM_ROWS * row_bytes / np.prod(launch.grid)
-    usage = build().usage(OP)[launch.kernel]
+    usage = of_both(build().usage)[launch.kernel]
     threads = launch.block[0]
     resident = min(65536 // (usage.registers * threads), 2048 // threads, 32, 227 * 1024 // (launch.shared_bytes + 1024))
     assert resident * tile_bytes * 132 >= 2e6
@@ -315,13 +319,13 @@ def test_gather_rows_bank_conflicts(cost):
 
 
 def test_gather_rows_uses_no_local_memory():
-    for usage in build().usage(OP).values():
+    for usage in of_both(build().usage).values():
         assert (usage.stack_bytes, usage.spill_bytes) == (0, 0) and usage.registers <= 64
 
 
 @pytest.mark.skipif(bool(MISSING_SASS), reason=MISSING_SASS)
 def test_gather_rows_machine_code():
-    for code in build().sass(OP).values():
+    for code in of_both(build().sass).values():
         assert not [op for _, _, op, _ in code if re.match(r"CALL|LDL|STL", op)]
 
 
@@ -360,7 +364,7 @@ def test_gather_rows_executes_fewer_machine_instructions_than_peers(row_format, 
             return tile_rows * vectors // threads // count["STG.E.128"]
         return 1  # what is left over, from above
 
-    took = executed(build().sass(OP)[launch.kernel], turns, lambda op, args: op.startswith("RED")) * threads / tile_rows
+    took = executed(of_both(build().sass)[launch.kernel], turns, lambda op, args: op.startswith("RED")) * threads / tile_rows
     print(f"{took:.0f} machine instructions per row")
     assert peer / 5 < took <= most < peer
 
@@ -373,7 +377,7 @@ def test_gather_rows_direct_executes_fewer_machine_instructions_than_tiles(row_f
     ids = torch.zeros(512, dtype=torch.int32)
     launch, = simulate(rows, scales, ids, row_format, 256, device=Device(multiprocessors=1))[2]
     assert is_direct(launch)
-    loop = token_loop(build().sass(OP)[launch.kernel])
+    loop = token_loop(of_both(build().sass)[launch.kernel])
 
     took = executed(loop[:-1], lambda ops: None, lambda op, args: op.startswith("RED")) / 8  # the inner loop: rows not there
     print(f"{took:.1f} machine instructions of a warp per row")

@@ -19,7 +19,7 @@ from test_ngram_hash_cuda_sim import make_layout, random_ids
 from engram_kernels.testing.inputs import random_rows
 
 pytestmark = pytest.mark.skipif(bool(MISSING_NVCC), reason=MISSING_NVCC)
-NAMES = {"ngram_hash_few_cuda": "ngram_hash_few_kernel", "gather_rows_cuda": "gather_rows_warp_per_row_kernel",
+NAMES = {"ngram_hash_few_cuda": "ngram_hash_few_kernel", "gather_rows_direct_cuda": "gather_rows_warp_per_row_kernel",
          "gate_cuda": "gate_one_token_kernel", "gather_gate_cuda": "gather_gate_one_token_kernel"}
 ACCESS = re.compile(r"(LDG|LD\.|STG|ST\.|ATOM|RED|LDGSTS)")
 
@@ -43,7 +43,7 @@ def gather_gate_launches(device):
     return check_gather_gate(Table("fp8_e4m3_block32_packed", 256), inputs, torch.arange(2) == 1, device)
 
 
-RUNS = {"ngram_hash_few_cuda": hash_launches, "gather_rows_cuda": gather_launches, "gate_cuda": gate_launches,
+RUNS = {"ngram_hash_few_cuda": hash_launches, "gather_rows_direct_cuda": gather_launches, "gate_cuda": gate_launches,
         "gather_gate_cuda": gather_gate_launches}
 
 

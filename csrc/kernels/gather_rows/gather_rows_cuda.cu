@@ -1,76 +1,38 @@
-// CUDA kernels of gather_rows. Contract: gather_rows.h.
+// CUDA kernels of gather_rows. Contract: gather_rows.h. Rows of which nothing is staged: gather_rows_direct_cuda.cu.
 //
 //   tiles        a block carries a tile of rows:
 //                1. stage  a group of lanes reads a row as it lies in memory, one 128-byte line at a time, to shared memory;
 //                          nothing waits until the whole tile is on its way
 //                2. write  the block writes the tile, 16 bytes per thread: as it lies there, or decoded
-//   direct       a warp takes kDirectRows fp8 rows with ue8m0 scales at a time from memory through registers to memory: no
-//                barrier, and fewer instructions than in tiles
-//   warps        a warp carries a row from memory to memory. A batch that fills no GPU so waits less than in tiles, whose
-//                barriers take longer than a row takes from memory
 //   by element   an element or byte per thread, for what has no alignment
 // Traffic  every sector of a row once, the output once, 4 or 8 bytes per id. Over PCIe the reads are 128-byte requests.
 // Limits   tiles of rows up to kMaxStagedBytes; longer ones take a warp per row; any row for the kernels by element.
-#include <algorithm>
-
-#include "common/cuda_check.h"
-#include "common/stored_row_cuda.h"
-#include "common/vector_cuda.h"
-#include "kernels/gather_rows/gather_rows.h"
+#include "kernels/gather_rows/gather_rows_cuda.h"
 
 namespace engram_kernels {
 namespace {
 
-constexpr int kThreads = 64;           // of many rows each: what a thread does once for a tile is a good part of its work
 constexpr int kRowsAtOnce = 8;         // of a group of lanes, so that a thread has 8 loads in flight at least
-constexpr int kBlocksPerSm = 32;       // as many as 2,048 threads allow
 constexpr int kLoadsInFlight = 8;      // of a thread, at least
 constexpr int kMaxLoadsInFlight = 64;  // more only costs shared memory
 constexpr int64_t kMaxRowsPerThread = 32;
 constexpr int kMaxStagedBytes = 2048;
-constexpr int kResidentWarps = 64;  // of a multiprocessor
-constexpr int kDirectThreads = 256;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-constexpr int kDirectRows = 4;  // of a warp at once: fp8 is decoded in steps, which take registers
-#else
-constexpr int kDirectRows = 8;
-#endif
-constexpr int kDirectBlocksPerSm = 4;
-
-// What the launcher derives from the params. In shared memory lie the rows of a tile, each with its scales behind it,
-// then the staged rows, then the ids.
-struct Plan {
-  int aligned_bytes;      // of rows in memory, up to 16
-  int word_bytes;         // of one load: 16, 8 or 4
-  int lines;              // that a row can touch
-  int rows;               // of a tile
-  int row_bytes;          // read of a row
-  int row_pitch;          // bytes between rows in shared memory
-  int scale_bytes;        // of a row's scales that lie apart in memory
-  bool keeps_ids;         // for them
-  int scale_lanes;        // threads that fetch them
-  int vectors;            // 16-byte pieces of an output row
-  int vector_lanes;       // threads that write a row
-  int rows_at_once;       // that the block writes
-  int lanes_inverse;      // 2^16 / vector_lanes, rounded up
-  int staged_rows;        // rows, up to whole turns of stage_lines
-  int staged_at, ids_at;  // bytes into shared memory
-  int shared_bytes;
-};
 
 extern __shared__ __align__(16) unsigned char shared[];
 
-__device__ __forceinline__ StagedRow* staged(const Plan& plan) { return reinterpret_cast<StagedRow*>(shared + plan.staged_at); }
-__device__ __forceinline__ int64_t* staged_ids(const Plan& plan) { return reinterpret_cast<int64_t*>(shared + plan.ids_at); }
-__device__ __forceinline__ bool is_absent(const Plan& plan, int r) { return static_cast<int>(staged(plan)[r].w) == kAbsent; }
-
-__device__ __forceinline__ bool is_row(const GatherRowsParams& p, int64_t id) {
-  return static_cast<uint64_t>(id) < static_cast<uint64_t>(p.source.num_rows);
+__device__ __forceinline__ StagedRow* staged(const GatherRowsPlan& plan) {
+  return reinterpret_cast<StagedRow*>(shared + plan.staged_at);
+}
+__device__ __forceinline__ int64_t* staged_ids(const GatherRowsPlan& plan) {
+  return reinterpret_cast<int64_t*>(shared + plan.ids_at);
+}
+__device__ __forceinline__ bool is_absent(const GatherRowsPlan& plan, int r) {
+  return static_cast<int>(staged(plan)[r].w) == kAbsent;
 }
 
 // Looks the tile's ids up. Returns whether this thread met one without a row, behind the last one too.
 template <bool kKeepIds>
-__device__ __forceinline__ bool stage_ids(const GatherRowsParams& p, const Plan& plan, int64_t first, int count) {
+__device__ __forceinline__ bool stage_ids(const GatherRowsParams& p, const GatherRowsPlan& plan, int64_t first, int count) {
   bool absent = false;
 #pragma unroll 1
   for (int r = threadIdx.x; r < plan.staged_rows; r += kThreads) {
@@ -92,7 +54,7 @@ __device__ __forceinline__ uint32_t shared_address() { return static_cast<uint32
 
 // Starts the reads of kLines lines of every row of the tile, from line `first_line` of the row on.
 template <int kWordBytes, int kLines>
-__device__ __forceinline__ void stage_lines(const Plan& plan, int count, int first_line) {
+__device__ __forceinline__ void stage_lines(const GatherRowsPlan& plan, int count, int first_line) {
   constexpr int kLanes = kLineBytes / kWordBytes, kGroups = kThreads / kLanes;
   const int lane_bytes = threadIdx.x % kLanes * kWordBytes + first_line * kLineBytes;
   const uint32_t base = shared_address() + lane_bytes;
@@ -119,7 +81,7 @@ __device__ __forceinline__ void stage_lines(const Plan& plan, int count, int fir
   }
 }
 
-__device__ __forceinline__ void stage_rows(const Plan& plan, int count) {
+__device__ __forceinline__ void stage_rows(const GatherRowsPlan& plan, int count) {
   if (plan.word_bytes == 16 && plan.lines <= 2) return stage_lines<16, 2>(plan, count, 0);
   if (plan.word_bytes == 8 && plan.lines <= 3) return stage_lines<8, 3>(plan, count, 0);
 #pragma unroll 1
@@ -131,7 +93,7 @@ __device__ __forceinline__ void stage_rows(const Plan& plan, int count) {
 }
 
 // The same for scales that lie apart: words where they are aligned, else bytes.
-__device__ __forceinline__ void stage_scales(const GatherRowsParams& p, const Plan& plan, int count) {
+__device__ __forceinline__ void stage_scales(const GatherRowsParams& p, const GatherRowsPlan& plan, int count) {
   const RowSource& s = p.source;
   const bool words = (reinterpret_cast<uintptr_t>(s.scales) | s.scale_stride_bytes | plan.scale_bytes) % 4 == 0;
   const int step = words ? 4 : 1, lane = threadIdx.x & (plan.scale_lanes - 1);
@@ -152,7 +114,7 @@ __device__ __forceinline__ void stage_scales(const GatherRowsParams& p, const Pl
 }
 
 // Zeros for the rows that are not there, values and scales.
-__device__ __forceinline__ void clear_absent(const Plan& plan, int count) {
+__device__ __forceinline__ void clear_absent(const GatherRowsPlan& plan, int count) {
 #pragma unroll 1
   for (int r = threadIdx.x / kWarp; r < count; r += kThreads / kWarp) {
     if (!is_absent(plan, r)) continue;
@@ -166,7 +128,7 @@ __device__ __forceinline__ void clear_absent(const Plan& plan, int count) {
 
 // Calls write(first, count, absent) with each tile of the block in shared memory; absent: some of its rows are not there.
 template <bool kScaleRows, class Write>
-__device__ __forceinline__ void for_each_tile(const GatherRowsParams& p, const Plan& plan, const Write& write) {
+__device__ __forceinline__ void for_each_tile(const GatherRowsParams& p, const GatherRowsPlan& plan, const Write& write) {
   const int64_t step = int64_t{gridDim.x} * plan.rows;
 #pragma unroll 1
   for (int64_t first = int64_t{blockIdx.x} * plan.rows; first < p.row_ids.count; first += step) {
@@ -184,7 +146,7 @@ __device__ __forceinline__ void for_each_tile(const GatherRowsParams& p, const P
 
 // Rows as they are. They lie in shared memory as in the output: 16-byte vectors may straddle rows, and a last one may be
 // short.
-__global__ void __launch_bounds__(kThreads) gather_rows_copy_kernel(const GatherRowsParams p, const Plan plan) {
+__global__ void __launch_bounds__(kThreads) gather_rows_copy_kernel(const GatherRowsParams p, const GatherRowsPlan plan) {
   constexpr int kCopiesAtOnce = 8, kTurn = kThreads * kVectorBytes;
   for_each_tile<false>(p, plan, [&](int64_t first, int count, bool) {
     const int bytes = count * plan.row_bytes;
@@ -213,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_copy_kernel(const Gather
 }
 
 // Zeros for the rows that are not there, over what the block has written of the tile.
-__device__ __forceinline__ void clear_output(const Plan& plan, std::byte* tile, int count) {
+__device__ __forceinline__ void clear_output(const GatherRowsPlan& plan, std::byte* tile, int count) {
   __syncthreads();
 #pragma unroll 1
   for (int r = 0; r < count; ++r) {
@@ -226,7 +188,7 @@ __device__ __forceinline__ void clear_output(const Plan& plan, std::byte* tile, 
 
 // Decoded rows. A thread keeps its place in the row and walks the rows of the tile.
 template <DType kOut, RowFormat kFormat>
-__global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const GatherRowsParams p, const Plan plan) {
+__global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const GatherRowsParams p, const GatherRowsPlan plan) {
   constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
   constexpr bool kTensor = traits_of(kFormat).scale == RowScale::kTensor;
   const float tensor_scale = tensor_scale_of<kFormat>(p.source);
@@ -258,172 +220,6 @@ __global__ void __launch_bounds__(kThreads) gather_rows_decode_kernel(const Gath
     // a scale of NaN or below zero must not touch the zeros of a row that is not there
     if ((kTensor || has_table_scale(kFormat)) && absent) clear_output(plan, tile, count);
   });
-}
-
-// ---- direct ----------------------------------------------------------------------------------------------------------
-
-// A vector of the output: fp8 values times a ue8m0 scale.
-template <DType kOut>
-__device__ __forceinline__ uint4 scale_fp8(const uint32_t (&words)[kVectorElements<kOut> / 4], uint32_t scale,
-                                           bool zero_scale_is_zero) {
-  constexpr int kCount = kVectorElements<kOut>;
-  float values[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) unpack_fp8(words[i], values + 4 * i);
-  uint32_t out[4];
-  if constexpr (kOut == DType::kBf16) {
-    // Values of four bits are exact in bf16, and a power of two times them is rounded once, as the float product is.
-    const uint32_t bits = max(scale * 0x00800080U, zero_scale_is_zero ? 0U : 0x00400040U);
-    const uint32_t factors = scale == 255 ? 0x7FC07FC0U : bits;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = pack_pair<kOut>(values[2 * i], values[2 * i + 1]);
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(pair), "r"(factors), "r"(0x80008000U));  // -0: keeps signs
-    }
-  } else {
-    const float factor = unpack_ue8m0(scale, zero_scale_is_zero);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] *= factor;
-    if constexpr (kOut == DType::kF32) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(values[i]);
-    } else {
-      pack_vector<kOut>(values, out);
-    }
-  }
-  return make_uint4(out[0], out[1], out[2], out[3]);
-}
-
-// Where a lane's part of a row lies, its values or its scale. The row's number has 32 bits, so that its place is one product.
-struct LaneColumn {
-  uint64_t first_row;
-  uint32_t stride;
-
-  __device__ __forceinline__ LaneColumn(const std::byte* first_row, int64_t stride)
-      : first_row(__cvta_generic_to_global(first_row)), stride(static_cast<uint32_t>(stride)) {
-    asm("" : "+l"(this->first_row), "+r"(this->stride));  // else its parts are added anew for every row
-  }
-  __device__ __forceinline__ uint64_t at(uint32_t row) const {
-    uint64_t address;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(first_row));
-    return address;
-  }
-};
-
-template <int kWords>
-__device__ __forceinline__ void load_global(uint64_t from, uint32_t (&words)[kWords]) {
-  if constexpr (kWords == 1) {
-    asm volatile("ld.global.b32 %0, [%1];" : "=r"(words[0]) : "l"(from));
-  } else {
-    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
-  }
-}
-
-// fp8 rows with ue8m0 scales, packed or apart, whose output has at most a vector per lane.
-template <DType kOut>
-__global__ void __launch_bounds__(kDirectThreads, kDirectBlocksPerSm)
-    gather_rows_direct_kernel(const GatherRowsParams p, const int vectors) {
-  constexpr int kCount = kVectorElements<kOut>, kWords = kCount / 4, kWarps = kDirectThreads / kWarp;
-  constexpr uint32_t kNone = ~0U;
-  const RowSource& s = p.source;
-  const int lane = threadIdx.x % kWarp, element = min(lane, vectors - 1) * kCount;
-  const bool has_vector = lane < vectors;
-  const LaneColumn values(s.rows + element, s.row_stride_bytes);
-  const LaneColumn scales(s.row_scales(0) + element / kUe8m0Block,
-                          is_packed(s.format) ? s.row_stride_bytes : s.scale_stride_bytes);
-  const int count = static_cast<int>(p.row_ids.count), step = static_cast<int>(gridDim.x) * (kWarps * kDirectRows);
-  int first = (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp) * kDirectRows;
-  const auto id_at = [&](int at) { return lane < kDirectRows && at + lane < count ? p.row_ids[at + lane] : kNoRow; };
-  int64_t id = id_at(first);
-#pragma unroll 1
-  for (; first < count; first += step) {
-    const bool there = is_row(p, id);
-    const bool whole = __all_sync(~0U, there || lane >= kDirectRows);
-    if (!there && id != kNoRow) count_error(p.error_count);
-    const uint32_t row_of_lane = there ? static_cast<uint32_t>(id) : kNone;
-    id = id_at(first + step);
-    auto* out = reinterpret_cast<uint4*>(p.out) + (int64_t{first} * vectors + lane);
-    uint32_t words[kDirectRows][kWords], scale[kDirectRows];
-    const auto load = [&](int r, uint32_t row) {
-      load_global(values.at(row), words[r]);
-      asm volatile("ld.global.u8 %0, [%1];" : "=r"(scale[r]) : "l"(scales.at(row)));
-    };
-    const auto store = [&](int r) {
-      if (has_vector) out[r * vectors] = scale_fp8<kOut>(words[r], scale[r], s.zero_scale_is_zero);
-    };
-    if (whole) {
-#pragma unroll
-      for (int r = 0; r < kDirectRows; ++r) load(r, __shfl_sync(~0U, row_of_lane, r));
-#pragma unroll
-      for (int r = 0; r < kDirectRows; ++r) store(r);
-    } else {
-#pragma unroll 1
-      for (int r = 0; r < min(count - first, kDirectRows); ++r) {
-        const uint32_t row = __shfl_sync(~0U, row_of_lane, r);
-        if (row != kNone) {
-          load(0, row);
-          if (has_vector) out[r * vectors] = scale_fp8<kOut>(words[0], scale[0], s.zero_scale_is_zero);
-        } else if (has_vector) {
-          out[r * vectors] = make_uint4(0, 0, 0, 0);
-        }
-      }
-    }
-  }
-}
-
-// ---- warps -----------------------------------------------------------------------------------------------------------
-
-// A warp's row to the output, decoded.
-template <DType kOut, RowFormat kFormat>
-__device__ __forceinline__ void decode_row(const RowSource& s, const std::byte* row, const std::byte* scales, int vectors,
-                                           std::byte* out) {
-  constexpr int kCount = kVectorBytes / dtype_bytes(kOut);
-  const float tensor_scale = tensor_scale_of<kFormat>(s);
-#pragma unroll 4
-  for (int v = threadIdx.x % kWarp; v < vectors; v += kWarp) {
-    float values[kCount];
-    decode<kFormat, kCount>(s, reinterpret_cast<const unsigned char*>(row), reinterpret_cast<const unsigned char*>(scales),
-                            v * kCount, tensor_scale, values);
-    store_floats<kOut>(out + v * kVectorBytes, values);
-  }
-}
-
-template <class Word>
-__device__ __forceinline__ void copy_row(const std::byte* row, int bytes, std::byte* out) {
-#pragma unroll 4
-  for (int at = threadIdx.x % kWarp * sizeof(Word); at < bytes; at += kWarp * sizeof(Word)) {
-    *reinterpret_cast<Word*>(out + at) = row != nullptr ? *reinterpret_cast<const Word*>(row + at) : Word{};
-  }
-}
-
-// A warp per row, nothing is staged. With `copies`, rows as they are, in words of plan.word_bytes.
-template <DType kOut>
-__global__ void __launch_bounds__(kThreads)
-    gather_rows_warp_per_row_kernel(const GatherRowsParams p, const Plan plan, bool copies) {
-  constexpr int kWarps = kThreads / kWarp;
-  const RowSource& s = p.source;
-  wait_for_predecessor();
-#pragma unroll 1
-  for (int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; r < p.row_ids.count; r += int64_t{gridDim.x} * kWarps) {
-    const int64_t id = p.row_ids[r];
-    const bool there = is_row(p, id);
-    if (!there && id != kNoRow && threadIdx.x % kWarp == 0) count_error(p.error_count);
-    const std::byte* row = there ? s.row(id) : nullptr;
-    if (copies) {
-      std::byte* out = p.out + r * plan.row_bytes;
-      if (plan.word_bytes == 16) copy_row<uint4>(row, plan.row_bytes, out);
-      if (plan.word_bytes == 8) copy_row<uint2>(row, plan.row_bytes, out);
-      if (plan.word_bytes == 4) copy_row<uint32_t>(row, plan.row_bytes, out);
-      continue;
-    }
-    std::byte* out = p.out + r * plan.vectors * kVectorBytes;
-    if (!there) {
-      copy_row<uint4>(nullptr, plan.vectors * kVectorBytes, out);
-      continue;
-    }
-    const std::byte* scales = s.row_scales(id);
-    with_row_decode(s.format, [&](auto format) { decode_row<kOut, decltype(format)::value>(s, row, scales, plan.vectors, out); });
-  }
 }
 
 // ---- by element ------------------------------------------------------------------------------------------------------
@@ -459,11 +255,8 @@ __global__ void __launch_bounds__(kThreads) gather_rows_by_byte_kernel(const Gat
   }
 }
 
-// Whether output rows are the bytes of stored rows.
-bool copies(const GatherRowsParams& p) { return p.as_stored || stores(p.source.format, p.out_dtype); }
-
 // Lays out the shared memory for tiles of so many rows per thread.
-void lay_out_shared(int rows_per_thread, Plan* plan) {
+void lay_out_shared(int rows_per_thread, GatherRowsPlan* plan) {
   const int groups = kThreads / (kLineBytes / plan->word_bytes);
   plan->rows = groups * rows_per_thread;
   plan->staged_rows = static_cast<int>(ceil_div(rows_per_thread, kRowsAtOnce)) * kRowsAtOnce * groups;
@@ -473,7 +266,7 @@ void lay_out_shared(int rows_per_thread, Plan* plan) {
 }
 
 // Whether rows and output are aligned for more than a byte or element at a time, and what follows for a row.
-bool plan_row(const GatherRowsParams& p, Plan* plan) {
+bool plan_row(const GatherRowsParams& p, GatherRowsPlan* plan) {
   const RowSource& s = p.source;
   const int64_t row_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
   const int64_t out_bytes = copies(p) ? row_bytes : int64_t{s.row_dim} * dtype_bytes(p.out_dtype);
@@ -497,7 +290,7 @@ bool plan_row(const GatherRowsParams& p, Plan* plan) {
 }
 
 // Whether tiles of such rows can be staged, and how.
-bool plan_tiles(const GatherRowsParams& p, Plan* plan) {
+bool plan_tiles(const GatherRowsParams& p, GatherRowsPlan* plan) {
   const int64_t row_bytes = plan->row_bytes, out_bytes = copies(p) ? row_bytes : int64_t{plan->vectors} * kVectorBytes;
   if (row_bytes > kMaxStagedBytes) return false;
   const int groups = kThreads / (kLineBytes / plan->word_bytes);
@@ -515,56 +308,21 @@ bool plan_tiles(const GatherRowsParams& p, Plan* plan) {
 
 template <DType kOut>
 auto decode_kernel(RowFormat format) {
-  void (*kernel)(GatherRowsParams, Plan) = nullptr;
+  void (*kernel)(GatherRowsParams, GatherRowsPlan) = nullptr;
   with_row_decode(format, [&](auto constant) {  // in shared memory the scales lie behind the values
     kernel = gather_rows_decode_kernel<kOut, decltype(constant)::value>;
   });
   return kernel;
 }
 
-unsigned grid_of(const GatherRowsParams& p, int64_t blocks) {
-  return static_cast<unsigned>(std::min({blocks, kMaxGridX, p.max_blocks > 0 ? p.max_blocks : kMaxGridX}));
-}
-
-// Whether there is a warp for each row at once, so that a warp per row leaves nothing to wait for.
-bool fits_warps(const GatherRowsParams& p) {
-  const int64_t warps = int64_t{kResidentWarps} * num_multiprocessors();
-  return p.row_ids.count <= (p.max_blocks > 0 ? std::min<int64_t>(warps, p.max_blocks * (kThreads / kWarp)) : warps);
-}
-
-// Whether what a thread decodes at once is aligned.
-bool decodes_from_memory(const GatherRowsParams& p, const Plan& plan) {
-  if (copies(p)) return true;
-  const int64_t elements = kVectorBytes / dtype_bytes(p.out_dtype);
-  const int64_t load_bytes = std::min<int64_t>(value_bytes(p.source.format, elements), kVectorBytes);
-  const bool scale_words = (reinterpret_cast<uintptr_t>(p.source.scales) | p.source.scale_stride_bytes) % 4 == 0;
-  return load_bytes <= plan.aligned_bytes &&
-         (!has_row_scales(p.source.format) || scale_bytes(p.source.format) == 1 || scale_words);
-}
-
-// Whether the kernel for fp8 rows with ue8m0 scales takes them: most of a warp's lanes have a vector, and places fit 32 bits.
-bool goes_directly(const GatherRowsParams& p, const Plan& plan) {
-  const RowFormatTraits traits = traits_of(p.source.format);
-  return !copies(p) && p.max_blocks == 0 && traits.element == RowElement::kFp8E4m3 && traits.scale == RowScale::kBlockUe8m0 &&
-         p.row_ids.count <= INT32_MAX / 2 && plan.vectors > kWarp / 2 && plan.vectors <= kWarp && decodes_from_memory(p, plan) &&
-         p.source.num_rows < UINT32_MAX && p.source.row_stride_bytes <= UINT32_MAX && p.source.scale_stride_bytes <= UINT32_MAX;
-}
-
 template <DType kOut>
 void launch(const GatherRowsParams& p, cudaStream_t stream) {
-  Plan plan{};
+  GatherRowsPlan plan{};
   const bool aligned = plan_row(p, &plan), tiles = aligned && plan_tiles(p, &plan);
-  const int64_t resident = int64_t{kBlocksPerSm} * num_multiprocessors();
-  if (aligned && (fits_warps(p) || !tiles) && decodes_from_memory(p, plan)) {
-    const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, kThreads / kWarp), resident));
-    launch_overlapping(gather_rows_warp_per_row_kernel<kOut>, grid, kThreads, stream, p, plan, copies(p));
-  } else if (aligned && goes_directly(p, plan)) {
-    const int64_t groups = ceil_div(p.row_ids.count, kDirectThreads / kWarp * kDirectRows);
-    const unsigned grid = grid_of(p, std::min(groups, int64_t{kDirectBlocksPerSm} * num_multiprocessors()));
-    gather_rows_direct_kernel<kOut><<<grid, kDirectThreads, 0, stream>>>(p, plan.vectors);
-  } else if (tiles) {
+  if (aligned && gather_rows_direct_cuda(p, plan, tiles, stream)) return;
+  if (tiles) {
     // each block walks several tiles and sets up once
-    const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, plan.rows), resident));
+    const unsigned grid = grid_of(p, std::min(ceil_div(p.row_ids.count, plan.rows), resident_blocks()));
     const auto kernel = copies(p) ? gather_rows_copy_kernel : decode_kernel<kOut>(p.source.format);
     kernel<<<grid, kThreads, plan.shared_bytes, stream>>>(p, plan);
   } else if (copies(p)) {
