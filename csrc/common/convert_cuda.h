@@ -22,8 +22,8 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 template <DType kType>
 __device__ __forceinline__ void unpack_pair(uint32_t pair, float* low, float* high) {
   if constexpr (kType == DType::kBf16) {
-    asm("shl.b32 %0, %1, 16;" : "=f"(*low) : "r"(pair));
-    asm("and.b32 %0, %1, 0xFFFF0000;" : "=f"(*high) : "r"(pair));
+    *low = __uint_as_float(pair << 16);
+    *high = __uint_as_float(pair & 0xFFFF0000);
   } else {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(*low), "=f"(*high) : "r"(pair));
   }

@@ -193,7 +193,7 @@ def test_gate_bwd_of_one_token_takes_a_fourth_of_the_instructions():
         took, before = (sum(launch.result.warp_instructions / (np.prod(launch.grid) * np.prod(launch.block) // 32)
                             for launch in launches) for launches in (few, many))
         print(f"{took:.0f} PTX instructions per warp, {before:.0f} of the kernels for many tokens")
-        assert took <= min(650, before / 2)
+        assert took <= min(670, before / 2)
         written = [few[0].result.buffers[name]["store_bytes"] for name in ("grad_hidden", "grad_key", "scratch")]
         assert written == [4 * ROW, 4 * ROW, 4 * 16]
 

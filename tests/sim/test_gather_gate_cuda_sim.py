@@ -91,7 +91,7 @@ def test_gather_gate_any_shape(case):
 def test_gather_gate_of_one_token_keeps_everything_in_registers():
     """PTX instructions per warp of a block, of a token and branch: 1,021 where rows and weights were staged."""
     table = Table("fp8_e4m3_block32_packed", 256)
-    for weight_dtype, most in ((torch.bfloat16, 540), (torch.float32, 545)):
+    for weight_dtype, most in ((torch.bfloat16, 555), (torch.float32, 560)):
         inputs = make_inputs(1, 4, 20, 256, weight_dtype=weight_dtype, none=False)
         launch, = check(table, inputs, device=Device(multiprocessors=4))
         assert kernel_of([launch]) == ("one_token",) and launch.grid == (1, 4, 1) and launch.shared_bytes == 0

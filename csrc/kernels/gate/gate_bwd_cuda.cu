@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   sums[3] = product_sum<kType, kTokenVectors>([&](int j, auto add) { add(grad_out[j][0], value[j][0]); });
 #pragma unroll
   for (int j = 0; j < kTokenVectors; ++j) {
-    unpack_vector<kType>(hidden[j][0], h[j]), unpack_vector<kType>(key[j][0], k[j]);
+    unpack_once<kType>(hidden[j][0], h[j]), unpack_once<kType>(key[j][0], k[j]);
     multiply_weights<kWeights>(of_hidden[j], of_key[j], w[j]);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) sums[0] = fmaf(h[j][e], k[j][e] * w[j][e], sums[0]);
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
     for (int j = 0; j < kTokenVectors; ++j) {
       float g[kElements];
-      unpack_vector<kType>(grad_out[j][0], g);
+      unpack_once<kType>(grad_out[j][0], g);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         const float aw = s.a * w[j][e], by_key = fmaf(aw, h[j][e], -s.c * k[j][e]);

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
   for (int j = 0; j < kTokenVectors; ++j) {
     float k[kElements], w[kElements];
-    unpack_vector<kType>(hidden[j][0], h[j]), unpack_vector<kType>(key[j][0], k);
+    unpack_once<kType>(hidden[j][0], h[j]), unpack_once<kType>(key[j][0], k);
     multiply_weights<kWeights>(of_hidden[j], of_key[j], w);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) sums[0] = fmaf(h[j][e], k[e] * w[e], sums[0]);
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
     for (int j = 0; j < kTokenVectors; ++j) {
       float v[kElements];
-      unpack_vector<kType>(value[j][0], v);
+      unpack_once<kType>(value[j][0], v);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) v[e] = residual ? fmaf(gate, v[e], h[j][e]) : gate * v[e];
       if (kWhole || there[j]) store_floats<kType>(out + j * kWarp * kVectorBytes, v);

@@ -238,6 +238,22 @@ inline bool has_token_rows(const BranchRows& rows, int64_t tokens, int64_t branc
 
 constexpr int kTokenVectors = 2;  // of a thread of a kernel for one token, which keeps all that it reads in registers
 
+// unpack_vector for what is used before and after a barrier: left to itself, the compiler unpacks bfloat16 anew behind it. A
+// kernel that holds many tokens' registers must do so.
+template <DType kType>
+__device__ __forceinline__ void unpack_once(const uint4& v, float* values) {
+  if constexpr (kType == DType::kBf16) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      asm("shl.b32 %0, %1, 16;" : "=f"(values[2 * i]) : "r"(words[i]));
+      asm("and.b32 %0, %1, 0xFFFF0000;" : "=f"(values[2 * i + 1]) : "r"(words[i]));
+    }
+  } else {
+    unpack_vector<kType>(v, values);
+  }
+}
+
 // kElements products of the two weights of a thread's vector, as they were loaded.
 template <DType kWeights, int kWords>
 __device__ __forceinline__ void multiply_weights(const uint4 (&of_hidden)[kWords], const uint4 (&of_key)[kWords],
@@ -246,7 +262,7 @@ __device__ __forceinline__ void multiply_weights(const uint4 (&of_hidden)[kWords
 #pragma unroll
   for (int n = 0; n < kWords; ++n) {
     float b[kElements];
-    unpack_vector<kWeights>(of_hidden[n], products + n * kElements), unpack_vector<kWeights>(of_key[n], b);
+    unpack_once<kWeights>(of_hidden[n], products + n * kElements), unpack_once<kWeights>(of_key[n], b);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) products[n * kElements + e] *= b[e];
   }

@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kMaxThreads<false, 1>) gather_gate_one_token_k
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     float w[kElements];
-    unpack_vector<kType>(hidden[j][0], h[j]);
+    unpack_once<kType>(hidden[j][0], h[j]);
     multiply_weights<kWeights>(of_hidden[j], of_key[j], w);
 #pragma unroll
     for (int n = 0; n < kElements; ++n) {
