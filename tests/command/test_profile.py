@@ -319,6 +319,10 @@ def test_profile_verdicts_by_weight_and_noise():
     for cause in ("1 of 1 cells", "steal of up to 7 %", "page faults", "other processes", "1.4 times as slow", "up to 100%"):
         assert cause in text, cause
     assert "nothing that the system tells of" in cells.verdict_of([cells.measured(cell, wild)])[1]
+    drifted = [{**cells.measured(cell, quiet, control=statistics.summarize([slow] * 9)), "flags": []} for slow in (1.0, 1.3)]
+    cells.flag_drift(drifted)
+    said = "1 of 2 cells were measured while the machine was slower; the cause: a machine up to 1.3 times as slow as at its best"
+    assert cells.verdict_of(drifted)[1].startswith(said)
     noisy = cells.measured(cell, wild)
     cells.give_verdict(noisy, "LINK_DEGRADED")
     cells.give_verdict(noisy, "NO_HUGEPAGES")

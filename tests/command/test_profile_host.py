@@ -18,6 +18,24 @@ from engram_kernels.profile.session import Options, Session
 all_shapes = probes_host.shapes
 
 
+def test_profile_control_times_no_read_that_brings_its_bytes_back(monkeypatch):
+    """That one tells whether the caches held them, and every cell of a large table would be one of a slow machine."""
+    class Loops:
+        def __init__(self):
+            self.read = []  # of what is still in the caches
+
+        def probe_stream(self, loop, *arguments):
+            self.read.append(loop)
+            return 3e-4 if len(self.read) == 1 else 1e-4
+
+    loops = Loops()
+    monkeypatch.setattr(probes_host, "native", lambda: loops)
+    control = probes_host.control()
+    for _ in range(2):
+        loops.read.clear()  # what is measured pushes them out
+        assert control() == pytest.approx(8e-4) and loops.read == ["read"] * 9
+
+
 def test_profile_loops_do_their_work(compiled):
     from engram_kernels import _C
     data = arena.Arena(3 * MIB, True, [-1]).data

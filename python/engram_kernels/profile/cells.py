@@ -149,7 +149,8 @@ def noise_text(noisy: list[JsonCell], tried: int) -> str:
             causes.append(what)
     if control:
         causes.append(f"a machine up to {max(control):.1f} times as slow as at its best (clock frequency or other guests)")
-    widths = [(c["high"] - c["low"]) / c["median"] for c in noisy if c.get("median")]
+    wide = [width for c in noisy if c.get("median") and (width := (c["high"] - c["low"]) / c["median"]) > NOISY_SPREAD]
+    what = " or ".join([*([f"have intervals of up to {max(wide):.0%} of the median"] if wide else []),
+                        *(["were measured while the machine was slower"] if len(wide) < len(noisy) else [])])
     cause = ", ".join(causes) or "nothing that the system tells of"
-    wide = f"intervals of up to {max(widths):.0%} of the median" if widths else "wide intervals"
-    return (f"{len(noisy)} of {tried} cells have {wide}; the cause: {cause}; {ADVICE['NOISY']}")
+    return f"{len(noisy)} of {tried} cells {what}; the cause: {cause}; {ADVICE['NOISY']}"

@@ -44,14 +44,13 @@ def _gathers(cells: list[JsonCell], probe: str) -> list[JsonCell]:
 
 
 def _best(cells: list[JsonCell]) -> JsonCell | None:
-    """The call with the most rows from the largest table, by the most threads."""
-    return max(cells, key=lambda c: (c.get("table_bytes") or 0, c.get("rows") or 0, c.get("threads") or 0,
-                                     bool(c.get("huge_pages")), c["rows_per_s"]), default=None)
+    """The call with the most rows from the largest table, by as many threads as are fastest."""
+    return max(cells, key=lambda c: (c.get("table_bytes") or 0, c.get("rows") or 0, c["rows_per_s"]), default=None)
 
 
 def _memory_sentence(cell: JsonCell, who: str) -> str:
     threads = f" with {cell['threads']} thread{'s' if cell['threads'] > 1 else ''}" if cell.get("threads") else ""
-    share = f", {cell['peak_share']:.0%} of the fastest stream" if cell.get("peak_share") else ""
+    share = f", {cell['peak_share']:.0%} of what a stream reaches" if cell.get("peak_share") else ""
     size = cell["table_bytes"] / 2**30
     table = f"{size:.2g} GiB" if size >= 1 else f"{cell['table_bytes'] >> 20} MiB"
     return (f"{who} gathers {cell['rows_per_s'] / 1e6:.3g} million random rows of {ROW_BYTES} bytes per second{threads} from a "
