@@ -70,11 +70,10 @@ struct NgramHashParams {
   EK_INLINE int64_t history_id(int64_t sequence, int back) const {  // back >= 1
     return history_entry(history_row(sequence), num_rejected(sequence) + back - 1);
   }
-  EK_INLINE int64_t load_id(const void* ids, int64_t i) const { return load(ids, i, ids_are_int64); }
   EK_INLINE int64_t history_entry(int64_t row, int64_t column) const {
     return load(history, row * history_stride + column, ids_are_int64);
   }
-  // The same where sequence b has row b of max_order - 1 columns and nothing is rejected.
+  // history_id where sequence b has row b of max_order - 1 columns and nothing is rejected.
   EK_INLINE int64_t own_history_id(int64_t sequence, int back) const {
     return load(history, sequence * (max_order - 1) + back - 1, ids_are_int64);
   }
@@ -132,7 +131,7 @@ struct NgramHashParams {
 
 // Throws unless the sizes are in range. Looks at no array.
 void check_sizes(const NgramHashParams& p);
-// The same, and the constants (host memory; columns * layers steps). Token data is not inspected.
+// check_sizes, and the constants (host memory; columns * layers steps). Token data is not inspected.
 void check_params(const NgramHashParams& p);
 // Throws unless cu_seqlens, token_ids, history, state_indices and rejected (host memory) hold what the fields above promise.
 void check_host_data(const NgramHashParams& p);
@@ -142,7 +141,7 @@ void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel);
 // Every pointer is device memory. Moduli, reciprocals, offsets and multipliers are trusted: check_params, once, is the caller's
 // duty.
 void ngram_hash_cuda(const NgramHashParams& p, void* stream);
-// The same for few tokens, whose sizes have been checked; whether it took them.
+// ngram_hash_cuda for few tokens, whose sizes have been checked. Returns whether it took them.
 bool ngram_hash_few_cuda(const NgramHashParams& p, void* stream);
 #endif
 

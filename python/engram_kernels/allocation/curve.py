@@ -15,7 +15,6 @@ SOURCE = (f"{PAPER}: 1.7248 at rho 1, 1.7109 near rho 0.8, rho 0.4 as good as rh
           "lines between the three points lie on or above a curve that is convex")
 # what the sweeps had: parameters without embedding and head, and their ratio to the active ones
 TOTALS, RATIO = (5.7e9, 9.9e9), 10.0
-LAYOUT_27B = "orders 2 and 3, 8 heads, 4 branches, layers 2 and 15 of 30 counted from 1 in its 27B model"
 
 
 def loss(rho: float) -> Number | None:

@@ -91,7 +91,7 @@ def apply_profile(hardware: Hardware, report: dict[str, Any], source: str, of_gp
         ValueError: a rate is out of range.
     """
     cells = [c for c in report["cells"] if c["status"] == "ok"]
-    changes = _host(cells, source) | _disk(cells, report["machine"], source) | _room(report["machine"], source)
+    changes = _host(cells, source) | _disk(cells, source) | _room(report["machine"], source)
     if of_gpu:
         changes |= _gpu(cells, _measured_gpu(report) or {}, source)
     return dataclasses.replace(hardware, **{k: v for k, v in changes.items() if v is not None})
@@ -121,7 +121,7 @@ def _host(cells: list[Cell], source: str) -> dict[str, Any]:
             "host_latency": _latency(gathers, source)}
 
 
-def _disk(cells: list[Cell], machine: dict[str, Any], source: str) -> dict[str, Any]:
+def _disk(cells: list[Cell], source: str) -> dict[str, Any]:
     reads = [c for c in cells if c["probe"] == "disk_read" and c.get("rows_per_s") and c.get("queue_depth")]
     pages = [c for c in reads if c.get("row_bytes") == PAGE_BYTES]
     if not pages:

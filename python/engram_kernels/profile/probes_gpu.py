@@ -45,7 +45,7 @@ def run_gpu_probes(session: Session, open_gpu: Callable[[int], Any] | None = Non
             with session.probe(name, 1):
                 session.skip({"probe": name, "gpu": session.options.gpu}, skip.kind, skip.text)
         return
-    nvml, why_no_nvml = _open_nvml(session, gpu, nvml_library)
+    nvml, why_no_nvml = _open_nvml(gpu, nvml_library)
     _describe(session, nvml, why_no_nvml)
     share = gpu_share(session.quick)
     runs = {"gpu_stream": stream, "gpu_link": link, "gpu_gather": gather, "gpu_interference": interference}
@@ -93,7 +93,7 @@ def _open(session: Session, open_gpu: Callable[[int], Any] | None) -> Any:
         raise Skip("NO_GPU", f"GPU {index} cannot be used: {err}") from None
 
 
-def _open_nvml(session: Session, gpu: Any, library: Any) -> tuple[Nvml | None, Skip | None]:
+def _open_nvml(gpu: Any, library: Any) -> tuple[Nvml | None, Skip | None]:
     try:
         return Nvml(gpu, library), None
     except Skip as skip:
