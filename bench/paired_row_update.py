@@ -68,7 +68,7 @@ def ratios(ours, peer, pairs=PAIRS, clock=time.perf_counter):
 
 
 def eight_bits():
-    """Of each format and rounding: nanoseconds per id, and how many times those of bf16 rows. One thread, CPU time."""
+    """Prints nanoseconds per id of each format and rounding, and their ratio to those of bf16 rows. One thread, CPU time."""
     torch.set_num_threads(1)
     ids, grads = inputs()
     print("| rows | rounding | ns per id | over bf16 rows, step by step in turn (quartiles) |\n|---|---|---|---|")

@@ -49,7 +49,7 @@ RowSource table_of(const py::dict& o) {
   return table;
 }
 
-// Of Python: how many of its calls are inside, with or without the interpreter lock.
+// A prefetcher of Python. `calls` counts the calls that are inside, with or without the interpreter lock.
 struct PythonPrefetcher {
   PythonPrefetcher(const PrefetcherOptions& options, std::shared_ptr<CopyEngine> engine)
       : prefetcher(options, std::move(engine)) {}

@@ -40,7 +40,7 @@ struct ExactModulus {
     return rest < less ? rest : less;
   }
 
-  // The same for any x, never negative: of the ones' complement where x is below 0.
+  // The remainder of any x, never negative. Where x is below 0 it is that of its ones' complement, turned around.
   EK_INLINE uint32_t of_signed(int64_t x) const {
     const int64_t sign = x >> 63;
     const uint32_t flip = static_cast<uint32_t>(sign);

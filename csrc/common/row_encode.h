@@ -1,5 +1,5 @@
-// The way back of row_decode.h, for the formats that can_encode: floats as codes of eight bits, and scales. Alike on host and
-// device to the bit.
+// The way back of row_decode.h, for the formats that can_encode: floats become codes of eight bits, and scales. Host and device
+// give the same bits.
 //
 // The largest magnitude of a block, or of a row that has one scale, gives its scale. An element is divided by it in float32 and
 // rounded to a code: to the nearest, ties to even, or up in magnitude with the probability of what is cut off. That part is first
@@ -50,7 +50,7 @@ EK_INLINE BlockScale float_scale(uint32_t largest_bits, float most, float before
   return {bits_from_float(scale), scale, most, 0xFFU};
 }
 
-// Of a block whose largest magnitude has the bits `largest`; `before`: its scale so far, where scales are floats.
+// The scale of a block whose largest magnitude has the bits `largest`. `before` is its scale so far, where scales are floats.
 template <RowFormat kFormat>
 EK_INLINE BlockScale block_scale(uint32_t largest, float before) {
   static_assert(can_encode(kFormat));

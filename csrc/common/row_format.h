@@ -104,7 +104,8 @@ EK_INLINE void with_row_format(RowFormat format, const F& f) {
   }
 }
 
-// The same for code to which it does not matter where the scales lie: formats that differ in nothing else share a constant.
+// As with_row_format, for code to which it does not matter where the scales lie: formats that differ in nothing else share a
+// constant.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif

@@ -242,7 +242,7 @@ void RowStager::place_ids(const RowIds& ids, const RowOrder& order, int32_t* loc
   });
 }
 
-// Of the distinct rows of a block: which of them are staged, and where everything lies in the slot and on the device.
+// Decides which distinct rows of a block are staged, and where everything lies in the slot and on the device.
 void RowStager::lay_out(const RowIds& ids, const RingSlot& slot, Block* block, StageCounters* counters) {
   const auto unique = static_cast<int64_t>(distinct_.size());
   block->count = unique;
@@ -305,7 +305,7 @@ void RowStager::read_rows(const Block& block, const std::atomic<bool>& cancelled
   copy_rows(block);
 }
 
-// Of a table in memory, side by side.
+// Copies the distinct rows of a table in memory side by side.
 void RowStager::copy_rows(const Block& block) {
   const RowSource& table = options_.table;
   threads_.parallel().for_range(block.count, kGrainRows, [&](int64_t begin, int64_t end) {

@@ -55,7 +55,7 @@ class RowTier {
   // Throws where a row is not what it was when the tier was made, as far as the tier can know.
   virtual void check_unchanged(const int64_t* ids, int64_t count) const = 0;
 
-  // Of a tier that caches rows in memory.
+  // How many rows a tier that caches rows in memory can hold, and holds.
   virtual int64_t cache_slots() const { return 0; }
   virtual int64_t cached_rows() const { return 0; }
 

@@ -63,5 +63,5 @@ def layer_id_of(op: str, layer: nn.Module | int, ids: Sequence[int]) -> int:
 
 
 def _is_memory(x: object) -> bool:
-    """Whether it is a memory module; by what it has, since the classes stand on a higher floor."""
+    """Whether `x` is a memory module: by its attributes, since the classes stand on a higher floor."""
     return isinstance(x, nn.Module) and isinstance(getattr(x, "spec", None), EngramSpec) and hasattr(x, "layer_id")

@@ -108,7 +108,7 @@ def finite(text: str) -> float:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether it is a device, a pipe or a socket, which is written to and not replaced."""
+    """Whether `path` is a device, a pipe or a socket, which is written to and not replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

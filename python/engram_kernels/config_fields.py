@@ -67,7 +67,7 @@ class ConfigFields:
         return int(value)
 
     def integer_if_set(self, *names: str, low: int = 1) -> int | None:
-        """The same of a field that may be missing: None."""
+        """A field that is an integer of at least `low`; None where it is missing."""
         return None if self(*names) is None else self.integer(*names, low=low)
 
     def integers(self, *names: str) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def test_help_shows_a_default_only_where_there_is_one(capsys):
 
 
 def test_info_says_how_files_are_read_and_what_is_lost():
-    for way, why, words in (("io_uring", None, "read by io_uring."), ("preadv", "liburing was not found", "72 % of the reads"),
+    for way, why, words in (("io_uring", None, "read by io_uring."), ("preadv", "liburing was not found", "82 % of the reads"),
                             ("python", "no compiler", "one read after the other")):
         said = info.file_reads_text({"way": way, "why": why})
         assert words in said and (why is None or said.endswith(f"The reason: {why}."))

@@ -82,7 +82,7 @@ EK_INLINE uint64_t splitmix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Of a row at a step; its lower half is for the row, its upper half for the first moment.
+// The key of a row at a step. Its lower half is for the row, its upper half for the first moment.
 EK_INLINE uint64_t key_of(uint64_t seed, int64_t row, int64_t step) {
   return splitmix(splitmix(splitmix(seed) ^ static_cast<uint64_t>(row)) ^ static_cast<uint64_t>(step));
 }

@@ -26,7 +26,7 @@ class Number:
     text: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For a JSON file, in the form that `engram-kernels plan` has."""
+        """The number as a JSON file has it, in the form that `engram-kernels plan` writes."""
         return {"value": self.value if self.text is None else self.text, "unit": self.unit, "provenance": self.provenance,
                 "source": self.source}
 

@@ -116,7 +116,7 @@ class MemoryModule(nn.Module):
     @classmethod
     def from_model(cls: type[_Module], model: PublishedModel, layer: int | None, dtype: torch.dtype | None,
                    device: torch.device | str | None, rounding: str, table_options: Mapping[str, Any]) -> _Module:
-        """The same of a model that was looked at already. Arguments and errors: `from_checkpoint`."""
+        """Makes the layer from a model that was looked at already. Arguments and errors are those of `from_checkpoint`."""
         found, spec, table = model.open_layer(cls.op, layer, table_options)
         more: dict[str, Any] = model.module_options(found) | ({} if rounding == "once" else {"rounding": rounding})
         more |= {"dtype": dtype or model.stored_dtype(found), "device": device}

@@ -76,8 +76,10 @@ class _SparseGrad(torch.autograd.Function):
 
 
 def sparse_gradient(grad: Tensor, row_ids: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Of rows of `shape` [R, D] and `dtype`: a sparse COO tensor of the distinct rows among `row_ids`, whose gradients are `grad`
-    [*row_ids.shape, D]."""
+    """The gradient of rows of `shape` [R, D] and `dtype`, as a sparse COO tensor of the distinct rows among `row_ids`.
+
+    `grad` [*row_ids.shape, D] has the gradient of each position.
+    """
     distinct, summed = _sum_distinct(grad, row_ids, dtype)
     return torch.sparse_coo_tensor(distinct[None], summed, shape, is_coalesced=True, check_invariants=False)
 

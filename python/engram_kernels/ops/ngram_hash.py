@@ -227,7 +227,7 @@ def _check_ids(token_ids, alive, vocab_size):
 
 
 def _check_history(nearest, vocab_size, rows, columns):
-    """Of entries [.., N-1] that begin at these columns of these rows."""
+    """Raises IndexError unless the entries [.., N-1], which begin at these columns of these rows, make a history."""
     older = ((nearest == -1).cumsum(1) > 0) & (nearest != -1)
     for wrong, why in (((nearest < -2) | (nearest >= vocab_size),
                         f"expected [0, {vocab_size}), -1 (before the start) or -2 (dead)"),

@@ -103,7 +103,7 @@ def _repeats(args: argparse.Namespace, spec: EngramSpec) -> Repeats:
 
 
 def profiles_of_this_machine(profiles: Profiles) -> Profiles:
-    """Those that measured a machine such as this one: a profile of another says nothing of it."""
+    """The profiles that measured a machine such as this one: a profile of another says nothing of it."""
     mine = info.collect()["machine"]
     return [(path, p) for path, p in profiles
             if all((p["machine"].get("machine") or {}).get(key) == mine[key] for key in ("cpu", "cores"))]

@@ -48,7 +48,7 @@ class Quantity:
         return replace(self, value=self.value * factor)
 
     def as_json(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The quantity as a JSON file has it."""
         return {"value": self.value, "unit": self.unit, "provenance": self.provenance.word, "source": self.source}
 
 

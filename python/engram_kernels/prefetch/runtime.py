@@ -115,7 +115,7 @@ class CompiledRuntime:
             self._impl.submit(ids, shape, timeout_s)
 
     def counters(self) -> dict[str, Any]:
-        """Of requests that were waited for; `distinct`: of requests that were submitted."""
+        """The counters of requests that were waited for; under `distinct` those of requests that were submitted."""
         distinct = {"requests": 0, "asked": 0, "fetched": 0} if self._distinct is None else self._distinct.counters()
         return {**self._impl.counters(), "distinct": distinct}
 
@@ -196,7 +196,7 @@ _Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def _places_of(table: RowTable) -> list[_Place]:
-    """Of the rows and of the scales, where the table is in memory."""
+    """Where the rows and the scales of a table in memory lie, with dtype, shape and strides; empty for any other table."""
     if not table.in_memory:
         return []
     return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (table.rows, table.scales) if x is not None]

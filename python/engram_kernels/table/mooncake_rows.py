@@ -284,7 +284,7 @@ class MooncakeClient:
         return described
 
     def _describe_heads(self, row_format: str | None, row_dim: int | None, sizes: list[int]) -> Description:
-        """Of a layer that EngramStore populated, whose rows are those of its heads one behind the other."""
+        """Describes a layer that EngramStore populated: its rows are those of its heads, one behind the other."""
         name = self._connection.name
         layer = name.removeprefix("engram:l")
         if row_format is None or row_dim is None or not layer.isdigit() or layer == name:
@@ -356,7 +356,7 @@ class MooncakeClient:
         return self._buffer[:ids.size * size].reshape(ids.size, size).copy()  # the buffer is that of the next piece
 
     def _look_up(self, ids: Any) -> Any:
-        """The same by `EngramStore.lookup_into`, which takes an id of every head at a time."""
+        """Reads the rows of `ids` by `EngramStore.lookup_into`, which takes an id of every head at a time."""
         store, layer = self._lookup
         heads = np.searchsorted(self._bounds, ids, "right") - 1
         local = ids - self._bounds[heads]

@@ -73,7 +73,7 @@ class Description:
 
     @classmethod
     def of(cls, table: RowTable) -> Description:
-        """That of a table."""
+        """Describes a table."""
         one = table.scales is not None and table.scales.dim() == 1
         return cls(table.row_format, table.row_dim, table.num_rows, table.rows.shape[1], bool(table.zero_scale_is_zero),
                    float(table.table_scale), float(table.scales.item()) if one and table.scales is not None else None,

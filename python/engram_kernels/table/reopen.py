@@ -83,8 +83,11 @@ def _copy_again(cls: type[RowTable], rows: Tensor, scales: Tensor | None, row_fo
 
 
 def _reduced_for_process(table: RowTable) -> Any:
-    """As `reduced`, with the bytes of a table's own memory: torch would move a tensor that it sends into shared memory, which
-    leaves the table's memory behind, or close a copy's before the other process is there."""
+    """What makes the table again in a process that is started: `reduced`, with the bytes of a table's own memory.
+
+    Torch would move a tensor that it sends into shared memory, which leaves the table's memory behind, or close a copy's before
+    the other process is there.
+    """
     found = reduced(table)
     if found is None:
         return table.__reduce_ex__(2)

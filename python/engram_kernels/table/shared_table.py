@@ -223,7 +223,7 @@ def attach(cls: type[RowTable], name: str, wanted: RowTable | str | None, timeou
 
 
 def _join(op: str, cls: type[RowTable], path: Path, wanted: Manifest | str | None, wait: tuple[float, bool]) -> RowTable:
-    """`wait`: the last two arguments of `shared_segment.join`."""
+    """Joins the segment at `path`, checked; `wait` has the last two arguments of `shared_segment.join`."""
     fd, manifest = shared_segment.join(op, path, *wait)
     try:
         _expect_same(op, path, manifest, wanted)

@@ -68,13 +68,13 @@ class _Array:
         self.row_bytes = extent.num_bytes // extent.shape[0]
 
     def read(self, row_ids: Tensor) -> Tensor:
-        """Those of distinct rows."""
+        """The entries of distinct rows, in the order of the ids."""
         out = torch.empty(row_ids.numel(), *self.shape[1:], dtype=self.dtype, device="cpu")
         self.reader.read_rows(self.offset, self.row_bytes, self.row_bytes, self.shape[0], row_ids.numpy(), bytes_of(out))
         return out
 
     def write(self, row_ids: Tensor, data: Any) -> None:
-        """Writes those of distinct rows, in the order of the ids."""
+        """Writes the entries of distinct rows, in the order of the ids."""
         self.writer.write(self.offset, self.row_bytes, self.shape[0], row_ids.numpy(), data)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class Gradient:
-    """Of one backward pass, for the rows of one ticket."""
+    """The gradient that one backward pass gave to the rows of one ticket."""
 
     row_ids: Tensor
     grad: Tensor  # [n, D]
@@ -46,11 +46,11 @@ class Gradients:
             self._entries.append(Gradient(row_ids, grad, event))
 
     def behind(self, count: int) -> list[Gradient]:
-        """All but the first `count`."""
+        """The gradients behind the first `count`."""
         with self._lock:
             return self._entries[count:]
 
     def drop(self, begin: int, end: int | None) -> None:
-        """Forgets those in [begin, end); None: to the end."""
+        """Forgets the gradients in [begin, end); an `end` of None means all from `begin` on."""
         with self._lock:
             del self._entries[begin:end]

@@ -34,7 +34,7 @@ class Fetch:
     ready: Any = None  # an event of the device
 
     def is_there(self) -> bool:
-        """Whether it can be taken."""
+        """Whether the ticket can be taken."""
         return not self.is_patched and (self.rows is not None or self.error is not None)
 
 
@@ -49,7 +49,7 @@ class Update:
 
 @dataclasses.dataclass
 class Counters:
-    """Of rows, unless the name says otherwise."""
+    """What `TrainableRows.stats` counts: rows, unless the name says otherwise."""
 
     waits: int = 0
     requested: int = 0

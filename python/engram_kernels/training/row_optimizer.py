@@ -176,7 +176,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return dict(self._shapes)
 
     def moment_pieces(self, name: str) -> Iterator[Tensor]:
-        """One of them, of all rows, piece by piece."""
+        """One moment of all rows, piece by piece."""
         if self.file is not None:
             return self.file.pieces(name)
         moment = getattr(self, name)
@@ -264,7 +264,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return rows
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only that of the table, which the constructor adds. ValueError on any other."""
+        """Takes the group of the table, which the constructor adds. ValueError on any other."""
         if getattr(self, "param_groups", None):
             raise ValueError("RowOptimizer: a second parameter group is given; expected one optimizer for each table")
         super().add_param_group(param_group)

@@ -18,12 +18,12 @@ _optimizers: weakref.WeakSet[RowOptimizer] = weakref.WeakSet()
 
 
 def note(optimizer: RowOptimizer) -> None:
-    """Its rows are trained while it lives."""
+    """Notes that an optimizer trains the rows of its table while it lives."""
     _optimizers.add(optimizer)
 
 
 def without_trained(rows: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Of `rows` those that no RowOptimizer trains."""
+    """The tensors among `rows` that no RowOptimizer trains."""
     if any(_is_trained(x) for x in rows):
         gc.collect()  # a scheduler keeps an optimizer that nobody has any more
     return [x for x in rows if not _is_trained(x)]
