@@ -53,9 +53,9 @@ int file_state(int fd, FileState* state) {
   return 0;
 }
 
-// The state of a file, such that every later write shows. Most kernels stamp writes with the time of the last clock tick (up to 10 ms ago),
-// so two writes within a tick look alike: a file that was changed in this tick is looked at again when the tick is over. A stamp
-// of the future, as of another machine's clock, is taken as it is.
+// The state of a file, such that every later write shows. Most kernels stamp writes with the time of the last clock tick (up to
+// 10 ms ago), so two writes within a tick look alike: a file that was changed in this tick is looked at again when the tick is
+// over. A stamp of the future, as of another machine's clock, is taken as it is.
 int settled_file_state(int fd, FileState* state) {
   for (int look = 0; look < kMaxLooks; ++look) {
     const int error = file_state(fd, state);

@@ -51,17 +51,11 @@ def native() -> Any:
 
 
 def control() -> Callable[[], float]:
-    """Seconds of a fixed piece of work: one thread reads 1 MiB eight times, after a pass that is not timed.
-
-    What is measured pushes these bytes out of the caches or leaves them there. The untimed pass brings them back: without it the
-    control would tell which, and every cell of a large table would look like one of a slow machine.
-    """
+    """Seconds of a fixed piece of work: one thread reads 1 MiB eight times, after a pass that is not timed. That pass brings back
+    what the measured call pushed out of the caches: without it every large table seems to lie in a slow machine."""
     loops, memory = native(), Arena(MIB, True, [-1]).data
-
-    def seconds() -> float:
-        loops.probe_stream("read", memory, memory, memory, [-1])
-        return sum(float(loops.probe_stream("read", memory, memory, memory, [-1])) for _ in range(_CONTROL_PASSES))
-    return seconds
+    read = partial(loops.probe_stream, "read", memory, memory, memory, [-1])
+    return lambda: sum([float(read()) for _ in range(1 + _CONTROL_PASSES)][1:])
 
 
 def run_host_probes(session: Session) -> None:
