@@ -1,4 +1,6 @@
 // torch binding of ngram_hash: tensors in, NgramHashParams out. No arithmetic here.
+#include <array>
+
 #include "bindings/tensors.h"
 #include "kernels/ngram_hash/ngram_hash.h"
 
@@ -169,6 +171,22 @@ void set_state(NgramHashParams* p, const Tensor& token_ids, const Tensor& histor
   }
 }
 
+// Where the inputs lie that `make_params` found to be dense.
+std::array<std::pair<const char*, ByteRange>, 7> dense_ranges(const NgramHashParams& p) {
+  const auto range = [](const auto* data, int64_t count) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+    return ByteRange{begin, data == nullptr ? begin : begin + static_cast<uintptr_t>(count) * sizeof *data};
+  };
+  const int64_t columns = int64_t{p.num_layers} * p.columns();
+  return {{{"cu_seqlens", range(p.cu_seqlens, p.num_sequences + 1)},
+           {"moduli", range(p.moduli, columns)},
+           {"offsets", range(p.offsets, columns)},
+           {"multipliers", range(p.multipliers, (p.per_column ? columns : p.num_layers) * p.max_order)},
+           {"reciprocals", range(p.reciprocals, columns)},
+           {"token_map", range(p.token_map, p.vocab_size)},
+           {"dead_mask", range(p.dead_mask, p.num_tokens)}}};
+}
+
 void hash_and_commit(const Tensor& out, const Tensor& token_ids, const Tensor& cu_seqlens, const Tensor& moduli,
                      const Tensor& offsets, const Tensor& multipliers, const Tensor& reciprocals, const Tensor& history,
                      const std::optional<Tensor>& token_map, const std::optional<Tensor>& dead_mask,
@@ -177,17 +195,12 @@ void hash_and_commit(const Tensor& out, const Tensor& token_ids, const Tensor& c
   NgramHashParams p = make_params(token_ids, cu_seqlens, moduli, offsets, multipliers, reciprocals, token_map, dead_mask, num_ids,
                                   boundary_id, eos_id, out);
   set_state(&p, token_ids, history, state_indices, rejected);
-  expect_apart_from(kOp, history,
-                    {{"token_ids", &token_ids},
-                     {"cu_seqlens", &cu_seqlens},
-                     {"moduli", &moduli},
-                     {"offsets", &offsets},
-                     {"multipliers", &multipliers},
-                     {"reciprocals", &reciprocals},
-                     {"token_map", or_null(token_map)},
-                     {"dead_mask", or_null(dead_mask)},
-                     {"state_indices", or_null(state_indices)},
-                     {"rejected", or_null(rejected)}});
+  const ByteRange updated = byte_range(history);
+  for (const auto& [name, x] : {std::pair{"token_ids", &token_ids}, std::pair{"state_indices", or_null(state_indices)},
+                                std::pair{"rejected", or_null(rejected)}}) {
+    if (x != nullptr) expect_apart(kOp, name, *x, updated);
+  }
+  for (const auto& [name, range] : dense_ranges(p)) expect_apart(kOp, name, range, updated);
   run(p, token_ids);
 }
 

@@ -114,18 +114,20 @@ inline std::string shape_text(const Tensor& x) {
 // Throws unless `x` has these sizes (kAnySize: not checked) and, where `dense_dims` > 0, its last dims are dense.
 inline void expect_shape(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> sizes,
                          int dense_dims) {
-  bool ok = x.dim() == static_cast<int64_t>(sizes.size());
-  int64_t dim = 0;
-  for (const int64_t size : sizes) {
-    ok = ok && (size == kAnySize || x.size(dim) == size);
-    ++dim;
+  const auto found = x.sizes();  // once: each question to a tensor is a call
+  const int64_t dims = static_cast<int64_t>(found.size());
+  bool ok = found.size() == sizes.size(), empty = false;
+  for (int64_t d = 0; ok && d < dims; ++d) {
+    ok = sizes.begin()[d] == kAnySize || found[d] == sizes.begin()[d];
+    empty = empty || found[d] == 0;
   }
   EK_CHECK(ok, op << ": " << name << " has shape " << shape_text(x) << ", expected " << shape_text(sizes));
-  if (x.numel() == 0) return;  // no element, no stride
+  if (empty || dense_dims == 0) return;  // no element, no stride
+  const auto strides = x.strides();
   int64_t stride = 1;
-  for (int64_t d = x.dim() - 1; d >= x.dim() - dense_dims; --d) {
-    EK_CHECK(x.size(d) <= 1 || x.stride(d) == stride, op << ": dimension " << d << " of " << name << " is not dense");
-    stride *= x.size(d);
+  for (int64_t d = dims - 1; d >= dims - dense_dims; --d) {
+    EK_CHECK(found[d] <= 1 || strides[d] == stride, op << ": dimension " << d << " of " << name << " is not dense");
+    stride *= found[d];
   }
 }
 
@@ -164,19 +166,25 @@ struct ByteRange {
 
 inline ByteRange byte_range(const Tensor& x) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const auto sizes = x.sizes(), strides = x.strides();
   int64_t last = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) == 0) return {begin, begin};
-    last += (x.size(d) - 1) * x.stride(d);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return {begin, begin};
+    last += (sizes[d] - 1) * strides[d];
   }
   return {begin, begin + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(x.element_size()))};
 }
 
-// Throws where `out` shares memory with an input that would be read after it is overwritten.
-inline void expect_apart(const char* op, const char* name, const Tensor& x, const Tensor& out) {
-  const ByteRange a = byte_range(x), b = byte_range(out);
-  EK_CHECK(a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end,
+// Throws where the bytes of `out` are those of an input that would be read after they are overwritten.
+inline void expect_apart(const char* op, const char* name, ByteRange x, ByteRange out) {
+  EK_CHECK(x.end <= out.begin || out.end <= x.begin || x.begin == x.end || out.begin == out.end,
            op << ": out shares memory with " << name);
+}
+inline void expect_apart(const char* op, const char* name, const Tensor& x, ByteRange out) {
+  expect_apart(op, name, byte_range(x), out);
+}
+inline void expect_apart(const char* op, const char* name, const Tensor& x, const Tensor& out) {
+  expect_apart(op, name, byte_range(x), byte_range(out));
 }
 
 using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
@@ -186,8 +194,9 @@ inline const Tensor* or_null(const std::optional<Tensor>& x) { return x.has_valu
 // Throws where `out` shares memory with any of the inputs (null: not given): ids and offsets are checked, then read again while
 // `out` is being written.
 inline void expect_apart_from(const char* op, const Tensor& out, NamedTensors inputs) {
+  const ByteRange range = byte_range(out);
   for (const auto& [name, x] : inputs) {
-    if (x != nullptr) expect_apart(op, name, *x, out);
+    if (x != nullptr) expect_apart(op, name, *x, range);
   }
 }
 

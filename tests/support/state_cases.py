@@ -67,7 +67,9 @@ class Traffic:
                 rows, outs = self.whole(before + chunk)
                 assert torch.equal(row_ids[:, begin:end], rows[:, len(before):])
                 for got, want in zip(outputs, outs, strict=True):
-                    torch.testing.assert_close(got[begin:end], want[len(before):], rtol=1e-5, atol=1e-5)
+                    # float32 products of a chunk are summed otherwise than the whole's, and the convolution's norm divides
+                    # that by a gated value that may be small: 2e-5 was seen; a wrong history or ring is off by tenths
+                    torch.testing.assert_close(got[begin:end], want[len(before):], rtol=1e-5, atol=1e-4)
             else:
                 assert (row_ids[:, begin:end] == -1).all()
             begin = end

@@ -1,7 +1,7 @@
 // CPU kernel of ngram_hash. Contract and formula: ngram_hash.h.
 //
-// Mapping  tokens in blocks of kBlock inside one sequence; per block and layer, first the mixes of every order (scalar),
-//          then eight columns at a time with their constants in registers.
+// Mapping  tokens in blocks of kBlock, of one sequence or one of each of many; per block and layer, first the mixes of every
+//          order (scalar), then eight columns at a time with their constants in registers.
 // Modulus  quotients from double reciprocals, exact: for |mix| <= 2^63 and m > 2^13 the quotient is at most 2^50, so rounding
 //          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
 //          and the remainder lies in (-m, m): one unsigned minimum mends it, and makes it that of a floor whatever the sign
@@ -26,10 +26,15 @@ constexpr int kLanes = 8;               // columns at a time
 constexpr int64_t kGrainTokens = 1024;  // a thread is worth starting for about 20 us of work
 constexpr int64_t kMinVectorModulus = 1 << 13;
 
-// Canonical ids of a block and of its lookback: ids[i + kMaxOrder - 1] belongs to token `first + i`.
+// Canonical ids of a block and of its lookback. The tokens follow each other in one sequence, and share their lookback; or each
+// is the only one of a sequence and has its own.
 struct Block {
-  uint32_t ids[kBlock + kMaxOrder - 1];
+  uint32_t storage[kMaxOrder - 1 + kBlock * kMaxOrder];
   uint8_t reach[kBlock];  // how many of c[0], c[1], .. are not blocked, at most max_order
+  int step;               // ids from one token to the next
+
+  uint32_t* ids(int i) { return storage + kMaxOrder - 1 + i * step; }  // [0] is the token's, [-1] that before it
+  const uint32_t* ids(int i) const { return storage + kMaxOrder - 1 + i * step; }
 };
 
 struct Mixes {
@@ -64,9 +69,10 @@ bool lookback(const NgramHashParams& p, int64_t sequence, int64_t t, int back, u
   return static_cast<int64_t>(*id) != p.eos_id;
 }
 
-void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int count, Block* block) {
+// Tokens `first` and after become the block's tokens `at` and after.
+void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int count, int at, Block* block) {
   const int order = p.max_order;
-  uint32_t* ids = block->ids + kMaxOrder - 1;
+  uint32_t* ids = block->ids(at);
   int run = 0;  // unblocked positions just before the token
   bool open = true;
   for (int back = 1; back < order; ++back) {
@@ -77,7 +83,7 @@ void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int c
   for (int i = 0; i < count; ++i) {
     const bool dead = p.dead(first + i);
     ids[i] = dead ? 0 : static_cast<uint32_t>(p.canonical(p.token_id(first + i)));
-    block->reach[i] = static_cast<uint8_t>(dead ? 0 : std::min(run + 1, order));
+    block->reach[at + i] = static_cast<uint8_t>(dead ? 0 : std::min(run + 1, order));
     run = dead || static_cast<int64_t>(ids[i]) == p.eos_id ? 0 : std::min(run + 1, order - 1);
   }
 }
@@ -86,14 +92,14 @@ void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int c
 template <int kOrder>
 void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
   const int n = kOrder > 0 ? kOrder : order;
-  const uint32_t* ids = block.ids + kMaxOrder - 1;
   uint64_t boundary[kMaxOrder];
   for (int s = 0; s < n; ++s) boundary[s] = static_cast<uint64_t>(boundary_id) * static_cast<uint64_t>(multipliers[s]);
-  for (int i = 0; i < count; ++i) {
+  const uint32_t* ids = block.ids(0);
+  for (int i = 0; i < count; ++i, ids += block.step) {
     const int reach = block.reach[i];
     uint64_t mix = 0;
     for (int s = 0; s < n; ++s) {
-      const uint64_t product = static_cast<uint64_t>(ids[i - s]) * static_cast<uint64_t>(multipliers[s]);
+      const uint64_t product = static_cast<uint64_t>(ids[-s]) * static_cast<uint64_t>(multipliers[s]);
       mix ^= s < reach ? product : boundary[s];
       if (s == 0) continue;
       mixes[s - 1].mix[i] = static_cast<int64_t>(mix);
@@ -187,11 +193,11 @@ std::vector<ColumnGroup> make_groups(const NgramHashParams& p) {
 void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t column, int order, const ExactModulus& exact,
                 int32_t* out) {
   const int64_t* multipliers = p.multipliers + column * p.max_order;
-  const uint32_t* ids = block.ids + kMaxOrder - 1;
   for (int i = 0; i < count; ++i) {
+    const uint32_t* ids = block.ids(i);
     uint64_t sum = 0;
     for (int s = 0; s < order; ++s) {
-      const uint64_t id = s < block.reach[i] ? ids[i - s] : static_cast<uint64_t>(p.boundary_id);
+      const uint64_t id = s < block.reach[i] ? ids[-s] : static_cast<uint64_t>(p.boundary_id);
       sum += id * static_cast<uint64_t>(multipliers[s]);
     }
     out[int64_t{i} * p.columns()] = static_cast<int32_t>(exact(sum) + static_cast<uint32_t>(p.offsets[column]));
@@ -231,6 +237,27 @@ void fill_block(const NgramHashParams& p, int64_t first, int64_t stop) {
   }
 }
 
+// p.commit(b) of every sequence; a step that decodes moves each history by one entry.
+template <class T>
+void commit_all(const NgramHashParams& p) {
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    const int64_t t = p.cu_seqlens[b], row = p.history_row(b);
+    if (p.rejected != nullptr || p.cu_seqlens[b + 1] - t != 1 || row < 0) {
+      p.commit(b);
+      continue;
+    }
+    T* history = static_cast<T*>(p.committed) + row * p.history_stride;
+    for (int64_t j = p.history_width - 1; j > 0; --j) history[j] = history[j - 1];
+    history[0] = static_cast<T>(p.dead(t) ? kDeadToken : p.token_id(t));
+  }
+}
+
+// Where the tokens from `first` of one sequence end that a block takes; `*sequence` becomes theirs.
+int64_t piece_end(const NgramHashParams& p, int64_t first, int64_t end, int64_t* sequence) {
+  while (p.cu_seqlens[*sequence + 1] <= first) ++*sequence;
+  return std::min<int64_t>({end, p.cu_seqlens[*sequence + 1], first + kBlock});
+}
+
 }  // namespace
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
@@ -240,20 +267,27 @@ void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
       Block block;
       int64_t sequence = sequence_of(p.cu_seqlens, p.num_sequences, begin);
       for (int64_t first = begin; first < end;) {
-        while (p.cu_seqlens[sequence + 1] <= first) ++sequence;
-        const int64_t stop = std::min<int64_t>({end, p.cu_seqlens[sequence + 1], first + kBlock});
+        int64_t stop = piece_end(p, first, end, &sequence);
         if (p.history_row(sequence) == kSkipped) {
           fill_block(p, first, stop);
-        } else {
-          load_block(p, sequence, first, static_cast<int>(stop - first), &block);
-          hash_block(p, groups, block, first, static_cast<int>(stop - first));
+          first = stop;
+          continue;
         }
+        block.step = stop - first == 1 ? kMaxOrder : 1;
+        load_block(p, sequence, first, static_cast<int>(stop - first), 0, &block);
+        // a step that decodes has many sequences of one token: as many as a block takes are hashed at once
+        while (block.step > 1 && stop < end && stop - first < kBlock && piece_end(p, stop, end, &sequence) - stop == 1 &&
+               p.history_row(sequence) != kSkipped) {
+          load_block(p, sequence, stop, 1, static_cast<int>(stop - first), &block);
+          ++stop;
+        }
+        hash_block(p, groups, block, first, static_cast<int>(stop - first));
         first = stop;
       }
     });
   }
   if (p.committed == nullptr) return;
-  for (int64_t b = 0; b < p.num_sequences; ++b) p.commit(b);
+  p.ids_are_int64 ? commit_all<int64_t>(p) : commit_all<int32_t>(p);
 }
 
 }  // namespace engram_kernels::EK_ISA
