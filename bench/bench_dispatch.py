@@ -9,6 +9,7 @@ from harness import measure
 LAYOUT = ek.EngramSpec.deepseek_v41().layout()
 CU = torch.zeros(1, dtype=torch.int32)
 HIDDEN, VALUE, WEIGHT = torch.empty(0, 2, 64), torch.empty(0, 64), torch.ones(2, 64)
+HISTORY, GRAD_ROWS, NO_ROWS = torch.empty(0, 3, dtype=torch.int32), torch.empty(0, 32), torch.empty(0, dtype=torch.int64)
 STATE, POSITIONS = torch.empty(0, 9, 2, 64), torch.empty(0, dtype=torch.int64)
 TABLE = ek.RowTable.from_tensor(torch.ones(10, 32), row_format="f32")
 IDS = torch.empty(0, 2, dtype=torch.int32)
@@ -22,6 +23,10 @@ CALLS = {
     "ngram_hash": (lambda: OPS.ngram_hash(TOKENS, CU, LAYOUT.moduli, LAYOUT.offsets, LAYOUT.multipliers, LAYOUT.reciprocals, None,
                                           None, None, LAYOUT.num_ids, LAYOUT.boundary_id, LAYOUT.eos_id),
                    lambda: ek.ngram_hash(TOKENS, CU, LAYOUT)),
+    "ngram_hash_and_commit": (lambda: OPS.ngram_hash_update(TOKENS, CU, LAYOUT.moduli, LAYOUT.offsets, LAYOUT.multipliers,
+                                                            LAYOUT.reciprocals, HISTORY, None, None, None, None, LAYOUT.num_ids,
+                                                            LAYOUT.boundary_id, LAYOUT.eos_id),
+                              lambda: ek.ngram_hash_and_commit(TOKENS, CU, LAYOUT, HISTORY)),
     "gather_rows": (lambda: OPS.gather_rows(*ROWS, "f32", 32, False, torch.bfloat16), lambda: ek.gather_rows(TABLE, IDS)),
     "gate": (lambda: OPS.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT, *GATE),
              lambda: ek.gate(HIDDEN, HIDDEN, VALUE, WEIGHT, WEIGHT)),
@@ -33,6 +38,9 @@ CALLS = {
                    lambda: ek.short_conv(HIDDEN, CONV, WEIGHT, CU, 3)),
     "short_conv with a state": (lambda: OPS.short_conv_update(HIDDEN, CONV, WEIGHT, CU, POSITIONS, 3, 1e-5, STATE, None, None),
                                 lambda: ek.short_conv(HIDDEN, CONV, WEIGHT, CU, 3, state=STATE, positions=POSITIONS)),
+    "row_update": (lambda: OPS.row_update(TABLE.rows, None, NO_ROWS, GRAD_ROWS, None, None, None, "f32", 32, False, "sgd", 0.1,
+                                          0.0, 0.999, 1e-8, 1.0, 1, False, 0, 0),
+                   lambda: ek.row_update(TABLE, NO_ROWS, GRAD_ROWS, "sgd", lr=0.1)),
 }
 
 
