@@ -1,13 +1,11 @@
 """A transformers model that generates with its n-gram table in a file: python examples/hf_generate.py
 
 A small random Qwen4Exp model is saved as its publisher would, and loaded twice: by transformers, and with its PLE layers
-replaced by ours, whose rows stay in a file. Both generate, and must say the same.
+replaced by ours, whose rows stay in the files of the checkpoint. Both generate, and must say the same.
 """
 import tempfile
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
 import engram_kernels as ek
@@ -19,11 +17,10 @@ CONFIG = dict(
     split_ngram_parts=4, hc_lowrank=16, eos_token_id=3, pad_token_id=0, indexer_n_heads=2, indexer_kv_heads=1,
     indexer_head_dim=32, indexer_budget=64, indexer_compress_ratio=4,
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 3, 3]))
-LAYER = 1  # the published layer 2: published numbers count from one
 
 
 def make_checkpoint(folder):
-    """Writes a random model as transformers does, and its rows as a file of their own."""
+    """Writes a random model as transformers does: the table in parts, with the published names."""
     torch.manual_seed(0)
     model = Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**CONFIG))
     with torch.no_grad():
@@ -31,16 +28,14 @@ def make_checkpoint(folder):
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3 if ".ple." in name else 0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
-    save_file({"rows": model.model.layers[LAYER].ple.ple_embedding.ngram_embedding.weight}, folder / "rows.safetensors")
 
 
 def main():
     """Prints the memory that the model takes, and what it says, with and without the table in it."""
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder))
-        table = ek.RowTable.open(Path(folder, "rows.safetensors"), tensor="rows", row_format="bf16")
+        make_checkpoint(folder)
         models = {"transformers": Qwen4ExpForCausalLM.from_pretrained(folder),
-                  "rows in a file": ek.integrations.transformers.load(Qwen4ExpForCausalLM, folder, table={LAYER: table},
+                  "rows in a file": ek.integrations.transformers.load(Qwen4ExpForCausalLM, folder, table=folder,
                                                                       rounding="published")}
         prompts = torch.tensor([[0, 0, 17, 42, 8], [5, 6, 7, 8, 9]])
         said = {}

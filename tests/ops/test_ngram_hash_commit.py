@@ -38,6 +38,30 @@ def test_ngram_hash_commit_golden(backend, device):
         assert history.tolist() == [want]
 
 
+@pytest.mark.parametrize("family, boundary", RULES)
+def test_ngram_hash_commit_many_sequences_of_one_token(family, boundary, backend, device):
+    """More than share a block of the CPU kernel, with longer, empty, dead and skipped ones between: each as if it were alone."""
+    layout = make_spec(family, boundary, max_order=4, heads=9, vocab_size=VOCAB).layout()
+    lengths = [1] * 70 + [0, 1, 3, 1, 66, 1, 1] + [1] * 5
+    skipped = {10, 72, 80}
+    ids, dead = make_ids(sum(lengths), 3), torch.arange(sum(lengths)) % 11 == 5
+    history = make_ids(3 * len(lengths), 4).view(-1, 3)
+    rows = torch.tensor([-1 if b in skipped else b for b in range(len(lengths))])
+    alone, begin = [], 0
+    for b, n in enumerate(lengths):
+        part = slice(begin, begin + n)
+        found = ngram_hash(ids[part], packed([n]), layout, history=history[b:b + 1], dead_mask=dead[part], backend="reference")
+        alone.append(torch.full_like(found, -1) if b in skipped else found)
+        begin += n
+    known = [history[b].tolist() if b in skipped else
+             ([-2 if d else int(i) for i, d in zip(ids[e - n:e], dead[e - n:e], strict=True)][::-1] + history[b].tolist())[:3]
+             for b, (n, e) in enumerate(zip(lengths, torch.tensor(lengths).cumsum(0).tolist(), strict=True))]
+    updated = history.to(device)
+    got = ngram_hash_and_commit(ids.to(device), packed(lengths).to(device), layout.to(device), updated, dead_mask=dead.to(device),
+                                state_indices=rows.to(device), backend=backend)
+    assert torch.equal(got.cpu(), torch.cat(alone, dim=1)) and updated.tolist() == known
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_ngram_hash_commit_any_mix_equals_the_whole(seed, backend, device):
     """Histories in a pool, chunks of any size with drafts behind them that the next call rejects, a skipped sequence."""
