@@ -67,7 +67,7 @@ def test_profile_gpu_measures_every_axis(session, compiled):
     link = of(session, "gpu_link", status="ok")
     assert {(c["op"], c["engine"], c["pinned"]) for c in link} == {
         ("h2d", "copy", True), ("d2h", "copy", True), ("both", "copy", True), ("h2d", "copy", False), ("d2h", "copy", False),
-        ("h2d", "sm", True), ("d2h", "sm", True), ("read", "sm", True)}
+        ("h2d", "sm", True), ("d2h", "sm", True), ("read", "sm", True), ("read_rows", "sm", True)}
     assert {c["op"] for c in of(session, "gpu_stream", status="ok")} == {"read", "copy", "triad"}
     rows = of(session, "gpu_gather", status="ok")
     assert {c["placement"] for c in rows} == {"device", "uva", "staged"}
@@ -383,7 +383,7 @@ def test_profile_gpu_call_that_waits_for_the_device_is_not_timed_with_its_launch
 def test_profile_gpu_gather_is_held_against_loads_and_copies_over_the_link(session, compiled):
     loads, copies = (session.peaks[f"link_h2d_{name}"]["bytes_per_s"] for name in ("sm", "copy"))
     sm = of(session, "gpu_link", engine="sm", status="ok")
-    assert loads == max(c["bytes_per_s"] for c in sm if c["op"] in ("h2d", "read"))
+    assert loads == max(c["bytes_per_s"] for c in sm if c["op"] in ("h2d", "read", "read_rows"))
     for cell in of(session, "gpu_gather", placement="uva", status="ok"):
         assert cell["facts"]["share_of_link_h2d_sm"] == pytest.approx(cell["bytes_per_s"] / loads)
         assert cell["facts"]["share_of_link_h2d_copy"] == pytest.approx(cell["bytes_per_s"] / copies)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engram_kernels.ops.gather_rows import gather_rows
 from engram_kernels.profile.cells import JsonCell, Skip, expect_share, give_verdict
 from engram_kernels.profile.gpu_device import TorchGpu
 from engram_kernels.profile.machine import allowed_cpus
@@ -18,8 +19,10 @@ from engram_kernels.profile.probes_gpu_gather import Gather, Shape, gather, inte
 from engram_kernels.profile.probes_host import V41_ROW_BYTES
 from engram_kernels.profile.probes_host import table_limit as host_limit
 from engram_kernels.profile.session import Session
+from engram_kernels.table.row_table import RowTable
 
 KIB, MIB = 1 << 10, 1 << 20
+ROW_DIM = 256  # of rows that are read in order
 SECONDS = {"gpu_link_state": 3, "gpu_stream": 2, "gpu_link": 7, "gpu_gather": 11, "gpu_interference": 4}
 _CALL_BYTES, _MAX_CALLS = 64 * MIB, 32
 _LOAD_SECONDS, _LOAD_BYTES, _LOAD_CALLS = 0.4, 64 * MIB, 8
@@ -216,14 +219,30 @@ def _link_by_multiprocessors(session: Session, gpu: Any, memory: tuple[Any, Any,
             session.skip({"probe": "gpu_link", "op": op, "engine": "sm", "pinned": True}, "NOT_SUPPORTED",
                          f"pinned memory as a tensor of the device: {type(err).__name__}: {err}")
         return
+    _rows_in_order(session, gpu, (host, device), sizes, remote)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for size in reversed([s for s in sizes if s >= MIB]):
         count = size // 8
-        # loads alone, whose sum stays on the device: what a gather of rows can reach at most
+        # loads alone, whose sum stays on the device
         _measure_link(session, gpu, ("read", "sm", True, size), partial(torch.sum, from_host[:count], 0, out=total), remote)
         for op, source, target in (("h2d", from_host, words), ("d2h", words, to_host)):
             call = partial(torch.bitwise_not, source[:count], out=target[:count])
             _measure_link(session, gpu, (op, "sm", True, size), call, remote)
+
+
+def _rows_in_order(session: Session, gpu: Any, memory: tuple[Any, Any], sizes: tuple[int, ...], remote: bool) -> None:
+    """Our own kernel's loads: 16 bytes each, many in flight, a row at a time, of rows that lie one behind the other."""
+    host, device = memory
+    try:
+        gpu.gather_backend()
+    except Skip as skip:
+        session.skip({"probe": "gpu_link", "op": "read_rows", "engine": "sm", "pinned": True}, skip.kind, skip.text)
+        return
+    for size in reversed([s for s in sizes if s >= MIB]):
+        rows, out = (x[:size].view(torch.bfloat16).view(-1, ROW_DIM) for x in (host, device))
+        ids = torch.arange(len(rows), dtype=torch.int32, device=device.device)
+        call = partial(gather_rows, RowTable.from_tensor(rows), ids, out=out)
+        _measure_link(session, gpu, ("read_rows", "sm", True, size), call, remote)
 
 
 def _copy(target: Any, source: Any) -> Callable[[], object]:
@@ -244,7 +263,7 @@ def _measure_link(session: Session, gpu: Any, point: tuple[str, str, bool, int],
         # a copy of pageable memory waits by itself, so it cannot be queued behind a blocked stream
         return float(gpu.wall_seconds(lambda: [call() for _ in range(calls)])) / calls
 
-    result = session.measure(cell, sample, peak=f"link_{'h2d' if op == 'read' else op}")
+    result = session.measure(cell, sample, peak=f"link_{'h2d' if op.startswith('read') else op}")
     if result["status"] == "ok" and engine == "sm" and op != "d2h":
         session.set_peak("link_h2d_sm", result["bytes_per_s"], f"{size // KIB} KiB read by multiprocessors in this run")
     if result["status"] == "ok" and pinned and engine == "copy":
