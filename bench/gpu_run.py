@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
-OPS = ("ngram_hash", "gather_rows", "gate", "gather_gate", "short_conv", "engram_forward")
+OPS = ("ngram_hash", "gather_rows", "gate", "gather_gate", "short_conv", "engram_forward", "row_update", "row_update_eight_bits")
 OP_TESTS = [f"tests/ops/test_{op}.py" for op in OPS]
-SANITIZED = "every_op_runs or few_tokens or fallback or gradients_match"  # together every kernel
+# together every kernel, and both ways to fetch less over the link
+SANITIZED = "every_op_runs or few_tokens or fallback or gradients_match or row_optimizer or distinct_rows or scales_on_the_gpu"
 OVERLAP = ["env", "ENGRAM_KERNELS_PDL=1"]  # programmatic dependent launch, for the steps that say what it is worth
 DEVICE_TESTS = ["tests/gpu/test_cuda_device.py", "tests/gpu/test_model_device.py"]
 
@@ -42,7 +43,7 @@ def bench(*sections: str, out: Path, host_gib: str = "1 32") -> tuple[list[str],
 
 def sanitize(tool: str) -> list[str]:
     return ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
-            "--target-processes", "all", *PYTEST, *DEVICE_TESTS, "-k", SANITIZED]
+            "--target-processes", "all", *PYTEST, *DEVICE_TESTS, "tests/gpu/test_cuda_host_table.py", "-k", SANITIZED]
 
 
 def steps(out: Path) -> list[Step]:
