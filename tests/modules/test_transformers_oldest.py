@@ -9,7 +9,7 @@ import pytest
 OLDEST = "5.16.0"
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("tests/modules/test_transformers_qwen4.py", "tests/modules/test_transformers_decoder.py")
-TESTS = "logits or leave or published or operations or rejected or save_pretrained"
+TESTS = "logits or leave or published or operations or rejected or save_pretrained or graph or crop"
 
 
 @pytest.mark.slow
