@@ -59,10 +59,11 @@ EK_LANE Pair decode_pair(const RowSource& table, const std::byte* row, const std
   if constexpr (std::is_same_v<Kept<kFormat, T>, T> && !std::is_same_v<T, float>) {
     std::memcpy(e + i, row + int64_t{i} * sizeof(T), kPair * sizeof(T));
     return load_pair(e + i);
-  } else if constexpr (traits_of(kFormat).element == RowElement::kFp8E4m3 && kIsEvenOdd<T> && kHasTables &&
+  } else if constexpr (traits_of(kFormat).element == RowElement::kFp8E4m3 && kIsEvenOdd<T> && kBlocksWriteNan &&
                        kPair == kTableBlock) {
     Bf16 words[kTableBlock];  // an unscaled e4m3 is exact in bf16, and there it is in order already
-    fp8_block_to_bf16<false>(row + i, fp8_table(std::byte{127}), words);
+    NanLanes nans;
+    fp8_block_to_bf16<false>(row + i, fp8_table(std::byte{127}), words, &nans);
     const Pair x = mul(load_pair(words), splat(scale_at<kFormat>(table, scales, i)));
     store_pair(e + i, x);
     return x;

@@ -2,7 +2,8 @@
 //
 // Mapping   consecutive ids to each thread; a row is decoded kLanes elements at a time, or copied where the dtype stays.
 // Latency   a random row is a DRAM access away (and a TLB miss, which huge pages make cheap), so the cache lines of rows
-//           some kPrefetchBytes ahead are requested while this one is copied.
+//           some kPrefetchBytes ahead are requested while this one is copied. They go to L2: the L1 has room for few. A row
+//           that is decoded is moved on into L1 kDecodedNear rows before, since its loads would wait behind those requests.
 // Traffic   reads each row once, writes the output once. A large output goes past the cache: an ordinary store would read
 //           the line first.
 #include <algorithm>
@@ -25,6 +26,7 @@ constexpr int64_t kGrainRows = 128;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchBytes = 8192;                          // in flight ahead of the copy
 constexpr int64_t kMaxPrefetchRows = 32, kMaxPrefetchLines = 32;  // of a row; the hardware follows a longer one
+constexpr int kDecodedNear = 6;                                   // rows that are in L1 before one is decoded
 constexpr int64_t kStreamBytes = int64_t{8} << 20;                // outputs from here on do not stay in a cache anyway
 constexpr int kPiece = 256;                                       // elements decoded before they are streamed out
 constexpr int64_t kFewElements = 1 << 14;                         // below, tables of all scales are not worth their making
@@ -80,11 +82,14 @@ EK_LANE void copy_bytes(std::byte* to, const std::byte* from, int64_t bytes) {
   if (i < bytes) std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 }
 
+constexpr int kToL1 = 3, kToL2 = 2;  // as __builtin_prefetch counts
+
+template <int kWhere>
 EK_LANE void request(const std::byte* begin, int64_t skip_lines, int64_t bytes) {
   const auto first = reinterpret_cast<uintptr_t>(begin);
   const uintptr_t end = first + static_cast<uintptr_t>(std::min(bytes, kMaxPrefetchLines * kCacheLine));
   uintptr_t line = (first & ~uintptr_t{kCacheLine - 1}) + static_cast<uintptr_t>(skip_lines * kCacheLine);
-  for (; line < end; line += kCacheLine) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+  for (; line < end; line += kCacheLine) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, kWhere);
 }
 
 // Requests the lines of rows [begin, end). First one line of every row: a request waits for its page to be translated,
@@ -93,20 +98,22 @@ EK_LANE void request_rows(const GatherRowsParams& p, int64_t begin, int64_t end)
   const RowSource& s = p.source;
   const int64_t value_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);
   for (int64_t i = begin; i < end; ++i) {
-    if (p.row_ids[i] != kNoRow) __builtin_prefetch(s.row(p.row_ids[i]), 0, 2);
+    if (p.row_ids[i] != kNoRow) __builtin_prefetch(s.row(p.row_ids[i]), 0, kToL2);
   }
   for (int64_t i = begin; scale_bytes > 0 && i < end; ++i) {
-    if (p.row_ids[i] != kNoRow) request(s.row_scales(p.row_ids[i]), 0, scale_bytes);
+    if (p.row_ids[i] != kNoRow) request<kToL2>(s.row_scales(p.row_ids[i]), 0, scale_bytes);
   }
   for (int64_t i = begin; i < end; ++i) {
-    if (p.row_ids[i] != kNoRow) request(s.row(p.row_ids[i]), 1, value_bytes);
+    if (p.row_ids[i] != kNoRow) request<kToL2>(s.row(p.row_ids[i]), 1, value_bytes);
   }
 }
 
-// Calls emit(row id, output row) for rows [begin, end), their lines requested a group ahead.
-template <class Emit>
+// Calls emit(row id, output row) for rows [begin, end), their lines requested a group ahead into L2, and kNear rows ahead into
+// L1.
+template <int kNear, class Emit>
 EK_LANE void for_rows(const GatherRowsParams& p, int64_t begin, int64_t end, const Emit& emit) {
   const int64_t row_bytes = row_value_bytes(p.source.format, p.source.row_dim);
+  const int64_t scale_bytes = row_scale_bytes(p.source.format, p.source.row_dim);
   const int64_t out_bytes = int64_t{p.source.row_dim} * dtype_bytes(p.out_dtype);
   const int64_t group = std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, kMaxPrefetchRows);
   request_rows(p, begin, std::min(end, begin + group));
@@ -114,6 +121,10 @@ EK_LANE void for_rows(const GatherRowsParams& p, int64_t begin, int64_t end, con
     const int64_t next = std::min(end, first + group);
     request_rows(p, next, std::min(end, next + group));
     for (int64_t i = first; i < next; ++i) {
+      if (kNear > 0 && i + kNear < end && p.row_ids[i + kNear] != kNoRow) {
+        request<kToL1>(p.source.row(p.row_ids[i + kNear]), 0, row_bytes);
+        if (scale_bytes > 0) request<kToL1>(p.source.row_scales(p.row_ids[i + kNear]), 0, scale_bytes);
+      }
       const int64_t id = p.row_ids[i];
       std::byte* out = p.out + i * out_bytes;
       if (id == kNoRow) {
@@ -137,13 +148,14 @@ EK_LANE void decode_piece(const RowSource& s, int64_t id, int first, int count, 
 template <bool kStream>
 void copy_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   const int64_t bytes = row_value_bytes(p.source.format, p.source.row_dim);
-  for_rows(p, begin, end,
-           [&](int64_t id, std::byte* out) __attribute__((always_inline)) { copy_bytes<kStream>(out, p.source.row(id), bytes); });
+  for_rows<0>(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+    copy_bytes<kStream>(out, p.source.row(id), bytes);
+  });
 }
 
 template <RowFormat kFormat, class Out, bool kStream>
 void decode_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
-  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+  for_rows<kDecodedNear>(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
     if constexpr (kStream) {
       alignas(64) Out piece[kPiece];
       for (int first = 0; first < p.source.row_dim; first += kPiece) {
@@ -172,7 +184,7 @@ void fp8_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
     fits = fits_fp8_table(scale);
     table = fp8_table(scale);
   }
-  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+  for_rows<kDecodedNear>(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
     const std::byte* row = s.row(id);
     const std::byte* scales = has_row_scales(kFormat) ? s.row_scales(id) : nullptr;
     Bf16* to = reinterpret_cast<Bf16*>(out);
@@ -186,10 +198,12 @@ void fp8_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
       decode_piece<kFormat>(s, id, 0, dim, to);
       return;
     }
+    NanLanes nans;
     for (int i = 0; i < in_blocks; i += kTableBlock) {
       if constexpr (kScale == RowScale::kBlockUe8m0) table = fp8_table(scales[i / kTableBlock]);
-      fp8_block_to_bf16<kStream>(row + i, table, to + i);
+      fp8_block_to_bf16<kStream>(row + i, table, to + i, &nans);
     }
+    if (any(nans)) decode_piece<kFormat>(s, id, 0, in_blocks, to);
     if (in_blocks < dim) decode_piece<kFormat>(s, id, in_blocks, dim - in_blocks, to + in_blocks);
   });
 }
@@ -214,6 +228,17 @@ EK_LANE __m256i int8_to_bf16(const std::byte* p, __m256 scale) {
   return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_subs_epu16(lower, is_even), 15));
 }
 
+// Whether so many fp32 scales are neither infinite nor NaN.
+EK_LANE bool all_finite(const std::byte* scales, int count) {
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, scales + sizeof(bits) * static_cast<size_t>(i), sizeof(bits));
+    largest = std::max(largest, bits & 0x7FFFFFFF);
+  }
+  return largest < 0x7F800000;
+}
+
 template <bool kStream>
 EK_LANE void put(Bf16* out, __m256i words) {
   if constexpr (kStream) {
@@ -229,17 +254,18 @@ void int8_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   static_assert(kBlock == 32);
   const RowSource& s = p.source;
   const int dim = s.row_dim;
-  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+  for_rows<kDecodedNear>(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
     const std::byte *row = s.row(id), *scales = s.row_scales(id);
     Bf16* to = reinterpret_cast<Bf16*>(out);
-    __m256i largest = _mm256_setzero_si256();
-    for (int i = 0; i < dim; i += kBlock) {
-      const __m256 scale = _mm256_set1_ps(scale_at<kFormat>(s, scales, i));
-      largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(scale), _mm256_set1_epi32(0x7FFFFFFF)));
-      put<kStream>(to + i, int8_to_bf16(row + i, scale));
-      put<kStream>(to + i + 16, int8_to_bf16(row + i + 16, scale));
+    if (!all_finite(scales, dim / kBlock)) {
+      decode_piece<kFormat>(s, id, 0, dim, to);
+      return;
     }
-    if (_mm256_cvtsi256_si32(largest) >= 0x7F800000) decode_piece<kFormat>(s, id, 0, dim, to);  // infinite, or NaN
+    for (const std::byte* stop = row + dim; row < stop; row += kBlock, scales += sizeof(float), to += kBlock) {
+      const __m256 scale = _mm256_set1_ps(scale_at<kFormat>(s, scales, 0));
+      put<kStream>(to, int8_to_bf16(row, scale));
+      put<kStream>(to + 16, int8_to_bf16(row + 16, scale));
+    }
   });
 }
 
@@ -294,7 +320,7 @@ void e2m1_rows(const GatherRowsParams& p, int64_t begin, int64_t end) {
   }
   E2m1Tables tables;
   fill_tables<kFormat>(s, &tables);
-  for_rows(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
+  for_rows<kDecodedNear>(p, begin, end, [&](int64_t id, std::byte* out) __attribute__((always_inline)) {
     const std::byte *row = s.row(id), *scales = s.row_scales(id);
     Bf16* to = reinterpret_cast<Bf16*>(out);
     for (int i = 0; i < whole; i += 32) {
