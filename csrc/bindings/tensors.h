@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -39,6 +40,28 @@ using torch::stable::Tensor;
 
 constexpr int64_t kAnySize = -1;
 
+inline std::vector<int64_t> dense_strides(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return strides;
+}
+
+inline int32_t dtype_number(ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  return to<int32_t>(from(dtype));
+}
+
+// A dense tensor on the device of `like`. torch::stable::new_empty would look the op up by its name, for half a microsecond.
+inline Tensor new_dense(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), dense_strides(sizes).data(),
+                                                  dtype_number(dtype), device_type, like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
+
 #ifndef EK_WITH_CUDA
 }  // namespace engram_kernels
 // of torch's stable ABI from 2.11 on; null in an older one
@@ -54,11 +77,9 @@ namespace engram_kernels {
 inline Tensor tensor_in(OutputBlock* block, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
   AtenTensorHandle tensor;
   const AOTITorchError error = torch_from_blob(
-      block->data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, to<int32_t>(from(dtype)),
+      block->data, static_cast<int64_t>(sizes.size()), sizes.data(), dense_strides(sizes).data(), 0, dtype_number(dtype),
       to<int32_t>(from(torch::headeronly::DeviceType::CPU)), -1, &tensor, to<int32_t>(from(torch::headeronly::Layout::Strided)),
       nullptr, 0, [](void*, void* context) { give_back_output_block(static_cast<OutputBlock*>(context)); }, block);
   if (error != AOTI_TORCH_SUCCESS) give_back_output_block(block);
@@ -81,7 +102,7 @@ inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
     if (OutputBlock* block = take_output_block(bytes)) return tensor_in(block, sizes, type);
   }
 #endif
-  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+  Tensor out = new_dense(like, sizes, dtype.value_or(like.scalar_type()));
 #ifndef EK_WITH_CUDA
   ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
 #endif

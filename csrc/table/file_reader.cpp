@@ -452,7 +452,8 @@ void FileReader::check(const FileRows& rows) const {
     const File& file = *files_[static_cast<size_t>(part.file)];
     const int64_t count = rows.end_row(p) - part.first_row;
     EK_CHECK(part.offset >= 0 && (count > 0 || (count == 0 && rows.num_rows == 0)) &&
-                 (count == 0 || rows.stride_bytes <= (file.size - part.offset) / count),
+                 static_cast<unsigned __int128>(rows.stride_bytes) * static_cast<uint64_t>(count) <=
+                     static_cast<unsigned __int128>(std::max<int64_t>(file.size - part.offset, 0)),
              "FileReader: " << count << " rows of " << rows.stride_bytes << " bytes from byte " << part.offset
                             << " are not inside " << file.path << " of " << file.size << " bytes");
   }

@@ -16,6 +16,7 @@
 //             before it counts as a success; opening a file that was written to in the same clock tick waits for the next.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -49,9 +50,12 @@ struct FileRows {
 
   int64_t end_row(size_t part) const { return part + 1 < parts.size() ? parts[part + 1].first_row : num_rows; }
 
-  // The part of a row in [0, num_rows). The one at `near` is looked at first.
+  // The part of a row in [0, num_rows). The one at `near` is looked at first, then that of parts as high as the first one.
   size_t part_of(int64_t row, size_t near) const {
-    if (row >= parts[near].first_row && row < end_row(near)) return near;
+    const auto holds = [&](size_t part) { return row >= parts[part].first_row && row < end_row(part); };
+    if (holds(near)) return near;
+    const size_t likely = std::min(static_cast<size_t>(row / end_row(0)), parts.size() - 1);
+    if (holds(likely)) return likely;
     size_t low = 0, high = parts.size();  // the part is in [low, high)
     while (high - low > 1) {
       const size_t middle = (low + high) / 2;

@@ -1,7 +1,7 @@
 // CPU kernel of ngram_hash. Contract and formula: ngram_hash.h.
 //
-// Mapping  tokens in blocks of kBlock, of one sequence or one of each of many; per block and layer, first the mixes of every
-//          order (scalar), then eight columns at a time with their constants in registers.
+// Mapping  tokens in blocks of kBlock, of one sequence or of many short ones; per block and layer, first the mixes of every order
+//          (scalar), then eight columns at a time with their constants in registers.
 // Modulus  quotients from double reciprocals, exact: for |mix| <= 2^63 and m > 2^13 the quotient is at most 2^50, so rounding
 //          mix and 1/m to 53 bits moves mix * (1/m) by less than 1/4; rounded to an integer it is within 3/4 of mix / m,
 //          and the remainder lies in (-m, m): one unsigned minimum mends it, and makes it that of a floor whatever the sign
@@ -10,6 +10,7 @@
 #include "kernels/ngram_hash/ngram_hash.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -26,15 +27,9 @@ constexpr int kLanes = 8;               // columns at a time
 constexpr int64_t kGrainTokens = 1024;  // a thread is worth starting for about 20 us of work
 constexpr int64_t kMinVectorModulus = 1 << 13;
 
-// Canonical ids of a block and of its lookback. The tokens follow each other in one sequence, and share their lookback; or each
-// is the only one of a sequence and has its own.
+// ids[s][i]: canonical, of s tokens before token i of the block; the boundary's where that position is blocked.
 struct Block {
-  uint32_t storage[kMaxOrder - 1 + kBlock * kMaxOrder];
-  uint8_t reach[kBlock];  // how many of c[0], c[1], .. are not blocked, at most max_order
-  int step;               // ids from one token to the next
-
-  uint32_t* ids(int i) { return storage + kMaxOrder - 1 + i * step; }  // [0] is the token's, [-1] that before it
-  const uint32_t* ids(int i) const { return storage + kMaxOrder - 1 + i * step; }
+  uint32_t ids[kMaxOrder][kBlock];
 };
 
 struct Mixes {
@@ -69,55 +64,54 @@ bool lookback(const NgramHashParams& p, int64_t sequence, int64_t t, int back, u
   return static_cast<int64_t>(*id) != p.eos_id;
 }
 
-// Tokens `first` and after become the block's tokens `at` and after.
-void load_block(const NgramHashParams& p, int64_t sequence, int64_t first, int count, int at, Block* block) {
-  const int order = p.max_order;
-  uint32_t* ids = block->ids(at);
-  int run = 0;  // unblocked positions just before the token
+// Fills places [at, at + count) of the block with tokens of one sequence, from `first` on.
+template <int kOrder>
+void load_tokens(const NgramHashParams& p, int64_t sequence, int64_t first, int count, int at, Block* block) {
+  const int order = kOrder > 0 ? kOrder : p.max_order;
+  const auto boundary = static_cast<uint32_t>(p.boundary_id);
+  uint32_t before[kMaxOrder];  // of the next token, blocked ones replaced
   bool open = true;
   for (int back = 1; back < order; ++back) {
-    ids[-back] = 0;
-    open = open && lookback(p, sequence, first, back, &ids[-back]);
-    run += open;
+    open = open && lookback(p, sequence, first, back, &before[back]);
+    if (!open) before[back] = boundary;
   }
   for (int i = 0; i < count; ++i) {
     const bool dead = p.dead(first + i);
-    ids[i] = dead ? 0 : static_cast<uint32_t>(p.canonical(p.token_id(first + i)));
-    block->reach[at + i] = static_cast<uint8_t>(dead ? 0 : std::min(run + 1, order));
-    run = dead || static_cast<int64_t>(ids[i]) == p.eos_id ? 0 : std::min(run + 1, order - 1);
+    const uint32_t id = dead ? boundary : static_cast<uint32_t>(p.canonical(p.token_id(first + i)));
+    block->ids[0][at + i] = id;
+    for (int s = 1; s < order; ++s) block->ids[s][at + i] = dead ? boundary : before[s];
+    const bool ends = dead || static_cast<int64_t>(id) == p.eos_id;  // the lookback of the tokens behind it
+    for (int s = order - 1; s > 1; --s) before[s] = ends ? boundary : before[s - 1];
+    before[1] = ends ? boundary : id;
+  }
+}
+
+// Calls f with the order as a constant where it is a usual one, else 0.
+template <class F>
+void with_order(int order, const F& f) {
+  switch (order) {
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
   }
 }
 
 // mixes[s - 1] for orders s + 1 = 2..N, multipliers [N]
 template <int kOrder>
-void mix_block(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
+void mix_block(const Block& block, int count, const int64_t* multipliers, int order, Mixes* mixes) {
   const int n = kOrder > 0 ? kOrder : order;
-  uint64_t boundary[kMaxOrder];
-  for (int s = 0; s < n; ++s) boundary[s] = static_cast<uint64_t>(boundary_id) * static_cast<uint64_t>(multipliers[s]);
-  const uint32_t* ids = block.ids(0);
-  for (int i = 0; i < count; ++i, ids += block.step) {
-    const int reach = block.reach[i];
-    uint64_t mix = 0;
-    for (int s = 0; s < n; ++s) {
-      const uint64_t product = static_cast<uint64_t>(ids[-s]) * static_cast<uint64_t>(multipliers[s]);
-      mix ^= s < reach ? product : boundary[s];
-      if (s == 0) continue;
+  for (int i = 0; i < count; ++i) {
+    uint64_t mix = block.ids[0][i] * static_cast<uint64_t>(multipliers[0]);
+    for (int s = 1; s < n; ++s) {
+      mix ^= block.ids[s][i] * static_cast<uint64_t>(multipliers[s]);
       mixes[s - 1].mix[i] = static_cast<int64_t>(mix);
       mixes[s - 1].value[i] = static_cast<double>(static_cast<int64_t>(mix));
     }
-  }
-}
-
-void mix_block_any(const Block& block, int count, const int64_t* multipliers, int64_t boundary_id, int order, Mixes* mixes) {
-  switch (order) {
-    case 2:
-      return mix_block<2>(block, count, multipliers, boundary_id, order, mixes);
-    case 3:
-      return mix_block<3>(block, count, multipliers, boundary_id, order, mixes);
-    case 4:
-      return mix_block<4>(block, count, multipliers, boundary_id, order, mixes);
-    default:
-      return mix_block<0>(block, count, multipliers, boundary_id, order, mixes);
   }
 }
 
@@ -194,12 +188,8 @@ void sum_column(const NgramHashParams& p, const Block& block, int count, int64_t
                 int32_t* out) {
   const int64_t* multipliers = p.multipliers + column * p.max_order;
   for (int i = 0; i < count; ++i) {
-    const uint32_t* ids = block.ids(i);
     uint64_t sum = 0;
-    for (int s = 0; s < order; ++s) {
-      const uint64_t id = s < block.reach[i] ? ids[-s] : static_cast<uint64_t>(p.boundary_id);
-      sum += id * static_cast<uint64_t>(multipliers[s]);
-    }
+    for (int s = 0; s < order; ++s) sum += block.ids[s][i] * static_cast<uint64_t>(multipliers[s]);
     out[int64_t{i} * p.columns()] = static_cast<int32_t>(exact(sum) + static_cast<uint32_t>(p.offsets[column]));
   }
 }
@@ -210,7 +200,9 @@ void hash_block(const NgramHashParams& p, const std::vector<ColumnGroup>& groups
   for (int layer = 0; layer < p.num_layers; ++layer) {
     int32_t* out = p.row_ids + (layer * p.num_tokens + first) * p.columns();
     if (!p.per_column) {
-      mix_block_any(block, count, p.multipliers + layer * p.max_order, p.boundary_id, p.max_order, mixes);
+      with_order(p.max_order, [&](auto order) {
+        mix_block<decltype(order)::value>(block, count, p.multipliers + layer * p.max_order, p.max_order, mixes);
+      });
     }
     for (int order = 2; order <= p.max_order; ++order) {
       for (int head = 0; head < p.heads; head += kLanes, ++group) {
@@ -237,6 +229,32 @@ void fill_block(const NgramHashParams& p, int64_t first, int64_t stop) {
   }
 }
 
+void hash_tokens(const NgramHashParams& p, const std::vector<ColumnGroup>& groups, int64_t begin, int64_t end) {
+  Block block;
+  int held = 0;  // tokens of the block, the last ones before `first`
+  int64_t sequence = sequence_of(p.cu_seqlens, p.num_sequences, begin), first = begin;
+  const auto hash_held = [&] {
+    hash_block(p, groups, block, first - held, held);
+    held = 0;
+  };
+  while (first < end) {
+    while (p.cu_seqlens[sequence + 1] <= first) ++sequence;
+    const int64_t stop = std::min<int64_t>(end, p.cu_seqlens[sequence + 1]);
+    if (p.history_row(sequence) == kSkipped) {
+      hash_held();
+      fill_block(p, first, stop);
+      first = stop;
+      continue;
+    }
+    const int count = static_cast<int>(std::min<int64_t>(stop - first, kBlock - held));
+    with_order(p.max_order, [&](auto order) { load_tokens<decltype(order)::value>(p, sequence, first, count, held, &block); });
+    first += count;
+    held += count;
+    if (held == kBlock) hash_held();
+  }
+  hash_held();
+}
+
 // p.commit(b) of every sequence; a step that decodes moves each history by one entry.
 template <class T>
 void commit_all(const NgramHashParams& p) {
@@ -252,39 +270,12 @@ void commit_all(const NgramHashParams& p) {
   }
 }
 
-// Where the tokens from `first` of one sequence end that a block takes; `*sequence` becomes theirs.
-int64_t piece_end(const NgramHashParams& p, int64_t first, int64_t end, int64_t* sequence) {
-  while (p.cu_seqlens[*sequence + 1] <= first) ++*sequence;
-  return std::min<int64_t>({end, p.cu_seqlens[*sequence + 1], first + kBlock});
-}
-
 }  // namespace
 
 void ngram_hash_cpu(const NgramHashParams& p, const Parallel& parallel) {
   if (p.num_tokens > 0) {
     const std::vector<ColumnGroup> groups = make_groups(p);
-    parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
-      Block block;
-      int64_t sequence = sequence_of(p.cu_seqlens, p.num_sequences, begin);
-      for (int64_t first = begin; first < end;) {
-        int64_t stop = piece_end(p, first, end, &sequence);
-        if (p.history_row(sequence) == kSkipped) {
-          fill_block(p, first, stop);
-          first = stop;
-          continue;
-        }
-        block.step = stop - first == 1 ? kMaxOrder : 1;
-        load_block(p, sequence, first, static_cast<int>(stop - first), 0, &block);
-        // a step that decodes has many sequences of one token: as many as a block takes are hashed at once
-        while (block.step > 1 && stop < end && stop - first < kBlock && piece_end(p, stop, end, &sequence) - stop == 1 &&
-               p.history_row(sequence) != kSkipped) {
-          load_block(p, sequence, stop, 1, static_cast<int>(stop - first), &block);
-          ++stop;
-        }
-        hash_block(p, groups, block, first, static_cast<int>(stop - first));
-        first = stop;
-      }
-    });
+    parallel.for_range(p.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) { hash_tokens(p, groups, begin, end); });
   }
   if (p.committed == nullptr) return;
   p.ids_are_int64 ? commit_all<int64_t>(p) : commit_all<int32_t>(p);

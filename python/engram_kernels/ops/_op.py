@@ -55,6 +55,7 @@ class Op:
         self._empty, self._compute, self._check, self._check_data = empty, reference, check, check_data
         self._differentiable = tuple(self.names.index(x) for x in differentiable)
         self._writes = tuple(self.names.index(x) for x in writes)
+        self._only_write = self._writes[0] if len(self._writes) == 1 else None
         self._in_place = in_place
         self._rows = self.names.index("rows") if "rows" in self.names else None
         LIB.define(f"{name}({arguments}) -> Tensor")
@@ -153,8 +154,8 @@ class Op:
         else:
             self._eager_out(*args, out=out)
         # autograd does not know of the writes: a backward pass that saved one of these must raise
-        if self._writes and written is None and len(self._writes) == 1:
-            increment_version((args[self._writes[0]],))
+        if written is None and self._only_write is not None:
+            increment_version((args[self._only_write],))
         elif self._writes:
             increment_version([x for x in (written, *(args[i] for i in self._writes)) if x is not None])
         elif written is not None:
