@@ -83,14 +83,18 @@ def expect_one_device(op: str, *tensors: Tensor | None) -> None:
 
 def expect_int(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int. TypeError unless it is an integer (numpy's too; no bool), ValueError unless it is within [low, high]."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected an integer")
-    number = operator.index(value)
+    number: int = value if type(value) is int else _index(op, name, value)
     if number < low:
         raise ValueError(f"{op}: {name} is {number}, expected at least {low}")
     if high is not None and number > high:
         raise ValueError(f"{op}: {name} is {number}, expected at most {high}")
     return number
+
+
+def _index(op: str, name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected an integer")
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def expect_seconds(op: str, name: str, value: object) -> float:

@@ -287,7 +287,7 @@ __device__ __forceinline__ void load_row(const std::byte* row, const bool (&ther
   }
 }
 
-// A step of sums of products of 2-byte elements on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15
+// Adds products of 2-byte elements to sums on the tensor cores: rows 0 to 7 of the left matrix come from `rows`, 8 to 15
 // from `rows_below`, the right matrix from `columns`; a quad of lanes holds a row and a column. Exact up to the float32 sum.
 template <DType kType>
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t rows, uint32_t rows_below, uint32_t columns) {

@@ -142,7 +142,7 @@ __device__ __forceinline__ void stage_lines(const Tile& tile, int columns) {
   }
 }
 
-// The same for scales that lie apart: words where they are aligned, else bytes.
+// Copies scales that lie apart from the rows to shared memory: by words where they are aligned, else by bytes.
 __device__ __forceinline__ void stage_scales(const RowSource& s, const Tile& tile, int columns) {
   const bool words = (reinterpret_cast<uintptr_t>(s.scales) | s.scale_stride_bytes | tile.scale_bytes) % 4 == 0;
   const int thread = static_cast<int>(threadIdx.x), lanes = 1 << tile.scale_lanes_log2;
@@ -291,7 +291,7 @@ __device__ __forceinline__ void load_group(const BranchRows& rows, const std::by
   }
 }
 
-// Lays out a token's rows in shared memory from `at` bytes on. Returns whether the kernels of a block a token take them.
+// Lays out a token's rows in shared memory from `at` bytes on. Returns whether the kernels of one block per token take them.
 inline bool lay_out(const GatherGateParams& p, int elements, int at, Tile* tile) {
   const RowSource& s = p.table;
   const int64_t row_bytes = row_value_bytes(s.format, s.row_dim), scale_bytes = row_scale_bytes(s.format, s.row_dim);

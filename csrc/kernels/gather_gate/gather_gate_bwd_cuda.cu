@@ -174,7 +174,7 @@ __device__ __forceinline__ void write_group(const GatherGateBwdParams& p, const 
   }
 }
 
-// The same for a masked token: the output's gradient as it is, or zeros.
+// Writes hidden's gradient of a masked token: the output's gradient as it is, or zeros.
 template <DType kType, int kGroup>
 __device__ __forceinline__ void pass_group(const GatherGateBwdParams& p, int t, int branch, int count,
                                            const VectorPlace (&places)[kVectors], const Held<kGroup>& held) {

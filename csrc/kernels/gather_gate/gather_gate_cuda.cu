@@ -121,7 +121,7 @@ __device__ __forceinline__ void write_group(const GatherGateParams& p, int count
   }
 }
 
-// The same for a masked token: hidden as it is, or zeros.
+// Writes the branches of a masked token: hidden as it is, or zeros.
 template <int kGroup>
 __device__ __forceinline__ void pass_group(bool residual, int64_t stride, int count, const VectorPlace (&places)[kVectors],
                                            std::byte* to, const uint4 (&held)[kGroup][kVectors]) {

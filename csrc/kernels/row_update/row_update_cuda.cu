@@ -264,7 +264,7 @@ __device__ __forceinline__ uint32_t larger(uint32_t largest, const float (&value
   return largest;
 }
 
-// Of `lanes` lanes side by side, a power of two.
+// The largest of `lanes` lanes side by side, a power of two.
 __device__ __forceinline__ uint32_t largest_of_lanes(uint32_t largest, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) largest = max(largest, __shfl_xor_sync(~0U, largest, offset));
   return largest;

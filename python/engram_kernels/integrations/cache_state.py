@@ -65,7 +65,7 @@ class LayerState(_Dummy):
             self.inputs = self.inputs[beam_idx.to(self.inputs.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """As `reorder_cache`; also with fewer sequences."""
+        """Sequence b becomes what `indices[b]` was; there may be fewer."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -1,4 +1,5 @@
 """One op: its schema, fakes and derivative, and the one way in which a call reaches a backend."""
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -56,6 +57,7 @@ class Op:
         self._differentiable = tuple(self.names.index(x) for x in differentiable)
         self._writes = tuple(self.names.index(x) for x in writes)
         self._only_write = self._writes[0] if len(self._writes) == 1 else None
+        self._written_of = operator.itemgetter(*self._writes) if len(self._writes) > 1 else None
         self._in_place = in_place
         self._rows = self.names.index("rows") if "rows" in self.names else None
         LIB.define(f"{name}({arguments}) -> Tensor")
@@ -156,8 +158,8 @@ class Op:
         # autograd does not know of the writes: a backward pass that saved one of these must raise
         if written is None and self._only_write is not None:
             increment_version((args[self._only_write],))
-        elif self._writes:
-            increment_version([x for x in (written, *(args[i] for i in self._writes)) if x is not None])
+        elif self._written_of is not None:
+            increment_version([x for x in (written, *self._written_of(args)) if x is not None])
         elif written is not None:
             increment_version((written,))
         return out

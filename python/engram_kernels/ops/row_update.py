@@ -83,7 +83,8 @@ def row_update(table: RowTable, row_ids: Tensor, grad_rows: Tensor, rule: str = 
     expect_int("row_update", "first_row", first_row, 0, MAX_ROW)
     beta1, beta2 = check_rates("row_update", lr, betas, eps)
     grad_scale = _number("row_update", grad_scale)
-    return _OP.call(backend, (table.rows.detach(), table.scales, row_ids, grad_rows, second, first, steps, table.row_format,
+    rows = table.rows.detach() if table.rows.requires_grad else table.rows
+    return _OP.call(backend, (rows, table.scales, row_ids, grad_rows, second, first, steps, table.row_format,
                               table.row_dim, table.zero_scale_is_zero, rule, lr, beta1, beta2, eps, grad_scale, step,
                               rounding == "stochastic", seed, first_row), out)
 
@@ -111,7 +112,7 @@ def update_named(table: RowTable, row_ids: Tensor, grad_rows: Tensor, row_names:
 
 def _number(op: str, grad_scale: float | Tensor) -> float:
     grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
-    if not isinstance(grad_scale, Real):
+    if not isinstance(grad_scale, (float, Real)):  # of an abstract class alone the answer takes half a microsecond
         raise TypeError(f"{op}: grad_scale is {grad_scale!r}, expected a number")
     grad_scale = float(grad_scale)
     if not abs(grad_scale) <= FLOAT_MAX:
@@ -134,11 +135,12 @@ def expect_writable(op: str, table: RowTable) -> None:
     if hasattr(table._memory, "num_users"):
         raise ValueError(f"{op}: table is shared as {table._memory.name!r}, which is read-only; expected one of this "
                          "process, or of a tensor after share_memory_(), whose rows other processes see change")
-    rows = table.rows
-    if not rows.is_cpu or rows.numel() == 0 or is_compiling() or _transforms.active() or _modes.fake_mode_of(rows) is not None:
+    rows, found_at = table.rows, getattr(table, "_writable_at", None)
+    if is_compiling() or (found_at is None and (not rows.is_cpu or rows.numel() == 0 or _transforms.active()
+                                                or _modes.fake_mode_of(rows) is not None)):
         return
     expect_not_held(op, rows)
-    if getattr(table, "_writable_at", None) != rows.data_ptr():
+    if found_at != rows.data_ptr():
         _expect_writable_memory(op, "rows", rows)
         if table.scales is not None:
             _expect_writable_memory(op, "scales", table.scales)
@@ -195,7 +197,7 @@ def _check(args, out):
 
 def check_rate(op: str, name: str, value: object, below_one: bool = False) -> None:
     """Raises TypeError or ValueError unless `value` is a number of at least 0 that float32 holds, or in [0, 1)."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, (float, int)):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number")
     if not 0 <= value <= FLOAT_MAX or (below_one and value >= 1):
         raise ValueError(f"{op}: {name} is {value}, expected "
@@ -204,10 +206,12 @@ def check_rate(op: str, name: str, value: object, below_one: bool = False) -> No
 
 def check_rates(op: str, lr: object, betas: object, eps: object) -> tuple[float, float]:
     """Raises TypeError or ValueError unless these are the rates of an optimizer; returns both betas."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{op}: betas is {betas!r}, expected two numbers")
-    for name, value in (("lr", lr), ("eps", eps), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-        check_rate(op, name, value, below_one=name.startswith("betas"))
+    check_rate(op, "lr", lr)
+    check_rate(op, "eps", eps)
+    check_rate(op, "betas[0]", betas[0], below_one=True)
+    check_rate(op, "betas[1]", betas[1], below_one=True)
     return betas[0], betas[1]
 
 

@@ -1,7 +1,6 @@
 """Which rank has which rows: contiguous ranges in the order of the ranks."""
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Sequence
 
@@ -87,10 +86,6 @@ class Partition:
         """How many of the ascending ids [n] int64 each rank has."""
         ends = [0, *torch.searchsorted(distinct, self._inner.to(distinct.device)).tolist()]
         return [b - a for a, b in itertools.pairwise(ends)]
-
-    def rank_of(self, row: int) -> int:
-        """The rank that has a row."""
-        return bisect.bisect_right(self.begins, row) - 1
 
     def overlaps(self, rank: int, other: Partition) -> list[int]:
         """How many of the rows of `rank` each rank has by another partition of the same rows."""

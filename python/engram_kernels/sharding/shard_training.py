@@ -37,7 +37,7 @@ def parts_of_norm(*args: Any) -> tuple[list[float], Exception | None]:
 
 
 def squares_of(gradients: str, parameter: Tensor | None, kept: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
-    """Of each row of the shard that has a gradient, the sum of its squares: float32.
+    """The sum of squares of the gradient of each row of the shard that has one: float32.
 
     Args:
         gradients: of the ShardedRows.
