@@ -45,7 +45,7 @@ def test_memory_is_used_again_when_the_last_tensor_is_gone(table, how):
     assert second.data_ptr() != address and torch.equal(part, table.rows[5:7])
     kept = _C.kept_output_bytes()
     del part
-    assert _C.kept_output_bytes() == kept + 8 * MIB
+    assert 8 * MIB <= _C.kept_output_bytes() - kept <= 16 * MIB  # a block that was kept may be up to twice as large
     third = gather()
     assert third.data_ptr() == address and torch.equal(third, table.rows[ids]) and torch.equal(second, third)
 
