@@ -73,7 +73,7 @@ elif backend == "cuda":
     from cuda_sim import Device
     from test_gather_rows_cuda_sim import WAYS, simulate
     for way, multiprocessors in WAYS.items():
-        device = Device(multiprocessors, ops=("gather_rows_cuda",))
+        device = Device(multiprocessors, ops=("gather_rows_cuda", "gather_rows_direct_cuda"))
         compare(way, lambda dtype: simulate(rows, scales, ids.flatten(), name, 64, dtype, device=device)[0].view(8, 9, 64))
         assert all(("warp_per_row" in launch.kernel) == (way == "warp_per_row") for launch in device.launches)
         assert len(device.launches) == 2
