@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, StaticCache
 from transformers_cases import CACHE, MEMORIES, VOCAB, left_padded, llama_model, memory_spec, new_cache, some_ids, step
 
 from engram_kernels import Engram, RowTable, TokenMap
@@ -52,6 +52,22 @@ def test_chunks_with_a_cache_equal_the_whole(model):
     cache, want = new_cache(model), whole(model, IDS)
     got = [step(model, IDS[:, begin:end], cache) for begin, end in ((0, 1), (1, 2), (2, 15), (15, 21))]
     torch.testing.assert_close(torch.cat(got, dim=1), want, **CLOSE)
+
+
+def test_layers_that_count_no_tokens():
+    """A memory in front of a convolution of the model, of whose cached state nobody can tell how many tokens it holds."""
+    torch.manual_seed(0)
+    plain = Lfm2ForCausalLM(Lfm2Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                                       num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+                                       layer_types=["full_attention", "conv", "full_attention"])).eval()
+    model = attach(copy.deepcopy(plain), spec=memory_spec(), layers=[1, 2]).eval()
+    cache, want = new_cache(model), whole(model, IDS)
+    got = [step(model, IDS[:, begin:end], cache) for begin, end in ((0, 15), (15, 16), (16, 21))]
+    torch.testing.assert_close(torch.cat(got, dim=1), want, **CLOSE)
+    filled = new_cache(plain)
+    step(plain, IDS, filled)
+    with pytest.raises(ValueError, match="layer 1 of the cache holds 21 tokens, of which the memory has seen 0"):
+        step(model, IDS[:, :1], filled)
 
 
 def test_left_padding_changes_nothing(model):

@@ -107,8 +107,9 @@ def state_of(cache: Any, layer: int, num_layers: int) -> LayerState:
             cache.layers.append(cache.layer_class_to_replicate())
         state = LayerState(layer)
         cache.layers.append(state)
-    held = cache.get_seq_length(layer)
     seen = 0 if state.ids is None else state.ids.shape[1]
+    # layers of linear attention count no tokens; those before this one have this call's already
+    held = next((x.get_seq_length() for x in cache.layers[layer:num_layers] if hasattr(x, "get_seq_length")), seen)
     if held != seen:
         raise ValueError(f"engram_kernels: layer {layer} of the cache holds {held} tokens, of which the memory has seen {seen}: "
                          "fill a cache with the model that has the memory, and change it with methods of the cache only")
