@@ -111,10 +111,11 @@ def update_named(table: RowTable, row_ids: Tensor, grad_rows: Tensor, row_names:
 
 
 def _number(op: str, grad_scale: float | Tensor) -> float:
-    grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
-    if not isinstance(grad_scale, (float, Real)):  # of an abstract class alone the answer takes half a microsecond
-        raise TypeError(f"{op}: grad_scale is {grad_scale!r}, expected a number")
-    grad_scale = float(grad_scale)
+    if type(grad_scale) is not float:
+        grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
+        if not isinstance(grad_scale, Real):
+            raise TypeError(f"{op}: grad_scale is {grad_scale!r}, expected a number")
+        grad_scale = float(grad_scale)
     if not abs(grad_scale) <= FLOAT_MAX:
         raise ValueError(f"{op}: grad_scale is {grad_scale}, expected a number that float32 holds")
     return grad_scale
@@ -208,11 +209,14 @@ def check_rates(op: str, lr: object, betas: object, eps: object) -> tuple[float,
     """Raises TypeError or ValueError unless these are the rates of an optimizer; returns both betas."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{op}: betas is {betas!r}, expected two numbers")
-    check_rate(op, "lr", lr)
-    check_rate(op, "eps", eps)
-    check_rate(op, "betas[0]", betas[0], below_one=True)
-    check_rate(op, "betas[1]", betas[1], below_one=True)
-    return betas[0], betas[1]
+    beta1, beta2 = betas
+    if not (type(lr) is type(eps) is type(beta1) is type(beta2) is float
+            and 0 <= lr <= FLOAT_MAX and 0 <= eps <= FLOAT_MAX and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        check_rate(op, "lr", lr)  # a microsecond, which a small step would notice
+        check_rate(op, "eps", eps)
+        check_rate(op, "betas[0]", beta1, below_one=True)
+        check_rate(op, "betas[1]", beta2, below_one=True)
+    return beta1, beta2
 
 
 def _check_data(weight, scales, row_ids, grad_rows, second, first, steps, row_format, row_dim, zero_scale_is_zero, rule,
