@@ -92,9 +92,12 @@ def expect_int(op: str, name: str, value: object, low: int, high: int | None = N
 
 
 def _index(op: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected an integer")
-    return operator.index(value)  # type: ignore[arg-type]
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # a tensor of a float, too, has an __index__
+        pass
+    raise TypeError(f"{op}: {name} is {shorten(repr(value))}, expected an integer")
 
 
 def expect_seconds(op: str, name: str, value: object) -> float:

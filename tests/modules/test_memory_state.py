@@ -156,7 +156,7 @@ MAKE = {  # name: (arguments, error, message)
     "no_layers": (lambda: MemoryState([], 2), ValueError, "there is no memory module"),
     "none": (lambda: MemoryState(None, 2), TypeError, "layers is a NoneType, expected a model"),
     "map": (lambda: MemoryState(layers_of("demo_v1")[1], 1, token_map=3), TypeError, "token_map is a int"),
-    "slots_bool": (lambda: MemoryState(layers_of("demo_v1")[1], True), ValueError, "num_slots is True"),
+    "slots_bool": (lambda: MemoryState(layers_of("demo_v1")[1], True), TypeError, "num_slots is True"),
     "no_module": (lambda: MemoryState([3], 2), TypeError, "layers has a int"),
     "slots": (lambda: small()[0].__class__(layers_of("demo_v1")[1], 0), ValueError, "num_slots is 0"),
     "drafts": (lambda: MemoryState(layers_of("demo_v1")[1], 1, max_drafts=-1), ValueError, "max_drafts is -1"),

@@ -252,3 +252,12 @@ def test_fakes_and_schema():
     args = (rows, None, ids, grads, torch.zeros(4), None, torch.zeros(4, dtype=torch.int32), "f32", 3, False, "adam", 1.0, 0.9,
             0.9, 0.0, 1.0, 0, False, 0, 0)
     torch.library.opcheck(torch.ops.engram_kernels.row_update.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    (dict(grad_scale=10**400), ValueError, "grad_scale is 1000"), (dict(step=torch.tensor(1.5)), TypeError, "step is tensor"),
+    (dict(seed=torch.tensor(0.5)), TypeError, "seed is tensor")], ids=["scale", "step", "seed"])
+def test_numbers_that_are_none_are_named(options, error, words):
+    table = ek.RowTable.from_tensor(torch.ones(4, 8), row_format="f32")
+    with pytest.raises(error, match=words):
+        ek.row_update(table, torch.tensor([1]), torch.ones(1, 8), "sgd", lr=0.1, second=None, **options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from engram_kernels import _modes, _transforms
-from engram_kernels._checks import FLOAT_DTYPES, expect_tensor
+from engram_kernels._checks import FLOAT_DTYPES, expect_int, expect_tensor
 from engram_kernels._layers import layer_id_of, memory_modules
 from engram_kernels.ops.ngram_hash import ngram_hash_and_commit
 from engram_kernels.spec import EngramSpec
@@ -59,7 +59,7 @@ class MemoryState:
         backend: of the hash.
 
     Raises:
-        TypeError: `layers` are no memory modules and no spec.
+        TypeError: `layers` are no memory modules and no spec, or a number is no integer.
         ValueError: there is no memory module, two have different specs or token maps, or an argument is out of range.
 
     Source: docs/decoding.md.
@@ -70,9 +70,8 @@ class MemoryState:
                  device: torch.device | str | None = None, backend: str = "auto"):
         modules = memory_modules("MemoryState", layers)
         spec = layers if isinstance(layers, EngramSpec) else modules[0].spec
-        for name, value, least in (("num_slots", num_slots, 1), ("max_drafts", max_drafts, 0)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"MemoryState: {name} is {value!r}, expected an integer of at least {least}")
+        num_slots = expect_int("MemoryState", "num_slots", num_slots, 1)
+        max_drafts = expect_int("MemoryState", "max_drafts", max_drafts, 0)
         if token_dtype not in (torch.int32, torch.int64):
             raise ValueError(f"MemoryState: token_dtype is {token_dtype}, expected torch.int32 or torch.int64")
         if not isinstance(token_map, TokenMap | None):

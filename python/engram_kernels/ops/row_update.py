@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels import _modes, _transforms
 from engram_kernels._checks import FLOAT_DTYPES, expect_choice, expect_int, expect_tensor
+from engram_kernels._files import shorten
 from engram_kernels._library import LIB
 from engram_kernels.ops._op import Op, refuse_table
 from engram_kernels.reference.row_update import row_update as _reference
@@ -115,10 +116,9 @@ def _number(op: str, grad_scale: float | Tensor) -> float:
         grad_scale = grad_scale.item() if isinstance(grad_scale, Tensor) and grad_scale.numel() == 1 else grad_scale
         if not isinstance(grad_scale, Real):
             raise TypeError(f"{op}: grad_scale is {grad_scale!r}, expected a number")
-        grad_scale = float(grad_scale)
     if not abs(grad_scale) <= FLOAT_MAX:
-        raise ValueError(f"{op}: grad_scale is {grad_scale}, expected a number that float32 holds")
-    return grad_scale
+        raise ValueError(f"{op}: grad_scale is {shorten(str(grad_scale))}, expected a number that float32 holds")
+    return float(grad_scale)
 
 
 def expect_trained_format(op: str, table: RowTable) -> None:
