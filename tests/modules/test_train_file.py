@@ -157,14 +157,15 @@ def test_a_journal_that_is_cut_or_flipped_ends_at_the_last_whole_record(tmp_path
 # ---- what goes wrong --------------------------------------------------------------------------------------------------------
 
 
+def train_step(mem, number):
+    (mem.wait(mem.submit(batch(number)[0])) * batch(number)[1]).sum().backward()
+    mem.step(wait=True)
+
+
 def test_a_disk_that_fails_behind_the_journal_is_made_up_for(tmp_path, monkeypatch):
     table, optimizer = opened(tmp_path)
     with ek.TrainableRows(table, optimizer) as mem:
-        def step(number):
-            (mem.wait(mem.submit(batch(number)[0])) * batch(number)[1]).sum().backward()
-            mem.step(wait=True)
-
-        step(0)
+        train_step(mem, 0)
         write = file_rows._Array.write
 
         def half(self, ids, data):
@@ -173,14 +174,14 @@ def test_a_disk_that_fails_behind_the_journal_is_made_up_for(tmp_path, monkeypat
 
         monkeypatch.setattr(file_rows._Array, "write", half)
         with pytest.raises(OSError, match="step 2 is in the journal, but could not be written to its files: No space left"):
-            step(1)
+            train_step(mem, 1)
         ticket = mem.submit(torch.arange(R))
         with pytest.raises(OSError, match="No space left"):
             mem.wait(ticket)  # rows that are half written are given to nobody
         monkeypatch.undo()
         assert optimizer.num_steps == 2
         assert torch.equal(mem.wait(mem.submit(torch.arange(R))), in_memory(2)[0])
-        step(2)
+        train_step(mem, 2)
     expect_as_in_memory(table, optimizer)
     optimizer.close()
 
@@ -219,21 +220,17 @@ def test_a_journal_that_fills_the_disk_makes_room(tmp_path, monkeypatch, durable
 def test_a_trainable_rows_goes_on_when_there_is_room_again(tmp_path, monkeypatch):
     table, optimizer = opened(tmp_path)
     with ek.TrainableRows(table, optimizer) as mem:
-        def step(number):
-            (mem.wait(mem.submit(batch(number)[0])) * batch(number)[1]).sum().backward()
-            mem.step(wait=True)
-
-        step(0)
+        train_step(mem, 0)
 
         def full(fd, data, at=0):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(step_journal, "write_all", full)
         with pytest.raises(OSError, match="step 2 cannot be journaled"):
-            step(1)
+            train_step(mem, 1)
         monkeypatch.undo()
-        step(1)
-        step(2)
+        train_step(mem, 1)
+        train_step(mem, 2)
     assert optimizer.num_steps == 3
     expect_as_in_memory(table, optimizer)
     optimizer.close()
